@@ -1,0 +1,36 @@
+"""``python -m fine_bench``: run a sweep and compare the leaderboard."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fine_bench.config import config_folder, register
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.run import sweep
+
+
+def main() -> None:
+    """Entry point; exit status 0 done, 1 something failed or is missing, 2 bad input."""
+    # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register()
+    run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+    try:
+        run(_job)()
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+        sweep.refuse(error)
+    sys.exit(sweep.exit_status())
+
+
+def _job(config: DictConfig) -> None:
+    sweep.run_job(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Per-example gradients, written once for the callback and for every method."""
+
+from fine_bench.gradients.blocks import DenseBlock, Direction, FactorBlock, PerExampleGradients
+from fine_bench.gradients.engine import GradientEngine, one_minus_probability
+from fine_bench.gradients.recorder import LayerRecorder
+
+__all__ = [
+    "DenseBlock",
+    "Direction",
+    "FactorBlock",
+    "GradientEngine",
+    "LayerRecorder",
+    "PerExampleGradients",
+    "one_minus_probability",
+]

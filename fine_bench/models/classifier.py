@@ -1,0 +1,93 @@
+"""The LightningModule of the benchmark: softmax cross-entropy by plain SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class DivergedError(RuntimeError):
+    """The training loss is no longer a finite number."""
+
+
+class Classifier(pl.LightningModule):
+    """Trains a network on batches ``(x, y, index)``.
+
+    Args:
+        net: logits from ``x``.
+        n_classes: number of classes.
+        lr: step size, > 0.
+        momentum, weight_decay: of SGD, ≥ 0; plain SGD by default.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        n_classes: int,
+        *,
+        lr: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.test_accuracy = MulticlassAccuracy(n_classes, average="micro")
+        # summed here and reported once an epoch: a call of the logger at every step would cost
+        # more than the step
+        self._loss_sum = torch.zeros(())
+        self._loss_count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, ``(batch, classes)``."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        x, y, *_ = batch
+        loss = F.cross_entropy(self(x), y)
+        self._loss_sum += loss.detach()
+        self._loss_count += 1
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop a run that has diverged instead of scoring noise."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if not bool(torch.isfinite(loss)):
+            raise DivergedError(
+                f"the training loss became {float(loss)} at step {self.global_step}; lower the "
+                f"step size, for instance trainer.lr={self.lr / 10:g}"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Report the epoch's mean training loss."""
+        self.log("train_loss", self._loss_sum / max(self._loss_count, 1))
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self._loss_count = 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Accuracy on held-out examples."""
+        x, y, *_ = batch
+        self.test_accuracy(self(x), y)
+        self.log("test_accuracy", self.test_accuracy, on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with a constant step size."""
+        return torch.optim.SGD(
+            self.parameters(),
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the step size in force beside the weights: TracIn needs it."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        checkpoint["lr"] = float(optimizer.param_groups[0]["lr"])

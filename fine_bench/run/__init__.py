@@ -1,0 +1,1 @@
+"""The runner: Hydra job → training with callbacks → estimators → metrics → records."""

@@ -1,0 +1,164 @@
+"""What a run will compute: its data, its cells, and which of them are finished already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytorch_lightning as pl
+
+from fine_bench.config import (
+    ALWAYS_ALLOWED,
+    RunConfig,
+    build,
+    estimator_digest,
+    setting_digest,
+    target_of,
+)
+from fine_bench.data.task import TaskData
+from fine_bench.errors import ConfigError
+from fine_bench.records import RecordStore, digest
+from fine_bench.types import RunRecord, Target
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One estimator asked for one target in one run: a future record."""
+
+    estimator: str
+    target: Target
+    options: Mapping[str, Any]
+    estimator_hash: str
+    version: int
+    in_run: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One run: a configuration with its data."""
+
+    config: RunConfig
+    data: TaskData
+    setting: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def results(self) -> Path:
+        """Where records, scores and tables go."""
+        return Path(self.config.results_dir)
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages that ``_target_`` may name."""
+        return (*ALWAYS_ALLOWED, *self.config.allow_packages)
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """The fields by which a record of this cell is found."""
+        return {
+            "task": self.data.name,
+            "setting": self.setting,
+            "estimator": cell.estimator,
+            "estimator_hash": cell.estimator_hash,
+            "version": cell.version,
+            "data_sha256": self.data.sha256,
+            "target": cell.target,
+            "seed": self.config.seed,
+        }
+
+    def done(self, store: RecordStore, cell: Cell) -> RunRecord | None:
+        """The record that makes computing this cell again unnecessary."""
+        record = store.find(**self.identity(cell))
+        return record if record is not None and record.status != "failed" else None
+
+    def estimator(self, cell: Cell, **passed: Any) -> Any:
+        """The cell's estimator, its open random seed filled by the run's."""
+        options = dict(cell.options)
+        if "seed" in options and options["seed"] is None:
+            options["seed"] = self.config.seed
+        return build(options, f"estimators.{cell.estimator}", self.packages, **passed)
+
+
+def plan(config: RunConfig) -> Job:
+    """Load the data of a checked configuration and lay out its cells.
+
+    Raises:
+        ConfigError: something that only the data can show to be impossible.
+        DataError: missing or damaged data.
+    """
+    packages = (*ALWAYS_ALLOWED, *config.allow_packages)
+    data = _data(digest(config.task), _Frozen(config.task, packages))
+    if config.trainer.batch_size > data.n_train:
+        raise ConfigError(
+            f"trainer.batch_size={config.trainer.batch_size} is larger than the training set of "
+            f"{data.n_train} examples; type trainer.batch_size={min(64, data.n_train)}"
+        )
+    cells = []
+    for name, options in config.estimators.items():
+        kind = target_of(options, f"estimators.{name}", packages)
+        for target in config.targets:
+            cells.append(
+                Cell(
+                    estimator=name,
+                    target=cast(Target, target),
+                    options=options,
+                    estimator_hash=estimator_digest(options),
+                    version=int(kind.version),
+                    in_run=isinstance(kind, type) and issubclass(kind, pl.Callback),
+                )
+            )
+    job = Job(config, data, setting_digest(config), tuple(cells))
+    for cell in job.cells:
+        if not cell.in_run:
+            job.estimator(cell)  # a refused option stops the sweep before any training
+        elif cell.target == "self":
+            job.estimator(cell, target="self")
+    build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
+    return job
+
+
+def refuse_duplicates(jobs: Iterable[Job]) -> None:
+    """Two jobs of one sweep must not be the same run: it would look like two seeds.
+
+    Raises:
+        ConfigError: with the seed that occurs twice.
+    """
+    seen: dict[tuple[Any, ...], Job] = {}
+    for job in jobs:
+        cells = tuple(sorted((c.estimator, c.estimator_hash) for c in job.cells))
+        key = (job.data.sha256, job.setting, job.config.seed, job.config.results_dir, cells)
+        if key in seen:
+            seeds = sorted({j.config.seed for j in seen.values()} | {job.config.seed})
+            raise ConfigError(
+                f"seed={job.config.seed} occurs twice in this sweep, with the same configuration; "
+                f"type seed={','.join(map(str, seeds))}"
+            )
+        seen[key] = job
+
+
+@dataclass(frozen=True, eq=False)
+class _Frozen:
+    """Options behind a digest: the cache compares the digest only."""
+
+    options: Mapping[str, Any]
+    packages: tuple[str, ...]
+
+    def __eq__(self, other: object) -> Literal[True]:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=4)
+def _data(key: str, task: _Frozen) -> TaskData:
+    del key
+    data = build(task.options, "task", task.packages)
+    if not isinstance(data, TaskData):
+        raise ConfigError(
+            f"task._target_={task.options['_target_']} returned {type(data).__name__}; a task "
+            "returns fine_bench.data.TaskData"
+        )
+    return data

@@ -1,0 +1,211 @@
+"""Hydra's side of a run: check every job of a sweep first, run each, then show the leaderboard.
+
+Hydra expands a sweep job by job and stops at the first one that raises, and its callbacks swallow
+exceptions. Here all jobs are composed and checked before the first one trains, a job never raises
+(its failure becomes a record), and the exit status is taken from the records when all have ended,
+whatever launcher ran them.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from fine_bench import leaderboard, leaderboard_view
+from fine_bench.config import check, explain
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.records import RecordStore
+from fine_bench.run import wandb_log
+from fine_bench.run.cells import execute
+from fine_bench.run.plan import Job, plan, refuse_duplicates
+
+BAD_INPUT = 2
+INCOMPLETE = 1
+
+_exit_status = 0
+
+out = Console(stderr=True, highlight=False)
+
+
+def exit_status() -> int:
+    """Of the sweep that has ended: 0, or 1 if a cell failed or is missing."""
+    return _exit_status
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Say what is wrong with the input and end the process."""
+    out.print(f"[bold red]error:[/] {explain(error)}", soft_wrap=True)
+    raise SystemExit(BAD_INPUT)
+
+
+def expand(config: DictConfig) -> list[DictConfig]:
+    """The configuration of every job of a sweep, as Hydra's basic sweeper will make them."""
+    loader = GlobalHydra.instance().config_loader()
+    defaults = config.hydra.sweeper.get("params") or {}
+    arguments = [f"{key}={value}" for key, value in defaults.items()]
+    arguments += list(config.hydra.overrides.task)
+    parser = OverridesParser.create(config_loader=loader)
+    batches = BasicSweeper.split_arguments(parser.parse_overrides(arguments), None)
+    return [
+        loader.load_sweep_config(config, list(overrides))
+        for batch in batches
+        for overrides in batch
+    ]
+
+
+def prepare(configs: Sequence[DictConfig]) -> list[Job]:
+    """Check all jobs of a sweep.
+
+    Raises:
+        ConfigError, DataError: the first thing that cannot work; nothing has been trained.
+    """
+    jobs = [plan(check(config)) for config in configs]
+    refuse_duplicates(jobs)
+    return jobs
+
+
+def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
+    """Say what will run and where results go."""
+    first = jobs[0]
+    config = first.config
+    seeds = list(dict.fromkeys(job.config.seed for job in jobs))
+    tasks = list(dict.fromkeys(job.data.name for job in jobs))
+    data = first.data
+    out.print(f"[bold]fine_bench[/]  {', '.join(tasks)}, seeds {', '.join(map(str, seeds))}")
+    out.print(
+        f"  data        {data.n_train:,} training examples, {data.truth.n_bad:,} bad "
+        f"({data.truth.rate:.0%}, {data.truth.kind}), {len(data.query_y):,} queries, "
+        f"{len(data.test_y):,} test"
+    )
+    out.print(
+        f"  model       {config.model.get('name', config.model['_target_'])}, "
+        f"{config.trainer.max_epochs} epochs, batch {config.trainer.batch_size}, "
+        f"lr {config.trainer.lr:g}"
+    )
+    out.print(f"  estimators  {', '.join(config.estimators)}")
+    out.print(f"  targets     {', '.join(config.targets)}")
+    cells = sum(len(job.cells) for job in jobs)
+    done = 0
+    if not config.force:
+        done = sum(
+            job.done(RecordStore(job.results), cell) is not None
+            for job in jobs
+            for cell in job.cells
+        )
+    out.print(f"  to compute  {cells - done} of {cells} cells ({done} finished earlier)")
+    out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})", soft_wrap=True)
+    out.print()
+
+
+class SweepHook(Callback):
+    """What happens before the first job and after the last one."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check and announce."""
+        self._start(lambda: expand(config), Path(config.hydra.sweep.dir))
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for a single job (``hydra.mode=RUN``)."""
+        self._start(lambda: [config], Path(config.hydra.run.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leaderboard and exit status."""
+        self._end(Path(config.hydra.sweep.dir))
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for a single job."""
+        self._end(Path(config.hydra.run.dir))
+
+    def _start(self, configs: Any, folder: Path) -> None:
+        try:
+            self.jobs = prepare(configs())
+        except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+            refuse(error)
+        except Exception:
+            # Hydra would turn it into a warning and go on without a plan
+            traceback.print_exc()
+            raise SystemExit(INCOMPLETE) from None
+        announce(self.jobs, folder)
+
+    def _end(self, folder: Path) -> None:
+        # Hydra turns an exception in here into a warning and the exit status 0
+        try:
+            status = conclude(self.jobs, folder.name)
+        except Exception as error:
+            out.print(f"[bold red]error:[/] the leaderboard could not be made: {error}")
+            status = INCOMPLETE
+        global _exit_status
+        _exit_status = status
+
+
+def conclude(jobs: Sequence[Job], sweep: str) -> int:
+    """Build, print, write and log the leaderboard.
+
+    Returns:
+        0, or 1 if a planned cell failed or is missing.
+    """
+    root = jobs[0].results
+    store = RecordStore(root)
+    board = leaderboard.build(store)
+    settings = {job.setting for job in jobs}
+    shown = leaderboard.Leaderboard(
+        tuple(table for table in board.tables if table.setting in settings),
+        board.problems,
+        board.columns,
+    )
+    leaderboard_view.show(shown)
+    written = leaderboard_view.write(board, root)
+    planned = [
+        leaderboard.Planned(
+            job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed
+        )
+        for job in jobs
+        for cell in job.cells
+    ]
+    states = leaderboard.cells(store.scan().records, planned)
+    bad = [cell for cell in states if cell.state in ("failed", "missing")]
+    frame = leaderboard_view.frame(shown)
+    rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+    wandb_log.log_summary(jobs, sweep, rows, root / "leaderboard.csv")
+    out.print(f"\nwritten: {', '.join(map(str, written))}", soft_wrap=True)
+    if bad:
+        out.print(f"[bold red]{len(bad)} of {len(states)} cells are not there:[/]")
+        for cell in bad:
+            name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
+            out.print(f"  {name} {cell.state}: {cell.reason}", soft_wrap=True)
+    return INCOMPLETE if bad else 0
+
+
+def run_job(config: DictConfig) -> None:
+    """One job, as Hydra calls it. It never raises for what a seed may do; see ``execute``."""
+    job = plan(check(config))
+    hydra = HydraConfig.get()
+    folder = Path(
+        hydra.sweep.dir if OmegaConf.is_missing(hydra.job, "num") is False else hydra.run.dir
+    )
+    sweep = folder.name
+    store = RecordStore(job.results)
+    todo = [c for c in job.cells if job.config.force or job.done(store, c) is None]
+    out.print(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(todo)} cells to compute")
+    if not todo:
+        return
+    logger = wandb_log.start_run(job, sweep)
+    outcomes = execute(job, sweep, logger, lambda line: out.print("  " + line, soft_wrap=True))
+    wandb_log.finish_run(logger, job, outcomes)
+    sys.stderr.flush()

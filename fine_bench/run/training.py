@@ -1,0 +1,224 @@
+"""One training run under Lightning, and the checkpoints that it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+
+from fine_bench.callback import FINECallback
+from fine_bench.config import build
+from fine_bench.data.task import TaskData, loader
+from fine_bench.models.classifier import Classifier
+from fine_bench.records import write_atomic
+from fine_bench.run.plan import Job
+from fine_bench.seeds import derive, stream
+from fine_bench.types import Checkpoint
+
+_EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What training leaves behind.
+
+    Attributes:
+        model: the network at its last parameters.
+        checkpoints: one an epoch, in order.
+        facts: test and training accuracy, seconds of plain training, steps.
+    """
+
+    model: torch.nn.Module
+    checkpoints: Sequence[Checkpoint]
+    facts: Mapping[str, Any]
+
+
+def build_model(job: Job) -> Classifier:
+    """A freshly initialised LightningModule of the job's configuration."""
+    trainer, data = job.config.trainer, job.data
+    seed = job.config.seed if trainer.init_seed is None else trainer.init_seed
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "initialisation"))
+        net = build(
+            job.config.model, "model", job.packages, tuple(data.x.shape[1:]), data.n_classes
+        )
+    return Classifier(
+        net,
+        data.n_classes,
+        lr=trainer.lr,
+        momentum=trainer.momentum,
+        weight_decay=trainer.weight_decay,
+    )
+
+
+def train_loader(job: Job) -> Any:
+    """Shuffled batches; the order follows the run seed, or ``trainer.order_seed``."""
+    trainer = job.config.trainer
+    seed = job.config.seed if trainer.order_seed is None else trainer.order_seed
+    return loader(
+        job.data.x,
+        job.data.y,
+        batch_size=trainer.batch_size,
+        generator=stream(seed, "order"),
+        shuffle=True,
+    )
+
+
+def folder_of(job: Job) -> Path:
+    """Where the checkpoints of a job's run are kept."""
+    name = f"seed{job.config.seed}-{job.data.sha256[:8]}"
+    return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
+
+
+def stored(job: Job) -> TrainedRun | None:
+    """The finished run of an earlier call, if its checkpoints are all there."""
+    folder = folder_of(job)
+    try:
+        facts = json.loads((folder / "training.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if len(list(folder.glob("*.ckpt"))) != job.config.trainer.max_epochs:
+        return None
+    return _trained(job, folder, facts)
+
+
+def train(job: Job, callbacks: Sequence[FINECallback], logger: Logger | None) -> TrainedRun:
+    """Train one model, watched by ``callbacks``, and keep a checkpoint an epoch.
+
+    The checkpoints appear under their final name only when the run is complete.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    trainer_config = job.config.trainer
+    folder = folder_of(job)
+    _remove_leftovers(folder)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    module = build_model(job)
+    test = loader(job.data.test_x, job.data.test_y, batch_size=_EVALUATION_BATCH, shuffle=False)
+    # only one progress line a run, and none in a log file
+    progress = trainer_config.progress and sys.stderr.isatty()
+    extra: list[pl.Callback] = [TQDMProgressBar(refresh_rate=25)] if progress else []
+    try:
+        with _quiet():
+            pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
+            trainer = pl.Trainer(
+                accelerator="auto",
+                devices=1,
+                max_epochs=trainer_config.max_epochs,
+                logger=logger or False,
+                log_every_n_steps=1,
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                deterministic="warn",
+                callbacks=[
+                    *callbacks,
+                    *extra,
+                    ModelCheckpoint(
+                        dirpath=temporary,
+                        filename="{epoch:04d}",
+                        save_top_k=-1,
+                        every_n_epochs=1,
+                        save_weights_only=True,
+                        save_on_train_epoch_end=True,
+                    ),
+                ],
+            )
+            start = time.perf_counter()
+            trainer.fit(module, train_loader(job), test)
+            seconds = time.perf_counter() - start
+            facts = {
+                "seconds": seconds - sum(callback.seconds for callback in callbacks),
+                "seconds_with_callbacks": seconds,
+                "n_steps": trainer.global_step,
+                "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
+                "train_loss": float(trainer.callback_metrics["train_loss"]),
+                "train_accuracy": accuracy(module, job.data),
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "device": str(trainer.strategy.root_device),
+            }
+        write_atomic(temporary / "training.json", json.dumps(facts, indent=1).encode())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return _trained(job, folder, facts)
+
+
+@torch.no_grad()
+def accuracy(module: Classifier, data: TaskData) -> float:
+    """Share of the training examples whose *given* label is predicted."""
+    module.eval()
+    right = 0
+    for start in range(0, data.n_train, _EVALUATION_BATCH):
+        rows = slice(start, start + _EVALUATION_BATCH)
+        x = data.x[rows].to(module.device)
+        right += int((module(x).argmax(1).cpu() == data.y[rows]).sum())
+    return right / data.n_train
+
+
+def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
+    checkpoints = []
+    for path in sorted(folder.glob("*.ckpt")):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        params = {
+            name.removeprefix("net."): value
+            for name, value in content["state_dict"].items()
+            if name.startswith("net.")
+        }
+        checkpoints.append(
+            Checkpoint(params=params, lr=content["lr"], step=int(content["global_step"]))
+        )
+    net = build_model(job).net
+    net.load_state_dict(dict(checkpoints[-1].params))
+    return TrainedRun(net, checkpoints, facts)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left; a living process keeps its folder."""
+    for path in folder.parent.glob(f"{folder.name}.tmp-*"):
+        owner = int(path.name.rsplit("-", 1)[1])
+        try:
+            os.kill(owner, 0)
+            alive = owner != os.getpid()
+        except ProcessLookupError:
+            alive = False
+        except PermissionError:
+            alive = True
+        if not alive:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's notices about hardware and workers do not help this run's reader."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
+            warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

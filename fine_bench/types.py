@@ -1,0 +1,323 @@
+"""What the parts of fine_bench hand to each other: frozen, and checked once, at birth.
+
+Orientation, everywhere: score matrices are ``(n_query, n_train)`` and a positive entry means
+*training on this example lowers this query's loss*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+Loss: TypeAlias = Callable[..., Tensor]
+"""``loss(logits, y, reduction="none") -> (batch,)``"""
+
+Reduce: TypeAlias = Literal["mean", "class"] | None
+QueryWeighting: TypeAlias = Literal["norm", "noise"] | None
+Target: TypeAlias = Literal["self", "queries", "validation", "validation_per_class"]
+
+TARGETS: tuple[Target, ...] = ("self", "queries", "validation", "validation_per_class")
+
+# Which end of a score is suspicious follows from what the target asks, never from the truth:
+# a memorised example influences itself strongly, a harmful one raises the validation loss.
+SUSPICIOUS_END: Mapping[str, Literal["high", "low"]] = {
+    "self": "high",
+    "queries": "low",
+    "validation": "low",
+    "validation_per_class": "low",
+}
+
+
+class UnsupportedProblemError(ValueError):
+    """A method cannot serve a problem. The message is the reason that the leaderboard shows."""
+
+
+def dataset_size(dataset: Dataset[Any], name: str) -> int:
+    """Number of examples of a map-style dataset; refused when it has none or no length."""
+    try:
+        n = len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a map-style dataset with a length, got {type(dataset).__name__}; "
+            f"wrap the data in torch.utils.data.TensorDataset(x, y)"
+        ) from None
+    if n == 0:
+        raise ValueError(f"{name} is empty; pass at least one example")
+    return n
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A question about training data: a model, its loss, its training examples, and queries.
+
+    Args:
+        model: the network; methods work on a copy, so it is left as it was.
+        loss: ``loss(logits, y, reduction="none")`` returning one loss an example, ``(batch,)``.
+        train: map-style dataset whose items begin with ``(x, y)``, in index order.
+        queries: dataset of the same kind, or ``"self"``: each training example is its own query.
+        reduce: ``None`` gives one row a query; ``"mean"`` the mean of the rows (the validation
+            target); ``"class"`` one row for every class that occurs among the query labels, each
+            the mean of its queries' rows.
+        batch_size, num_workers: how the data are read. They change speed and memory, no score.
+    """
+
+    model: nn.Module
+    loss: Loss
+    train: Dataset[Any]
+    queries: Dataset[Any] | Literal["self"]
+    reduce: Reduce = None
+    batch_size: int = 512
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        if not callable(self.loss):
+            raise TypeError(
+                "loss must be callable as loss(logits, y, reduction='none'), "
+                f"got {type(self.loss).__name__}; torch.nn.functional.cross_entropy is one"
+            )
+        dataset_size(self.train, "train")
+        if isinstance(self.queries, str):
+            if self.queries != "self":
+                raise ValueError(f'queries must be a dataset or "self", got {self.queries!r}')
+            if self.reduce is not None:
+                raise ValueError(
+                    f'reduce={self.reduce!r} has no meaning with queries="self", whose result is '
+                    "already one row; pass reduce=None"
+                )
+        else:
+            dataset_size(self.queries, "queries")
+        if self.reduce not in (None, "mean", "class"):
+            raise ValueError(f'reduce must be None, "mean" or "class", got {self.reduce!r}')
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples."""
+        return dataset_size(self.train, "train")
+
+    @property
+    def n_query(self) -> int:
+        """Number of query examples before any reduction (``n_train`` for ``"self"``)."""
+        return self.n_train if isinstance(self.queries, str) else dataset_size(self.queries, "q")
+
+    @property
+    def target(self) -> Target:
+        """The target that this problem asks about."""
+        if isinstance(self.queries, str):
+            return "self"
+        by_reduce: dict[Reduce, Target] = {
+            None: "queries",
+            "mean": "validation",
+            "class": "validation_per_class",
+        }
+        return by_reduce[self.reduce]
+
+    def batches(
+        self, which: Literal["train", "queries"], batch_size: int | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """``(positions, x, y)`` batch by batch, in index order."""
+        dataset = self.train if which == "train" or isinstance(self.queries, str) else self.queries
+        size = batch_size or self.batch_size
+        n = dataset_size(dataset, which)
+        if isinstance(dataset, TensorDataset) and self.num_workers == 0:
+            x, y = dataset.tensors[:2]
+            for start in range(0, n, size):
+                rows = slice(start, min(start + size, n))
+                yield rows, x[rows], y[rows]
+            return
+        start = 0
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=size,
+            num_workers=self.num_workers,
+            # a loader draws a seed for its workers: from a generator of its own, so that reading
+            # data leaves the global random state alone
+            generator=torch.Generator().manual_seed(0),
+        )
+        for x, y, *_ in loader:
+            yield slice(start, start + len(x)), x, y
+            start += len(x)
+
+    def labels(self, which: Literal["train", "queries"]) -> Tensor:
+        """All labels, ``(n, ...)``."""
+        return torch.cat([y for _, _, y in self.batches(which)])
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state of a model at one moment of training.
+
+    Args:
+        params: parameters (and buffers) by name, as ``model.state_dict()`` gives them.
+        lr: step size in force, > 0. TracIn weights the checkpoint by it.
+        step: optimiser steps taken so far, if known.
+    """
+
+    params: Mapping[str, Tensor]
+    lr: float
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.params:
+            raise ValueError("params is empty; pass model.state_dict()")
+        if not (self.lr > 0 and self.lr < float("inf")):
+            raise ValueError(f"lr must be a finite number > 0, got {self.lr}")
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceScores:
+    """What a method says: ``values[q, i]`` > 0 means training on i lowers the loss of q.
+
+    Attributes:
+        values: ``(n_query, n_train)``, finite.
+        std_error: same shape, or None where the method has no notion of its own error; an
+            infinite entry says that the value rests on too few observations.
+        n_observations: ``(n_train,)``, how often each example was seen, or None.
+        method: name of the method.
+        target: what was asked; one of ``TARGETS``.
+        version: the method's version, raised when its results may change.
+        extras: further arrays of the method by name, each with its shape in the docstring of
+            the method (f-INE: ``bound``).
+    """
+
+    values: Tensor
+    method: str
+    target: Target
+    std_error: Tensor | None = None
+    n_observations: Tensor | None = None
+    version: int = 1
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise ValueError(
+                f"values must have shape (n_query, n_train), got {tuple(self.values.shape)}"
+            )
+        if self.target not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, got {self.target!r}")
+        bad = ~torch.isfinite(self.values)
+        if bool(bad.any()):
+            first = torch.nonzero(bad)[0].tolist()
+            raise ValueError(
+                f"{self.method} produced {int(bad.sum())} values that are not finite, the first "
+                f"at (query, train) = {tuple(first)}; look for a diverged checkpoint or a damping "
+                "that is too small"
+            )
+        if self.std_error is not None and self.std_error.shape != self.values.shape:
+            raise ValueError(
+                f"std_error has shape {tuple(self.std_error.shape)}, "
+                f"values {tuple(self.values.shape)}; they must agree"
+            )
+        n_train = self.values.shape[1]
+        if self.n_observations is not None and self.n_observations.shape != (n_train,):
+            raise ValueError(
+                f"n_observations must have shape ({n_train},), "
+                f"got {tuple(self.n_observations.shape)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """What is known about the training examples: which ones are bad.
+
+    Attributes:
+        is_bad: ``(n_train,)`` boolean.
+        kind: what "bad" means here, for instance ``"flipped label"``.
+    """
+
+    is_bad: Tensor
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.is_bad.dtype != torch.bool or self.is_bad.ndim != 1:
+            raise ValueError(
+                f"is_bad must be a boolean vector (n_train,), got {self.is_bad.dtype} of shape "
+                f"{tuple(self.is_bad.shape)}"
+            )
+
+    @property
+    def n_bad(self) -> int:
+        """Number of bad examples."""
+        return int(self.is_bad.sum())
+
+    @property
+    def rate(self) -> float:
+        """Share of bad examples."""
+        return self.n_bad / len(self.is_bad)
+
+
+Status: TypeAlias = Literal["finished", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One cell of the benchmark: one estimator, one target, one task, one seed.
+
+    A record is identified by what could change its result: task, method, method version, full
+    configuration and data hash (``setting`` and ``estimator_hash`` digest the configuration).
+
+    Attributes:
+        task: name of the task.
+        setting: digest of everything but the estimator and the seed: task, model, trainer, data.
+        estimator: name of the leaderboard row.
+        estimator_hash: digest of the estimator's own configuration.
+        version: the method's version.
+        target: one of ``TARGETS``.
+        seed: run seed.
+        status: ``"finished"``, ``"failed"`` or ``"skipped"``.
+        reason: why it failed or was skipped; empty when finished.
+        revision: 1 for the first, one more for every recomputation.
+        metrics: metric values by name.
+        cost: seconds and gradient evaluations by name.
+        scores_file: name of the score file below ``scores/``, empty when there is none.
+        scores_sha256: digest of the score values.
+        data_sha256: digest of training data, labels and queries.
+        config: the full resolved configuration.
+        environment: commit, versions and hardware.
+        training: facts about the training run (test accuracy, losses, seconds).
+        created: ISO time stamp, UTC.
+        sweep: name of the sweep that made it.
+        format: version of this format.
+    """
+
+    task: str
+    setting: str
+    estimator: str
+    estimator_hash: str
+    version: int
+    target: str
+    seed: int
+    status: Status
+    reason: str = ""
+    revision: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    scores_file: str = ""
+    scores_sha256: str = ""
+    data_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    sweep: str = ""
+    format: int = 1
+
+    def __post_init__(self) -> None:
+        if self.status not in ("finished", "failed", "skipped"):
+            raise ValueError(f"status must be finished, failed or skipped, got {self.status!r}")
+        if self.status == "finished" and not self.scores_sha256:
+            raise ValueError("a finished record needs the digest of its scores")
+        if self.status != "finished" and not self.reason:
+            raise ValueError(f"a {self.status} record must say why; pass reason=...")
+        if self.revision < 1:
+            raise ValueError(f"revision counts from 1, got {self.revision}")
