@@ -279,7 +279,7 @@ class FINECallback(pl.Callback):
             if self.observable == "margin":
                 check = trainer.current_epoch != self._checked_epoch
                 self._checked_epoch = trainer.current_epoch
-                complement = complement_from_logit_gradients(self._last_outputs(), check=check)
+                complement = self._complement(check=check)
             return fine.self_effects(gradients.gram(), complement, self.contrast)
         if self._direction is None or self._steps_seen % self.refresh_every == 0:
             self._refresh(pl_module, gradients)
@@ -287,12 +287,15 @@ class FINECallback(pl.Callback):
         assert self._direction is not None
         return fine.direction_effects(gradients.contract(self._direction), self.contrast)
 
-    def _last_outputs(self) -> Tensor:
-        """Gradients of each example's own loss at the output of the layer that ran last."""
+    def _complement(self, *, check: bool) -> Tensor:
+        """1 − p of the batch, from the layer that ran last."""
         assert self._recorder is not None
         call = self._recorder.calls[-1]
         assert call.grad is not None
-        return call.grad * len(call.grad)
+        grad = call.grad * len(call.grad)
+        if check:
+            refuse_other_losses(call.output, grad)
+        return complement_from_logit_gradients(grad)
 
     def _refresh(self, pl_module: pl.LightningModule, reference: PerExampleGradients) -> None:
         """The queries' direction at the present parameters."""
@@ -378,31 +381,37 @@ def step_size(optimizer: Any) -> float:
     return rates.pop()
 
 
-def complement_from_logit_gradients(grad: Tensor, *, check: bool = True) -> Tensor:
-    """1 − p_i from the cross-entropy's gradient at the logits, ``(m,)``.
+def complement_from_logit_gradients(grad: Tensor) -> Tensor:
+    """1 − p_i from the cross-entropy's gradient at the logits ``(m, classes)``, ``(m,)``.
 
     That gradient is p − onehot(y), so its positive entries sum to Σ_{k≠y} p_k = 1 − p_y: a sum of
     positive numbers, without cancellation.
+    """
+    return grad.clamp_min(0.0).sum(1)
+
+
+def refuse_other_losses(logits: Tensor, grad: Tensor) -> None:
+    """Refuse a run whose loss is not the mean softmax cross-entropy of its last layer's output.
+
+    Args:
+        logits: output of the layer that ran last.
+        grad: gradient of each example's own loss there; p − onehot(y) if all is as it should be.
 
     Raises:
-        UnsupportedProblemError: ``grad`` is not of that form, so the run's loss is not the mean
-            softmax cross-entropy of the last layer's output.
+        UnsupportedProblemError: it is not, so the margin's gradient cannot be read off.
     """
-    complement = grad.clamp_min(0.0).flatten(1).sum(1)
-    if check:
-        valid = (
-            grad.ndim == 2
-            and bool(((grad < 0).sum(1) <= 1).all())
-            and bool((complement <= 1.0 + 1e-4).all())
-            and bool((grad.sum(1).abs() <= 1e-4).all())
+    valid = grad.ndim == 2
+    if valid:
+        p = torch.softmax(logits.to(grad.dtype), 1)
+        label = (p - grad).argmax(1, keepdim=True)
+        expected = p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
+        valid = bool(((grad - expected).abs() <= 1e-3).all())
+    if not valid:
+        raise UnsupportedProblemError(
+            'observable="margin" needs the mean softmax cross-entropy of hard labels on the output '
+            "of the last layer; the gradients at that output are not of this form. Use "
+            'observable="loss"'
         )
-        if not valid:
-            raise UnsupportedProblemError(
-                'observable="margin" needs the mean softmax cross-entropy of hard labels on the '
-                "output of the last layer; the gradients at that output are not of this form. "
-                'Use observable="loss"'
-            )
-    return complement
 
 
 __all__ = ["FINECallback"]

@@ -4,7 +4,7 @@ Four matrices, each a mean over the training examples i (z the model's output, J
 
     hessian            ∇²ℓ_i
     ggn                J_iᵀ (∇²_z ℓ_i) J_i
-    fisher             E_{y ~ p(·|x_i)} [∇ℓ(z_i, y) ∇ℓ(z_i, y)ᵀ]    p = softmax(z_i), the model's own
+    fisher             E_{y ~ p_i} [∇ℓ(z_i, y) ∇ℓ(z_i, y)ᵀ]    p_i = softmax(z_i), the model's own
     empirical_fisher   ∇ℓ(z_i, y_i) ∇ℓ(z_i, y_i)ᵀ
 
 The last three are J_iᵀ M_i J_i with M_i = Σ_k s_ik s_ikᵀ a sum of *roots* at the output: EK-FAC and
@@ -68,18 +68,16 @@ def count_parameters(model: nn.Module, layers: Sequence[str] | None) -> int:
     return sum(params[name].numel() for name in parameter_names(recorder))
 
 
-def as_direction(flat: Tensor, blocks: Sequence[Block]) -> Direction:
-    """Rows ``(R, P)`` in the order of ``dense`` as directions for these blocks."""
-    direction = []
-    for block, part in zip(blocks, flat.split([b.n_params for b in blocks], 1), strict=True):
-        if not isinstance(block, FactorBlock):
-            direction.append(BlockDirection(part, None))
-            continue
-        n_out, n_in = block.b.shape[2], block.a.shape[2]
-        n_weight = n_out * n_in if block.weight else 0
-        weight = part[:, :n_weight].reshape(-1, n_out, n_in) if block.weight else None
-        direction.append(BlockDirection(weight, part[:, n_weight:] if block.bias else None))
-    return direction
+def as_direction(flat: Tensor, like: Direction) -> Direction:
+    """Rows ``(R, P)`` in the order of ``dense`` as directions of the pattern ``like``."""
+    shapes = [part.shape[1:] for d in like for part in (d.weight, d.bias) if part is not None]
+    parts = iter(torch.split(flat, [shape.numel() for shape in shapes], 1))
+    shape = iter(shapes)
+
+    def take(present: Tensor | None) -> Tensor | None:
+        return None if present is None else next(parts).reshape(-1, *next(shape))
+
+    return [BlockDirection(take(d.weight), take(d.bias)) for d in like]
 
 
 def as_rows(direction: Direction) -> Tensor:
@@ -150,7 +148,8 @@ def fisher_roots(loss: Loss, logits: Tensor, y: Tensor, uniforms: Tensor) -> Ten
         labels = torch.searchsorted(cdf, uniforms.to(cdf)).clamp_max(n_classes - 1).T.to(y)
         weights = p.new_full((len(labels), 1), len(labels) ** -0.5)
     roots = [output_gradient(loss, logits, label) for label in labels]
-    return torch.stack(roots) * weights[:, :, None]
+    result: Tensor = torch.stack(roots) * weights[:, :, None]
+    return result
 
 
 def hessian_roots(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
@@ -179,7 +178,7 @@ def hessian_roots(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
             f"the loss is not convex in the model's output (eigenvalue {float(values.min()):.3g} "
             'of its Hessian there), so the ggn is not a sum of squares; use curvature="hessian"'
         )
-    roots = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    roots: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]
     return roots.permute(2, 0, 1).reshape(c, *logits.shape).to(logits)
 
 
@@ -300,7 +299,7 @@ class CurvatureProducts:
         sizes = [p.numel() for p in params.values()]
         tangents = {
             name: part.reshape(-1, *p.shape)
-            for (name, p), part in zip(params.items(), vectors.split(sizes, 1), strict=True)
+            for (name, p), part in zip(params.items(), torch.split(vectors, sizes, 1), strict=True)
         }
         total = torch.zeros_like(vectors)
         for rows, x, y in self.batches():

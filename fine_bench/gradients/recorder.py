@@ -33,6 +33,7 @@ class Call:
     name: str
     layer: nn.Module
     input: Tensor
+    output: Tensor
     edge: GradientEdge
     grad: Tensor | None = None
 
@@ -112,7 +113,7 @@ class LayerRecorder:
         if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
             return
         # the edge is taken now: an in-place activation may change the output tensor afterwards
-        call = Call(name, layer, inputs[0].detach(), get_gradient_edge(output))
+        call = Call(name, layer, inputs[0].detach(), output.detach(), get_gradient_edge(output))
         self.calls.append(call)
         if self.tap:
             output.register_hook(partial(_keep, call))  # type: ignore[no-untyped-call]

@@ -119,7 +119,8 @@ def describe(outcome: Outcome) -> str:
     name = f"{record.estimator:<20} {record.target:<11}"
     if record.status != "finished":
         return f"{name} {record.status}: {record.reason}"
-    return f"{name} AUROC {record.metrics['auroc']:.3f}   {record.cost['seconds']:6.1f} s"
+    found = f"AUROC {record.metrics['auroc']:.3f}" if "auroc" in record.metrics else " " * 11
+    return f"{name} {found}   {record.cost['seconds']:6.1f} s"
 
 
 def _watcher(job: Job, cell: Cell) -> FINECallback:
@@ -188,7 +189,10 @@ class _Writer:
         scores = replace(scores, method=cell.estimator)
         truth = self.job.data.truth
         row = suspicion(scores.values, SUSPICIOUS_END[cell.target])
-        metrics = {**detection_metrics(row, truth.is_bad), "n_bad": float(truth.n_bad)}
+        metrics = {"n_bad": float(truth.n_bad)}
+        # without bad examples, or with nothing else, there is nothing to detect
+        if 0 < truth.n_bad < len(truth.is_bad):
+            metrics |= detection_metrics(row, truth.is_bad)
         record = RunRecord(
             **self.job.identity(cell),
             status="finished",

@@ -1,0 +1,243 @@
+"""What a task hands to the rest of the benchmark, and how its examples are read in batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+
+from fine_bench.types import GroundTruth
+
+Example: TypeAlias = tuple[Tensor, Tensor, int]
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """The data of a task: fixed by ``task.seed``, shared by all run seeds. Checked at birth.
+
+    Attributes:
+        name: name of the task.
+        x: ``(n_train, ...)`` float32, finite.
+        y: ``(n_train,)`` int64, the labels as given to training, some of them corrupted.
+        clean_y: ``(n_train,)`` int64, the labels before corruption.
+        truth: which training examples are bad; at least those with ``y != clean_y``.
+        query_x, query_y: ``(n_query, ...)`` and ``(n_query,)``, clean.
+        test_x, test_y: held out to measure accuracy: clean, and disjoint from the queries.
+        n_classes: labels lie in 0 … n_classes - 1.
+        train_ids: ``(n_train,)`` int64, distinct positions in the source data set.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    clean_y: Tensor
+    truth: GroundTruth
+    query_x: Tensor
+    query_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    n_classes: int
+    train_ids: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("name is empty; give the task a name")
+        if self.n_classes < 2:
+            raise ValueError(f"n_classes must be at least 2, got {self.n_classes}")
+        for part, x, y in (
+            ("training", self.x, self.y),
+            ("query", self.query_x, self.query_y),
+            ("test", self.test_x, self.test_y),
+        ):
+            self._check_inputs(part, x)
+            self._check_labels(part, y, len(x))
+        self._check_labels("clean training", self.clean_y, len(self.x))
+        n = self.n_train
+        if len(self.truth.is_bad) != n:
+            raise ValueError(
+                f"truth.is_bad has {len(self.truth.is_bad)} entries for {n} training examples"
+            )
+        unmarked = (self.y != self.clean_y) & ~self.truth.is_bad
+        if bool(unmarked.any()):
+            raise ValueError(
+                f"{int(unmarked.sum())} examples have a corrupted label but truth.is_bad is False, "
+                f"the first at {int(unmarked.nonzero()[0])}"
+            )
+        if self.train_ids.dtype != torch.int64 or self.train_ids.shape != (n,):
+            raise ValueError(
+                f"train_ids must be int64 of shape ({n},), got {self.train_ids.dtype} of shape "
+                f"{tuple(self.train_ids.shape)}"
+            )
+        if len(torch.unique(self.train_ids)) != n:
+            raise ValueError("train_ids repeat; every training example has its own position")
+
+    def _check_inputs(self, part: str, x: Tensor) -> None:
+        if x.dtype != torch.float32 or x.ndim < 2:
+            raise ValueError(
+                f"{part} inputs must be float32 of shape (n, ...), got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
+            )
+        if len(x) == 0:
+            raise ValueError(f"there are no {part} inputs; a task needs at least one")
+        if x.shape[1:] != self.x.shape[1:]:
+            raise ValueError(
+                f"{part} inputs have shape {tuple(x.shape[1:])} each, training inputs "
+                f"{tuple(self.x.shape[1:])}"
+            )
+        # the extremes carry any NaN or infinity, without a copy of the data set
+        if not all(bool(torch.isfinite(extreme)) for extreme in x.aminmax()):
+            raise ValueError(f"{part} inputs contain values that are not finite")
+
+    def _check_labels(self, part: str, y: Tensor, n: int) -> None:
+        if y.dtype != torch.int64 or y.shape != (n,):
+            raise ValueError(
+                f"{part} labels must be int64 of shape ({n},), got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
+            )
+        if int(y.min()) < 0 or int(y.max()) >= self.n_classes:
+            raise ValueError(
+                f"{part} labels must lie in 0 … {self.n_classes - 1}, got {int(y.min())} … "
+                f"{int(y.max())}"
+            )
+
+    @property
+    def n_train(self) -> int:
+        """Number of training examples."""
+        return len(self.x)
+
+    @property
+    def n_query(self) -> int:
+        """Number of query examples."""
+        return len(self.query_x)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of everything that can change a score or its evaluation.
+
+        Training inputs and given labels, queries, and the truth, each with its type and shape;
+        the test part and the name cannot. Values are hashed as little-endian bytes.
+        """
+        digest = hashlib.sha256()
+        for part, tensor in (
+            ("x", self.x),
+            ("y", self.y),
+            ("query_x", self.query_x),
+            ("query_y", self.query_y),
+            ("is_bad", self.truth.is_bad),
+        ):
+            array = np.ascontiguousarray(tensor.numpy())
+            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(f"{part} {array.dtype.name} {array.shape}\0".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
+
+
+class _Rows(Sequence[Example]):
+    """The examples of one batch, not yet gathered.
+
+    A list of examples to any collate function, the default one included; ``whole_batch`` takes
+    the short way.
+    """
+
+    def __init__(self, dataset: IndexedDataset, indices: list[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.dataset[self.indices[position]]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.dataset[index] for index in self.indices)
+
+    def gather(self) -> Batch:
+        index = torch.tensor(self.indices, dtype=torch.int64)
+        return self.dataset.x[index], self.dataset.y[index], index
+
+
+class IndexedDataset(Dataset[Example]):
+    """Examples ``(x, y, index)``: a callback can tell which examples a batch holds.
+
+    Args:
+        x: ``(n, ...)`` inputs.
+        y: ``(n, ...)`` labels.
+
+    Works with any DataLoader; with ``collate_fn=whole_batch`` a batch is gathered by one indexing
+    operation instead of one for every example.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} examples, y {len(y)}; they must agree")
+        self.x = x
+        self.y = y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.x[index], self.y[index], index
+
+    def __getitems__(self, indices: list[int]) -> _Rows:
+        """A whole batch at once: what DataLoader asks for when a data set offers it."""
+        return _Rows(self, indices)
+
+
+def whole_batch(examples: Sequence[Example]) -> Batch:
+    """Collate function of ``IndexedDataset``: ``x (m, ...)``, ``y (m, ...)``, ``index (m,)``."""
+    if isinstance(examples, _Rows):
+        return examples.gather()
+    # behind a wrapper without __getitems__ the loader fetches one example after the other
+    x, y, index = default_collate(list(examples))
+    return x, y, index
+
+
+def loader(
+    x: Tensor,
+    y: Tensor,
+    *,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    shuffle: bool = False,
+    num_workers: int = 0,
+) -> DataLoader[Batch]:
+    """Batches ``(x, y, index)``; the last one may be shorter.
+
+    The order depends on the state of ``generator`` and on nothing else: not on the number of
+    workers nor on the global random state, which is left alone.
+
+    Args:
+        x, y: ``(n, ...)`` each.
+        batch_size: at least 1.
+        generator: draws the order, a new one each epoch; required with ``shuffle``.
+        shuffle: whether to draw an order; otherwise index order.
+        num_workers: processes that read ahead. For data in memory 0 is the fastest.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if shuffle and generator is None:
+        raise ValueError(
+            "shuffle=True needs a generator, so that the order can be repeated; pass for instance "
+            'generator=fine_bench.seeds.stream(seed, "train/order")'
+        )
+    dataset = IndexedDataset(x, y)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # the loader yields batches, the data set examples
+        batch_size=batch_size,
+        sampler=RandomSampler(dataset, generator=generator) if shuffle else None,
+        collate_fn=whole_batch,
+        num_workers=num_workers,
+        # A loader draws a seed for its workers on every pass. From a generator of its own:
+        # otherwise that draw would come out of the global state, or shift the order.
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,558 @@
+"""The leaderboard: rebuilt from records alone, the same bytes every time, nothing hidden."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fine_bench import leaderboard_view as view
+from fine_bench import records as records_module
+from fine_bench.leaderboard import Leaderboard, Row, build, cells, main
+from fine_bench.metrics.consistency import pairwise_consistency
+from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
+from fine_bench.records import PENDING, RecordStore, StoreError
+from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
+
+N = 60
+BAD = torch.arange(N) < 12
+
+
+@pytest.fixture(autouse=True)
+def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of small files need not survive a power cut here."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def values_of(estimator: str, target: str, seed: int) -> torch.Tensor:
+    """Scores that find the bad examples fairly well; ``constant`` says nothing."""
+    if estimator == "constant":
+        return torch.zeros(1, N)
+    draw = torch.Generator().manual_seed(1000 * seed + 10 * len(estimator) + len(target))
+    noise = torch.randn(1, N, generator=draw)
+    sign = 1.0 if SUSPICIOUS_END[target] == "high" else -1.0
+    return sign * BAD * {"fine": 3.0, "tracin": 1.5}.get(estimator, 0.0) + noise
+
+
+def config(**own: Any) -> dict[str, Any]:
+    return {
+        "task": {"name": "digits", "n_train": N, "noise_rate": 0.2, "n_query": 10, "seed": 0},
+        "model": {"name": "mlp", "hidden": [32]},
+        "trainer": {"max_epochs": 5, "batch_size": 16, "lr": 0.1, "momentum": 0.0},
+        "estimator": {"observable": "margin", **own},
+        "seed": own.get("seed", 0),
+    }
+
+
+def finished(estimator: str, target: str, seed: int, **changes: Any) -> RunRecord:
+    end = SUSPICIOUS_END[target]
+    metrics = detection_metrics(suspicion(values_of(estimator, target, seed), end), BAD)
+    base = RunRecord(
+        task="digits",
+        setting="0123456789abcdef",
+        estimator=estimator,
+        estimator_hash="feed" * 16,
+        version=1,
+        target=target,
+        seed=seed,
+        status="finished",
+        scores_sha256=PENDING,
+        metrics={**metrics, "n_bad": 12, "lds": 0.5 + seed / 100},
+        cost={"seconds": 1.5 + seed, "gradient_evaluations": 600.0},
+        data_sha256="da7a" * 16,
+        config=config(),
+        environment={"commit": "c0ffee", "dirty": False},
+        training={"test_accuracy": 0.9 + seed / 100, "seconds": 12.5 + seed},
+    )
+    return replace(base, **changes)
+
+
+def unfinished(record: RunRecord, status: Any, reason: str) -> RunRecord:
+    return replace(record, status=status, reason=reason, scores_sha256="", metrics={}, cost={})
+
+
+def save(store: RecordStore, record: RunRecord, values: torch.Tensor | None = None) -> RunRecord:
+    if record.status != "finished":
+        return store.save(record, None)
+    if values is None:
+        values = values_of(record.estimator, record.target, record.seed)
+    target: Target = record.target  # type: ignore[assignment]
+    return store.save(record, InfluenceScores(values, record.estimator, target))
+
+
+def fill(
+    root: Path, seeds: tuple[int, ...] = (0, 1, 2), edit: Callable[[RunRecord], Any] | None = None
+) -> RecordStore:
+    """Records of three estimators, two targets; ``edit`` changes a record or drops it (None)."""
+    store = RecordStore(root)
+    for estimator in ("fine", "tracin", "constant"):
+        for target in ("self", "validation"):
+            for seed in seeds:
+                record = finished(estimator, target, seed)
+                record = edit(record) if edit is not None else record
+                if record is not None:
+                    save(store, record)
+    return store
+
+
+def row_of(board: Leaderboard, estimator: str, target: str = "self", table: int = 0) -> Row:
+    rows = board.tables[table].rows
+    (row,) = [r for r in rows if (r.estimator, r.target) == (estimator, target)]
+    return row
+
+
+def printed(board: Leaderboard, width: int = 100) -> str:
+    text = io.StringIO()
+    view.show(board, Console(file=text, width=width, highlight=False))
+    return text.getvalue()
+
+
+# ------------------------------------------------------------------------------------- numbers
+
+
+def test_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
+    board = build(fill(tmp_path))
+    assert board.problems == ()
+    assert board.complete
+    (table,) = board.tables
+    assert table.seeds == (0, 1, 2)
+    assert table.k == 12
+    row = row_of(board, "tracin", "validation")
+    aurocs = {s: finished("tracin", "validation", s).metrics["auroc"] for s in range(3)}
+    stat = row.stats["auroc"]
+    assert (stat.mean, stat.lower, stat.upper) == tuple(mean_interval(aurocs))
+    assert (stat.n, row.seeds) == (3, (0, 1, 2))
+    assert row.stats["cost_seconds"].mean == 2.5
+    vectors = [values_of("tracin", "validation", s)[0] for s in range(3)]
+    pairs = {
+        (a, b): pairwise_consistency(vectors[a], vectors[b], 12, "low")
+        for a, b in ((0, 1), (0, 2), (1, 2))
+    }
+    for name in ("spearman", "kendall", "jaccard", "jaccard_corrected"):
+        expected = pair_mean_interval({pair: found[name] for pair, found in pairs.items()})
+        stat = row.stats[f"consistency_{name}"]
+        assert (stat.mean, stat.lower, stat.upper) == pytest.approx(tuple(expected), abs=1e-12)
+    assert table.training["test_accuracy"].mean == pytest.approx(0.91)
+    assert table.training["seconds"].n == 3
+
+
+def test_sorted_by_target_then_auroc(tmp_path: Path) -> None:
+    (table,) = build(fill(tmp_path)).tables
+    assert [(r.target, r.estimator) for r in table.rows] == [
+        ("self", "fine"),
+        ("self", "tracin"),
+        ("self", "constant"),
+        ("validation", "fine"),
+        ("validation", "tracin"),
+        ("validation", "constant"),
+    ]
+
+
+def test_constant_scores_are_undefined_not_perfect(tmp_path: Path) -> None:
+    board = build(fill(tmp_path))
+    row = row_of(board, "constant")
+    assert math.isnan(row.stats["consistency_spearman"].mean)
+    assert row.stats["auroc"].mean == 0.5
+    assert board.complete
+    text = printed(board)
+    lines = [x for x in text.splitlines() if x.split()[:1] == ["constant"]]
+    assert [line.count("undefined") for line in lines] == [0, 0, 4, 4]
+    assert "a score that is constant" in view.to_markdown(board)
+
+
+def test_a_single_seed_has_neither_interval_nor_consistency(tmp_path: Path) -> None:
+    board = build(fill(tmp_path, seeds=(0,)))
+    row = row_of(board, "fine")
+    assert math.isnan(row.stats["auroc"].lower)
+    assert "consistency_spearman" not in row.stats
+    assert "[nan" not in view.to_markdown(board)
+    assert board.complete
+
+
+def test_further_metrics_and_costs_reach_the_csv_by_themselves(tmp_path: Path) -> None:
+    lines = list(csv.DictReader(io.StringIO(view.to_csv(build(fill(tmp_path))))))
+    assert len(lines) == 6
+    first = lines[0]
+    assert float(first["lds_mean"]) == pytest.approx(0.51)
+    assert first["lds_n"] == "3"
+    assert float(first["cost_gradient_evaluations_mean"]) == 600
+    assert (first["seeds"], first["missing"], first["option_noise_rate"]) == ("0 1 2", "", "0.2")
+    aurocs = {s: finished("fine", "self", s).metrics["auroc"] for s in range(3)}
+    assert float(first["auroc_mean"]) == mean_interval(aurocs).mean  # to the last bit
+
+
+def test_a_metric_that_only_some_seeds_have_says_how_many(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        return replace(r, metrics={**r.metrics, "extra": 1.0}) if r.seed else r
+
+    assert row_of(build(fill(tmp_path, edit=edit)), "fine").stats["extra"].n == 2
+
+
+def test_records_without_known_bad_examples_have_ranks_but_no_jaccard(tmp_path: Path) -> None:
+    board = build(fill(tmp_path, edit=lambda r: replace(r, metrics={})))
+    row = row_of(board, "fine")
+    assert "consistency_spearman" in row.stats
+    assert "consistency_jaccard" not in row.stats
+    assert "Jaccard@k: k" not in view.to_markdown(board)
+
+
+# --------------------------------------------------------------------- what is not in a number
+
+
+def test_failed_skipped_and_missing_seeds_are_named(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord | None:
+        if (r.estimator, r.target) == ("tracin", "self"):
+            if r.seed == 1:
+                return unfinished(r, "failed", "loss is NaN\nat step 7 | oh")
+            if r.seed == 2:
+                return None
+        if (r.estimator, r.target) == ("constant", "validation"):
+            return unfinished(r, "skipped", "has no checkpoints")
+        return r
+
+    board = build(fill(tmp_path, edit=edit))
+    assert not board.complete
+    row = row_of(board, "tracin")
+    assert row.seeds == (0,)
+    assert row_of(board, "constant", "validation").stats == {}
+    for text in (printed(board), view.to_markdown(board)):
+        flat = " ".join(text.split())
+        assert "failed: tracin · self · seed 1: loss is NaN at step 7 | oh" in flat
+        assert "missing: tracin · self · seed 2: other rows have it" in flat
+        assert "skipped: constant · validation · seeds 0, 1, 2: has no checkpoints" in flat
+        assert "1/3" in flat
+    lines = {
+        (x["estimator"], x["target"]): x for x in csv.DictReader(io.StringIO(view.to_csv(board)))
+    }
+    line = lines["tracin", "self"]
+    assert (line["seeds"], line["failed"], line["missing"]) == ("0", "1", "2")
+    assert lines["constant", "validation"]["skipped"] == "0 1 2"
+
+
+def test_skipped_cells_alone_are_no_fault(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        return unfinished(r, "skipped", "cannot") if r.estimator == "constant" else r
+
+    fill(tmp_path, edit=edit)
+    assert main(["--results", str(tmp_path)]) == 0
+
+
+def test_method_versions_are_never_mixed(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    save(store, finished("fine", "self", 0, version=2))
+    board = build(store)
+    row = row_of(board, "fine")
+    assert (row.version, row.seeds) == (2, (0,))
+    reasons = [c.reason for c in board.tables[0].cells]
+    assert reasons == ["recorded by an older method version only; this is version 2"] * 2
+
+
+def test_different_data_are_never_mixed(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    save(store, finished("fine", "self", 3, data_sha256="0ther" * 12))
+    early = unfinished(finished("fine", "self", 4, data_sha256=""), "failed", "no data")
+    save(store, early)
+    tables = build(store).tables
+    assert [t.seeds for t in tables] == [(3, 4), (0, 1, 2)]
+    assert tables[0].options["data"] == "0ther0th"
+
+
+def test_variants_show_the_options_that_differ(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    for seed in range(3):
+        loss = config(observable="loss", schedule={"every": 2})
+        save(store, finished("fine", "self", seed, estimator_hash="beef" * 16, config=loss))
+        odd = config()  # a hash that differs though the options look the same
+        save(store, finished("tracin", "self", seed, estimator_hash="beef" * 16, config=odd))
+    board = build(store)
+    labels = {r.label for r in board.tables[0].rows}
+    assert {"fine (observable=margin, every=-)", "fine (observable=loss, every=2)"} <= labels
+    assert {"tracin (feedfeed)", "tracin (beefbeef)"} <= labels
+    assert "constant" in labels
+    assert max(map(len, printed(board).splitlines())) <= 100
+
+
+def test_settings_of_one_task_show_what_tells_them_apart(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    other = config()
+    other["trainer"] = {**other["trainer"], "momentum": 0.9}
+    save(store, finished("fine", "self", 0, setting="f" * 16, config=other))
+    first, second = build(store).tables
+    assert first.options["trainer.momentum"] == 0.0
+    assert second.options["trainer.momentum"] == 0.9
+    text = view.caption(first)[0]
+    assert text.startswith("60 training examples · noise rate 0.2 · 10 queries · mlp · 5 epochs · ")
+    assert "batch 16 · lr 0.1 · trainer.momentum 0.0" in text
+
+
+def test_records_from_a_dirty_tree_are_marked(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        dirty = (r.estimator, r.target, r.seed) == ("fine", "self", 2)
+        return replace(r, environment={"commit": "c0ffee", "dirty": dirty})
+
+    board = build(fill(tmp_path, edit=edit))
+    assert row_of(board, "fine").dirty
+    assert not row_of(board, "tracin").dirty
+    for text in (printed(board), view.to_markdown(board)):
+        assert "fine †" in text
+        assert "† made by code with uncommitted changes" in text
+        assert "tracin †" not in text
+
+
+def test_no_significance_marks_below_six_seeds(tmp_path: Path) -> None:
+    board = build(fill(tmp_path))
+    assert all(row.tied is None for row in board.tables[0].rows)
+    assert "Fewer than six seeds: no significance marks." in " ".join(printed(board).split())
+
+
+def test_ties_are_marked_from_six_seeds_on(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        # tracin: as good as fine on average, now above it and now below
+        level = {"fine": 0.9, "tracin": 0.9 + (-1) ** r.seed * 0.02 - 0.001, "constant": 0.5}
+        return replace(r, metrics={**r.metrics, "auroc": level[r.estimator] + r.seed / 1000})
+
+    board = build(fill(tmp_path, seeds=tuple(range(6)), edit=edit))
+    tied = {r.estimator: r.tied for r in board.tables[0].rows if r.target == "self"}
+    assert tied == {"fine": None, "tracin": True, "constant": False}
+    text = printed(board)
+    assert "tracin =" in text
+    assert "Fewer than six seeds" not in text
+
+
+# -------------------------------------------------------------------------------------- rebuild
+
+
+def test_rebuild_is_byte_identical_whatever_the_order_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path)
+
+    def outputs() -> list[bytes]:
+        board = build(store)
+        paths = view.write(board, tmp_path)
+        text = view.to_json(board) + printed(board)
+        return [path.read_bytes() for path in paths] + [text.encode()]
+
+    first = outputs()  # computed from scores
+    assert outputs() == first  # from the cache
+    glob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda p, pattern: list(glob(p, pattern))[::-1])
+    assert outputs() == first
+    scan = store.scan()
+    shuffled = records_module.Scan(scan.records[::-1], scan.problems, scan.consistency[::-1])
+    monkeypatch.setattr(RecordStore, "scan", lambda _: shuffled)
+    assert outputs() == first
+
+
+def test_rebuild_needs_the_records_alone(tmp_path: Path) -> None:
+    store = fill(tmp_path / "a")
+    board = build(store)
+    shutil.copytree(tmp_path / "a" / "records", tmp_path / "b" / "records")
+    assert view.to_json(build(RecordStore(tmp_path / "b"))) == view.to_json(board)
+    assert main(["--results", str(tmp_path / "b")]) == 0
+
+
+def test_without_scores_and_cache_consistency_is_a_named_problem(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    shutil.rmtree(tmp_path / "scores")
+    board = build(store)
+    assert not board.complete
+    assert len(board.problems) == 6
+    problem = board.problems[0]
+    assert problem.startswith("digits/01234567: constant self: no consistency: the score file")
+    assert str(tmp_path) not in problem
+    assert "scores/digits/01234567/constant--self--seed0" in problem
+    assert row_of(board, "fine").stats["auroc"].n == 3  # what the records know is there
+    assert main(["--results", str(tmp_path)]) == 1
+
+
+def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    compare = pairwise_consistency
+
+    def counting(*arguments: Any) -> Mapping[str, float]:
+        compared.append(1)
+        return compare(*arguments)
+
+    monkeypatch.setattr("fine_bench.leaderboard.pairwise_consistency", counting)
+    store = fill(tmp_path)
+    full = build(store)
+    once = 4 * 3 + 2  # the three constants are one and the same score
+    assert len(compared) == once
+    build(store)
+    assert len(compared) == once
+    save(store, finished("fine", "self", 3))
+    build(store)
+    assert len(compared) == once + 3
+    # a forced recomputation of one seed failed: the other two still have their pair
+    shutil.rmtree(tmp_path / "scores")
+    save(store, unfinished(finished("tracin", "self", 2), "failed", "NaN"))
+    board = build(store)
+    assert board.problems == ()
+    assert row_of(board, "tracin").stats["consistency_spearman"].n == 2
+    assert row_of(full, "tracin").stats["consistency_spearman"].n == 3
+
+
+def test_a_full_disk_while_caching_keeps_the_numbers_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fill(tmp_path)
+    expected = build(fill(tmp_path / "other"))
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records_module, "_write_whole", full)
+    board = build(store)
+    assert row_of(board, "fine").stats == row_of(expected, "fine").stats
+    assert len(board.problems) == 6
+    assert "No space left on device" in board.problems[0]
+    with pytest.raises(StoreError, match=r"could not write .*leaderboard\.md"):
+        view.write(board, tmp_path)
+    assert main(["--results", str(tmp_path)]) == 1
+
+
+def test_a_damaged_record_is_named_and_its_seed_missing(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    build(store)
+    (path,) = (tmp_path / "records").rglob("fine--self--seed1*.json")
+    path.write_text(path.read_text()[:99])
+    board = build(store)
+    assert "fine--self--seed1" in board.problems[0]
+    assert [(c.estimator, c.seed, c.state) for c in board.tables[0].cells] == [
+        ("fine", 1, "missing")
+    ]
+    assert "fine--self--seed1" in view.to_markdown(board)
+    assert main(["--results", str(tmp_path)]) == 1
+
+
+# ------------------------------------------------------------------------------- looks and CLI
+
+
+def test_tables_fit_100_columns_even_with_awkward_numbers(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        metrics = dict.fromkeys(r.metrics, -0.9876 + 0.1 * r.seed)
+        cost = {"seconds": 123456.7 * (1 + r.seed)}
+        name = "an_estimator_with_quite_a_long_name_" + r.estimator
+        return replace(r, metrics={**metrics, "n_bad": 12}, cost=cost, estimator=name)
+
+    board = build(fill(tmp_path, edit=edit))
+    text = printed(board)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "-0.888 " in text
+    assert "-.988–-.788 " in text
+    assert "123,457–370,370" in text
+    assert "…" not in text  # nothing is cut away
+
+
+def test_table_shows_means_with_intervals(tmp_path: Path) -> None:
+    board = build(fill(tmp_path))
+    stat = row_of(board, "tracin").stats["average_precision"]
+    short = f"{stat.mean:.3f} {stat.lower:.3f}–{stat.upper:.3f}".replace(" 0.", " .")
+    assert short.replace("–0.", "–.") in printed(board)
+    assert f"{stat.mean:.3f} [{stat.lower:.3f}, {stat.upper:.3f}]" in view.to_markdown(board)
+
+
+def test_json_is_strict_and_complete(tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    parsed = json.loads(view.to_json(build(fill(tmp_path))), parse_constant=refuse)
+    row = next(r for r in parsed["tables"][0]["rows"] if r["estimator"] == "constant")
+    assert row["stats"]["consistency_spearman"] == {
+        "mean": None,
+        "lower": None,
+        "upper": None,
+        "n": 3,
+    }
+
+
+@pytest.mark.parametrize("form", ["table", "md", "csv", "json"])
+def test_cli_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    store = fill(tmp_path)
+    assert main(["--results", str(tmp_path), "--format", form]) == 0
+    out, err = capsys.readouterr()
+    assert "leaderboard.md" in err
+    board = build(store)
+    if form == "table":
+        assert "AUROC" in out
+        assert max(map(len, out.splitlines())) <= 100
+    else:
+        assert out == getattr(view, f"to_{'markdown' if form == 'md' else form}")(board)
+    assert (tmp_path / "leaderboard.md").read_text() == view.to_markdown(board)
+    assert (tmp_path / "leaderboard.csv").read_text() == view.to_csv(board)
+
+
+def test_cli_prints_one_task_but_writes_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = fill(tmp_path)
+    save(store, finished("fine", "self", 0, task="mnist"))
+    assert main(["--results", str(tmp_path), "--task", "mnist", "--format", "md"]) == 0
+    out = capsys.readouterr().out
+    assert "## mnist" in out
+    assert "## digits" not in out
+    assert "## digits" in (tmp_path / "leaderboard.md").read_text()
+    assert main(["--results", str(tmp_path), "--task", "cifar"]) == 2
+    assert "no task 'cifar'; there are: digits, mnist" in capsys.readouterr().err
+
+
+def test_cli_without_records_says_what_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--results", str(tmp_path / "none")]) == 2
+    err = capsys.readouterr().err
+    assert "python -m fine_bench" in err
+    assert "--results DIR" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_cells_of_a_sweep() -> None:
+    done = finished("fine", "self", 0)
+    failed = unfinished(finished("fine", "self", 1), "failed", "NaN loss")
+    skipped = unfinished(finished("trak", "self", 0), "skipped", "too wide")
+    again = replace(failed, revision=2, reason="worse")
+    planned = [
+        (done.setting, "fine", done.estimator_hash, "self", 0),
+        (done.setting, "fine", done.estimator_hash, "self", 1),
+        (done.setting, "fine", done.estimator_hash, "self", 2),
+        (done.setting, "trak", done.estimator_hash, "self", 0),
+        ("other", "fine", done.estimator_hash, "self", 0),
+    ]
+    found = cells([again, done, failed, skipped], planned)
+    assert [c.state for c in found] == ["finished", "failed", "missing", "skipped", "missing"]
+    assert [c.reason for c in found][1:4] == ["worse", "no record", "too wide"]
+    assert [(c.setting, c.estimator, c.estimator_hash, c.target, c.seed) for c in found] == planned
+
+
+def test_runs_as_a_module_and_needs_no_trainer(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['leaderboard', '--results', {str(tmp_path)!r}]\n"
+        "try:\n"
+        "    runpy.run_module('fine_bench.leaderboard', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+        "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "[]"], done.stderr
+    assert "no records below" in done.stderr
