@@ -290,12 +290,14 @@ def explain(error: BaseException) -> str:
             full = link.full_key or str(link.key)
             where, _, key = full.rpartition(".")
             parent = link.parent_node
-            if "not in struct" in str(link) or "not in 'RunConfig'" in str(link):
+            if " not in '" in str(link) or "not in struct" in str(link):
                 names = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
                 return f"{full} is unknown{suggest(key, names, where)}"
             first = str(link).splitlines()[0]
-            return f"{full}: {first}"
-    return str(chain[0]).strip()
+            default = parent.get(key) if isinstance(parent, DictConfig) and key in parent else None
+            return f"{full}: {first}" + (f"; type {full}={default}" if default is not None else "")
+    # what Hydra adds about search paths and providers does not help
+    return str(chain[0]).split("Config search path")[0].strip()
 
 
 def setting_of(config: RunConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from fine_bench import leaderboard, leaderboard_view
 from fine_bench.config import check, explain
@@ -37,7 +38,7 @@ INCOMPLETE = 1
 
 _exit_status = 0
 
-out = Console(stderr=True, highlight=False)
+out = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def exit_status() -> int:
@@ -47,7 +48,7 @@ def exit_status() -> int:
 
 def refuse(error: Exception) -> NoReturn:
     """Say what is wrong with the input and end the process."""
-    out.print(f"[bold red]error:[/] {explain(error)}", soft_wrap=True)
+    out.print(f"[bold red]error:[/] {escape(explain(error))}")
     raise SystemExit(BAD_INPUT)
 
 
@@ -106,7 +107,7 @@ def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
             for cell in job.cells
         )
     out.print(f"  to compute  {cells - done} of {cells} cells ({done} finished earlier)")
-    out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})", soft_wrap=True)
+    out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})")
     out.print()
 
 
@@ -148,7 +149,7 @@ class SweepHook(Callback):
         try:
             status = conclude(self.jobs, folder.name)
         except Exception as error:
-            out.print(f"[bold red]error:[/] the leaderboard could not be made: {error}")
+            out.print(f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}")
             status = INCOMPLETE
         global _exit_status
         _exit_status = status
@@ -183,12 +184,12 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     frame = leaderboard_view.frame(shown)
     rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
     wandb_log.log_summary(jobs, sweep, rows, root / "leaderboard.csv")
-    out.print(f"\nwritten: {', '.join(map(str, written))}", soft_wrap=True)
+    out.print(f"\nwritten: {', '.join(map(str, written))}")
     if bad:
         out.print(f"[bold red]{len(bad)} of {len(states)} cells are not there:[/]")
         for cell in bad:
             name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
-            out.print(f"  {name} {cell.state}: {cell.reason}", soft_wrap=True)
+            out.print(f"  {name} {cell.state}: {escape(cell.reason)}")
     return INCOMPLETE if bad else 0
 
 
@@ -206,6 +207,6 @@ def run_job(config: DictConfig) -> None:
     if not todo:
         return
     logger = wandb_log.start_run(job, sweep)
-    outcomes = execute(job, sweep, logger, lambda line: out.print("  " + line, soft_wrap=True))
+    outcomes = execute(job, sweep, logger, lambda line: out.print("  " + escape(line)))
     wandb_log.finish_run(logger, job, outcomes)
     sys.stderr.flush()

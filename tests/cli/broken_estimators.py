@@ -1,0 +1,37 @@
+"""Estimators that go wrong on purpose; the tests name them in ``_target_``."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from baselines.controls import RandomScores
+from fine_bench.types import InfluenceScores
+
+
+class FailsOnSeedOne(RandomScores):
+    """Raises for one seed."""
+
+    name = "broken"
+
+    def compute(self) -> InfluenceScores:
+        if self.seed == 1:
+            raise RuntimeError("the disk is on [fire]")
+        return super().compute()
+
+
+class KillsOnce(RandomScores):
+    """Ends the whole process the way SIGKILL does, the first time it is asked."""
+
+    name = "killer"
+
+    def __init__(self, flag: str, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.flag = flag
+
+    def compute(self) -> InfluenceScores:
+        if not os.path.exists(self.flag):
+            with open(self.flag, "w") as file:
+                file.write("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().compute()

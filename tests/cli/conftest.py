@@ -1,0 +1,53 @@
+"""The command as a user types it, on a small slice of the digits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SMALL = (
+    "task.n_train=120",
+    "task.n_query=20",
+    "trainer.max_epochs=2",
+    "trainer.batch_size=16",
+    "trainer.num_threads=1",
+)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def command(folder: Path, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "fine_bench", f"results_dir={folder}", *SMALL, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "COLUMNS": "200",
+    }
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")  # not the checkout: conf/ must be found
+
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(folder, arguments),
+            cwd=elsewhere,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

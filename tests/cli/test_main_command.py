@@ -1,0 +1,302 @@
+"""The main command from start to leaderboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import Run, command, environment  # type: ignore[import-not-found]
+
+from fine_bench import leaderboard
+from fine_bench.records import RecordStore, newest
+
+FEW = "estimator=[fine,tracin,mean_loss,random,constant]"
+
+
+@pytest.fixture(scope="module")
+def finished(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("main") / "results"
+    return folder, cli(folder, FEW, "seed=0,1")
+
+
+def score_files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted((folder / "scores").rglob("*.safetensors"))
+    }
+
+
+def test_a_sweep_ends_in_a_leaderboard(finished: tuple[Path, Any]) -> None:
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    assert "120 training examples, 24 bad (20%, flipped label)" in done.stderr
+    assert "20 of 20 cells" in done.stderr
+    records = RecordStore(folder).scan().records
+    assert {r.seed for r in records} == {0, 1}
+    assert sum(r.status == "finished" for r in records) == 18
+    skipped = [r for r in records if r.status == "skipped"]
+    assert {(r.estimator, r.target) for r in skipped} == {("mean_loss", "validation")}
+    for text in (done.stdout, (folder / "leaderboard.md").read_text()):
+        assert "fine" in text
+        assert "no notion of a query" in " ".join(text.split())
+    table = pd.read_csv(folder / "leaderboard.csv").set_index(["estimator", "target"])
+    assert set(table.index) >= {("fine", "self"), ("tracin", "validation")}
+    assert table.loc[("fine", "self"), "auroc_mean"] > 0.55  # two epochs on 120 images
+    assert table.loc[("constant", "self"), "auroc_mean"] == 0.5
+
+
+def test_the_printed_table_fits_a_terminal(finished: tuple[Path, Any]) -> None:
+    assert max(len(line) for line in finished[1].stdout.splitlines()) <= 100
+
+
+def test_all_seeds_share_one_corrupted_data_set(finished: tuple[Path, Any]) -> None:
+    assert len({r.data_sha256 for r in RecordStore(finished[0]).scan().records}) == 1
+
+
+def test_a_record_says_how_it_was_made(finished: tuple[Path, Any]) -> None:
+    record = next(r for r in RecordStore(finished[0]).scan().records if r.estimator == "fine")
+    assert record.config["task"]["n_train"] == 120
+    assert record.config["estimator"]["observable"] == "margin"
+    assert record.config["estimator"]["query_weighting"] == "noise"
+    assert {"commit", "torch", "cpu", "python"} <= set(record.environment)
+    assert {"test_accuracy", "seconds", "n_steps"} <= set(record.training)
+    assert record.cost["seconds"] > 0
+    assert str(finished[0]) not in json.dumps(dict(record.config))
+
+
+def test_finished_records_are_not_recomputed(cli: Run, finished: tuple[Path, Any]) -> None:
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    again = cli(folder, FEW, "seed=0,1", "logger.mode=disabled")
+    assert again.returncode == 0, again.stderr
+    assert "0 of 20 cells (20 finished earlier)" in again.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+def test_the_leaderboard_is_rebuilt_from_the_records_alone(
+    finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = finished
+    subprocess.run(["cp", "-r", str(folder / "records"), str(tmp_path / "records")], check=True)
+    assert leaderboard.main(["--results", str(tmp_path)]) == 0
+    for name in ("leaderboard.md", "leaderboard.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_same_command_gives_identical_scores(
+    cli: Run, finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    done = cli(tmp_path, FEW, "seed=0,1", "logger.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert score_files(tmp_path) == score_files(finished[0])
+    forced = cli(tmp_path, "estimator=[random]", "seed=0", "force=true", "logger.mode=disabled")
+    assert forced.returncode == 0, forced.stderr
+    store = RecordStore(tmp_path)
+    revisions = [
+        r.revision for r in store.scan().records if r.estimator == "random" and r.seed == 0
+    ]
+    assert sorted(revisions) == [1, 1, 2, 2]  # two targets; the first revisions are still there
+    chosen = [r for r in newest(store.scan().records) if r.estimator == "random" and r.seed == 0]
+    assert [r.revision for r in chosen] == [2, 2]
+
+
+def test_a_new_estimator_uses_the_checkpoints_of_the_finished_run(
+    cli: Run, finished: tuple[Path, Any]
+) -> None:
+    done = cli(finished[0], "estimator=[gradient_norm]", "seed=0", "logger.mode=disabled")
+    assert done.returncode == 0, done.stderr
+    assert "not trained again" in done.stderr
+
+
+def logged_records(content: bytes) -> Iterator[bytes]:
+    """The records of an offline run file: LevelDB's log format after a header of seven bytes."""
+    position, block, parts = 7, 32768, b""
+    while position < len(content):
+        left = block - position % block
+        if left < 7:  # the rest of a block that cannot hold a header is padding
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def test_wandb_holds_the_numbers(finished: tuple[Path, Any]) -> None:
+    """Read the offline runs back, record by record."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    folder, _ = finished
+    runs: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("wandb/**/*.wandb")):
+        name, summary, history, artifacts = "", {}, [], []
+        for data in logged_records(path.read_bytes()):
+            record = pb.Record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "run" and record.run.display_name:
+                name = record.run.display_name
+                group = record.run.run_group
+            elif kind == "summary":
+                for item in record.summary.update:
+                    summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            elif kind == "history":
+                history.append({i.key or ".".join(i.nested_key) for i in record.history.item})
+            elif kind == "artifact":
+                artifacts.append(record.artifact.name)
+            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+                artifacts.append(record.request.log_artifact.artifact.name)
+        runs[name] = {
+            "summary": summary,
+            "history": history,
+            "group": group,
+            "artifacts": artifacts,
+        }
+    seeds = {f"digits_mislabel-seed{s}" for s in (0, 1)}
+    boards = [name for name in runs if name.startswith("leaderboard-")]
+    assert seeds <= set(runs)
+    assert len(boards) == 1
+    assert len({runs[name]["group"] for name in (*seeds, *boards)}) == 1
+    record = next(
+        r
+        for r in RecordStore(folder).scan().records
+        if (r.estimator, r.target, r.seed) == ("fine", "self", 1)
+    )
+    run = runs["digits_mislabel-seed1"]
+    assert run["summary"]["fine/self/auroc"] == pytest.approx(record.metrics["auroc"], abs=1e-12)
+    logged = set().union(*run["history"])
+    assert {"train_loss", "test_accuracy"} <= logged
+    assert any(key.startswith("detection_curve/fine/self") for key in logged | set(run["summary"]))
+    table = pd.read_csv(folder / "leaderboard.csv").set_index(["estimator", "target"])
+    board = runs[boards[0]]["summary"]
+    key = "digits_mislabel/fine/self/consistency_spearman_mean"
+    assert board[key] == pytest.approx(table.loc[("fine", "self"), "consistency_spearman_mean"])
+
+
+def test_one_failing_seed_does_not_take_the_others_along(cli: Run, tmp_path: Path) -> None:
+    done = cli(
+        tmp_path,
+        "estimator=[random]",
+        "seed=0,1,2",
+        "targets=[self]",
+        "+estimators.broken._target_=broken_estimators.FailsOnSeedOne",
+        "+estimators.broken.seed=null",
+        "allow_packages=[broken_estimators]",
+        "logger.mode=disabled",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "broken/self seed 1 failed: RuntimeError: the disk is on [fire]" in done.stderr
+    assert "random" in done.stdout
+    states = {(r.estimator, r.seed): r.status for r in RecordStore(tmp_path).scan().records}
+    assert states == {
+        **{("random", s): "finished" for s in range(3)},
+        ("broken", 0): "finished",
+        ("broken", 1): "failed",
+        ("broken", 2): "finished",
+    }
+    assert "failed: broken" in (tmp_path / "leaderboard.md").read_text()
+
+
+def test_a_diverged_run_is_a_failed_record(cli: Run, tmp_path: Path) -> None:
+    done = cli(tmp_path, "trainer.lr=1e30", "seed=0", "estimator=[fine]", "logger.mode=disabled")
+    assert done.returncode == 1
+    assert "lower the step size" in done.stderr
+    assert all(r.status == "failed" for r in RecordStore(tmp_path).scan().records)
+
+
+def test_bad_input_ends_with_a_message_and_status_two(cli: Run, tmp_path: Path) -> None:
+    done = cli(tmp_path, "task.noise_rate=-0.1", "seed=0,1")
+    assert done.returncode == 2
+    assert "task.noise_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "records").exists()
+
+
+KILL_OPTIONS = ("estimator=[fine,tracin,random]", "seed=0,1", "logger.mode=disabled")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("whole")
+    done = cli(folder, *KILL_OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return score_files(folder)
+
+
+@pytest.mark.parametrize("after", ["start", "first epoch", "first record", "second seed"])
+def test_killed_and_run_again(
+    cli: Run, tmp_path: Path, after: str, uninterrupted: dict[str, bytes]
+) -> None:
+    """SIGKILL at several moments; the same command again completes the sweep."""
+
+    def reached() -> bool:
+        marks = {
+            "start": "checkpoints/**/*.tmp-*",
+            "first epoch": "checkpoints/**/*.ckpt",
+            "first record": "records/**/*--seed0--*.json",
+            "second seed": "records/**/*--seed1--*.json",
+        }
+        return any(tmp_path.glob(marks[after]))
+
+    process = subprocess.Popen(
+        command(tmp_path, KILL_OPTIONS),
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    done = cli(tmp_path, *KILL_OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert score_files(tmp_path) == uninterrupted
+    assert not list(tmp_path.glob("checkpoints/**/*.tmp-*"))
+    assert not RecordStore(tmp_path).scan().problems
+
+
+def test_killed_between_two_cells(cli: Run, tmp_path: Path) -> None:
+    options = (
+        "estimator=[fine,random]",
+        "targets=[self]",
+        "seed=0",
+        "+estimators.killer._target_=broken_estimators.KillsOnce",
+        f"+estimators.killer.flag={tmp_path / 'flag'}",
+        "+estimators.killer.seed=null",
+        "allow_packages=[broken_estimators]",
+        "logger.mode=disabled",
+    )
+    killed = cli(tmp_path, *options)
+    assert killed.returncode == -9
+    done = cli(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert "not trained again" in done.stderr
+    records = RecordStore(tmp_path).scan().records
+    assert sorted(r.estimator for r in records) == ["fine", "killer", "random"]
+    assert all(r.revision == 1 for r in records)
+
+
+def test_help_and_the_leaderboard_command(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "fine_bench.leaderboard", "--results", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ),
+        check=False,
+    )
+    assert shown.returncode == 2
+    assert "no records below" in shown.stderr
