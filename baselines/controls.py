@@ -126,4 +126,5 @@ class GradientNorm(_SelfControl):
 
     def compute(self) -> InfluenceScores:
         """The norms."""
+        self.require_update()
         return self._scores(self._values)

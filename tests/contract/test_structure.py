@@ -1,0 +1,110 @@
+"""Imports point one way, and heavy frameworks stay in their rooms."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import baselines
+import fine_bench
+
+ROOTS = {
+    "fine_bench": Path(fine_bench.__file__).parent,
+    "baselines": Path(baselines.__file__).parent,
+}
+
+# room → what it may import from the project; a room is a module or package below fine_bench/
+CORE = {"types", "seeds", "errors", "__version__"}
+ALLOWED: dict[str, set[str]] = {
+    "types": set(),
+    "seeds": set(),
+    "errors": set(),
+    "privacy": {"tradeoff"},
+    "tradeoff": set(),
+    "testing": {"tradeoff"},
+    "gradients": CORE,
+    "weighting": {*CORE, "gradients"},
+    "estimator": {*CORE, "gradients"},
+    "fine": {*CORE, "gradients", "weighting", "testing", "tradeoff"},
+    "callback": {*CORE, "gradients", "weighting", "fine"},
+    "data": CORE,
+    "models": CORE,
+    "metrics": CORE,
+    "records": CORE,
+    "leaderboard": {*CORE, "records", "metrics", "leaderboard_view"},
+    "leaderboard_view": {*CORE, "records", "metrics", "leaderboard"},
+    "figures": {*CORE, "records", "metrics", "leaderboard", "tradeoff"},
+    "config": {*CORE, "records"},
+    "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
+}
+FRAMEWORKS: dict[str, set[str]] = {
+    "pytorch_lightning": {"models", "data", "callback", "run"},
+    "hydra": {"config", "run", "__main__"},
+    "omegaconf": {"config", "run", "__main__"},
+    "wandb": {"run"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package, root in ROOTS.items():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            room = "baselines" if package == "baselines" else parts[0]
+            found.append((room, path))
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def project_room(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] == "baselines":
+        return "baselines"
+    if parts[0] == "fine_bench":
+        return parts[1] if len(parts) > 1 else "__init__"
+    return None
+
+
+@pytest.mark.parametrize(("room", "path"), modules(), ids=lambda v: str(getattr(v, "name", v)))
+def test_imports_point_one_way(room: str, path: Path) -> None:
+    for name in imported(path):
+        framework = name.split(".")[0]
+        if framework in FRAMEWORKS:
+            assert room in FRAMEWORKS[framework], f"{path.name} imports {framework}"
+        other = project_room(name)
+        if other is None or room in ("run", "__main__", "__init__") or other == room:
+            continue
+        assert room in ALLOWED, f"say in this test what {room} may import"
+        assert other in ALLOWED[room], f"{path.name} ({room}) imports {name}"
+
+
+def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
+    code = (
+        "import sys, fine_bench, fine_bench.callback, baselines.tracin, baselines.controls\n"
+        "print([m for m in ('hydra', 'wandb', 'omegaconf') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_formula_in_the_lightning_adapter() -> None:
+    tree = ast.parse((ROOTS["fine_bench"] / "callback.py").read_text())
+    calls = {
+        n.func.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    assert not calls & {"std", "var", "sqrt", "square", "rsqrt"}

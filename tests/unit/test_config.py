@@ -1,0 +1,156 @@
+"""Configuration: every YAML file works, and every impossible request is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from fine_bench.config import RunConfig, check, config_folder, explain, register, setting_digest
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.run.plan import Job, plan, refuse_duplicates
+
+CONF = config_folder()
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def checked(*overrides: str) -> RunConfig:
+    try:
+        return check(compose("config", list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+
+
+def planned(*overrides: str) -> Job:
+    return plan(checked(*overrides))
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("estimator"))
+def test_every_estimator_file(name: str) -> None:
+    job = planned(f"estimator={name}")
+    assert [cell.estimator for cell in job.cells] == [name, name]
+    for cell in job.cells:
+        if not cell.in_run:
+            assert callable(job.estimator(cell).compute)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_every_model_file(name: str) -> None:
+    assert planned(f"model={name}", "estimator=random").config.model["name"] == name
+
+
+@pytest.mark.parametrize("name", [n for n in names("task") if n.startswith("digits")])
+def test_every_offline_task_file(name: str) -> None:
+    assert planned(f"task={name}", "estimator=random").data.name == name
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_file(name: str, mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINE_BENCH_DATA", str(mnist_dir))
+    job = planned(f"+experiment={name}")
+    assert job.cells
+
+
+@pytest.mark.parametrize("group", ["trainer", "logger"])
+def test_every_other_file(group: str) -> None:
+    for name in names(group):
+        assert checked(f"{group}={name}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_epoch=3", "did you mean trainer.max_epochs?"),
+        ("trainer.max_epochs=abc", "could not be converted to Integer; type trainer.max_epochs="),
+        ("trainer.max_epochs=0", "must be at least 1; type trainer.max_epochs="),
+        ("trainer.batch_size=0", "type trainer.batch_size=64"),
+        ("trainer.batch_size=5000", "larger than the training set of 1347.*type trainer.batch"),
+        ("trainer.lr=-1", "type trainer.lr="),
+        ("trainer.momentum=-1", "type trainer.momentum=0"),
+        ("trainer.order_seed=-1", "type trainer.order_seed=0"),
+        ("trainer.num_threads=0", "type trainer.num_threads=null"),
+        ("seed=-1", "type seed=0"),
+        ("sed=1", "did you mean seed?"),
+        ("task.noise_rat=0.1", "did you mean task.noise_rate?"),
+        ("task.noise_rate=-0.1", "Type for instance task.noise_rate=0.2"),
+        ("task.noise_rate=1.0", "task.noise_rate"),
+        ("task.noise_rate=many", "wrong type"),
+        ("task.n_query=5000", "Type task.n_query="),
+        ("task.n_train=5000", "task.n_train"),
+        ("task=unknown", "digits_mislabel"),
+        ("task._target_=os.system", r"type 'allow_packages=\[os\]'"),
+        ("task._target_=fine_bench.nothing", "cannot be imported"),
+        ("+task.extra=1", "task.extra is unknown; task has"),
+        ("model.hidden=[0]", "model.hidden must be positive"),
+        ("model.activation=swish", "type model.activation=relu"),
+        ("estimators.fine.observable=accuracy", "'margin' or 'loss'"),
+        ("estimators.fine.refresh_every=0", "estimators.fine: refresh_every must be at least 1"),
+        ("+estimators.fine.observible=loss", "did you mean estimators.fine.observable?"),
+        ("estimators.fine.schedule=snapshot", "not available yet"),
+        ("estimator=unknown", "Could not find 'estimator/unknown'"),
+        ("targets=[everything]", r"type 'targets=\[self,validation\]'"),
+        ("targets=[]", "targets"),
+        ("targets=[self,self]", "name each target once"),
+        ("query_weighting=max", "type query_weighting=noise"),
+        ("logger.mode=later", "type logger.mode=offline"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_type(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(override)
+
+
+def test_missing_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINE_BENCH_DATA", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=str(tmp_path)):
+        planned("task=mnist_mislabel", "task.download=false")
+
+
+def test_the_same_seed_twice_in_a_sweep() -> None:
+    jobs = [planned(f"seed={seed}") for seed in (0, 1, 0)]
+    with pytest.raises(ConfigError, match=r"seed=0 occurs twice.*type seed=0,1"):
+        refuse_duplicates(jobs)
+    refuse_duplicates([planned("seed=0"), planned("seed=0", "trainer.lr=0.01")])
+
+
+def test_the_setting_holds_what_changes_results_and_nothing_else() -> None:
+    base = setting_digest(checked())
+    for same in (
+        "seed=5",
+        "trainer.progress=false",
+        "results_dir=x",
+        "force=true",
+        "estimator=random",
+    ):
+        assert setting_digest(checked(same)) == base, same
+    for other in ("task.seed=1", "trainer.lr=0.01", "model.hidden=[8]", "trainer.order_seed=0"):
+        assert setting_digest(checked(other)) != base, other
+
+
+def test_query_weighting_is_preset_for_all_methods() -> None:
+    config = checked("query_weighting=norm", "estimator=[fine,tracin]")
+    assert {o["query_weighting"] for o in config.estimators.values()} == {"norm"}
+
+
+def test_an_open_seed_follows_the_run() -> None:
+    job = planned("seed=7", "estimator=random")
+    assert job.estimator(job.cells[0]).seed == 7
+    other = planned("seed=8", "estimator=random")
+    assert job.cells[0].estimator_hash == other.cells[0].estimator_hash
