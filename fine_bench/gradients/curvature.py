@@ -241,12 +241,12 @@ def _with_outputs(block: Block, recorder: LayerRecorder) -> FactorBlock:
 def _leftover(engine: GradientEngine, x: Tensor, vectors: Tensor) -> Tensor:
     """J_iᵀ s_ik for the parameters outside the factor layers, ``(M, B, P)``."""
     names = engine.recorder.leftover
-    params = dict(engine.model.named_parameters())
-    chosen = {name: params[name].detach() for name in names}
+    fixed = {name: p.detach() for name, p in engine.model.named_parameters()}
+    chosen = {name: fixed[name] for name in names}
 
     def one(xi: Tensor, roots: Tensor) -> Tensor:
         def output(values: dict[str, Tensor]) -> Tensor:
-            z: Tensor = functional_call(engine.model, values, (xi[None],))
+            z: Tensor = functional_call(engine.model, fixed | values, (xi[None],))
             return z[0]
 
         pull = vjp(output, chosen)[1]
@@ -294,8 +294,9 @@ class CurvatureProducts:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """``(K, P)`` → ``(K, P)``."""
-        named = dict(self.model.named_parameters())
-        params = {name: named[name].detach() for name in self.names}
+        # all of them detached, also those that have no coordinates: no graph may start there
+        fixed = {name: p.detach() for name, p in self.model.named_parameters()}
+        params = {name: fixed[name] for name in self.names}
         sizes = [p.numel() for p in params.values()]
         tangents = {
             name: part.reshape(-1, *p.shape)
@@ -303,19 +304,24 @@ class CurvatureProducts:
         }
         total = torch.zeros_like(vectors)
         for rows, x, y in self.batches():
-            product = self._batch(params, x, y, rows)
+            product = self._batch(fixed, params, x, y, rows)
             result = vmap(product, chunk_size=CHUNK)(tangents)
             total += torch.cat([result[name].flatten(1) for name in self.names], 1)
         self.products += len(vectors)
         return total / self.n
 
     def _batch(
-        self, params: dict[str, Tensor], x: Tensor, y: Tensor, rows: slice
+        self,
+        fixed: dict[str, Tensor],
+        params: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        rows: slice,
     ) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         """The sum over a batch of curvature times vector, as a function of one vector."""
 
         def output(values: dict[str, Tensor]) -> Tensor:
-            z: Tensor = functional_call(self.model, values, (x,))
+            z: Tensor = functional_call(self.model, fixed | values, (x,))
             return z
 
         def total(values: dict[str, Tensor]) -> Tensor:
@@ -330,7 +336,7 @@ class CurvatureProducts:
 
             return hessian_product
 
-        metric = self._metric(output(params).detach(), y, rows)
+        metric = self._metric(output(params), y, rows)
 
         def product(tangent: dict[str, Tensor]) -> dict[str, Tensor]:
             dz = jvp(output, (params,), (tangent,))[1]

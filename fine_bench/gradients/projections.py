@@ -67,6 +67,8 @@ class Projection(ABC):
     def __init__(self, dim: int, seed: int) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
+        if seed < 0:
+            raise ValueError(f"seed must be a non-negative integer, got {seed}")
         self.dim = dim
         self.seed = seed
 
@@ -88,7 +90,11 @@ class Projection(ABC):
 
 
 def make_projection(kind: ProjectionKind, dim: int, seed: int) -> Projection:
-    """The projection of a kind. ``dim`` has no meaning for ``"none"``, whose φ is g."""
+    """The projection of a kind. ``dim`` has no meaning for ``"none"``, whose φ is g.
+
+    Raises:
+        ValueError: an unknown kind, or a ``dim`` or ``seed`` out of its range.
+    """
     kinds: dict[str, Callable[[int, int], Projection]] = {
         "none": NoProjection,
         "gaussian": Gaussian,
@@ -104,6 +110,8 @@ def make_projection(kind: ProjectionKind, dim: int, seed: int) -> Projection:
 
 def projection_matrix(projection: Projection, gradients: PerExampleGradients) -> Tensor:
     """P explicitly, ``(parameters, dim)`` float64, rows in the order of ``gradients.dense()``."""
+    if isinstance(projection, NoProjection):
+        return torch.eye(gradients.n_params, dtype=torch.float64)
     return torch.cat([projection.matrix(block) for block in gradients.blocks])
 
 
@@ -115,7 +123,7 @@ class NoProjection(Projection):
         return gradients.dense()
 
     def matrix(self, block: Block) -> Tensor:
-        """The block's identity; the blocks stand side by side, so P cannot be stacked."""
+        """The block's identity, ``(block.n_params, block.n_params)``."""
         return torch.eye(block.n_params, dtype=torch.float64)
 
 
@@ -254,15 +262,16 @@ class SparseJL(_Unstructured):
         return dense.scatter_(1, rows >> 1, 1.0 - 2.0 * (rows & 1).double())
 
     def _add(self, block: Block, rows: _Rows, total: Tensor) -> None:
-        transposed = torch.zeros_like(total.T)
-        step = 1024  # examples at a time: a chunk of the gradient stays in cache
-        if isinstance(block, FactorBlock) and block.weight and _by_unit(block):
+        # transposed, (dim, B): a row of P then touches contiguous memory
+        transposed = torch.zeros_like(total.T, memory_format=torch.contiguous_format)
+        if isinstance(block, FactorBlock) and block.weight and block.a.shape[1] == 1:
             a, b = block.a[:, 0].T.contiguous(), block.b[:, 0].T.contiguous()
-            for unit in range(len(b)):
-                bags = self._bags(rows.take(len(a)), a)
-                for start in range(0, a.shape[1], step):
-                    part = slice(start, start + step)
-                    transposed[:, part] += _sum_bags(a[:, part] * b[unit, part], bags)
+            for units in torch.split(b, max(1, 4096 // len(a))):
+                bags = self._bags(rows.take(len(units) * len(a)), a)
+                for start in range(0, a.shape[1], 256):  # so few that a chunk stays in cache
+                    part = slice(start, start + 256)
+                    chunk = (units[:, None, part] * a[None, :, part]).flatten(0, 1)
+                    transposed[:, part] += _sum_bags(chunk, bags)
             if block.bias:
                 transposed += _sum_bags(b, self._bags(rows.take(len(b)), b))
         else:
@@ -353,11 +362,11 @@ def _add_unit(a: Tensor, b: Tensor, rows: Tensor, total: Tensor) -> None:
 def _dense_chunks(block: Block) -> Iterable[Tensor]:
     """The columns of ``block.dense()``, about a thousand at a time, ``(B, columns)``."""
     if isinstance(block, DenseBlock):
-        yield from block.g.split(1024, dim=1)
+        yield from torch.split(block.g, 1024, dim=1)
         return
     if block.weight:
         units = max(1, 1024 // block.a.shape[2])
-        for b in block.b.split(units, dim=2):
+        for b in torch.split(block.b, units, dim=2):
             yield torch.bmm(b.transpose(1, 2), block.a).flatten(1)
     if block.bias:
         yield block.b.sum(1)

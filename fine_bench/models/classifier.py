@@ -72,9 +72,12 @@ class Classifier(pl.LightningModule):
         self._loss_count = 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Accuracy on held-out examples."""
+        """Accuracy and loss on held-out examples."""
         x, y, *_ = batch
-        self.test_accuracy(self(x), y)
+        logits = self(x)
+        self.test_accuracy(logits, y)
+        loss = F.cross_entropy(logits, y)
+        self.log("test_loss", loss, on_step=False, on_epoch=True, batch_size=len(y))
         self.log("test_accuracy", self.test_accuracy, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -149,7 +149,9 @@ class SweepHook(Callback):
         try:
             status = conclude(self.jobs, folder.name)
         except Exception as error:
-            out.print(f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}")
+            out.print(
+                f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
+            )
             status = INCOMPLETE
         global _exit_status
         _exit_status = status

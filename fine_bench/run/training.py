@@ -33,6 +33,30 @@ from fine_bench.types import Checkpoint
 _EVALUATION_BATCH = 1024
 
 
+class Curves(pl.Callback):
+    """Keeps what each epoch reported, for the record."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    # the module reports an epoch's training loss after the callbacks' end-of-epoch hooks, so the
+    # numbers are complete when the next epoch starts, or training ends
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append the numbers of the epoch before."""
+        if trainer.current_epoch > 0:
+            self._append(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append the numbers of the last epoch."""
+        self._append(trainer)
+
+    def _append(self, trainer: pl.Trainer) -> None:
+        for name in ("train_loss", "test_loss", "test_accuracy"):
+            if name in trainer.callback_metrics:
+                self.values.setdefault(name, []).append(float(trainer.callback_metrics[name]))
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedRun:
     """What training leaves behind.
@@ -40,7 +64,8 @@ class TrainedRun:
     Attributes:
         model: the network at its last parameters.
         checkpoints: one an epoch, in order.
-        facts: test and training accuracy, seconds of plain training, steps.
+        facts: test and training accuracy, losses, seconds of plain training, steps, and the
+            curves over epochs.
     """
 
     model: torch.nn.Module
@@ -114,7 +139,10 @@ def train(job: Job, callbacks: Sequence[FINECallback], logger: Logger | None) ->
     test = loader(job.data.test_x, job.data.test_y, batch_size=_EVALUATION_BATCH, shuffle=False)
     # only one progress line a run, and none in a log file
     progress = trainer_config.progress and sys.stderr.isatty()
-    extra: list[pl.Callback] = [TQDMProgressBar(refresh_rate=25)] if progress else []
+    curves = Curves()
+    extra: list[pl.Callback] = [curves]
+    if progress:
+        extra.append(TQDMProgressBar(refresh_rate=25))
     try:
         with _quiet():
             pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
@@ -149,7 +177,9 @@ def train(job: Job, callbacks: Sequence[FINECallback], logger: Logger | None) ->
                 "seconds_with_callbacks": seconds,
                 "n_steps": trainer.global_step,
                 "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
+                "test_loss": float(trainer.callback_metrics["test_loss"]),
                 "train_loss": float(trainer.callback_metrics["train_loss"]),
+                "curves": curves.values,
                 "train_accuracy": accuracy(module, job.data),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "device": str(trainer.strategy.root_device),
