@@ -104,7 +104,8 @@ class MeanTrainingLoss(_SelfControl):
 
     def compute(self) -> InfluenceScores:
         """The mean over the checkpoints so far."""
-        return self._scores((self._total / max(self.n_updates, 1)).float()[None])
+        dtype = next(self.model.parameters()).dtype
+        return self._scores((self._total / max(self.n_updates, 1)).to(dtype)[None])
 
 
 class GradientNorm(_SelfControl):

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fine_bench import fine
-from fine_bench.fine import Composition, Contrast, FineAccumulator, Observable, choose
+from fine_bench.fine import (
+    Composition,
+    Contrast,
+    FineAccumulator,
+    Observable,
+    StepBuffer,
+    choose,
+)
 from fine_bench.gradients.blocks import Direction, PerExampleGradients
 from fine_bench.gradients.engine import GradientEngine, as_observable
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -131,8 +138,8 @@ class FINECallback(pl.Callback):
         self.loss = loss
         self.seconds = 0.0
         self.gradient_evaluations = 0
-        self.n_not_finite = 0
         self._accumulator: FineAccumulator | None = None
+        self._buffer: StepBuffer | None = None
         self._saved: Mapping[str, Any] | None = None
         self._recorder: LayerRecorder | None = None
         self._engine: GradientEngine | None = None
@@ -150,7 +157,14 @@ class FINECallback(pl.Callback):
             raise RuntimeError(
                 "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
             )
+        self._flush()
         return self._accumulator.scores(self.name, self.target)
+
+    @property
+    def n_not_finite(self) -> int:
+        """Steps left out because of NaN or infinite gradients."""
+        self._flush()
+        return 0 if self._buffer is None else self._buffer.n_not_finite
 
     # ------------------------------------------------------------------ Lightning events
 
@@ -175,9 +189,8 @@ class FINECallback(pl.Callback):
             )
         self._recorder = recorder
         self.seconds, self.gradient_evaluations, self._steps_seen = 0.0, 0, 0
-        self.n_not_finite = 0
         self._checked_epoch = -1
-        self._accumulator = None
+        self._accumulator = self._buffer = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Size the sums by the training set and the queries."""
@@ -201,11 +214,16 @@ class FINECallback(pl.Callback):
         self._accumulator = FineAccumulator(
             dataset_size(dataset, "the training set"), n_rows, self.composition
         )
+        self._buffer = StepBuffer(self._accumulator, self.contrast, is_gram=self.target == "self")
         if self._saved is not None:
             self._accumulator.load_state_dict(self._saved["accumulator"])
             self._direction = None
             self._steps_seen = 0
             self._saved = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse layers that mix the examples of a batch, in the modes they train in."""
+        refuse_batch_coupling(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -214,7 +232,6 @@ class FINECallback(pl.Callback):
         start = time.perf_counter()
         assert self._recorder is not None
         assert self._accumulator is not None
-        refuse_batch_coupling(pl_module)
         self._index = batch_index(batch, self._accumulator.n_train)
         self._recorder.start()
         self.seconds += time.perf_counter() - start
@@ -224,26 +241,25 @@ class FINECallback(pl.Callback):
     ) -> None:
         """The backward pass is done and the parameters are still θ_t: observe."""
         start = time.perf_counter()
-        recorder, accumulator, index = self._recorder, self._accumulator, self._index
-        if recorder is None or accumulator is None or index is None:
+        recorder, buffer, index = self._recorder, self._buffer, self._index
+        if recorder is None or buffer is None or index is None:
             return
         recorder.stop()
         m = len(index)
         if m < fine.MIN_BATCH:
-            accumulator.skip_short_batch()
+            buffer.accumulator.skip_short_batch()
         else:
             gradients = PerExampleGradients(recorder.blocks(m, scale=float(m)))
-            effect, sigma = self._effects(trainer, pl_module, gradients)
-            if bool(torch.isfinite(effect).all()) and bool(torch.isfinite(sigma).all()):
-                accumulator.observe(index, effect, sigma, step_size(optimizer))
-            else:
-                self._report_not_finite(trainer.global_step)
+            statistic, complement = self._statistic(trainer, pl_module, gradients)
+            step = trainer.global_step
+            buffer.add(index, statistic, complement, step_size(optimizer), step)
         recorder.clear()
         self._index = None
         self.seconds += time.perf_counter() - start
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach the hooks."""
+        self._flush()
         self._close()
 
     def on_exception(
@@ -263,6 +279,7 @@ class FINECallback(pl.Callback):
         """State for Lightning's checkpoints."""
         if self._accumulator is None:
             return {}
+        self._flush()
         return {"accumulator": self._accumulator.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,21 +288,22 @@ class FINECallback(pl.Callback):
 
     # ------------------------------------------------------------------ one step
 
-    def _effects(
+    def _statistic(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, gradients: PerExampleGradients
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the buffer takes: the Gram matrix and 1 − p, or products with the directions."""
         if self.target == "self":
             complement = None
             if self.observable == "margin":
                 check = trainer.current_epoch != self._checked_epoch
                 self._checked_epoch = trainer.current_epoch
                 complement = self._complement(check=check)
-            return fine.self_effects(gradients.gram(), complement, self.contrast)
+            return gradients.gram(), complement
         if self._direction is None or self._steps_seen % self.refresh_every == 0:
             self._refresh(pl_module, gradients)
         self._steps_seen += 1
         assert self._direction is not None
-        return fine.direction_effects(gradients.contract(self._direction), self.contrast)
+        return gradients.contract(self._direction), None
 
     def _complement(self, *, check: bool) -> Tensor:
         """1 − p of the batch, from the layer that ran last."""
@@ -316,14 +334,19 @@ class FINECallback(pl.Callback):
         weights = query_weights(queries, reference, weighting)
         self._direction = queries.weighted_sum(self._groups.to(weights) * weights)
 
-    def _report_not_finite(self, step: int) -> None:
-        if self.n_not_finite == 0:
+    def _flush(self) -> None:
+        buffer = self._buffer
+        if buffer is None:
+            return
+        known = buffer.first_not_finite is not None
+        buffer.flush()
+        if buffer.first_not_finite is not None and not known:
             warnings.warn(
-                f"NaN or infinite gradients at step {step}: this step and later ones like it are "
-                "left out of the f-INE scores; lower the learning rate or clip the gradients",
-                stacklevel=2,
+                f"NaN or infinite gradients at step {buffer.first_not_finite}: this step and later "
+                "ones like it are left out of the f-INE scores; lower the learning rate or clip "
+                "the gradients",
+                stacklevel=3,
             )
-        self.n_not_finite += 1
 
     def _close(self) -> None:
         if self._recorder is not None:
@@ -355,13 +378,15 @@ def batch_index(batch: Any, n_train: int) -> Tensor:
             f"the batch's index must be integers of shape (batch,), got {index.dtype} of shape "
             f"{tuple(index.shape)}"
         )
-    low, high = int(index.min()), int(index.max())
+    # plain integers: on a few dozen numbers faster than three tensor operations
+    positions = index.tolist()
+    low, high = min(positions), max(positions)
     if low < 0 or high >= n_train:
         raise ValueError(
             f"the batch's index runs from {low} to {high}, but the training set has {n_train} "
             "examples; index must be the position in that set"
         )
-    if len(torch.unique(index)) != len(index):
+    if len(set(positions)) != len(positions):
         raise ValueError("the batch's index repeats an example; draw batches without replacement")
     return index
 

@@ -62,19 +62,20 @@ def self_effects(
     without the divisors for the loss; without the mean for ``contrast="removal"``.
 
     Args:
-        gram: K_ij = ⟨g_i, g_j⟩ of the loss gradients, ``(m, m)``, m ≥ 3.
-        one_minus_p: 1 − p_i for the margin, ``(m,)``; None for the loss.
+        gram: K_ij = ⟨g_i, g_j⟩ of the loss gradients, ``(..., m, m)``, m ≥ 3.
+        one_minus_p: 1 − p_i for the margin, ``(..., m)``; None for the loss.
 
     Returns:
-        effect and σ, each ``(m,)`` in float64.
+        effect and σ, each ``(..., m)`` in float64.
     """
     k = gram.double()
-    m = len(k)
-    own = k.diagonal()
-    # the row's sums without its diagonal, in float64: both are sums of float32 products
-    mean = (k.sum(1) - own) / (m - 1)
-    centred = (k - mean[:, None]).square_()
-    variance = (centred.sum(1) - (own - mean).square()).clamp_min_(0.0) / (m - 2)
+    m = k.shape[-1]
+    own = k.diagonal(dim1=-2, dim2=-1)
+    # The row's sums without its diagonal. Squares of float32 numbers are exact in float64, so the
+    # one-pass variance loses nothing that matters there.
+    mean = (k.sum(-1) - own) / (m - 1)
+    squares = torch.linalg.vecdot(k, k) - own.square()
+    variance = (squares - (m - 1) * mean.square()).clamp_min_(0.0) / (m - 2)
     effect = own - mean if contrast == "substitution" else own.clone()
     sigma = variance.sqrt_()
     if one_minus_p is not None:
@@ -92,17 +93,17 @@ def direction_effects(c: Tensor, contrast: Contrast = "substitution") -> tuple[T
     Σ_{j≠i} (c_j − mean_{j≠i})² = Σ_j (c_j − c̄)² − m/(m − 1) · (c_i − c̄)².
 
     Args:
-        c: ⟨g_i, ∇h_r⟩, ``(R, m)``, m ≥ 3.
+        c: ⟨g_i, ∇h_r⟩, ``(..., R, m)``, m ≥ 3.
 
     Returns:
-        effect and σ, each ``(R, m)`` in float64.
+        effect and σ, each ``(..., R, m)`` in float64.
     """
     c = c.double()
-    m = c.shape[1]
-    d = c - c.mean(1, keepdim=True)
+    m = c.shape[-1]
+    d = c - c.mean(-1, keepdim=True)
     ratio = m / (m - 1)
     squares = d.square()
-    variance = (squares.sum(1, keepdim=True) - ratio * squares).clamp_min_(0.0) / (m - 2)
+    variance = (squares.sum(-1, keepdim=True) - ratio * squares).clamp_min_(0.0) / (m - 2)
     effect = ratio * d if contrast == "substitution" else c
     return effect, variance.sqrt_()
 
@@ -122,12 +123,9 @@ class FineAccumulator:
             raise ValueError(f"n_train and n_rows must be at least 1, got {n_train}, {n_rows}")
         self.n_train = n_train
         self.composition = composition
-        shape = (n_rows, n_train)
-        # Σ u, Σ u², Σ η²σ² with u = η(c − c̄); Σ μ_t, Σ μ_t²
-        self.sums = {
-            name: torch.zeros(shape, dtype=torch.float64)
-            for name in ("shift", "shift2", "variance", "mu", "mu2")
-        }
+        # one tensor, so that a step costs one indexed addition: Σ u, Σ u², Σ η²σ² with
+        # u = η(c − c̄); Σ μ_t, Σ μ_t²
+        self._sums = torch.zeros((5, n_rows, n_train), dtype=torch.float64)
         self.n_observations = torch.zeros(n_train, dtype=torch.int64)
         self.n_steps = 0
         self.n_short_batches = 0
@@ -142,23 +140,40 @@ class FineAccumulator:
             lr: step size η_t.
         """
         m = len(index)
-        effect = effect.reshape(-1, m).double().cpu()
-        sigma = sigma.reshape(-1, m).double().cpu()
-        index = index.cpu()
+        self.observe_steps(
+            index[None],
+            effect.reshape(1, -1, m),
+            sigma.reshape(1, -1, m),
+            torch.tensor([lr], dtype=torch.float64),
+        )
+
+    def observe_steps(self, index: Tensor, effect: Tensor, sigma: Tensor, lr: Tensor) -> None:
+        """Take in S steps with batches of one size.
+
+        Args:
+            index: ``(S, m)``.
+            effect, sigma: ``(S, R, m)``, finite.
+            lr: step sizes, ``(S,)``.
+        """
+        n_steps, m = index.shape
+        effect, sigma = effect.double().cpu(), sigma.double().cpu()
+        eta = lr.double().cpu()[:, None, None]
         # without noise there is no test: such an entry adds nothing, and is counted
         usable = sigma > 0
-        self.n_without_noise += int(usable.numel() - int(usable.sum()))
-        shift = torch.where(usable, lr * effect, 0.0)
-        mu = torch.where(usable, effect / (m**0.5 * sigma), 0.0)
-        sums = self.sums
-        # the indices of a batch do not repeat, so plain indexed addition is exact and ordered
-        sums["shift"][:, index] += shift
-        sums["shift2"][:, index] += shift.square()
-        sums["variance"][:, index] += (lr * sigma).square()
-        sums["mu"][:, index] += mu
-        sums["mu2"][:, index] += mu.square()
-        self.n_observations[index] += 1
-        self.n_steps += 1
+        n_usable = int(usable.sum())
+        if n_usable < usable.numel():
+            self.n_without_noise += usable.numel() - n_usable
+            effect = torch.where(usable, effect, 0.0)
+        shift = eta * effect
+        mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * m**-0.5
+        steps = torch.stack([shift, shift * shift, (eta * sigma).square_(), mu, mu * mu])
+        rows = steps.shape[2]
+        # (5, S, R, m) → (5, R, S·m): one addition, in the order of the steps
+        flat = steps.transpose(1, 2).reshape(5, rows, n_steps * m)
+        seen = index.cpu().reshape(-1)
+        self._sums.index_add_(2, seen, flat)
+        self.n_observations.index_add_(0, seen, torch.ones_like(seen))
+        self.n_steps += n_steps
 
     def skip_short_batch(self) -> None:
         """Count a batch that is too short for a standard deviation."""
@@ -205,22 +220,107 @@ class FineAccumulator:
             extras={"bound": s["mu2"].sqrt().float()},
         )
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name, ``(n_rows, n_train)`` each, in float64."""
+        return dict(zip(("shift", "shift2", "variance", "mu", "mu2"), self._sums, strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""
         return {
-            "sums": {name: value.clone() for name, value in self.sums.items()},
+            "sums": self._sums.clone(),
             "n_observations": self.n_observations.clone(),
             "counts": (self.n_steps, self.n_short_batches, self.n_without_noise),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
-        for name, value in state["sums"].items():
-            if value.shape != self.sums[name].shape:
-                raise ValueError(
-                    f"the saved f-INE state is for {tuple(value.shape)} (rows, examples), this run "
-                    f"has {tuple(self.sums[name].shape)}; resume with the same data and queries"
-                )
-            self.sums[name] = value.clone()
+        sums = state["sums"]
+        if sums.shape != self._sums.shape:
+            raise ValueError(
+                f"the saved f-INE state is for {tuple(sums.shape[1:])} (rows, examples), this run "
+                f"has {tuple(self._sums.shape[1:])}; resume with the same data and queries"
+            )
+        self._sums = sums.clone()
         self.n_observations = state["n_observations"].clone()
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]
+
+
+class StepBuffer:
+    """Collects the statistics of a few steps and turns them into effects together.
+
+    A step's statistics are a few thousand numbers, for which the fixed cost of a dozen tensor
+    operations is several times that of the arithmetic. Handling ``capacity`` steps in one go makes
+    watching cheap; what is accumulated is the same, to the last rounding of float64.
+
+    Args:
+        accumulator: where the effects go.
+        contrast: see ``self_effects``.
+        is_gram: whether a step's statistic is a Gram matrix (target ``self``, one row) or the
+            products with R directions.
+        capacity: steps held back at most.
+
+    Attributes:
+        n_not_finite, first_not_finite: steps left out because of NaN or infinite gradients, and
+            the first of them.
+    """
+
+    def __init__(
+        self,
+        accumulator: FineAccumulator,
+        contrast: Contrast,
+        *,
+        is_gram: bool,
+        capacity: int = 32,
+    ) -> None:
+        self.accumulator = accumulator
+        self.contrast: Contrast = contrast
+        self.is_gram = is_gram
+        self.capacity = capacity
+        self.n_not_finite = 0
+        self.first_not_finite: int | None = None
+        self._steps: list[tuple[Tensor, Tensor, Tensor | None, float, int]] = []
+
+    def add(
+        self, index: Tensor, statistic: Tensor, one_minus_p: Tensor | None, lr: float, step: int
+    ) -> None:
+        """Take in one step.
+
+        Args:
+            index: which training examples, ``(m,)``.
+            statistic: the Gram matrix ``(m, m)`` or the products with R directions ``(R, m)``.
+            one_minus_p: as in ``self_effects``; None for directions.
+            lr: step size.
+            step: number of the step, for reports.
+        """
+        if self._steps and self._steps[-1][1].shape != statistic.shape:
+            self.flush()
+        self._steps.append((index, statistic, one_minus_p, lr, step))
+        # many rows are large enough to pay for themselves
+        if len(self._steps) >= self.capacity or statistic.numel() * len(self._steps) > 2**20:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything collected to the accumulator."""
+        if not self._steps:
+            return
+        steps, self._steps = self._steps, []
+        index = torch.stack([s[0].cpu() for s in steps])
+        statistic = torch.stack([s[1] for s in steps])
+        lr = torch.tensor([s[3] for s in steps], dtype=torch.float64)
+        if self.is_gram:
+            complements = [s[2] for s in steps if s[2] is not None]
+            complement = torch.stack(complements) if complements else None
+            effect, sigma = self_effects(statistic, complement, self.contrast)
+            effect, sigma = effect[:, None], sigma[:, None]
+        else:
+            effect, sigma = direction_effects(statistic, self.contrast)
+        finite = (torch.isfinite(effect) & torch.isfinite(sigma)).flatten(1).all(1).cpu()
+        if not bool(finite.all()):
+            if self.first_not_finite is None:
+                self.first_not_finite = steps[int((~finite).nonzero()[0])][4]
+            self.n_not_finite += int((~finite).sum())
+            index, effect, sigma, lr = index[finite], effect[finite], sigma[finite], lr[finite]
+            if not len(index):
+                return
+        self.accumulator.observe_steps(index, effect, sigma, lr)

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": CORE,
     "leaderboard": {*CORE, "records", "metrics", "leaderboard_view"},
     "leaderboard_view": {*CORE, "records", "metrics", "leaderboard"},
-    "figures": {*CORE, "records", "metrics", "leaderboard", "tradeoff"},
+    "figures": {*CORE, "records", "metrics", "leaderboard", "tradeoff", "privacy", "testing"},
     "config": {*CORE, "records"},
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
