@@ -28,7 +28,7 @@ from fine_bench.fine import (
     choose,
 )
 from fine_bench.gradients.blocks import Direction, PerExampleGradients
-from fine_bench.gradients.engine import GradientEngine, as_observable
+from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
@@ -323,12 +323,11 @@ class FINECallback(pl.Callback):
         pl_module.eval()
         try:
             with torch.random.fork_rng():
-                queries = self._engine(*self._query_batch)
+                queries = self._engine(*self._query_batch, self.observable)
         finally:
             for module, mode in modes:
                 module.training = mode
         self.gradient_evaluations += len(queries)
-        queries = as_observable(queries, self.observable)
         # a single query's row is a test of its own: weights belong to means over queries
         weighting = None if self.target == "queries" else self.query_weighting
         weights = query_weights(queries, reference, weighting)

@@ -232,7 +232,7 @@ class PerExampleGradients:
 
     Attributes:
         blocks: in the order of the model's layers.
-        loss: each example's own loss, ``(B,)``, where the pass computed it.
+        loss: the value whose gradient this is, for each example, ``(B,)``, where it is known.
         one_minus_p: 1 − p of the given label, ``(B,)``, without cancellation; None where the
             model's output is not a batch of class logits.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
+from fine_bench.gradients.classification import negative_margin
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import Loss, UnsupportedProblemError
 
@@ -61,7 +62,18 @@ class GradientEngine:
             recorder.start()
             logits = self.forward(x)
             recorder.stop()
-            losses = per_example_loss(self.loss, logits, y)
+            classes = logits.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+            if observable == "loss":
+                losses = per_example_loss(self.loss, logits, y)
+            elif classes:
+                # differentiated itself: dividing the loss gradient by 1 − p would have lost the
+                # digits that cancel in p − 1
+                losses = negative_margin(logits, y)
+            else:
+                raise UnsupportedProblemError(
+                    'observable="margin" needs class logits (batch, classes) and integer labels '
+                    '(batch,); use observable="loss"'
+                )
             calls = recorder.calls
             if calls:
                 grads = torch.autograd.grad(
@@ -72,21 +84,19 @@ class GradientEngine:
         blocks: list[Block] = recorder.blocks(n) if recorder.layers else []
         recorder.clear()
         if recorder.leftover:
-            blocks.append(DenseBlock("other parameters", self._leftover(x, y)))
-        complement = None
-        if logits.ndim == 2 and y.ndim == 1 and not y.is_floating_point():
-            complement = one_minus_probability(logits.detach(), y)
-        result = PerExampleGradients(blocks, losses.detach(), complement)
-        return as_observable(result, observable)
+            loss = self.loss if observable == "loss" else negative_margin
+            blocks.append(DenseBlock("other parameters", self._leftover(x, y, loss)))
+        complement = one_minus_probability(logits.detach(), y) if classes else None
+        return PerExampleGradients(blocks, losses.detach(), complement)
 
-    def _leftover(self, x: Tensor, y: Tensor) -> Tensor:
+    def _leftover(self, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
         names = self.recorder.leftover
         params = dict(self.model.named_parameters())
         chosen = {name: params[name].detach() for name in names}
 
         def one(values: dict[str, Tensor], xi: Tensor, yi: Tensor) -> Tensor:
             logits = functional_call(self.model, values, (xi.unsqueeze(0),))
-            value: Tensor = self.loss(logits, yi.unsqueeze(0), reduction="none")
+            value: Tensor = loss(logits, yi.unsqueeze(0), reduction="none")
             return value.sum()
 
         grads = vmap(grad(one), in_dims=(None, 0, 0))(chosen, x, y)
@@ -96,7 +106,10 @@ class GradientEngine:
 def as_observable(
     gradients: PerExampleGradients, observable: Literal["loss", "margin"]
 ) -> PerExampleGradients:
-    """Gradients of the loss turned into those of the observable.
+    """Cross-entropy gradients that are at hand already, turned into those of the observable.
+
+    Saves a second pass where both are needed. In float32 the quotient g/(1 − p) loses the digits
+    that cancel in p − 1; where they matter, ask the engine for the margin itself.
 
     Raises:
         UnsupportedProblemError: ``"margin"`` where the model's output is not class logits.

@@ -291,3 +291,22 @@ def test_examples_must_come_first() -> None:
     x = torch.randn(5, 6)
     with pytest.raises(UnsupportedProblemError, match="first dimension must be the examples"):
         GradientEngine(Turned(), lambda z, t, reduction: z.sum(1)[:5])(x, torch.zeros(5))
+
+
+def test_margin_gradient_keeps_its_precision_where_p_rounds_to_one() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(3) * 12)
+    x, y = torch.tensor([[1.5, 0.1, -0.2], [0.2, 1.0, -0.5]]), torch.tensor([0, 1])
+    got = GradientEngine(model, F.cross_entropy)(x, y, "margin").dense().double()
+    exact = GradientEngine(model.double(), F.cross_entropy)(x.double(), y, "margin").dense()
+    assert float((got - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bare", "tied"])
+def test_margin_of_parameters_without_factors(name: str) -> None:
+    model, x, y = problem(name)
+    g = GradientEngine(model, F.cross_entropy)(x, y)
+    assert g.one_minus_p is not None
+    h = GradientEngine(model, F.cross_entropy)(x, y, "margin")
+    close(h.norm2(), g.norm2() / g.one_minus_p**2)
