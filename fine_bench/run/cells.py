@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,24 +49,38 @@ class Outcome:
 
 
 Say = Callable[[str], None]
+Busy = Callable[[str], AbstractContextManager[object]]
 
 
-def execute(job: Job, sweep: str, logger: Logger | None = None, say: Say = print) -> list[Outcome]:
+def execute(
+    job: Job,
+    sweep: str,
+    logger: Logger | None = None,
+    say: Say = print,
+    busy: Busy = lambda _: nullcontext(),
+) -> list[Outcome]:
     """Compute every cell of a job that is not finished yet.
 
     A failure is caught here: the cells concerned get a *failed* record with its reason, the others
-    go on. Nothing is trained when nothing is to do.
+    go on. Nothing is trained when nothing is to do. ``say`` prints a line, ``busy`` shows what is
+    being worked on while it lasts.
     """
     store = RecordStore(job.results)
     todo = [c for c in job.cells if job.config.force or job.done(store, c) is None]
     if not todo:
         return []
     with _threads(job.config.trainer.num_threads):
-        return _execute(job, sweep, store, todo, logger, say)
+        return _execute(job, sweep, store, todo, logger, say, busy)
 
 
 def _execute(
-    job: Job, sweep: str, store: RecordStore, todo: Sequence[Cell], logger: Logger | None, say: Say
+    job: Job,
+    sweep: str,
+    store: RecordStore,
+    todo: Sequence[Cell],
+    logger: Logger | None,
+    say: Say,
+    busy: Busy,
 ) -> list[Outcome]:
     writer = _Writer(job, sweep, store)
     in_run = [cell for cell in todo if cell.in_run]
@@ -94,23 +109,29 @@ def _execute(
         f"trained: test accuracy {facts['test_accuracy']:.3f}, given labels "
         f"{facts['train_accuracy']:.3f}, {facts['seconds']:.1f} s"
     )
-    for cell in todo:
-        try:
-            if cell in skipped:
-                outcome = writer.write(cell, "skipped", skipped[cell])
-            elif cell in watchers:
-                outcome = writer.finish(
-                    cell, watchers[cell].scores(), _watching_cost(watchers[cell])
-                )
-            else:
-                outcome = writer.finish(cell, *_replayed(job, cell, run))
-        except UnsupportedProblemError as error:
-            outcome = writer.write(cell, "skipped", str(error).removeprefix(f"{cell.estimator}: "))
-        except Exception as error:
-            outcome = writer.write(cell, "failed", f"{type(error).__name__}: {error}")
+    for number, cell in enumerate(todo, 1):
+        with busy(f"{number} of {len(todo)}: {cell.estimator} {cell.target}"):
+            try:
+                if cell in skipped:
+                    outcome = writer.write(cell, "skipped", skipped[cell])
+                elif cell in watchers:
+                    outcome = writer.finish(
+                        cell, watchers[cell].scores(), _watching_cost(watchers[cell])
+                    )
+                else:
+                    outcome = writer.finish(cell, *_replayed(job, cell, run))
+            except UnsupportedProblemError as error:
+                outcome = writer.write(cell, "skipped", _without_name(str(error)))
+            except Exception as error:
+                outcome = writer.write(cell, "failed", f"{type(error).__name__}: {error}")
         outcomes.append(outcome)
         say(describe(outcome))
     return outcomes
+
+
+def _without_name(reason: str) -> str:
+    """A method's reason without the method's name, which stands beside it in every table."""
+    return re.sub(r"^\w+: ", "", reason)
 
 
 def describe(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -209,6 +210,12 @@ def run_job(config: DictConfig) -> None:
     if not todo:
         return
     logger = wandb_log.start_run(job, sweep)
-    outcomes = execute(job, sweep, logger, lambda line: out.print("  " + escape(line)))
+    outcomes = execute(
+        job,
+        sweep,
+        logger,
+        lambda line: out.print("  " + escape(line)),
+        lambda line: out.status(escape(line)) if out.is_terminal else nullcontext(),
+    )
     wandb_log.finish_run(logger, job, outcomes)
     sys.stderr.flush()
