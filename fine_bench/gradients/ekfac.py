@@ -91,10 +91,10 @@ class LayerCurvature:
         a, b = inputs(block) @ self.q_in, block.b @ self.q_out
         return FactorBlock(block.name, a, b, weight=True, bias=False)
 
-    def solve(self, direction: BlockDirection, power: float) -> BlockDirection:
-        """(C + λ)^power times directions in the layer's own coordinates, ``power`` < 0."""
+    def solve(self, direction: BlockDirection) -> BlockDirection:
+        """(C + λ)⁻¹ times directions in the layer's own coordinates."""
         matrix = self.q_out.T @ join(direction) @ self.q_in
-        matrix = self.q_out @ (matrix * self.inverse.pow(-power)) @ self.q_in.T
+        matrix = self.q_out @ (matrix * self.inverse) @ self.q_in.T
         has_weight, has_bias = direction.weight is not None, direction.bias is not None
         return _split(matrix, has_weight, has_bias)
 
@@ -115,22 +115,23 @@ class DenseCurvature:
     eigenvalues: Tensor
     inverse: Tensor
 
-    def _solve(self, g: Tensor, power: float) -> Tensor:
-        scale = self.inverse.pow(-power)
-        return g * scale if self.basis is None else ((g @ self.basis) * scale) @ self.basis.T
+    def _solve(self, g: Tensor) -> Tensor:
+        if self.basis is None:
+            return g * self.inverse
+        return ((g @ self.basis) * self.inverse) @ self.basis.T
 
     def quadratic(self, block: DenseBlock) -> Tensor:
         """vᵀ(C + λ)⁻¹v for every example's gradient v, ``(B,)``."""
-        return (self._solve(block.g, -1.0) * block.g).sum(1)
+        return (self._solve(block.g) * block.g).sum(1)
 
     def prepare(self, block: DenseBlock) -> BlockDirection:
         """(C + λ)⁻¹v."""
-        return BlockDirection(self._solve(block.g, -1.0), None)
+        return BlockDirection(self._solve(block.g), None)
 
-    def solve(self, direction: BlockDirection, power: float) -> BlockDirection:
-        """(C + λ)^power times directions, ``power`` < 0."""
+    def solve(self, direction: BlockDirection) -> BlockDirection:
+        """(C + λ)⁻¹ times directions."""
         assert direction.weight is not None
-        return BlockDirection(self._solve(direction.weight, power), None)
+        return BlockDirection(self._solve(direction.weight), None)
 
 
 @dataclass(eq=False)
@@ -203,9 +204,9 @@ class EKFAC:
                 blocks.append(block)
         return PerExampleGradients(blocks, gradients.loss, gradients.one_minus_p)
 
-    def solve(self, direction: Direction, power: float = -1.0) -> Direction:
-        """(C + λ)^power times directions in the model's own coordinates, ``power`` < 0."""
-        return [mine.solve(d, power) for mine, d in zip(self.blocks, direction, strict=True)]
+    def solve(self, direction: Direction) -> Direction:
+        """(C + λ)⁻¹ times directions in the model's own coordinates."""
+        return [mine.solve(d) for mine, d in zip(self.blocks, direction, strict=True)]
 
 
 def fit_ekfac(engine: GradientEngine, batches: Batches, roots: Roots, n: int) -> EKFAC:

@@ -1,0 +1,49 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from fine_bench import leaderboard, leaderboard_view
+from fine_bench.records import RecordStore
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    printed = io.StringIO()
+    names: dict[str, object] = {}
+    with contextlib.redirect_stdout(printed):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    assert printed.getvalue().count("torch.Size([1, 600])") == 2
+
+
+def test_the_table_is_that_of_the_records() -> None:
+    shown = README.split("<!-- leaderboard:start -->")[1].split("<!-- leaderboard:end -->")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    published = (ROOT / "results" / "leaderboard.md").read_text().splitlines()
+    assert rows
+    assert set(rows) <= set(published)
+
+
+def test_the_published_leaderboard_is_rebuilt_from_the_published_records() -> None:
+    if not (ROOT / "results" / "records").is_dir():
+        pytest.skip("results/ holds no records")
+    board = leaderboard.build(RecordStore(ROOT / "results"))
+    assert leaderboard_view.to_markdown(board) == (ROOT / "results/leaderboard.md").read_text()
+    assert leaderboard_view.to_csv(board) == (ROOT / "results/leaderboard.csv").read_text()
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
