@@ -1,0 +1,164 @@
+"""One look for every figure: colours for the colour-blind, shapes for print in grey.
+
+A figure is drawn and saved under ``STYLE`` alone, whatever the user's Matplotlib configuration
+says, and holds no date, version or random identifier: the same data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
+
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+FORMATS = ("png", "svg")
+
+STYLE: Mapping[str, Any] = {
+    "figure.dpi": 160,
+    "savefig.dpi": "figure",
+    "svg.hashsalt": "fine_bench",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "figure.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 6,
+    "hatch.linewidth": 0.6,
+}
+
+# Okabe and Ito (2008), without the yellow that vanishes on white
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+VERMILLION, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+GREY, PALE = "#6e6e6e", "#b5b5b5"
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+
+_FAMILY_COLOURS = {
+    "f-INE": BLUE,
+    "f-INE (paper)": BLACK,
+    "tracin": VERMILLION,
+    "trak": GREEN,
+    "influence_functions": ORANGE,
+    "gradient_similarity": PURPLE,
+}
+_INKS = {ORANGE: "#8a5f00", SKY: "#1f6f9f", PURPLE: "#9c4a75"}
+_OTHER_COLOURS = (SKY, "#8c564b", "#5e3c99", "#4d4d00")
+
+P = ParamSpec("P")
+
+
+class Kind(NamedTuple):
+    """What decides the look of a method: its family, and whether it is a mere control."""
+
+    family: str
+    control: bool
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn, the same in all figures of a table."""
+
+    colour: str
+    marker: str
+    line: Any
+    control: bool
+
+    @property
+    def ink(self) -> str:
+        """Colour of its name: dark enough to be read on white."""
+        return _INKS.get(self.colour, self.colour)
+
+    @property
+    def face(self) -> str:
+        """Filling of the marker: controls are hollow."""
+        return "white" if self.control else self.colour
+
+
+def looks(methods: Mapping[str, Kind]) -> dict[str, Look]:
+    """A look for every method, by its label; independent of the order of ``methods``.
+
+    The family decides the colour, the place in the family the marker and the line; controls are
+    grey, hollow and dotted.
+    """
+    colours = dict(_FAMILY_COLOURS)
+    others = sorted({k.family for k in methods.values() if not k.control} - colours.keys())
+    for i, family in enumerate(others):
+        colours[family] = _OTHER_COLOURS[i % len(_OTHER_COLOURS)]
+    seen: dict[str, int] = {}
+    first = {family: i for i, family in enumerate(colours)}
+    found = {}
+    for label, kind in sorted(methods.items()):
+        family = "control" if kind.control else kind.family
+        i = seen.get(family, 0)
+        seen[family] = i + 1
+        marker = MARKERS[(i + 2 * first.get(family, 0)) % len(MARKERS)]
+        if kind.control:
+            line = (0, (1, 1.5 + i))
+            found[label] = Look(GREY, MARKERS[i % len(MARKERS)], line, True)
+        else:
+            found[label] = Look(colours[family], marker, LINES[i % len(LINES)], False)
+    return found
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a drawing function work under ``STYLE`` and nothing else, and settle the layout.
+
+    A layout that was computed anew for each file would depend on the files written before.
+    """
+
+    @wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with style.context(["default", dict(STYLE)]):
+            figure = draw(*args, **kwargs)
+            settle(figure)
+            return figure
+
+    return wrapped
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that belongs to no window and to no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def settle(figure: Figure) -> None:
+    """Compute the layout once and keep it."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+
+
+def to_bytes(figure: Figure, kind: str) -> bytes:
+    """The file of a figure: ``kind`` is one of ``FORMATS``."""
+    if kind not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}")
+    # a date or a version in the file would change its bytes from run to run
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    file = io.BytesIO()
+    with style.context(["default", dict(STYLE)]):
+        figure.savefig(file, format=kind, metadata=metadata)
+    return file.getvalue()
+
+
+def span(values: Iterable[int]) -> str:
+    """``3`` for equal numbers, ``2–3`` for others."""
+    numbers = sorted(set(values))
+    return "–".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else "0"
