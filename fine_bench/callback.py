@@ -236,6 +236,11 @@ class FINECallback(pl.Callback):
         self._recorder.start()
         self.seconds += time.perf_counter() - start
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop recording, before any other callback sends examples of its own through the model."""
+        if self._recorder is not None:
+            self._recorder.stop()
+
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
@@ -244,7 +249,6 @@ class FINECallback(pl.Callback):
         recorder, buffer, index = self._recorder, self._buffer, self._index
         if recorder is None or buffer is None or index is None:
             return
-        recorder.stop()
         m = len(index)
         if m < fine.MIN_BATCH:
             buffer.accumulator.skip_short_batch()

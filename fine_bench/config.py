@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError
 from fine_bench.records import digest
-from fine_bench.types import TARGETS, QueryWeighting
+from fine_bench.types import TARGETS, QueryWeighting, UnsupportedProblemError
 
 ALWAYS_ALLOWED = ("fine_bench", "baselines")
 
@@ -332,12 +332,13 @@ def build(
 
     Raises:
         ConfigError: the target refused an option.
+        UnsupportedProblemError: it is a method that does not serve what is asked of it.
     """
     target = target_of(options, where, packages)
     own = {k: v for k, v in options.items() if k not in ("_target_", "name")}
     try:
         return target(*args, **own, **passed)
-    except ConfigError:
+    except (ConfigError, UnsupportedProblemError):
         raise
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"{where}: {error}") from error

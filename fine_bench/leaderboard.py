@@ -36,7 +36,7 @@ from fine_bench.records import (
     consistency_digest,
     newest,
 )
-from fine_bench.types import SUSPICIOUS_END, TARGETS, RunRecord
+from fine_bench.types import SUSPICIOUS_END, TARGETS, InfluenceScores, RunRecord
 
 METRIC_VERSION = 1
 """Of the consistency metrics; raise it when their values may change, and caches are made anew."""
@@ -128,7 +128,11 @@ class Row:
         dirty: whether a record was made by code with uncommitted changes.
         commits: of the code that made the records.
         tied: from six seeds on, whether its AUROC is *not* significantly below that of the
-            target's best row; None for the best itself, and below six seeds.
+            target's best row; None for the best itself, and below six seeds. Rows of different
+            ``watched`` are not compared.
+        watched: number of examples that it scores; None for all of them.
+        k: the k of its Jaccard@k, the number of bad ones among the examples that it scores; 0
+            when it is not known.
     """
 
     estimator: str
@@ -141,11 +145,15 @@ class Row:
     dirty: bool = False
     commits: tuple[str, ...] = ()
     tied: bool | None = None
+    watched: int | None = None
+    k: int = 0
 
     @property
     def label(self) -> str:
-        """Estimator with its variant."""
-        return f"{self.estimator} ({self.variant})" if self.variant else self.estimator
+        """Estimator with its variant, and the number of examples when it scores a sample."""
+        sample = "" if self.watched is None else f"{self.watched:,} examples"
+        notes = ", ".join(note for note in (self.variant, sample) if note)
+        return f"{self.estimator} ({notes})" if notes else self.estimator
 
 
 @dataclass(frozen=True)
@@ -256,10 +264,10 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
         unfinished: list[Cell] = []
         seeds = sorted({record.seed for record in records})
         variants = _variants(records)
-        ks = sorted({int(n) for n in _values(records, "n_bad") if n > 0})
-        if len(ks) > 1:
-            problems.append(f"{task}/{setting[:8]}: records disagree about n_bad: {ks}")
-        k = ks[0] if len(ks) == 1 else 0
+        # rows that score a sample of the examples have a k of their own
+        k, complaint = _k([r for r in records if "n_watched" not in r.metrics])
+        if complaint:
+            problems.append(f"{task}/{setting[:8]}: {complaint}")
         for (estimator, estimator_hash, target), members in sorted(_by_row(records).items()):
             if on_row is not None:
                 on_row(done, total, f"{task} {estimator} {target}")
@@ -278,7 +286,10 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
                 name = (task, setting, estimator, estimator_hash, target, seed)
                 unfinished.append(Cell(*name, state=state, reason=reason, variant=variant))
             stats = _stats(finished)
-            compared, complaint = _consistency(store, finished, k, scan.consistency)
+            watched, own_k, complaint = _watched(finished.values(), k)
+            if complaint:
+                problems.append(f"{task}/{setting[:8]}: {estimator} {target}: {complaint}")
+            compared, complaint = _consistency(store, finished, own_k, scan.consistency)
             stats |= _consistency_stats(compared)
             if complaint:
                 complaint = complaint.replace(f"{store.root}{os.sep}", "")
@@ -295,6 +306,8 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
                     stats,
                     dirty=any(e.get("dirty") is True for e in git),
                     commits=tuple(sorted({str(e.get("commit", "unknown")) for e in git})),
+                    watched=watched,
+                    k=own_k,
                 )
             )
         tables.append(
@@ -311,6 +324,25 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
             )
         )
     return Leaderboard(tuple(tables), tuple(problems))
+
+
+def _k(records: Iterable[RunRecord]) -> tuple[int, str]:
+    """The number of bad examples, 0 if unknown, and a complaint where the records disagree."""
+    ks = sorted({int(n) for n in _values(records, "n_bad") if n > 0})
+    if len(ks) > 1:
+        return 0, f"records disagree about n_bad: {ks}"
+    return (ks[0] if ks else 0), ""
+
+
+def _watched(finished: Iterable[RunRecord], k: int) -> tuple[int | None, int, str]:
+    """How many examples a row scores (None for all), its k, and a complaint."""
+    records = list(finished)
+    sizes = sorted({int(n) for n in _values(records, "n_watched")})
+    if not sizes:
+        return None, k, ""
+    if len(sizes) > 1 or any("n_watched" not in r.metrics for r in records):
+        return sizes[0], 0, "its seeds score different numbers of examples"
+    return sizes[0], *_k(records)
 
 
 TableKey: TypeAlias = tuple[str, str, str]
@@ -385,7 +417,8 @@ def _with_ties(rows: Sequence[Row], records: Sequence[RunRecord]) -> list[Row]:
         }
 
     for row in rows:
-        best = min((other for other in rows if other.target == row.target), key=_rank)
+        rivals = [o for o in rows if (o.target, o.watched) == (row.target, row.watched)]
+        best = min(rivals, key=_rank)
         tied = None
         if row is not best and aurocs(row).keys() & aurocs(best).keys():
             significant = paired_difference(aurocs(best), aurocs(row), LEVEL).significant
@@ -425,7 +458,10 @@ def _consistency(
             pairs |= {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
     end = SUSPICIOUS_END[first.target]
     try:
-        vectors = {s: suspicion(store.load_scores(finished[s]).values, end) for s in scores}
+        loaded = {s: store.load_scores(finished[s]) for s in scores}
+        if len({_watched_ones(found) for found in loaded.values()}) > 1:
+            raise ValueError("its seeds score different examples; set sample_seed to one number")
+        vectors = {s: suspicion(found.watched_values, end) for s, found in loaded.items()}
         for (a, b), pair in wanted.items():
             if pair not in pairs:
                 pairs[pair] = _compare(vectors[a], vectors[b], k)
@@ -442,6 +478,10 @@ def _consistency(
     except StoreError as error:
         return result, str(error)
     return result, ""
+
+
+def _watched_ones(scores: InfluenceScores) -> tuple[int, ...] | None:
+    return None if scores.watched is None else tuple(scores.watched.tolist())
 
 
 def _pair(scores: Mapping[int, str], a: int, b: int) -> tuple[str, str]:

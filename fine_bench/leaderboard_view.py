@@ -20,7 +20,7 @@ from fine_bench.metrics.intervals import MIN_SEEDS_FOR_SIGNIFICANCE
 from fine_bench.records import write_atomic
 
 if TYPE_CHECKING:  # the board builds on this module, which knows its types by name only
-    from fine_bench.leaderboard import Cell, Column, Leaderboard, Row, Stat, Table
+    from fine_bench.leaderboard import Column, Leaderboard, Row, Stat, Table
 
 WIDTH = 100
 NAME_WIDTH = 18
@@ -153,6 +153,11 @@ def notes(table: Table) -> list[str]:
         lines.append(
             f"Jaccard@k: k = {table.k:,}, the number of bad examples; corrected: for chance."
         )
+    if any(row.watched is not None for row in table.rows):
+        lines.append(
+            "(… examples): scores a sample of the training examples; all of its numbers, and its "
+            "k, are of that sample."
+        )
     if any(
         math.isnan(stat.mean)
         for row in table.rows
@@ -172,17 +177,34 @@ def _one_line(text: str, limit: int = 300) -> str:
 
 def cell_lines(table: Table) -> list[str]:
     """``failed: fine · self · seeds 1, 2: why``, cells that share a reason together."""
-    together: dict[tuple[str, ...], list[Cell]] = {}
+    by_name: dict[tuple[str, ...], list[int]] = {}
     for cell in table.cells:
         name = f"{cell.estimator} ({cell.variant})" if cell.variant else cell.estimator
-        key = (cell.state, name, cell.target, _one_line(cell.reason))
-        together.setdefault(key, []).append(cell)
+        key = (cell.state, cell.target, _one_line(cell.reason), name)
+        by_name.setdefault(key, []).append(cell.seed)
+    together: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
+    for (state, target, reason, name), seeds in by_name.items():
+        together.setdefault((state, target, reason, tuple(seeds)), []).append(name)
     lines = []
-    for (state, name, target, reason), group in together.items():
-        seeds = ", ".join(str(cell.seed) for cell in group)
-        word = "seed" if len(group) == 1 else "seeds"
-        lines.append(f"{state}: {name} · {target} · {word} {seeds}: {reason}")
+    for (state, target, reason, runs), names in together.items():
+        numbers = ", ".join(map(str, runs))
+        word = "seed" if len(runs) == 1 else "seeds"
+        lines.append(f"{state}: {', '.join(names)} · {target} · {word} {numbers}: {reason}")
     return lines
+
+
+def shown_rows(table: Table) -> list[Row]:
+    """The rows that have a number, or lack it by a fault; the others stand in ``cell_lines``."""
+    faults = {
+        (cell.estimator, cell.estimator_hash, cell.target)
+        for cell in table.cells
+        if cell.state != "skipped"
+    }
+    return [
+        row
+        for row in table.rows
+        if row.seeds or (row.estimator, row.estimator_hash, row.target) in faults
+    ]
 
 
 # ------------------------------------------------------------------------------------ terminal
@@ -199,10 +221,11 @@ def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
         title_style="bold",
     )
     numbers = [
-        [_number(row.stats.get(c.key), c.source == "cost") for c in columns] for row in table.rows
+        [_number(row.stats.get(c.key), c.source == "cost") for c in columns]
+        for row in shown_rows(table)
     ]
     # where the intervals do not fit beside the means, they stand below them
-    longest = max((len(_name(row)) + 2 for row in table.rows), default=0)
+    longest = max((len(_name(row)) + 2 for row in shown_rows(table)), default=0)
     wide = min(longest, NAME_WIDTH) + len("10/10") + 2 * len(columns) + 2
     for i, column in enumerate(columns):
         cells = [f"{mean} {interval}".strip() for mean, interval in (line[i] for line in numbers)]
@@ -213,7 +236,7 @@ def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
     for column in columns:
         rich.add_column(_heading(column), overflow="fold")
     target = None
-    for row, line in zip(table.rows, numbers, strict=True):
+    for row, line in zip(shown_rows(table), numbers, strict=True):
         if row.target != target:
             target = row.target
             rich.add_row(Text(target, style="bold"))
@@ -274,7 +297,7 @@ def to_markdown(board: Leaderboard) -> str:
             body = [
                 [row.target, _name(row), _seeds(row, table)]
                 + [_markdown_number(row.stats.get(c.key), c.source == "cost") for c in columns]
-                for row in table.rows
+                for row in shown_rows(table)
             ]
             lines += [f"### {block}", "", *_markdown_table(header, body, left=2), ""]
         for line in notes(table):
@@ -316,7 +339,8 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                 if (cell.estimator, cell.estimator_hash, cell.target) == mine
                 and cell.state == state
             )
-        line["k"] = table.k
+        line["watched"] = "all" if row.watched is None else str(row.watched)
+        line["k"] = row.k
         line |= {f"option_{name}": _plain(table.options.get(name)) for name in options}
         for key in keys:
             stat = row.stats.get(key)

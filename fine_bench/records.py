@@ -180,8 +180,14 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def scores_digest(scores: InfluenceScores) -> str:
-    """SHA-256 over dtype, shape and bytes of ``scores.values``: equal only when bit-identical."""
-    return _tensor_digest(scores.values)
+    """SHA-256 over dtype, shape and bytes of ``scores.values``: equal only when bit-identical.
+
+    Scores of some examples only: over that and over which ones they are.
+    """
+    values = _tensor_digest(scores.values)
+    if scores.watched is None:
+        return values
+    return digest([values, _tensor_digest(scores.watched)])
 
 
 def _pack(scores: InfluenceScores) -> bytes:
@@ -191,6 +197,8 @@ def _pack(scores: InfluenceScores) -> bytes:
         tensors["std_error"] = scores.std_error
     if scores.n_observations is not None:
         tensors["n_observations"] = scores.n_observations
+    if scores.watched is not None:
+        tensors["watched"] = scores.watched
     tensors |= {f"extra.{name}": tensor for name, tensor in scores.extras.items()}
     # cloned, because safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
@@ -221,6 +229,7 @@ def _unpack(path: Path) -> InfluenceScores:
         n_observations=tensors.get("n_observations"),
         version=int(about["version"]),
         extras={k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")},
+        watched=tensors.get("watched"),
     )
 
 

@@ -188,6 +188,9 @@ class InfluenceScores:
         version: the method's version, raised when its results may change.
         extras: further arrays of the method by name, each with its shape in the docstring of
             the method (f-INE: ``bound``).
+        watched: ascending positions ``(n_watched,)`` of the training examples that have a score;
+            None for all of them. An unwatched value is 0 with an infinite ``std_error`` and no
+            observation: it is not a score.
     """
 
     values: Tensor
@@ -197,6 +200,7 @@ class InfluenceScores:
     n_observations: Tensor | None = None
     version: int = 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    watched: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
@@ -224,6 +228,28 @@ class InfluenceScores:
                 f"n_observations must have shape ({n_train},), "
                 f"got {tuple(self.n_observations.shape)}"
             )
+        if self.watched is not None:
+            self._check_watched(self.watched, n_train)
+
+    @staticmethod
+    def _check_watched(watched: Tensor, n_train: int) -> None:
+        if watched.dtype != torch.int64 or watched.ndim != 1:
+            raise ValueError(
+                f"watched must be positions (n_watched,) of type int64, got {watched.dtype} of "
+                f"shape {tuple(watched.shape)}"
+            )
+        if len(watched) and (int(watched.min()) < 0 or int(watched.max()) >= n_train):
+            raise ValueError(
+                f"watched names positions from {int(watched.min())} to {int(watched.max())}, but "
+                f"there are {n_train} training examples"
+            )
+        if bool((watched.diff() <= 0).any()):
+            raise ValueError("watched must ascend and name each example once; sort it")
+
+    @property
+    def watched_values(self) -> Tensor:
+        """``values`` of the examples that have a score, ``(n_query, n_watched)``."""
+        return self.values if self.watched is None else self.values[:, self.watched]
 
 
 @dataclass(frozen=True, eq=False)

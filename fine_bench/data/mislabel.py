@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fine_bench.data.corruption import check_rate, flip_uniform
+from fine_bench.data.groups import mislabel_groups
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
@@ -107,9 +108,10 @@ def mislabel_task(
     order = torch.randperm(len(source.test_images), generator=stream(seed, "task/queries"))
     query, test = order[:n_query], order[n_query:].sort().values
     test_labels = torch.from_numpy(source.test_labels)
+    x = source.to_input(source.images[sample.numpy()])
     return TaskData(
         name=name,
-        x=source.to_input(source.images[sample.numpy()]),
+        x=x,
         y=y,
         clean_y=clean_y,
         truth=GroundTruth(is_bad=is_flipped, kind="flipped label"),
@@ -119,4 +121,5 @@ def mislabel_task(
         test_y=test_labels[test],
         n_classes=source.n_classes,
         train_ids=torch.from_numpy(source.ids)[sample],
+        groups=mislabel_groups(x, clean_y, y, source.n_classes, seed),
     )

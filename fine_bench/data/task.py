@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -33,6 +33,8 @@ class TaskData:
         test_x, test_y: held out to measure accuracy: clean, and disjoint from the queries.
         n_classes: labels lie in 0 … n_classes - 1.
         train_ids: ``(n_train,)`` int64, distinct positions in the source data set.
+        groups: name → ascending positions of training examples worth an influence of their own;
+            no part of ``sha256``.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TaskData:
     test_y: Tensor
     n_classes: int
     train_ids: Tensor
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -78,6 +81,16 @@ class TaskData:
             )
         if len(torch.unique(self.train_ids)) != n:
             raise ValueError("train_ids repeat; every training example has its own position")
+        for name, group in self.groups.items():
+            if group.dtype != torch.int64 or group.ndim != 1 or not 0 < len(group) < n:
+                raise ValueError(
+                    f"group {name!r} must hold int64 positions of some of the {n} training "
+                    f"examples, got {group.dtype} of shape {tuple(group.shape)}"
+                )
+            if int(group[0]) < 0 or int(group[-1]) >= n or bool((group.diff() <= 0).any()):
+                raise ValueError(
+                    f"group {name!r} must ascend within 0 … {n - 1}, each position once"
+                )
 
     def _check_inputs(self, part: str, x: Tensor) -> None:
         if x.dtype != torch.float32 or x.ndim < 2:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import TensorDataset
 
-from fine_bench.callback import FINECallback
+from fine_bench.callback_paper import PaperFINECallback
 from fine_bench.estimator import replay
+from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.records import RecordStore, environment, scores_digest
 from fine_bench.run import training
-from fine_bench.run.plan import Cell, Job
+from fine_bench.run.plan import Cell, Job, Watcher
 from fine_bench.types import (
     SUSPICIOUS_END,
     InfluenceScores,
@@ -85,19 +86,23 @@ def _execute(
     writer = _Writer(job, sweep, store)
     in_run = [cell for cell in todo if cell.in_run]
     skipped: dict[Cell, str] = {}
-    watchers: dict[Cell, FINECallback] = {}
+    watchers: dict[Cell, Watcher] = {}
     outcomes: list[Outcome] = []
     try:
         run = None if in_run or job.config.force else training.stored(job)
         if run is not None:
             say("checkpoints of an earlier run are complete: not trained again")
         else:
-            watchers = {cell: _watcher(job, cell) for cell in in_run}
+            for cell in in_run:
+                try:
+                    watchers[cell] = job.watcher(cell)
+                except UnsupportedProblemError as error:
+                    skipped[cell] = str(error)
             try:
                 run = training.train(job, list(watchers.values()), logger)
             except UnsupportedProblemError as error:
                 # the watchers cannot serve this model; the methods that read checkpoints may
-                skipped = dict.fromkeys(in_run, str(error))
+                skipped |= dict.fromkeys(watchers, str(error))
                 watchers = {}
                 run = training.train(job, [], logger)
     except Exception as error:
@@ -109,15 +114,26 @@ def _execute(
         f"trained: test accuracy {facts['test_accuracy']:.3f}, given labels "
         f"{facts['train_accuracy']:.3f}, {facts['seconds']:.1f} s"
     )
+    with busy("auxiliary run"):
+        auxiliary = _Auxiliary(job, watchers, say)
     for number, cell in enumerate(todo, 1):
         with busy(f"{number} of {len(todo)}: {cell.estimator} {cell.target}"):
             try:
                 if cell in skipped:
                     outcome = writer.write(cell, "skipped", skipped[cell])
                 elif cell in watchers:
-                    outcome = writer.finish(
-                        cell, watchers[cell].scores(), _watching_cost(watchers[cell])
-                    )
+                    auxiliary.require(cell)
+                    start = time.perf_counter()
+                    scores, watcher = watchers[cell].scores(), watchers[cell]
+                    cost = {
+                        "seconds": watcher.seconds + time.perf_counter() - start,
+                        "gradient_evaluations": float(watcher.gradient_evaluations),
+                    }
+                    metrics = {}
+                    if isinstance(watcher, PaperFINECallback):
+                        metrics = _group_metrics(watcher)
+                        metrics |= _agreements(job, store, watchers, cell, scores)
+                    outcome = writer.finish(cell, scores, auxiliary.add_to(cost, cell), metrics)
                 else:
                     outcome = writer.finish(cell, *_replayed(job, cell, run))
             except UnsupportedProblemError as error:
@@ -144,19 +160,99 @@ def describe(outcome: Outcome) -> str:
     return f"{name} {found}   {record.cost['seconds']:6.1f} s"
 
 
-def _watcher(job: Job, cell: Cell) -> FINECallback:
-    queries = None
-    if cell.target != "self":
-        queries = TensorDataset(job.data.query_x, job.data.query_y)
-    callback: FINECallback = job.estimator(cell, target=cell.target, queries=queries)
-    return callback
+class _Auxiliary:
+    """The second run that the paper's estimator subtracts: one for all cells that ask for it.
+
+    A failure concerns those cells alone; ``require`` raises it there.
+    """
+
+    def __init__(self, job: Job, watchers: Mapping[Cell, Watcher], say: Say) -> None:
+        self.costs: dict[Cell, dict[str, float]] = {}
+        self.error: Exception | None = None
+        self.cells = {
+            cell: watcher
+            for cell, watcher in watchers.items()
+            if isinstance(watcher, PaperFINECallback) and watcher.auxiliary == "reseed"
+        }
+        if not self.cells:
+            return
+        seed = training.reseeded(job).config.seed
+        try:
+            helpers = {cell: job.watcher(cell, seed=seed) for cell in self.cells}
+            plain = training.train_auxiliary(job, list(helpers.values()))
+        except Exception as error:
+            self.error = error
+            return
+        for cell, helper in helpers.items():
+            assert isinstance(helper, PaperFINECallback)
+            self.cells[cell].auxiliary_signal = helper.signal()
+            self.costs[cell] = {
+                "auxiliary_seconds": plain + helper.seconds,
+                "auxiliary_gradient_evaluations": float(helper.gradient_evaluations),
+            }
+        say(f"trained the auxiliary run: {plain:.1f} s")
+
+    def require(self, cell: Cell) -> None:
+        """Raise what went wrong, if this cell needs the auxiliary run."""
+        if cell in self.cells and self.error is not None:
+            raise RuntimeError(
+                f"the auxiliary run failed: {type(self.error).__name__}: {self.error}"
+            ) from self.error
+
+    def add_to(self, cost: dict[str, float], cell: Cell) -> dict[str, float]:
+        """The auxiliary training is part of the cost of each cell that needs it."""
+        extra = self.costs.get(cell, {})
+        cost = cost | extra
+        cost["seconds"] += extra.get("auxiliary_seconds", 0.0)
+        cost["gradient_evaluations"] += extra.get("auxiliary_gradient_evaluations", 0.0)
+        return cost
 
 
-def _watching_cost(callback: FINECallback) -> dict[str, float]:
+_GROUP_METRICS = (
+    "mu", "std_error", "lower", "upper", "p_value", "size", "mu_run", "moment", "rank", "maximum"
+)  # fmt: skip
+
+
+def _group_metrics(watcher: PaperFINECallback) -> dict[str, float]:
+    """``group/<name>/<number>``; ``index`` is the group's number in the score file's traces."""
     return {
-        "seconds": callback.seconds,
-        "gradient_evaluations": float(callback.gradient_evaluations),
+        f"group/{line.name}/{name}": float(value)
+        for index, line in enumerate(watcher.group_results())
+        for name, value in [("index", index), *((n, getattr(line, n)) for n in _GROUP_METRICS)]
     }
+
+
+def _agreements(
+    job: Job,
+    store: RecordStore,
+    watchers: Mapping[Cell, Watcher],
+    cell: Cell,
+    scores: InfluenceScores,
+) -> dict[str, float]:
+    """``agreement/<estimator>/…`` with the all-example f-INE cells of this target in the job.
+
+    ``auroc`` among them is the all-example estimator's on the watched examples alone.
+    """
+    numbers: dict[str, float] = {}
+    if scores.watched is None or not len(scores.watched):
+        return numbers
+    bad = job.data.truth.is_bad[scores.watched]
+    for other in job.cells:
+        if other.target != cell.target or not other.watches_all:
+            continue
+        watcher, record = watchers.get(other), job.done(store, other)
+        if watcher is not None:
+            theirs = watcher.scores()
+        elif record is not None and record.status == "finished":
+            theirs = store.load_scores(record)
+        else:
+            continue
+        found = agreement(scores, theirs)
+        if bool(bad.any()) and not bool(bad.all()):
+            row = suspicion(theirs.values[:, scores.watched], SUSPICIOUS_END[cell.target])
+            found["auroc"] = detection_metrics(row, bad)["auroc"]
+        numbers |= {f"agreement/{other.estimator}/{name}": x for name, x in found.items()}
+    return numbers
 
 
 def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
@@ -204,16 +300,30 @@ class _Writer:
         )
         return Outcome(cell, self.store.save(record, None), None)
 
-    def finish(self, cell: Cell, scores: InfluenceScores, cost: Mapping[str, float]) -> Outcome:
-        """A cell with scores: measure and write."""
-        # the row's name is the user's choice; the scores carry it too
-        scores = replace(scores, method=cell.estimator)
-        truth = self.job.data.truth
-        row = suspicion(scores.values, SUSPICIOUS_END[cell.target])
-        metrics = {"n_bad": float(truth.n_bad)}
+    def finish(
+        self,
+        cell: Cell,
+        scores: InfluenceScores,
+        cost: Mapping[str, float],
+        further: Mapping[str, float] | None = None,
+    ) -> Outcome:
+        """A cell with scores: measure (the examples that have one) and write."""
+        # the row's name is the user's choice; the scores carry it too, and the truth beside them,
+        # so that figures can be drawn from files alone
+        bad = self.job.data.truth.is_bad
+        extras = {**scores.extras, "truth/is_bad": bad}
+        scores = replace(scores, method=cell.estimator, extras=extras)
+        metrics: dict[str, float] = {}
+        if scores.watched is not None:
+            bad = bad[scores.watched]
+            metrics["n_watched"] = float(len(bad))
+        n_bad = int(bad.sum())
+        metrics["n_bad"] = float(n_bad)
         # without bad examples, or with nothing else, there is nothing to detect
-        if 0 < truth.n_bad < len(truth.is_bad):
-            metrics |= detection_metrics(row, truth.is_bad)
+        if 0 < n_bad < len(bad):
+            row = suspicion(scores.watched_values, SUSPICIOUS_END[cell.target])
+            metrics |= detection_metrics(row, bad)
+        metrics |= further or {}
         record = RunRecord(
             **self.job.identity(cell),
             status="finished",

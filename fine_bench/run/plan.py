@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import pytorch_lightning as pl
+from torch.utils.data import TensorDataset
 
+from fine_bench.callback import FINECallback
+from fine_bench.callback_paper import PaperFINECallback
 from fine_bench.config import (
     ALWAYS_ALLOWED,
     RunConfig,
@@ -21,7 +25,9 @@ from fine_bench.config import (
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.records import RecordStore, digest
-from fine_bench.types import RunRecord, Target
+from fine_bench.types import RunRecord, Target, UnsupportedProblemError
+
+Watcher: TypeAlias = FINECallback | PaperFINECallback
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +39,20 @@ class Cell:
     options: Mapping[str, Any]
     estimator_hash: str
     version: int
-    in_run: bool
+    kind: Any
+
+    @property
+    def in_run(self) -> bool:
+        """Whether it watches the training instead of reading checkpoints."""
+        return self._is(pl.Callback)
+
+    @property
+    def watches_all(self) -> bool:
+        """Whether it is the all-example f-INE."""
+        return self._is(FINECallback)
+
+    def _is(self, kind: type) -> bool:
+        return isinstance(self.kind, type) and issubclass(self.kind, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +93,36 @@ class Job:
         return record if record is not None and record.status != "failed" else None
 
     def estimator(self, cell: Cell, **passed: Any) -> Any:
-        """The cell's estimator, its open random seed filled by the run's."""
-        options = dict(cell.options)
+        """The cell's estimator, its open random seed filled by the run's.
+
+        What is ``passed`` replaces an option of that name.
+        """
+        options = {key: value for key, value in cell.options.items() if key not in passed}
         if "seed" in options and options["seed"] is None:
             options["seed"] = self.config.seed
         return build(options, f"estimators.{cell.estimator}", self.packages, **passed)
+
+    def watcher(self, cell: Cell, **passed: Any) -> Watcher:
+        """The callback of a cell that watches the training.
+
+        The paper's estimator watches the task's groups besides the subsets of its options.
+
+        Raises:
+            ConfigError: an option or a subset that this job's data make impossible.
+            UnsupportedProblemError: the method does not serve the target.
+        """
+        if cell.target != "self":
+            passed["queries"] = TensorDataset(self.data.query_x, self.data.query_y)
+        if not cell._is(PaperFINECallback):
+            callback: FINECallback = self.estimator(cell, target=cell.target, **passed)
+            return callback
+        passed["subsets"] = {**self.data.groups, **(cell.options.get("subsets") or {})}
+        paper: PaperFINECallback = self.estimator(cell, target=cell.target, **passed)
+        try:
+            paper.check(self.data.n_train, self.config.trainer.batch_size)
+        except ValueError as error:
+            raise ConfigError(f"estimators.{cell.estimator}: {error}") from error
+        return paper
 
 
 def plan(config: RunConfig) -> Job:
@@ -106,15 +150,16 @@ def plan(config: RunConfig) -> Job:
                     options=options,
                     estimator_hash=estimator_digest(options),
                     version=int(kind.version),
-                    in_run=isinstance(kind, type) and issubclass(kind, pl.Callback),
+                    kind=kind,
                 )
             )
     job = Job(config, data, setting_digest(config), tuple(cells))
     for cell in job.cells:
         if not cell.in_run:
             job.estimator(cell)  # a refused option stops the sweep before any training
-        elif cell.target == "self":
-            job.estimator(cell, target="self")
+        else:
+            with suppress(UnsupportedProblemError):  # it will be skipped with its reason
+                job.watcher(cell)
     build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
     return job
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
-from fine_bench.callback import FINECallback
 from fine_bench.config import build
 from fine_bench.data.task import TaskData, loader
 from fine_bench.models.classifier import Classifier
 from fine_bench.records import write_atomic
-from fine_bench.run.plan import Job
+from fine_bench.run.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
 from fine_bench.types import Checkpoint
 
@@ -122,7 +121,7 @@ def stored(job: Job) -> TrainedRun | None:
     return _trained(job, folder, facts)
 
 
-def train(job: Job, callbacks: Sequence[FINECallback], logger: Logger | None) -> TrainedRun:
+def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
     """Train one model, watched by ``callbacks``, and keep a checkpoint an epoch.
 
     The checkpoints appear under their final name only when the run is complete.
@@ -192,6 +191,46 @@ def train(job: Job, callbacks: Sequence[FINECallback], logger: Logger | None) ->
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return _trained(job, folder, facts)
+
+
+def reseeded(job: Job) -> Job:
+    """The same job with other randomness: another initialisation and another order.
+
+    All sources follow one seed derived from the run seed, those fixed by ``trainer.init_seed`` and
+    ``trainer.order_seed`` too.
+    """
+    config = job.config
+    trainer = replace(config.trainer, init_seed=None, order_seed=None)
+    seed = derive(config.seed, "auxiliary run") % 2**32
+    return replace(job, config=replace(config, seed=seed, trainer=trainer))
+
+
+def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
+    """Train the model of ``reseeded(job)`` to be watched only; nothing is kept of it.
+
+    Returns:
+        seconds of plain training, without the callbacks' own.
+    """
+    job = reseeded(job)
+    module = build_model(job)
+    with _quiet():
+        pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
+        trainer = pl.Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=job.config.trainer.max_epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            deterministic="warn",
+            callbacks=list(callbacks),
+        )
+        start = time.perf_counter()
+        trainer.fit(module, train_loader(job))
+        seconds = time.perf_counter() - start
+    return seconds - sum(callback.seconds for callback in callbacks)
 
 
 @torch.no_grad()

@@ -74,10 +74,13 @@ def finish_run(logger: Logger | None, job: Job, outcomes: Sequence[Outcome]) -> 
                 }
             )
         curves = {
-            f"detection_curve/{o.cell.estimator}/{o.cell.target}": _curve(job, o) for o in done
+            f"detection_curve/{o.cell.estimator}/{o.cell.target}": _curve(job, o)
+            for o in done
+            if "auroc" in o.record.metrics
         }
         if curves:
             run.log(curves)
+        if done:
             artifact = wandb.Artifact(f"scores-{job.data.name}-seed{job.config.seed}", "scores")
             for outcome in done:
                 artifact.add_file(
@@ -145,8 +148,9 @@ def _flat_config(job: Job) -> dict[str, Any]:
 
 def _curve(job: Job, outcome: Outcome) -> Any:
     assert outcome.scores is not None
-    row = suspicion(outcome.scores.values, SUSPICIOUS_END[outcome.cell.target])
-    shares, recall = detection_curve(row, job.data.truth.is_bad)
+    scores, bad = outcome.scores, job.data.truth.is_bad
+    row = suspicion(scores.watched_values, SUSPICIOUS_END[outcome.cell.target])
+    shares, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
     table = wandb.Table(
         columns=["inspected", "recall"], data=[list(p) for p in zip(shares, recall, strict=True)]
     )

@@ -31,6 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "estimator": {*CORE, "gradients"},
     "fine": {*CORE, "gradients", "weighting", "testing", "tradeoff"},
     "callback": {*CORE, "gradients", "weighting", "fine"},
+    "subsets": CORE,
+    "fine_paper": {*CORE, "gradients", "fine", "subsets", "testing"},
+    "callback_paper": {*CORE, "gradients", "weighting", "fine", "fine_paper", "subsets"},
     "data": CORE,
     "models": CORE,
     "metrics": CORE,
@@ -42,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "run"},
+    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "run"},
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
@@ -100,8 +103,9 @@ def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_no_formula_in_the_lightning_adapter() -> None:
-    tree = ast.parse((ROOTS["fine_bench"] / "callback.py").read_text())
+@pytest.mark.parametrize("name", ["callback.py", "callback_paper.py"])
+def test_no_formula_in_the_lightning_adapters(name: str) -> None:
+    tree = ast.parse((ROOTS["fine_bench"] / name).read_text())
     calls = {
         n.func.attr
         for n in ast.walk(tree)

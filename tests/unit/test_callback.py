@@ -111,6 +111,13 @@ def test_the_same_run_gives_the_same_scores_bit_for_bit() -> None:
     assert torch.equal(first.scores().values, second.scores().values)
 
 
+def test_callbacks_do_not_see_each_others_queries() -> None:
+    alone, beside = FINECallback("self"), FINECallback("self")
+    fit([alone])
+    fit([FINECallback("validation", queries=queries(), refresh_every=1), beside])
+    assert torch.equal(alone.scores().values, beside.scores().values)
+
+
 def test_every_example_is_observed_once_an_epoch_and_short_batches_are_counted() -> None:
     callback = FINECallback("self")
     fit([callback])  # 26 = 3 · 8 + 2: the last batch has no σ

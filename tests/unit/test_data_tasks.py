@@ -376,3 +376,54 @@ def test_loader_refusals() -> None:
         loader(X, Y, batch_size=0)
     with pytest.raises(ValueError, match="x has 23 examples, y 22"):
         loader(X, Y[:22], batch_size=5)
+
+
+# --- groups
+
+
+def test_groups_are_what_their_names_say() -> None:
+    data = digits_mislabel(seed=3)
+    flips, clean, near = data.groups.values()
+    pairs = Counter(
+        (a, b) for a, b in zip(data.clean_y.tolist(), data.y.tolist(), strict=True) if a != b
+    )
+    (a, b), count = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+    assert list(data.groups) == [f"flips_{a}_to_{b}", "random_clean", "near_duplicates"]
+    assert flips.tolist() == ((data.clean_y == a) & (data.y == b)).nonzero()[:, 0].tolist()
+    assert len(flips) == count == len(clean)
+    assert not data.truth.is_bad[clean].any()
+    # near-duplicates: the tightest centre and its neighbours, by brute force
+    pixels = data.x.flatten(1).double()
+    good = ~data.truth.is_bad
+    best, expected = float("inf"), None
+    for i in good.nonzero()[:, 0].tolist():
+        same = (good & (data.clean_y == data.clean_y[i])).nonzero()[:, 0]
+        distance = (pixels[same] - pixels[i]).norm(dim=1)
+        if len(same) >= 16 and float(distance.sort().values[15]) < best:
+            best = float(distance.sort().values[15])
+            expected = same[distance.argsort()[:16]].sort().values
+    # 1,000 of the 1,078 correctly labelled examples are candidates for the centre
+    assert torch.equal(near, expected)
+
+
+def test_groups_follow_the_task_seed_alone_and_need_enough_data() -> None:
+    one, two = digits_mislabel(seed=1), digits_mislabel(seed=1)
+    assert all(torch.equal(one.groups[name], two.groups[name]) for name in one.groups)
+    assert list(digits_mislabel(seed=1, noise_rate=0.0).groups) == ["near_duplicates"]
+    few = digits_mislabel(seed=1, n_train=12, noise_rate=0.5)
+    assert "near_duplicates" not in few.groups
+
+
+def test_groups_are_no_part_of_the_digest_and_are_checked() -> None:
+    data = digits_mislabel(seed=1, n_train=50)
+    assert replace(data, groups={}).sha256 == data.sha256
+    for bad, message in (
+        (torch.arange(50), "positions of some of the 50"),
+        (torch.zeros(0, dtype=torch.int64), "positions of some of the 50"),
+        (torch.tensor([0.5]), "must hold int64"),
+        (torch.tensor([3, 50]), "must ascend within"),
+        (torch.tensor([3, 3]), "must ascend within"),
+        (torch.tensor([-1, 3]), "must ascend within"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(data, groups={"g": bad})

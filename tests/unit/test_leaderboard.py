@@ -556,3 +556,78 @@ def test_runs_as_a_module_and_needs_no_trainer(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.split() == ["2", "[]"], done.stderr
     assert "no records below" in done.stderr
+
+
+# ---------------------------------------------------------------------- scores of some examples
+
+WATCHED = torch.arange(0, N, 3)
+
+
+def save_watched(
+    store: RecordStore, seed: int, watched: torch.Tensor = WATCHED, **changes: Any
+) -> RunRecord:
+    values = torch.zeros(1, N)
+    values[:, watched] = values_of("fine", "self", seed)[:, watched]
+    bad = BAD[watched]
+    metrics = detection_metrics(suspicion(values[:, watched], "high"), bad)
+    extra = {"n_bad": float(bad.sum()), "n_watched": float(len(watched))}
+    record = finished("fine_paper", "self", seed, metrics={**metrics, **extra} | changes)
+    return store.save(record, InfluenceScores(values, "fine_paper", "self", watched=watched))
+
+
+def test_a_row_of_some_examples_is_measured_on_them(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    saved = [save_watched(store, seed) for seed in (0, 1, 2)]
+    board = build(store)
+    assert board.problems == ()
+    row, table = row_of(board, "fine_paper"), board.tables[0]
+    assert (row.label, row.watched, row.k) == ("fine_paper (20 examples)", 20, 4)
+    assert table.k == row_of(board, "fine").k == 12
+    vectors = [suspicion(store.load_scores(record).values[:, WATCHED], "high") for record in saved]
+    pairs = [pairwise_consistency(vectors[a], vectors[b], 4, "high") for a, b in PAIRS]
+    expected = sum(pair["jaccard"] for pair in pairs) / 3
+    assert row.stats["consistency_jaccard"].mean == pytest.approx(expected)
+    text = " ".join(printed(board).split())
+    assert "scores a sample of the training examples" in text
+    line = next(
+        x for x in csv.DictReader(io.StringIO(view.to_csv(board))) if "paper" in x["estimator"]
+    )
+    assert (line["watched"], line["k"]) == ("20", "4")
+    assert build(store).frame().equals(board.frame())  # from the cache
+
+
+PAIRS = [(0, 1), (0, 2), (1, 2)]
+
+
+def test_rows_of_other_examples_are_not_ranked_against_each_other(tmp_path: Path) -> None:
+    seeds = tuple(range(6))
+    store = fill(tmp_path, seeds)
+    for seed in seeds:
+        save_watched(store, seed)
+    board = build(store)
+    assert row_of(board, "fine_paper").tied is None
+    assert row_of(board, "tracin").tied is not None
+
+
+def test_seeds_that_score_different_examples_are_not_compared(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    save_watched(store, 0)
+    save_watched(store, 1, WATCHED + 1)
+    board = build(store)
+    assert "consistency_jaccard" not in row_of(board, "fine_paper").stats
+    assert any("its seeds score different examples" in problem for problem in board.problems)
+    save_watched(store, 2, WATCHED[:-2])
+    problems = build(store).problems
+    assert any("different numbers of examples" in problem for problem in problems)
+
+
+def test_infinite_numbers_of_a_group_do_no_harm(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for seed in (0, 1):
+        save_watched(store, seed, **{"group/flips/mu": 1.0, "group/flips/upper": math.inf})
+    board = build(store)
+    stats = row_of(board, "fine_paper").stats
+    assert stats["group/flips/mu"].mean == 1.0
+    assert not math.isfinite(stats["group/flips/upper"].mean)
+    assert "group/flips/mu" in view.to_csv(board)
+    json.loads(view.to_json(board))

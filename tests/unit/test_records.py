@@ -105,6 +105,43 @@ def test_roundtrip_of_record_and_scores(tmp_path: Path) -> None:
     assert (back.method, back.target, back.version) == ("fine", "self", 3)
 
 
+def test_scores_of_some_examples_come_back_and_have_a_digest_of_their_own(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    watched = torch.tensor([1, 4, 5])
+    scores = make_scores(watched=watched, extras={"lower": torch.ones(3)})
+    back = store.load_scores(store.save(make_record(), scores))
+    assert back.watched is not None
+    assert torch.equal(back.watched, watched)
+    assert torch.equal(back.watched_values, scores.values[:, watched])
+    # the same values of all examples, or of others, are other scores
+    everyone, others = make_scores(), make_scores(watched=torch.tensor([1, 4, 6]))
+    assert len({scores_digest(s) for s in (scores, everyone, others)}) == 3
+    assert everyone.watched_values is everyone.values
+
+
+def test_the_digest_of_scores_of_all_examples_is_that_of_their_values() -> None:
+    """Records written before scores of a sample existed keep their digests."""
+    scores = InfluenceScores(torch.tensor([[1.0, -2.0, 0.5]]), "fine", "self")
+    expected = "19765e1181a17a2e806c22d1871c4dbcf712769f55684aafee470cc48e5f19f2"
+    assert scores_digest(scores) == expected
+
+
+@pytest.mark.parametrize(
+    ("watched", "message"),
+    [
+        (torch.tensor([0.5]), "positions .* of type int64"),
+        (torch.tensor([[1]]), "positions .* of type int64"),
+        (torch.tensor([1, 7]), "from 1 to 7, but there are 7"),
+        (torch.tensor([-1]), "from -1 to -1"),
+        (torch.tensor([2, 1]), "must ascend"),
+        (torch.tensor([2, 2]), "must ascend"),
+    ],
+)
+def test_watched_is_checked(watched: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_scores(watched=watched)
+
+
 def test_json_is_strict_and_names_are_where_the_layout_says(tmp_path: Path) -> None:
     saved = RecordStore(tmp_path).save(make_record(metrics={"a": math.nan}), make_scores())
     record, scores = files(tmp_path)
