@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "  figure2_consistency        Jaccard@k between runs, raw and corrected for chance\n"
         "  figure4_crossing           trade-off functions that cross, and their Gaussian limits\n"
         "  figure5_p_and_q            the paper's statistic with and without a subset\n"
+        "  agreement                  fine_paper against fine, example by example, one seed\n"
         "and figure3_equal_means, which needs no records.\n\n"
         "Exit status: 0 every figure that the records allow was written; 1 a cell failed or is\n"
         "missing, a file cannot be read or written (each is named); 2 no records, an unknown\n"

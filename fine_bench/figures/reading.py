@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from fine_bench.figures import agreement as agreements
 from fine_bench.figures import benchmark, runs, theory
 from fine_bench.figures.shelf import TRUTH, Shelf
 from fine_bench.leaderboard import Row, stat_key
+from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_curve
 from fine_bench.metrics.intervals import Interval
 from fine_bench.testing import moment_mu
@@ -30,6 +32,7 @@ Array = NDArray[np.float64]
 
 TRACE = ("trace/p", "trace/q", "trace/step", "trace/subset")
 PAPER = "fine_paper"
+ALL_EXAMPLES = "fine"
 FIGURES = (
     "detection_and_consistency",
     "recall_curves",
@@ -38,6 +41,7 @@ FIGURES = (
     "figure3_equal_means",
     "figure4_crossing",
     "figure5_p_and_q",
+    "agreement",
 )
 DETECTION: Mapping[str, str] = {"auroc": "AUROC", "average_precision": "average precision"}
 CONSISTENCY: Mapping[str, str] = {
@@ -330,6 +334,79 @@ def _crossing(shelf: Shelf, choice: Choice) -> Figure:
     )
 
 
+# ---------------------------------------------------------------------------------- agreement
+
+
+def _compared(shelf: Shelf, ours: Row, papers: Row, seed: int) -> agreements.Compared | str:
+    """The two rows' scores of one run, or why they cannot be compared."""
+    x, y = shelf.scores(ours, seed), shelf.scores(papers, seed)
+    if x is None or y is None:
+        return f"seed {seed}: scores cannot be read"
+    if len(x.values) != 1 or x.values.shape != y.values.shape:
+        return (
+            f"{ALL_EXAMPLES} and {PAPER} have scores of shapes {tuple(x.values.shape)} and "
+            f"{tuple(y.values.shape)}, one row of the same examples is needed"
+        )
+    if x.watched is not None:
+        return f"{ours.label} scored a sample only"
+    if not y.watched_values.numel():
+        return f"{papers.label} scored groups but no single example"
+    watched = slice(None) if y.watched is None else y.watched.numpy()
+    bad = shelf.truth(ours, seed)
+    if bad is None:
+        bad = shelf.truth(papers, seed)
+    return agreements.Compared(
+        x.values[0].double().numpy()[watched],
+        y.values[0].double().numpy()[watched],
+        None if bad is None else bad[watched],
+        agreement(y, x),
+    )
+
+
+def _agreement(shelf: Shelf, choice: Choice) -> Figure:
+    """One run: the lowest seed at which most targets have both estimators."""
+    del choice
+    pairs: dict[str, tuple[Row, Row]] = {}
+    absent: dict[str, str] = {}
+    for target in shelf.targets:
+        rows = shelf.rows(target)
+        ours = [row for row in rows if row.estimator == ALL_EXAMPLES]
+        papers = [row for row in rows if row.estimator == PAPER]
+        if ours and papers:
+            pairs[target] = (ours[0], papers[0])
+        else:
+            names = [name for name, some in ((ALL_EXAMPLES, ours), (PAPER, papers)) if not some]
+            absent[target] = f"no finished record of an estimator {' or '.join(names)}"
+    found: dict[int, dict[str, agreements.Compared]] = {}
+    for target, (one, other) in pairs.items():
+        common = sorted(set(one.seeds) & set(other.seeds))
+        if not common:
+            absent[target] = f"{one.label} and {other.label} have no finished seed in common"
+        for seed in common:
+            both = _compared(shelf, one, other, seed)
+            if isinstance(both, str):
+                absent[target] = both
+            else:
+                found.setdefault(seed, {})[target] = both
+    if not found:
+        reasons = [f"target {target}: {reason}" for target, reason in absent.items()]
+        raise LeftOutError("; ".join(reasons) or "no estimator has a finished record")
+    seed = min(found, key=lambda s: (-len(found[s]), s))
+    shelf.notes.extend(
+        f"{shelf.table.task}: agreement without target {target}: "
+        f"{absent.get(target, f'not both at seed {seed}')}"
+        for target in shelf.targets
+        if target not in found[seed]
+    )
+    one, other = pairs[next(iter(found[seed]))]
+    return agreements.agreement(
+        found[seed],
+        x_label=one.label,
+        y_label=other.label,
+        size=f"{shelf.table.task}: {one.label} against {other.label}, seed {seed}",
+    )
+
+
 _OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
     "detection_and_consistency": _detection_and_consistency,
     "recall_curves": _recall_curves,
@@ -337,6 +414,7 @@ _OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
     "figure2_consistency": _consistency,
     "figure4_crossing": _crossing,
     "figure5_p_and_q": _p_and_q,
+    "agreement": _agreement,
 }
 
 

@@ -23,12 +23,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from fine_bench.figures import agreement as agreements
 from fine_bench.figures import benchmark, labels, runs, theory
 from fine_bench.figures.__main__ import main
-from fine_bench.figures.reading import traced
+from fine_bench.figures.reading import Choice, draw, traced
 from fine_bench.figures.shelf import TRUTH, kind_of, shelves
 from fine_bench.figures.style import FORMATS, Kind, canvas, looks, to_bytes
 from fine_bench.leaderboard import build
+from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import Interval
 from fine_bench.privacy import compose
@@ -195,6 +197,7 @@ def test_every_figure_is_written_in_both_formats(complete: Path) -> None:
         "figure3_equal_means",
         "figure4_crossing--digits",
         "figure5_p_and_q--digits",
+        "agreement--digits",
     }
     assert names(complete) == {f"{stem}.{kind}" for stem in stems for kind in FORMATS}
     for path in (complete / "figures").iterdir():
@@ -238,6 +241,9 @@ def test_missing_seeds_are_named(complete: Path) -> None:
     out = (complete / "out").read_text()
     assert "without fine_paper, target self, seed 2: missing" in out
     assert "fine_paper (40 examples), target self, ranks a sample" in out
+    assert (
+        "agreement without target validation: no finished record of an estimator fine_paper" in out
+    )
 
 
 def test_traced_subsets_carry_their_names(complete: Path) -> None:
@@ -252,6 +258,45 @@ def test_traced_subsets_carry_their_names(complete: Path) -> None:
     ]
     # what the auxiliary model explains is taken away
     assert abs(float(np.corrcoef(found.q[0], np.sin(found.step / 50))[0, 1])) < 0.1
+
+
+def test_agreement_shows_the_watched_examples_of_one_run(complete: Path) -> None:
+    store = RecordStore(complete)
+    found = shelves(store, build(store), store.scan().records)
+    (drawn,) = [d for d in draw(found, ["--digits"], Choice()) if d.name == "agreement--digits"]
+    assert drawn.figure is not None
+    (axes,) = drawn.figure.axes
+    points = {line.get_label(): line for line in axes.lines if line.get_linestyle() == "None"}
+    mine, papers = scores_of("fine", "self", 0), paper_scores(0)
+    assert papers.watched is not None
+    for name, rows in (("bad", BAD[papers.watched]), ("clean", ~BAD[papers.watched])):
+        x, y = mine.values[0, papers.watched][rows], papers.watched_values[0, rows]
+        np.testing.assert_array_equal(np.asarray(points[name].get_xdata()), x.double().numpy())
+        np.testing.assert_array_equal(np.asarray(points[name].get_ydata()), y.double().numpy())
+    assert points["bad"].get_marker() != points["clean"].get_marker()
+    assert points["bad"].get_color() != points["clean"].get_color()
+    written, numbers = texts(drawn.figure), agreement(papers, mine)
+    assert "seed 0" in written
+    assert "n = 40" in written
+    assert f"Spearman {numbers['spearman']:.2f}, slope ".replace("-", "−") in written
+    thirds = ", ".join(f"{numbers[f'tercile_{t}/spearman']:.2f}" for t in (1, 2, 3))
+    assert f"Spearman in thirds: {thirds};".replace("-", "−") in written
+
+
+@unsaved
+def test_agreement_needs_both_estimators_at_one_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_paper(fill(tmp_path / "apart", seeds=(2,)))
+    run(tmp_path / "apart", "--format", "svg")
+    reason = left_out(capsys)["agreement--digits"]
+    assert (
+        "target self: fine and fine_paper (40 examples) have no finished seed in common" in reason
+    )
+    add_paper(fill(tmp_path / "alone", edit=lambda r, s: None if r.estimator == "fine" else (r, s)))
+    run(tmp_path / "alone", "--format", "svg")
+    reason = left_out(capsys)["agreement--digits"]
+    assert "target self: no finished record of an estimator fine;" in reason
 
 
 @unsaved
@@ -295,7 +340,8 @@ def test_one_seed_has_no_consistency(tmp_path: Path, capsys: pytest.CaptureFixtu
     reasons = left_out(capsys)
     for name in ("detection_and_consistency", "figure1_losses_vary", "figure2_consistency"):
         assert "only seed 4" in reasons[f"{name}--digits"]
-    assert "no finished record of an estimator fine_paper" in reasons["figure5_p_and_q--digits"]
+    for name in ("figure5_p_and_q", "agreement"):
+        assert "no finished record of an estimator fine_paper" in reasons[f"{name}--digits"]
     # the textbook pair stands in for the traces
     assert names(tmp_path) == {
         "recall_curves--digits.svg",
@@ -459,6 +505,28 @@ def test_the_shown_example_is_the_median_mover() -> None:
     percent = np.array([[0.0, 50.0, 10.0], [5.0, 90.0, 30.0]])
     assert runs.median_mover([percent]) == 2
     assert runs.median_mover([percent, np.array([[0.0, 0, 0], [100.0, 0, 0]])]) == 1
+
+
+def test_agreement_marks_thirds_on_both_sides_and_says_what_is_undefined() -> None:
+    def compared(x: list[float], y: list[float]) -> agreements.Compared:
+        ours, papers = (
+            InfluenceScores(torch.tensor([v], dtype=torch.float64), "m", "self") for v in (x, y)
+        )
+        return agreements.Compared(np.array(x), np.array(y), None, agreement(papers, ours))
+
+    both = compared([-9.0, 1, -2, 3, 4, -5, 6, -7, 8], [-8.0, 1, -2, 3, 4, -5, 6, -7, 9])
+    assert both.cuts == (3.5, 6.5)
+    flat = compared([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    few = compared([1.0, 2.0], [1.0, 2.0])
+    figure = agreements.agreement(
+        {"self": both, "validation": flat, "queries": few}, x_label="x", y_label="y", size="seed 3"
+    )
+    first, second, third = (axes.get_title(loc="left") for axes in figure.axes)
+    places = {float(np.asarray(line.get_xdata())[0]) for line in figure.axes[0].lines[1:]}
+    assert places == {-6.5, -3.5, 3.5, 6.5, -9.0}  # and the fitted line, from −9
+    assert "Spearman in thirds: 1.00, 1.00, 1.00; cut at |x| = 3.50 and 6.50" in first
+    assert "Spearman undefined, slope undefined" in second
+    assert "too few examples" in third
 
 
 def test_undefined_consistency_is_said_and_not_drawn_as_zero() -> None:
