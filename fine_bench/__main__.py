@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import hydra
 from hydra.errors import HydraException
@@ -19,6 +20,7 @@ def main() -> None:
     """Entry point; exit status 0 done, 1 something failed or is missing, 2 bad input."""
     # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = multirun_first(sys.argv[1:])
     register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     try:
@@ -26,6 +28,16 @@ def main() -> None:
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
         sweep.refuse(error)
     sys.exit(sweep.exit_status())
+
+
+def multirun_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments with ``-m`` in front.
+
+    Hydra's parser takes one run of overrides only: with ``-m`` between them, as in
+    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows.
+    """
+    flags = [a for a in arguments if a in ("-m", "--multirun")]
+    return flags[:1] + [a for a in arguments if a not in ("-m", "--multirun")]
 
 
 def _job(config: DictConfig) -> None:

@@ -76,7 +76,8 @@ def test_a_record_says_how_it_was_made(finished: tuple[Path, Any]) -> None:
 def test_finished_records_are_not_recomputed(cli: Run, finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
-    again = cli(folder, FEW, "seed=0,1", "logger.mode=disabled")
+    # -m between the overrides, as the README has it
+    again = cli(folder, FEW, "logger.mode=disabled", "-m", "seed=0,1")
     assert again.returncode == 0, again.stderr
     assert "0 of 20 cells (20 finished earlier)" in again.stderr
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
