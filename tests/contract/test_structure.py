@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "leaderboard": {*CORE, "records", "metrics", "leaderboard_view"},
     "leaderboard_view": {*CORE, "records", "metrics", "leaderboard"},
     "figures": {*CORE, "records", "metrics", "leaderboard", "tradeoff", "privacy", "testing"},
+    "audit": {*CORE, "records", "privacy"},
     "config": {*CORE, "records"},
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
