@@ -233,13 +233,14 @@ class FINECallback(pl.Callback):
         assert self._recorder is not None
         assert self._accumulator is not None
         self._index = batch_index(batch, self._accumulator.n_train)
+        # the margin is read off the last layer's gradient, which is checked once an epoch
+        self._recorder.keep_outputs = (
+            self.target == "self"
+            and self.observable == "margin"
+            and trainer.current_epoch != self._checked_epoch
+        )
         self._recorder.start()
         self.seconds += time.perf_counter() - start
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop recording, before any other callback sends examples of its own through the model."""
-        if self._recorder is not None:
-            self._recorder.stop()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
@@ -249,6 +250,7 @@ class FINECallback(pl.Callback):
         recorder, buffer, index = self._recorder, self._buffer, self._index
         if recorder is None or buffer is None or index is None:
             return
+        recorder.stop()
         m = len(index)
         if m < fine.MIN_BATCH:
             buffer.accumulator.skip_short_batch()
@@ -316,6 +318,7 @@ class FINECallback(pl.Callback):
         assert call.grad is not None
         grad = call.grad * len(call.grad)
         if check:
+            assert call.output is not None
             refuse_other_losses(call.output, grad)
         return complement_from_logit_gradients(grad)
 

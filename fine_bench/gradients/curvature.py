@@ -190,11 +190,9 @@ def root_gradients(
     The inputs ``a`` of a layer are the same tensor for every k.
     """
     recorder = engine.recorder
-    with torch.enable_grad():
-        recorder.start()
+    with torch.enable_grad(), recorder.exclusively():
         logits = engine.forward(x)
-        recorder.stop()
-    calls = list(recorder.calls)
+    calls, edges = list(recorder.calls), recorder.edges()
     vectors = roots(logits.detach(), y, rows)
     leftover = _leftover(engine, x, vectors) if recorder.leftover else None
     first: list[Block] = []
@@ -203,7 +201,7 @@ def root_gradients(
         if recorder.layers:
             grads = torch.autograd.grad(
                 logits,
-                [call.edge for call in calls],
+                edges,
                 grad_outputs=vector,
                 retain_graph=k + 1 < len(vectors),
                 allow_unused=True,

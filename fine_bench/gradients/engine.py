@@ -59,9 +59,8 @@ class GradientEngine:
         refuse_batch_coupling(self.model)
         recorder = self.recorder
         with torch.enable_grad():
-            recorder.start()
-            logits = self.forward(x)
-            recorder.stop()
+            with recorder.exclusively():
+                logits = self.forward(x)
             classes = logits.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
             if observable == "loss":
                 losses = per_example_loss(self.loss, logits, y)
@@ -76,9 +75,7 @@ class GradientEngine:
                 )
             calls = recorder.calls
             if calls:
-                grads = torch.autograd.grad(
-                    losses.sum(), [call.edge for call in calls], allow_unused=True
-                )
+                grads = torch.autograd.grad(losses.sum(), recorder.edges(), allow_unused=True)
                 for call, value in zip(calls, grads, strict=True):
                     call.grad = value
         blocks: list[Block] = recorder.blocks(n) if recorder.layers else []

@@ -6,10 +6,11 @@ Recording reads what the forward and the backward pass hold anyway; it changes n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ class Call:
     name: str
     layer: nn.Module
     input: Tensor
-    output: Tensor
-    edge: GradientEdge
+    output: Tensor | None = None
+    edge: GradientEdge | None = None
     grad: Tensor | None = None
 
 
@@ -50,7 +51,12 @@ class LayerRecorder:
 
     Attributes:
         leftover: names of trained parameters that no recorded layer covers.
+        keep_outputs: whether a tapped pass also keeps the layers' outputs.
     """
+
+    # While an engine sends its own examples through a model, only the engine's recorder listens:
+    # another one may be recording a training step of the same model.
+    _exclusive: ClassVar[LayerRecorder | None] = None
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str] | None = None, *, tap: bool = False
@@ -58,6 +64,7 @@ class LayerRecorder:
         self.tap = tap
         self.calls: list[Call] = []
         self.armed = False
+        self.keep_outputs = False
         self._handles: list[RemovableHandle] = []
         self.model = model
         chosen = _select(model, layers)
@@ -112,11 +119,32 @@ class LayerRecorder:
     def _record(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
             return
-        # the edge is taken now: an in-place activation may change the output tensor afterwards
-        call = Call(name, layer, inputs[0].detach(), output.detach(), get_gradient_edge(output))
+        if LayerRecorder._exclusive is not None and LayerRecorder._exclusive is not self:
+            return
+        call = Call(name, layer, inputs[0].detach())
         self.calls.append(call)
+        # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
             output.register_hook(partial(_keep, call))  # type: ignore[no-untyped-call]
+            if self.keep_outputs:
+                call.output = output.detach()
+        else:
+            call.edge = get_gradient_edge(output)
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Record a pass that no other recorder hears."""
+        before, LayerRecorder._exclusive = LayerRecorder._exclusive, self
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
+            LayerRecorder._exclusive = before
+
+    def edges(self) -> list[GradientEdge]:
+        """Where ``torch.autograd.grad`` finds the recorded outputs, in the order of the calls."""
+        return [call.edge for call in self.calls if call.edge is not None]
 
     def blocks(self, batch_size: int, scale: float = 1.0) -> list[Block]:
         """The blocks of the recorded pass, in the order of the layers' definition.
