@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError
 from fine_bench.records import digest
-from fine_bench.types import TARGETS, QueryWeighting, UnsupportedProblemError
+from fine_bench.types import TARGETS, LRSchedule, QueryWeighting, UnsupportedProblemError
 
 ALWAYS_ALLOWED = ("fine_bench", "baselines")
 
@@ -42,13 +42,14 @@ TRAINING_VERSION = 1
 
 @dataclass
 class TrainerConfig:
-    """How a model is trained: softmax cross-entropy by SGD with a constant step size.
+    """How a model is trained: softmax cross-entropy by SGD.
 
     Attributes:
         max_epochs: passes over the training data, ≥ 1.
         batch_size: examples a step, ≥ 1.
         lr: step size, > 0.
         momentum, weight_decay: of SGD, ≥ 0.
+        lr_schedule: ``"constant"``, or ``"cosine"``: from lr to 0 over all steps.
         init_seed, order_seed: fix one source of randomness for all run seeds; null follows
             ``seed``.
         num_threads: CPU threads of PyTorch; null leaves PyTorch's choice.
@@ -60,6 +61,7 @@ class TrainerConfig:
     lr: float = 0.05
     momentum: float = 0.0
     weight_decay: float = 0.0
+    lr_schedule: str = "constant"
     init_seed: int | None = None
     order_seed: int | None = None
     num_threads: int | None = None
@@ -186,6 +188,11 @@ def _check_trainer(trainer: TrainerConfig) -> None:
         value = getattr(trainer, name)
         if not 0 <= value < float("inf"):
             raise ConfigError(f"trainer.{name}={value} must not be negative; type trainer.{name}=0")
+    if trainer.lr_schedule not in get_args(LRSchedule):
+        raise ConfigError(
+            f"trainer.lr_schedule={trainer.lr_schedule} is unknown; type "
+            "trainer.lr_schedule=constant or cosine"
+        )
     for name in ("init_seed", "order_seed"):
         value = getattr(trainer, name)
         if value is not None and value < 0:
@@ -307,6 +314,9 @@ def setting_of(config: RunConfig) -> dict[str, Any]:
         for k in TrainerConfig.__dataclass_fields__
         if k not in ("progress", "num_threads")
     }
+    # settings that were named before schedules existed keep their digest
+    if config.trainer.lr_schedule == "constant":
+        del trainer["lr_schedule"]
     return {
         "task": {k: v for k, v in config.task.items() if k not in ("data_dir", "download")},
         "model": dict(config.model),

@@ -19,6 +19,7 @@ Loss: TypeAlias = Callable[..., Tensor]
 
 Reduce: TypeAlias = Literal["mean", "class"] | None
 QueryWeighting: TypeAlias = Literal["norm", "noise"] | None
+LRSchedule: TypeAlias = Literal["constant", "cosine"]
 Target: TypeAlias = Literal["self", "queries", "validation", "validation_per_class"]
 
 TARGETS: tuple[Target, ...] = ("self", "queries", "validation", "validation_per_class")

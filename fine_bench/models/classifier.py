@@ -1,14 +1,17 @@
-"""The LightningModule of the benchmark: softmax cross-entropy by plain SGD."""
+"""The LightningModule of the benchmark: softmax cross-entropy by SGD."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+
+from fine_bench.types import LRSchedule
 
 
 class DivergedError(RuntimeError):
@@ -23,6 +26,7 @@ class Classifier(pl.LightningModule):
         n_classes: number of classes.
         lr: step size, > 0.
         momentum, weight_decay: of SGD, ≥ 0; plain SGD by default.
+        lr_schedule: ``"constant"``, or ``"cosine"``: lr · (1 + cos(π t / T)) / 2 at step t of T.
     """
 
     def __init__(
@@ -33,15 +37,22 @@ class Classifier(pl.LightningModule):
         lr: float = 0.05,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        lr_schedule: LRSchedule = "constant",
     ) -> None:
         super().__init__()
         self.net = net
+        if lr_schedule not in get_args(LRSchedule):
+            raise ValueError(
+                f"lr_schedule must be one of {get_args(LRSchedule)}, got {lr_schedule!r}"
+            )
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr_schedule = lr_schedule
         self.test_accuracy = MulticlassAccuracy(n_classes, average="micro")
         # summed here and reported once an epoch: a call of the logger at every step would cost
         # more than the step
         self._loss_sum = torch.zeros(())
         self._loss_count = 0
+        self._last_lr = lr
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, ``(batch, classes)``."""
@@ -65,6 +76,10 @@ class Classifier(pl.LightningModule):
                 f"step size, for instance trainer.lr={self.lr / 10:g}"
             )
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note the step size: once the step is done, a schedule has moved on to the next one."""
+        self._last_lr = float(optimizer.param_groups[0]["lr"])
+
     def on_train_epoch_end(self) -> None:
         """Report the epoch's mean training loss."""
         self.log("train_loss", self._loss_sum / max(self._loss_count, 1))
@@ -80,17 +95,25 @@ class Classifier(pl.LightningModule):
         self.log("test_loss", loss, on_step=False, on_epoch=True, batch_size=len(y))
         self.log("test_accuracy", self.test_accuracy, on_step=False, on_epoch=True)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with a constant step size."""
-        return torch.optim.SGD(
+    def configure_optimizers(self) -> Any:
+        """SGD, with the schedule's step size at every step."""
+        optimizer = torch.optim.SGD(
             self.parameters(),
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+        if self.lr_schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda t: 0.5 * (1.0 + math.cos(math.pi * t / steps))
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the step size in force beside the weights: TracIn needs it."""
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        checkpoint["lr"] = float(optimizer.param_groups[0]["lr"])
+        """Keep the step size of the last step beside the weights: TracIn needs it."""
+        checkpoint["lr"] = self._last_lr

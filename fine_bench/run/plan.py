@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -206,4 +206,5 @@ def _data(key: str, task: _Frozen) -> TaskData:
             f"task._target_={task.options['_target_']} returned {type(data).__name__}; a task "
             "returns fine_bench.data.TaskData"
         )
-    return data
+    # one function may serve several tasks: the configuration names them
+    return replace(data, name=str(task.options.get("name", data.name)))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -27,7 +27,7 @@ from fine_bench.models.classifier import Classifier
 from fine_bench.records import write_atomic
 from fine_bench.run.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
-from fine_bench.types import Checkpoint
+from fine_bench.types import Checkpoint, LRSchedule
 
 _EVALUATION_BATCH = 1024
 
@@ -87,6 +87,7 @@ def build_model(job: Job) -> Classifier:
         lr=trainer.lr,
         momentum=trainer.momentum,
         weight_decay=trainer.weight_decay,
+        lr_schedule=cast(LRSchedule, trainer.lr_schedule),
     )
 
 

@@ -11,7 +11,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from fine_bench.config import RunConfig, check, config_folder, explain, register, setting_digest
+from fine_bench.config import (
+    RunConfig,
+    check,
+    config_folder,
+    explain,
+    register,
+    setting_digest,
+    setting_of,
+)
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.run.plan import Job, plan, refuse_duplicates
 
@@ -83,6 +91,7 @@ def test_every_other_file(group: str) -> None:
         ("trainer.batch_size=5000", "larger than the training set of 1347.*type trainer.batch"),
         ("trainer.lr=-1", "type trainer.lr="),
         ("trainer.momentum=-1", "type trainer.momentum=0"),
+        ("trainer.lr_schedule=linear", "type trainer.lr_schedule=constant or cosine"),
         ("trainer.order_seed=-1", "type trainer.order_seed=0"),
         ("trainer.num_threads=0", "type trainer.num_threads=null"),
         ("seed=-1", "type seed=0"),
@@ -140,8 +149,14 @@ def test_the_setting_holds_what_changes_results_and_nothing_else() -> None:
         "estimator=random",
     ):
         assert setting_digest(checked(same)) == base, same
+    assert setting_digest(checked("trainer.lr_schedule=cosine")) != base
     for other in ("task.seed=1", "trainer.lr=0.01", "model.hidden=[8]", "trainer.order_seed=0"):
         assert setting_digest(checked(other)) != base, other
+
+
+def test_settings_from_before_schedules_keep_their_digest() -> None:
+    assert "lr_schedule" not in setting_of(checked())["trainer"]
+    assert setting_of(checked("trainer.lr_schedule=cosine"))["trainer"]["lr_schedule"] == "cosine"
 
 
 def test_query_weighting_is_preset_for_all_methods() -> None:
