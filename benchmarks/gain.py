@@ -5,7 +5,7 @@
 
 ``compute`` trains each seed once and scores it in every way of ``fine_bench.factorial``:
 
-    forms       raw, weighted, standardised, accumulated
+    forms       raw, weighted, standardised, accumulated, and whitened (self with EK-FAC)
     observable  margin, loss
     schedule    final (last checkpoint), epochs (end of every epoch), steps (in-batch, every step)
     geometry    euclidean, ekfac (refitted at the start of every epoch; at every checkpoint)
@@ -94,11 +94,12 @@ class Sums:
     ) -> None:
         """One time: ``own``, ``centred``, ``sigma`` for the loss, each ``(m,)``."""
         for observable in OBSERVABLES:
-            factor = inverse_or_zero(complement) if observable == "margin" else 1.0
+            factor = inverse_or_zero(complement) if observable == "margin" else torch.ones(())
+            implied = (own.sqrt() * factor)[None] if self.prefix.endswith("ekfac") else None
             for weight, (w, v) in weights.items():
                 self.sums["self", observable, weight].visit(
                     index, (own * factor)[None], (centred * factor)[None], (sigma * factor)[None],
-                    w, v,
+                    w, v, implied,
                 )  # fmt: skip
 
     def add_queries(

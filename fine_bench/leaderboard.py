@@ -56,12 +56,15 @@ class Column(NamedTuple):
         label: heading.
         higher: whether more is better.
         source: where it comes from, which also decides the table it stands in.
+        block: heading of a table of its own, for what is compared with a ground truth. It shows the
+            rows that were, and the columns that one of them has, and is left out without any.
     """
 
     name: str
     label: str
     higher: bool
     source: Source
+    block: str = ""
 
     @property
     def key(self) -> str:
@@ -69,11 +72,18 @@ class Column(NamedTuple):
         return stat_key(self.source, self.name)
 
 
+FIDELITY = "fidelity to retraining"
+
 COLUMNS = (
     Column("auroc", "AUROC", True, "metrics"),
     Column("average_precision", "avg. precision", True, "metrics"),
     Column("recall_at_rate", "recall@rate", True, "metrics"),
     Column("recall_curve_area", "curve area", True, "metrics"),
+    Column("fidelity", "fidelity", True, "metrics", FIDELITY),
+    Column("fidelity_of_ceiling", "fid. of ceiling", True, "metrics", FIDELITY),
+    Column("fidelity_clean", "fid. within clean", True, "metrics", FIDELITY),
+    Column("lds", "LDS", True, "metrics", FIDELITY),
+    Column("lds_of_ceiling", "LDS of ceiling", True, "metrics", FIDELITY),
     Column("spearman", "Spearman", True, "consistency"),
     Column("kendall", "Kendall", True, "consistency"),
     Column("jaccard", "Jaccard@k", True, "consistency"),
@@ -264,6 +274,7 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
         unfinished: list[Cell] = []
         seeds = sorted({record.seed for record in records})
         variants = _variants(records)
+        problems += [f"{task}/{setting[:8]}: {line}" for line in _truths(records)]
         # rows that score a sample of the examples have a k of their own
         k, complaint = _k([r for r in records if "n_watched" not in r.metrics])
         if complaint:
@@ -343,6 +354,30 @@ def _watched(finished: Iterable[RunRecord], k: int) -> tuple[int | None, int, st
     if len(sizes) > 1 or any("n_watched" not in r.metrics for r in records):
         return sizes[0], 0, "its seeds score different numbers of examples"
     return sizes[0], *_k(records)
+
+
+def _truths(records: Sequence[RunRecord]) -> list[str]:
+    """Complaints about fidelities that cannot be averaged or compared.
+
+    A record keeps the version of the ground truth that it was compared with, which its identity
+    does not contain: records that were made before a truth existed stay without.
+    """
+    finished = [r for r in records if r.status == "finished"]
+    lines = []
+    versions = sorted({int(x) for x in _values(finished, view.TRUTH_VERSION)})
+    if len(versions) > 1:
+        lines.append(
+            f"records compare with different versions of the ground truth: {versions}; compute the "
+            "older ones again with force=true"
+        )
+    for (estimator, _, target), members in sorted(_by_row(finished).items()):
+        without = sorted({r.seed for r in members if view.TRUTH_VERSION not in r.metrics})
+        if len(without) < len({r.seed for r in members}) and without:
+            lines.append(
+                f"{estimator} {target}: seeds {', '.join(map(str, without))} have no fidelity and "
+                "are not in its mean; compute them again with force=true"
+            )
+    return lines
 
 
 TableKey: TypeAlias = tuple[str, str, str]

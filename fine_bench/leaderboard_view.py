@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ NAME_WIDTH = 18
 DIRTY = "†"
 TIED = "="
 NONE = "–"
+TRUTH_VERSION = "truth_version"
 STATS = ("mean", "lower", "upper", "n")
 
 
@@ -89,12 +90,30 @@ def _seeds(row: Row, table: Table) -> str:
     return str(n) if n == all_seeds else f"{n}/{all_seeds}"
 
 
-def _blocks(board: Leaderboard) -> dict[str, list[Column]]:
-    """The columns of the two tables of a setting."""
-    return {
-        "detection": [c for c in board.columns if c.source == "metrics"],
-        "consistency over seeds, and cost": [c for c in board.columns if c.source != "metrics"],
+def _blocks(board: Leaderboard, table: Table) -> dict[str, tuple[list[Column], list[Row]]]:
+    """The tables of a setting: their columns and rows. Some stand only where there are numbers."""
+    rows = shown_rows(table)
+    plain = [c for c in board.columns if not c.block]
+    usual = {
+        "detection": [c for c in plain if c.source == "metrics"],
+        "consistency over seeds, and cost": [c for c in plain if c.source != "metrics"],
     }
+    blocks = {name: (columns, rows) for name, columns in usual.items() if columns}
+    compared = _with_truth(rows)
+    for name in dict.fromkeys(c.block for c in board.columns if c.block):
+        columns = [c for c in board.columns if c.block == name and _anybody_has(c, compared)]
+        if columns:
+            blocks[name] = (columns, compared)
+    return blocks
+
+
+def _anybody_has(column: Column, rows: Iterable[Row]) -> bool:
+    return any(column.key in row.stats for row in rows)
+
+
+def _with_truth(rows: Iterable[Row]) -> list[Row]:
+    """The rows that were compared with a ground truth, and say with which version."""
+    return [row for row in rows if TRUTH_VERSION in row.stats]
 
 
 def _heading(column: Column) -> str:
@@ -158,11 +177,18 @@ def notes(table: Table) -> list[str]:
             "(… examples): scores a sample of the training examples; all of its numbers, and its "
             "k, are of that sample."
         )
+    versions = sorted({row.stats[TRUTH_VERSION].mean for row in _with_truth(table.rows)})
+    if versions:
+        lines.append(
+            "Fidelity: Spearman with the influence that retraining shows (ground truth version "
+            f"{', '.join(f'{x:g}' for x in versions)}); of ceiling: divided by the highest value "
+            "that the noise of that truth allows; LDS: prediction of models trained on subsets."
+        )
     if any(
         math.isnan(stat.mean)
         for row in table.rows
         for key, stat in row.stats.items()
-        if key.startswith("consistency_")
+        if key.startswith(("consistency_", "fidelity", "lds"))
     ):
         lines.append("undefined: a score that is constant over the examples ranks nothing.")
     if any(row.dirty for row in table.rows):
@@ -210,7 +236,7 @@ def shown_rows(table: Table) -> list[Row]:
 # ------------------------------------------------------------------------------------ terminal
 
 
-def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
+def _rich_table(table: Table, block: str, columns: list[Column], rows: list[Row]) -> RichTable:
     rich = RichTable(
         box=box.SIMPLE_HEAD,
         width=WIDTH,
@@ -220,12 +246,9 @@ def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
         title_justify="left",
         title_style="bold",
     )
-    numbers = [
-        [_number(row.stats.get(c.key), c.source == "cost") for c in columns]
-        for row in shown_rows(table)
-    ]
+    numbers = [[_number(row.stats.get(c.key), c.source == "cost") for c in columns] for row in rows]
     # where the intervals do not fit beside the means, they stand below them
-    longest = max((len(_name(row)) + 2 for row in shown_rows(table)), default=0)
+    longest = max((len(_name(row)) + 2 for row in rows), default=0)
     wide = min(longest, NAME_WIDTH) + len("10/10") + 2 * len(columns) + 2
     for i, column in enumerate(columns):
         cells = [f"{mean} {interval}".strip() for mean, interval in (line[i] for line in numbers)]
@@ -236,7 +259,7 @@ def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
     for column in columns:
         rich.add_column(_heading(column), overflow="fold")
     target = None
-    for row, line in zip(shown_rows(table), numbers, strict=True):
+    for row, line in zip(rows, numbers, strict=True):
         if row.target != target:
             target = row.target
             rich.add_row(Text(target, style="bold"))
@@ -251,8 +274,8 @@ def _rich_table(table: Table, block: str, columns: list[Column]) -> RichTable:
 def renderables(board: Leaderboard) -> Iterator[RenderableType]:
     """What a Rich console prints; fits 100 columns."""
     for table in board.tables:
-        for i, (block, columns) in enumerate(_blocks(board).items()):
-            yield _rich_table(table, block, columns)
+        for i, (block, (columns, rows)) in enumerate(_blocks(board, table).items()):
+            yield _rich_table(table, block, columns, rows)
             if i == 0:
                 yield Text("\n".join(caption(table)) + "\n")
         yield Text("\n".join(notes(table)), style="dim")
@@ -292,12 +315,12 @@ def to_markdown(board: Leaderboard) -> str:
         lines += [f"## {title(table)}", ""]
         for line in caption(table):
             lines += [line, ""]
-        for block, columns in _blocks(board).items():
+        for block, (columns, rows) in _blocks(board, table).items():
             header = ["target", "estimator", "n", *map(_heading, columns)]
             body = [
                 [row.target, _name(row), _seeds(row, table)]
                 + [_markdown_number(row.stats.get(c.key), c.source == "cost") for c in columns]
-                for row in shown_rows(table)
+                for row in rows
             ]
             lines += [f"### {block}", "", *_markdown_table(header, body, left=2), ""]
         for line in notes(table):
@@ -313,7 +336,8 @@ def to_markdown(board: Leaderboard) -> str:
 def frame(board: Leaderboard) -> pd.DataFrame:
     """One line a row: names, seeds, and mean, lower, upper, n of every number (full precision)."""
     rows = [(table, row) for table in board.tables for row in table.rows]
-    first = [column.key for column in board.columns]
+    compared = _with_truth(row for _, row in rows)
+    first = [c.key for c in board.columns if not c.block or _anybody_has(c, compared)]
     keys = first + sorted({key for _, row in rows for key in row.stats} - set(first))
     options = list(dict.fromkeys(name for table in board.tables for name in table.options))
     lines = []

@@ -61,4 +61,6 @@ class BankModels:
 
     def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> BankModels:
         """Some of the models."""
-        return BankModels(**{name: getattr(self, name)[which] for name in self.__dataclass_fields__})
+        return BankModels(
+            **{name: getattr(self, name)[which] for name in self.__dataclass_fields__}
+        )

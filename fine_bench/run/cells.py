@@ -157,6 +157,9 @@ def describe(outcome: Outcome) -> str:
     if record.status != "finished":
         return f"{name} {record.status}: {record.reason}"
     found = f"AUROC {record.metrics['auroc']:.3f}" if "auroc" in record.metrics else " " * 11
+    for metric, label in (("fidelity", "fidelity"), ("lds", "LDS")):
+        if metric in record.metrics:
+            found += f"  {label} {record.metrics[metric]:.3f}"
     return f"{name} {found}   {record.cost['seconds']:6.1f} s"
 
 
@@ -323,6 +326,8 @@ class _Writer:
         if 0 < n_bad < len(bad):
             row = suspicion(scores.watched_values, SUSPICIOUS_END[cell.target])
             metrics |= detection_metrics(row, bad)
+        if self.job.truth is not None:
+            metrics |= self.job.truth.metrics(scores.values, cell.target, watched=scores.watched)
         metrics |= further or {}
         record = RunRecord(
             **self.job.identity(cell),

@@ -25,6 +25,7 @@ from fine_bench.config import (
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.records import RecordStore, digest
+from fine_bench.truth import Truth, TruthError, find, folders
 from fine_bench.types import RunRecord, Target, UnsupportedProblemError
 
 Watcher: TypeAlias = FINECallback | PaperFINECallback
@@ -57,12 +58,13 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run: a configuration with its data."""
+    """One run: a configuration with its data, and what retraining has shown about them."""
 
     config: RunConfig
     data: TaskData
     setting: str
     cells: tuple[Cell, ...]
+    truth: Truth | None = None
 
     @property
     def results(self) -> Path:
@@ -153,7 +155,8 @@ def plan(config: RunConfig) -> Job:
                     kind=kind,
                 )
             )
-    job = Job(config, data, setting_digest(config), tuple(cells))
+    setting = setting_digest(config)
+    job = Job(config, data, setting, tuple(cells), _truth(config, data, setting))
     for cell in job.cells:
         if not cell.in_run:
             job.estimator(cell)  # a refused option stops the sweep before any training
@@ -162,6 +165,14 @@ def plan(config: RunConfig) -> Job:
                 job.watcher(cell)
     build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
     return job
+
+
+def _truth(config: RunConfig, data: TaskData, setting: str) -> Truth | None:
+    """The ground truth of exactly these data and this setting, if one was frozen."""
+    try:
+        return find(folders(config.results_dir), data.sha256, setting)
+    except TruthError as error:
+        raise ConfigError(str(error)) from error
 
 
 def refuse_duplicates(jobs: Iterable[Job]) -> None:

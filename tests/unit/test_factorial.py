@@ -64,6 +64,18 @@ def test_in_batch_it_is_fine(composition: str) -> None:
     )
 
 
+def test_whitened_takes_the_noise_of_the_geometry() -> None:
+    sums = FormSums(1, 2)
+    index, one = torch.tensor([1, 0]), torch.ones(1, 2)
+    k = torch.tensor([[4.0, 9.0]])
+    sums.visit(index, k, one, one, 0.5, 0.2, k.sqrt())
+    sums.visit(index, 2 * k, one, one, 0.25, 0.3, (2 * k).sqrt())
+    assert sums.scores(3.0)["whitened"][0].tolist() == pytest.approx(
+        [3 * (0.5 * x + 0.25 * 2 * x) / np.sqrt(0.2 * x + 0.3 * 2 * x) for x in (9.0, 4.0)]
+    )
+    assert "whitened" not in FormSums(1, 2).scores(1.0)
+
+
 def test_without_noise_nothing_is_added_and_nobody_divides_by_zero() -> None:
     sums = FormSums(1, 3)
     one = torch.ones(1, 2)
