@@ -1,1 +1,1 @@
-"""The retraining bank: many models on random subsets, the ground truth of training-data influence."""
+"""The retraining bank: many models on random subsets, the ground truth of influence."""

@@ -1,4 +1,4 @@
-"""What a set of retrained models says, as arrays: the bank's product and the truth's raw material."""
+"""What a set of retrained models says, as arrays: the raw material of the truth."""
 
 from __future__ import annotations
 

@@ -1,0 +1,106 @@
+"""M networks of any one architecture trained at once, by ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from fine_bench.types import UnsupportedProblemError
+
+
+class ModuleStack:
+    """M networks of any one architecture.
+
+    The forward pass is mapped over the stacked parameters (``torch.vmap``), and one optimiser over
+    the stack is M optimisers, because SGD acts on every number by itself.
+
+    Args:
+        nets: the initialised networks; they are copied.
+        device: where to train.
+        momentum, weight_decay: of SGD, as in ``torch.optim.SGD``.
+
+    Raises:
+        UnsupportedProblemError: a module that mixes the examples of a batch, or drops at random,
+            or parameters shared in two ways at once.
+    """
+
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],
+        device: torch.device | str = "cpu",
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, part in nets[0].named_modules():
+            if isinstance(part, nn.modules.batchnorm._NormBase):
+                raise UnsupportedProblemError(
+                    f"{name} ({type(part).__name__}) mixes the examples of a batch, so a model's "
+                    "output for an example is not its own; use GroupNorm or LayerNorm instead"
+                )
+            if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
+                raise UnsupportedProblemError(
+                    f"{name} ({type(part).__name__}) draws from the global random state, which a "
+                    "stack of models cannot repeat; set its p to 0"
+                )
+        self._net = nets[0]
+        # functional_call leaves a module that occurs twice broken, unless it ignores ties
+        modules = [*nets[0].modules()]
+        twice = len([*nets[0].named_modules(remove_duplicate=False)]) > len(modules)
+        own = [id(p) for part in modules for p in part.parameters(recurse=False)]
+        tied = len(set(own)) < len(own)
+        if twice and tied:
+            raise UnsupportedProblemError(
+                "the network holds the same module twice and another module with the same "
+                "parameter; use one of the two ways of sharing"
+            )
+        self._tie_weights = not twice
+        params, buffers = stack_module_state(list(nets))
+        self._params = {
+            name: p.detach().to(device).clone().requires_grad_(p.requires_grad)
+            for name, p in params.items()
+        }
+        self._buffers = {name: b.to(device) for name, b in buffers.items()}
+        self._trained = [p for p in self._params.values() if p.requires_grad]
+        self._optimizer = torch.optim.SGD(
+            self._trained, lr=1.0, momentum=momentum, weight_decay=weight_decay
+        )
+        self._n_models = len(nets)
+
+    def __len__(self) -> int:
+        return self._n_models
+
+    def _call(self, params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        logits: Tensor = functional_call(
+            self._net, (params, buffers), (x,), tie_weights=self._tie_weights
+        )
+        return logits
+
+    def step(self, x: Tensor, y: Tensor, lr: float) -> None:
+        """One step of SGD of every model; see ``Stack``."""
+        logits = torch.vmap(self._call)(self._params, self._buffers, x)
+        # summed over the models, so that each gets the gradient of its own mean
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[1]
+        gradients = torch.autograd.grad(loss, self._trained)
+        for parameter, gradient in zip(self._trained, gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.param_groups[0]["lr"] = lr
+        self._optimizer.step()
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """``(M, c, classes)`` of the same examples under every model."""
+        found: Tensor = torch.vmap(self._call, (0, 0, None))(self._params, self._buffers, x)
+        return found
+
+    def finite(self) -> Tensor:
+        """``(M,)`` boolean: whether all parameters of a model are finite numbers."""
+        return torch.stack([p.detach().flatten(1).isfinite().all(1) for p in self._trained]).all(0)
+
+    def parameters(self, k: int) -> dict[str, Tensor]:
+        """The parameters of model ``k`` under the names of its network."""
+        return {name: p.detach()[k].clone() for name, p in self._params.items()}
