@@ -19,6 +19,12 @@ steps, n/m times as many as i was seen in, is (n/m) Σ η_t² σ_t²/m. μ > 0: 
 uncentred. Only the second one speaks of harm: with substitution a third of perfectly clean
 examples come out slightly negative.
 
+``step_weight`` replaces η_t in the accumulated μ by a weight w_t, that is, tests X = Σ_t w_t x_t:
+``"lr"`` takes w_t = η_t, ``"uncertainty"`` w_t = η_t · (batch mean of 1 − p), the mean probability
+that the model still gives to other labels: it favours the steps before the data are fitted. It
+exists for softmax cross-entropy, where the training pass holds it (half the sum of the absolute
+gradient at the logits).
+
 Difference from the paper: its estimator draws P and Q batches for a given subset and counts
 errors; this one uses the Gaussian moments of the batches that training draws anyway, for all
 examples at once.
@@ -38,6 +44,7 @@ from fine_bench.types import InfluenceScores, Target
 Observable: TypeAlias = Literal["margin", "loss"]
 Composition: TypeAlias = Literal["accumulated", "standardised"]
 Contrast: TypeAlias = Literal["substitution", "removal"]
+StepWeight: TypeAlias = Literal["lr", "uncertainty"]
 
 MIN_BATCH = 3
 """Two reference examples j ≠ i are the fewest that have a standard deviation."""
@@ -108,6 +115,16 @@ def direction_effects(c: Tensor, contrast: Contrast = "substitution") -> tuple[T
     return effect, variance.sqrt_()
 
 
+def uncertainty_weight(lr: float, one_minus_p: Tensor) -> float:
+    """w = η · mean(1 − p), the weight of a step under ``step_weight="uncertainty"``.
+
+    Args:
+        lr: step size η.
+        one_minus_p: 1 − p of each example's label, ``(m,)``.
+    """
+    return lr * float(one_minus_p.double().mean())
+
+
 class FineAccumulator:
     """Sums over the steps of a run from which μ follows. A few floats per example and row.
 
@@ -137,7 +154,7 @@ class FineAccumulator:
         Args:
             index: which training examples, ``(m,)``, no repeats.
             effect, sigma: ``(R, m)`` or ``(m,)``, from ``self_effects`` or ``direction_effects``.
-            lr: step size η_t.
+            lr: step size η_t, or the step's weight w_t.
         """
         m = len(index)
         self.observe_steps(
@@ -153,17 +170,11 @@ class FineAccumulator:
         Args:
             index: ``(S, m)``.
             effect, sigma: ``(S, R, m)``, finite.
-            lr: step sizes, ``(S,)``.
+            lr: step sizes or weights, ``(S,)``.
         """
         n_steps, m = index.shape
-        effect, sigma = effect.double().cpu(), sigma.double().cpu()
+        effect, sigma = self._usable(effect, sigma)
         eta = lr.double().cpu()[:, None, None]
-        # without noise there is no test: such an entry adds nothing, and is counted
-        usable = sigma > 0
-        n_usable = int(usable.sum())
-        if n_usable < usable.numel():
-            self.n_without_noise += usable.numel() - n_usable
-            effect = torch.where(usable, effect, 0.0)
         shift = eta * effect
         mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * m**-0.5
         steps = torch.stack([shift, shift * shift, (eta * sigma).square_(), mu, mu * mu])
@@ -175,41 +186,59 @@ class FineAccumulator:
         self.n_observations.index_add_(0, seen, torch.ones_like(seen))
         self.n_steps += n_steps
 
+    def _usable(self, effect: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Without noise there is no test: such an entry adds nothing, and is counted."""
+        effect, sigma = effect.double().cpu(), sigma.double().cpu()
+        usable = sigma > 0
+        n_usable = int(usable.sum())
+        if n_usable < usable.numel():
+            self.n_without_noise += usable.numel() - n_usable
+            effect = torch.where(usable, effect, 0.0)
+        return effect, sigma
+
     def skip_short_batch(self) -> None:
         """Count a batch that is too short for a standard deviation."""
         self.n_short_batches += 1
 
-    def scores(self, method: str, target: Target) -> InfluenceScores:
-        """The scores so far.
-
-        ``std_error`` is the spread of one run's observations, taken as independent: it leaves out
-        what the run's own path shares between them, so an interval built on it covers another
-        seed's mean less often than its level says. An example with fewer than two observations
-        has an infinite one; without any observation its value is 0. ``extras["bound"]``
-        ``(n_query, n_train)`` is sqrt(Σ μ_i,t²).
-        """
+    def mu(self) -> tuple[Tensor, Tensor]:
+        """μ and its standard error so far, each ``(n_rows, n_train)`` in float64."""
         s = self.sums
         k = self.n_observations.double()
+        times = self._times_in_batch()
         several = k > 1
         tiny = torch.finfo(torch.float64).tiny
 
-        def spread(total: Tensor, total2: Tensor) -> Tensor:
-            """Standard error of a sum of k observations."""
-            centred = (total2 - total.square() / k.clamp_min(1)).clamp_min(0.0)
-            return (centred * k / (k - 1).clamp_min(1)).sqrt()
+        def spread(total: Tensor, total2: Tensor, weight: Tensor) -> Tensor:
+            """Standard error of a sum of k observations that stand for ``weight`` of them."""
+            centred = (total2 - total.square() / weight.clamp_min(tiny)).clamp_min(0.0)
+            return (centred * weight / (k - 1).clamp_min(1)).sqrt()
 
         if self.composition == "accumulated":
             scale = (self.n_train * s["variance"]).sqrt()
             known = scale > 0
             inverse = torch.where(known, 1.0 / scale.clamp_min(tiny), 0.0)
             values = s["shift"] * inverse
-            error = spread(s["shift"], s["shift2"]) * inverse
+            error = spread(s["shift"], s["shift2"], k) * inverse
         else:
             known = (k > 0).expand_as(s["mu"])
-            inverse = k.clamp_min(1).rsqrt()
+            inverse = torch.where(k > 0, times, 1.0).rsqrt()
             values = s["mu"] * inverse
-            error = spread(s["mu"], s["mu2"]) * inverse
-        error = torch.where(several & known, error, float("inf"))
+            error = spread(s["mu"], s["mu2"], times) * inverse
+        return values, torch.where(several & known, error, float("inf"))
+
+    def scores(self, method: str, target: Target) -> InfluenceScores:
+        """The scores so far.
+
+        Values are μ, dimensionless and signed; with another ``step_weight`` than ``"lr"`` they are
+        the test on the statistic in which step t counts w_t instead of η_t.
+
+        ``std_error`` is the spread of one run's observations, taken as independent: it leaves out
+        what the run's own path shares between them, so an interval built on it covers another
+        seed's mean less often than its level says. An example with fewer than two observations
+        has an infinite one; without any observation its value is 0. ``extras["bound"]``
+        ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the weights.
+        """
+        values, error = self.mu()
         return InfluenceScores(
             values=values.float(),
             std_error=error.float(),
@@ -217,8 +246,12 @@ class FineAccumulator:
             method=method,
             target=target,
             version=VERSION,
-            extras={"bound": s["mu2"].sqrt().float()},
+            extras={"bound": self.sums["mu2"].sqrt().float()},
         )
+
+    def _times_in_batch(self) -> Tensor:
+        """How often each example was in a batch, as far as observed, ``(n_train,)``."""
+        return self.n_observations.double()
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -244,83 +277,3 @@ class FineAccumulator:
         self._sums = sums.clone()
         self.n_observations = state["n_observations"].clone()
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]
-
-
-class StepBuffer:
-    """Collects the statistics of a few steps and turns them into effects together.
-
-    A step's statistics are a few thousand numbers, for which the fixed cost of a dozen tensor
-    operations is several times that of the arithmetic. Handling ``capacity`` steps in one go makes
-    watching cheap; what is accumulated is the same, to the last rounding of float64.
-
-    Args:
-        accumulator: where the effects go.
-        contrast: see ``self_effects``.
-        is_gram: whether a step's statistic is a Gram matrix (target ``self``, one row) or the
-            products with R directions.
-        capacity: steps held back at most.
-
-    Attributes:
-        n_not_finite, first_not_finite: steps left out because of NaN or infinite gradients, and
-            the first of them.
-    """
-
-    def __init__(
-        self,
-        accumulator: FineAccumulator,
-        contrast: Contrast,
-        *,
-        is_gram: bool,
-        capacity: int = 32,
-    ) -> None:
-        self.accumulator = accumulator
-        self.contrast: Contrast = contrast
-        self.is_gram = is_gram
-        self.capacity = capacity
-        self.n_not_finite = 0
-        self.first_not_finite: int | None = None
-        self._steps: list[tuple[Tensor, Tensor, Tensor | None, float, int]] = []
-
-    def add(
-        self, index: Tensor, statistic: Tensor, one_minus_p: Tensor | None, lr: float, step: int
-    ) -> None:
-        """Take in one step.
-
-        Args:
-            index: which training examples, ``(m,)``.
-            statistic: the Gram matrix ``(m, m)`` or the products with R directions ``(R, m)``.
-            one_minus_p: as in ``self_effects``; None for directions.
-            lr: step size.
-            step: number of the step, for reports.
-        """
-        if self._steps and self._steps[-1][1].shape != statistic.shape:
-            self.flush()
-        self._steps.append((index, statistic, one_minus_p, lr, step))
-        # many rows are large enough to pay for themselves
-        if len(self._steps) >= self.capacity or statistic.numel() * len(self._steps) > 2**20:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand everything collected to the accumulator."""
-        if not self._steps:
-            return
-        steps, self._steps = self._steps, []
-        index = torch.stack([s[0].cpu() for s in steps])
-        statistic = torch.stack([s[1] for s in steps])
-        lr = torch.tensor([s[3] for s in steps], dtype=torch.float64)
-        if self.is_gram:
-            complements = [s[2] for s in steps if s[2] is not None]
-            complement = torch.stack(complements) if complements else None
-            effect, sigma = self_effects(statistic, complement, self.contrast)
-            effect, sigma = effect[:, None], sigma[:, None]
-        else:
-            effect, sigma = direction_effects(statistic, self.contrast)
-        finite = (torch.isfinite(effect) & torch.isfinite(sigma)).flatten(1).all(1).cpu()
-        if not bool(finite.all()):
-            if self.first_not_finite is None:
-                self.first_not_finite = steps[int((~finite).nonzero()[0])][4]
-            self.n_not_finite += int((~finite).sum())
-            index, effect, sigma, lr = index[finite], effect[finite], sigma[finite], lr[finite]
-            if not len(index):
-                return
-        self.accumulator.observe_steps(index, effect, sigma, lr)

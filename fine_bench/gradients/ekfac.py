@@ -24,8 +24,9 @@ and decomposed in float64 whatever the model's precision; rotations run in the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ from fine_bench.gradients.engine import GradientEngine
 
 DENSE_LIMIT = 2048
 """Largest block without factors whose full second-moment matrix is kept."""
+
+GRAM_FLOATS = 2**18
+"""Numbers that ``gram`` holds at a time for pairs of outer products: they stay in the cache."""
+
+DENSE_FLOATS = 2**24
+"""Numbers of the rotated gradients that ``gram`` forms at a time where T > 1."""
 
 
 @dataclass(eq=False)
@@ -71,6 +78,47 @@ class LayerCurvature:
             b2 = (block.b[:, 0] @ self.q_out).square_()
             return ((b2 @ self.inverse) * a2).sum(1)
         return (rotated(block, self.q_in, self.q_out).square() * self.inverse).sum((1, 2))
+
+    def gram(self, block: FactorBlock, other: FactorBlock) -> Tensor:
+        """vᵀ(C + λ)⁻¹w for every pair of gradients of two batches, ``(B, B')``.
+
+        1/(s + λ) does not split into a factor for each side, so one side's factors are not enough.
+        For T = 1 the products of a pair's factors are, O + I numbers a pair,
+
+            K_ij = Σ_c [ Σ_o b'_io b'_jo / (s_oc + λ) ] a'_ic a'_jc
+
+        and a batch with itself needs each pair once.
+        """
+        n, m = len(block), len(other)
+        if block.a.shape[1] == 1 and other.a.shape[1] == 1:
+            a, b = inputs(block)[:, 0] @ self.q_in, block.b[:, 0] @ self.q_out
+            size = max(1, GRAM_FLOATS // (a.shape[1] + b.shape[1]))
+            if other is block:
+                first, second = torch.triu_indices(n, n, device=a.device)
+                values = [
+                    torch.linalg.vecdot((b[i] * b[j]) @ self.inverse, a[i] * a[j])
+                    for i, j in zip(
+                        torch.split(first, size), torch.split(second, size), strict=True
+                    )
+                ]
+                total = b.new_empty(n, n)
+                total[first, second] = torch.cat(values)
+                total[second, first] = total[first, second]
+                return total
+            a2, b2 = inputs(other)[:, 0] @ self.q_in, other.b[:, 0] @ self.q_out
+            rows = []
+            for i in torch.split(torch.arange(n, device=a.device), max(1, size // m)):
+                left = (b[i, None] * b2).flatten(0, 1) @ self.inverse
+                rows.append(torch.linalg.vecdot(left.view(len(i), m, -1), a[i, None] * a2))
+            return torch.cat(rows)
+        right = rotated(other, self.q_in, self.q_out).flatten(1).T
+        size = max(1, DENSE_FLOATS // len(right))
+        parts = []
+        for start in range(0, n, size):
+            part = block.rows(slice(start, start + size))
+            left = rotated(part, self.q_in, self.q_out) * self.inverse
+            parts.append(left.flatten(1) @ right)
+        return torch.cat(parts)
 
     def prepare(self, block: FactorBlock) -> BlockDirection:
         """(C + λ)⁻¹v, in the coordinates of ``view``."""
@@ -123,6 +171,10 @@ class DenseCurvature:
     def quadratic(self, block: DenseBlock) -> Tensor:
         """vᵀ(C + λ)⁻¹v for every example's gradient v, ``(B,)``."""
         return (self._solve(block.g) * block.g).sum(1)
+
+    def gram(self, block: DenseBlock, other: DenseBlock) -> Tensor:
+        """vᵀ(C + λ)⁻¹w for every pair of gradients of two batches, ``(B, B')``."""
+        return self._solve(block.g) @ other.g.T
 
     def prepare(self, block: DenseBlock) -> BlockDirection:
         """(C + λ)⁻¹v."""
@@ -181,6 +233,23 @@ class EKFAC:
                 terms.append(mine.quadratic(block))
         return torch.stack(terms).sum(0)
 
+    def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
+        """vᵀ(C + λ)⁻¹w for every pair of gradients, ``(B, B')``; with itself by default."""
+        total: Tensor | None = None
+        others = x.blocks if y is None else y.blocks
+        for mine, block, other in zip(self.blocks, x.blocks, others, strict=True):
+            if isinstance(mine, LayerCurvature):
+                assert isinstance(block, FactorBlock)
+                assert isinstance(other, FactorBlock)
+                term = mine.gram(block, other)
+            else:
+                assert isinstance(block, DenseBlock)
+                assert isinstance(other, DenseBlock)
+                term = mine.gram(block, other)
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total
+
     def prepare(self, queries: PerExampleGradients) -> Direction:
         """(C + λ)⁻¹g for every query, to be contracted with ``view`` of the training gradients."""
         result = []
@@ -207,6 +276,22 @@ class EKFAC:
     def solve(self, direction: Direction) -> Direction:
         """(C + λ)⁻¹ times directions in the model's own coordinates."""
         return [mine.solve(d) for mine, d in zip(self.blocks, direction, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain tensors and numbers: about (I² + O² + 2 OI) numbers a layer."""
+        return {"blocks": [dict(vars(block)) for block in self.blocks], "damping": self.damping}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> EKFAC:
+        """The inverse of ``state_dict``."""
+        blocks: list[LayerCurvature | DenseCurvature] = []
+        for saved in state["blocks"]:
+            values: dict[str, Any] = {
+                k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()
+            }
+            factored = "q_in" in values
+            blocks.append(LayerCurvature(**values) if factored else DenseCurvature(**values))
+        return cls(blocks, state["damping"])
 
 
 def fit_ekfac(engine: GradientEngine, batches: Batches, roots: Roots, n: int) -> EKFAC:

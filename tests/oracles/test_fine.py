@@ -104,6 +104,7 @@ def twin(
     contrast: str,
     weighting: str | None = "noise",
     refresh: int = 1,
+    step_weight: str = "lr",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """μ, bound and number of observations, example by example and reference by reference."""
     net, shape = networks()[name]
@@ -122,6 +123,11 @@ def twin(
     directions: list[Tensor] = []
     for t, (params, index) in enumerate(diary.steps):
         m = len(index)
+        weight = LR
+        if step_weight == "uncertainty":
+            logits = functional_call(net.double(), params, (x[index].double(),))
+            p = torch.softmax(logits, 1)[range(m), y[index]]
+            weight = LR * float((1 - p).mean())
         g = per_example(net, params, x[index], y[index], "loss")
         own = per_example(net, params, x[index], y[index], observable)
         if target != "self" and t % refresh == 0:
@@ -147,8 +153,8 @@ def twin(
                 c = torch.stack([g[j] @ h_r for j in others])
                 effect = c_i - (c.mean() if contrast == "substitution" else 0.0)
                 sigma = c.std()
-                numerator[r, i] += LR * effect
-                denominator[r, i] += (LR * sigma) ** 2
+                numerator[r, i] += weight * effect
+                denominator[r, i] += (weight * sigma) ** 2
                 mu_t = effect / (m**0.5 * sigma)
                 total[r, i] += mu_t
                 squares[r, i] += mu_t**2
@@ -222,6 +228,32 @@ def test_queries(
     assert (scores.values.abs() <= scores.extras["bound"] + 1e-6).all() or (
         composition == "accumulated"
     )
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("target", ["self", "queries", "validation", "validation_per_class"])
+@pytest.mark.parametrize("observable", ["margin", "loss"])
+def test_steps_weighted_by_uncertainty(name: str, target: Any, observable: Any) -> None:
+    _, _, xq, yq = data(networks()[name][1])
+    queries = None if target == "self" else TensorDataset(xq, yq)
+    options: dict[str, Any] = {"queries": queries, "refresh_every": 1}
+    plain = FINECallback(target, observable, **options)
+    callback = FINECallback(target, observable, step_weight="uncertainty", **options)
+    _, diary = fit(name, [plain, callback])
+    mu, bound, _ = twin(
+        name,
+        diary,
+        target=target,
+        observable=observable,
+        composition="accumulated",
+        contrast="substitution",
+        step_weight="uncertainty",
+    )
+    close(callback.scores().values, mu)
+    close(callback.scores().extras["bound"], bound)
+    # the weights must matter, or the comparison says nothing
+    difference = (callback.scores().values - plain.scores().values).abs().max()
+    assert float(difference) > 1e-3 * float(mu.abs().max())
 
 
 def test_leave_one_out_identities() -> None:

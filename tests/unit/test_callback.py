@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fine_bench.callback import FINECallback, complement_from_logit_gradients
+from fine_bench.callback import FINECallback
 from fine_bench.types import UnsupportedProblemError
+from fine_bench.watch.batches import complement_from_logit_gradients
 
 N = 26
 
@@ -124,8 +125,8 @@ def test_every_example_is_observed_once_an_epoch_and_short_batches_are_counted()
     counts = callback.scores().n_observations
     assert counts is not None
     assert int(counts.sum()) == 3 * 24
-    assert callback._accumulator is not None
-    assert callback._accumulator.n_short_batches == 3
+    assert callback._schedule is not None
+    assert callback._schedule.accumulator.n_short_batches == 3
 
 
 def test_hooks_are_removed() -> None:
@@ -209,12 +210,6 @@ def test_complement_without_cancellation() -> None:
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FINECallback(**options)
-
-
-@pytest.mark.parametrize("options", [{"schedule": "snapshot"}, {"geometry": "ekfac"}])
-def test_what_is_not_there_yet_says_so(options: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match="not available yet"):
         FINECallback(**options)
 
 

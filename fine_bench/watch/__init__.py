@@ -1,0 +1,1 @@
+"""How f-INE watches a training run, without any training framework: schedules and geometries."""
