@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fine_bench import fine
-from fine_bench.fine import Composition, Contrast, Observable, StepWeight
+from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
@@ -59,6 +59,9 @@ class FINECallback(pl.Callback):
         contrast: ``"substitution"`` (against an average example) or ``"removal"``.
         step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
             η_t times the batch mean of 1 − p, for softmax cross-entropy.
+        noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* with
+            ``geometry="ekfac"`` (which it needs): the geometry states it, and estimating it from a
+            few examples only adds noise. Other targets take the sample's.
         queries: dataset of ``(x, y)`` for every target but ``"self"``.
         query_weighting: how queries are weighted in a mean: ``"noise"`` (the spread of each
             query's statistic over the batch or the reference examples), ``"norm"`` or None.
@@ -108,6 +111,7 @@ class FINECallback(pl.Callback):
         *,
         contrast: Contrast = "substitution",
         step_weight: StepWeight = "lr",
+        noise: Noise = "sample",
         queries: Dataset[Any] | None = None,
         query_weighting: QueryWeighting = "noise",
         refresh_every: int = 20,
@@ -131,6 +135,7 @@ class FINECallback(pl.Callback):
             geometry=geometry,
             contrast=contrast,
             step_weight=step_weight,
+            noise=noise,
             queries=queries,
             query_weighting=query_weighting,
             refresh_every=refresh_every,

@@ -25,6 +25,9 @@ that the model still gives to other labels: it favours the steps before the data
 exists for softmax cross-entropy, where the training pass holds it (half the sum of the absolute
 gradient at the logits).
 
+``noise`` says where σ comes from: ``"sample"``, from the reference examples; or, for *self* in the
+EK-FAC geometry, ``"model"``: the geometry states it (``whitened_effects``).
+
 Difference from the paper: its estimator draws P and Q batches for a given subset and counts
 errors; this one uses the Gaussian moments of the batches that training draws anyway, for all
 examples at once.
@@ -45,11 +48,12 @@ Observable: TypeAlias = Literal["margin", "loss"]
 Composition: TypeAlias = Literal["accumulated", "standardised"]
 Contrast: TypeAlias = Literal["substitution", "removal"]
 StepWeight: TypeAlias = Literal["lr", "uncertainty"]
+Noise: TypeAlias = Literal["sample", "model"]
 
 MIN_BATCH = 3
 """Two reference examples j ≠ i are the fewest that have a standard deviation."""
 
-VERSION = 1
+VERSION = 2
 """Raised when scores may change."""
 
 
@@ -89,6 +93,37 @@ def self_effects(
         inverse = inverse_or_zero(one_minus_p).double()
         effect = effect * inverse
         sigma = sigma * inverse
+    return effect, sigma
+
+
+def whitened_effects(
+    own: Tensor,
+    total: Tensor,
+    one_minus_p: Tensor | None,
+    contrast: Contrast = "substitution",
+) -> tuple[Tensor, Tensor]:
+    """Effect and noise on the example's own observable where the geometry states the noise.
+
+    With C the second moment of the gradients and K_ij = g_iᵀC⁻¹g_j, the variance of K_ij over j is
+    g_iᵀC⁻¹CC⁻¹g_i = K_ii. So σ_i = sqrt(K_ii), and nothing has to be estimated from a few batch
+    mates: effect_i = K_ii − mean_{j≠i} K_ij (``"removal"``: K_ii), both over 1 − p_i for the
+    margin. (The damping and C being the model's own Fisher, not the gradients' second moment, make
+    it an approximation.)
+
+    Args:
+        own: K_ii, ``(..., m)``, ≥ 0.
+        total: Σ_j K_ij over the batch, i included, ``(..., m)``.
+        one_minus_p, contrast: see ``self_effects``.
+
+    Returns:
+        effect and σ, each ``(..., m)`` in float64.
+    """
+    k, m = own.double(), own.shape[-1]
+    effect = k - (total.double() - k) / (m - 1) if contrast == "substitution" else k.clone()
+    sigma = k.clamp_min(0.0).sqrt()
+    if one_minus_p is not None:
+        inverse = inverse_or_zero(one_minus_p).double()
+        effect, sigma = effect * inverse, sigma * inverse
     return effect, sigma
 
 

@@ -1,7 +1,14 @@
 """Per-example gradients, written once for the callback and for every method."""
 
-from fine_bench.gradients.blocks import DenseBlock, Direction, FactorBlock, PerExampleGradients
+from fine_bench.gradients.blocks import (
+    DenseBlock,
+    Direction,
+    FactorBlock,
+    PerExampleGradients,
+    TokenBlock,
+)
 from fine_bench.gradients.engine import GradientEngine, one_minus_probability
+from fine_bench.gradients.layers import register_norm
 from fine_bench.gradients.recorder import LayerRecorder
 
 __all__ = [
@@ -11,5 +18,7 @@ __all__ = [
     "GradientEngine",
     "LayerRecorder",
     "PerExampleGradients",
+    "TokenBlock",
     "one_minus_probability",
+    "register_norm",
 ]

@@ -25,13 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
-from fine_bench.gradients.blocks import (
-    Block,
-    BlockDirection,
-    DenseBlock,
-    Direction,
-    FactorBlock,
-)
+from fine_bench.gradients.blocks import Block, BlockDirection, Direction
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, UnsupportedProblemError
@@ -51,12 +45,7 @@ CHUNK = 32
 
 def parameter_names(recorder: LayerRecorder) -> list[str]:
     """Trained parameters in the order in which ``PerExampleGradients.dense`` lays them out."""
-    names = [
-        f"{layer}.{part}" if layer else part
-        for layer, module in recorder.layers.items()
-        for part in ("weight", "bias")
-        if (p := module._parameters.get(part)) is not None and p.requires_grad
-    ]
+    names = [name for layer in recorder.layers for name in recorder.parameter_names(layer)]
     return names + recorder.leftover
 
 
@@ -187,18 +176,19 @@ def root_gradients(
 ) -> Iterator[tuple[int, int, list[Block]]]:
     """(k, M, J_iᵀ s_ik as blocks) for k = 0 … M − 1, from one forward pass.
 
-    The inputs ``a`` of a layer are the same tensor for every k.
+    The inputs of a layer are prepared once for all k.
     """
+    engine.ensure_checked(x, y)
     recorder = engine.recorder
     with torch.enable_grad(), recorder.exclusively():
         logits = engine.forward(x)
     calls, edges = list(recorder.calls), recorder.edges()
     vectors = roots(logits.detach(), y, rows)
-    leftover = _leftover(engine, x, vectors) if recorder.leftover else None
-    first: list[Block] = []
+    names = engine.names_in_full
+    with recorder.alone(), engine.explained(names):
+        in_full = _in_full(engine, names, x, vectors) if names else {}
     for k, vector in enumerate(vectors):
-        blocks: list[Block] = []
-        if recorder.layers:
+        if edges:
             grads = torch.autograd.grad(
                 logits,
                 edges,
@@ -209,50 +199,28 @@ def root_gradients(
             recorder.calls = calls
             for call, value in zip(calls, grads, strict=True):
                 call.grad = value
-            if k == 0 or not all(isinstance(block, FactorBlock) for block in first):
-                blocks = recorder.blocks(len(x))
-                first = blocks
-            else:
-                blocks = [_with_outputs(block, recorder) for block in first]
-            recorder.clear()
-        if leftover is not None:
-            blocks = [*blocks, DenseBlock("other parameters", leftover[k])]
+        blocks = engine.blocks(len(x), {name: value[k] for name, value in in_full.items()})
+        recorder.clear()
         yield k, len(vectors), blocks
 
 
-def _with_outputs(block: Block, recorder: LayerRecorder) -> FactorBlock:
-    """The block with the recorder's present output gradients: the inputs need no second unfold."""
-    assert isinstance(block, FactorBlock)
-    parts = []
-    for call in recorder.calls:
-        if call.name != block.name or call.grad is None:
-            continue
-        b = call.grad
-        if isinstance(call.layer, nn.Conv2d):
-            parts.append(b.flatten(2).transpose(1, 2))
-        else:
-            parts.append(b.unsqueeze(1) if b.ndim == 2 else b.flatten(1, -2))
-    b = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return FactorBlock(block.name, block.a, b, block.weight, block.bias)
-
-
-def _leftover(engine: GradientEngine, x: Tensor, vectors: Tensor) -> Tensor:
-    """J_iᵀ s_ik for the parameters outside the factor layers, ``(M, B, P)``."""
-    names = engine.recorder.leftover
+def _in_full(
+    engine: GradientEngine, names: Sequence[str], x: Tensor, vectors: Tensor
+) -> dict[str, Tensor]:
+    """J_iᵀ s_ik for the parameters that ``torch.func`` takes, ``(M, B, *shape)`` each."""
     fixed = {name: p.detach() for name, p in engine.model.named_parameters()}
     chosen = {name: fixed[name] for name in names}
 
-    def one(xi: Tensor, roots: Tensor) -> Tensor:
+    def one(xi: Tensor, roots: Tensor) -> dict[str, Tensor]:
         def output(values: dict[str, Tensor]) -> Tensor:
-            z: Tensor = functional_call(engine.model, fixed | values, (xi[None],))
-            return z[0]
+            return engine.functional(fixed | values, xi[None])[0]
 
         pull = vjp(output, chosen)[1]
-        grads = vmap(pull)(roots)[0]
-        return torch.cat([grads[name].flatten(1) for name in names], 1)
+        pulled: dict[str, Tensor] = vmap(pull)(roots)[0]
+        return pulled
 
-    result: Tensor = vmap(one, in_dims=(0, 1), out_dims=1)(x, vectors)
-    return result.detach()
+    result: dict[str, Tensor] = vmap(one, in_dims=(0, 1), out_dims=1)(x, vectors)
+    return {name: value.detach() for name, value in result.items()}
 
 
 class CurvatureProducts:

@@ -13,8 +13,10 @@ bias. With a_it the inputs and b_ikt the gradients at the output of the k-th roo
 
 The scale of A and G does not matter: only their eigenvectors are used, the eigenvalues are the
 second moments s of the *per-example* gradient, positions T (pixels, uses of a layer) summed first.
-Layers are independent of each other. Trained parameters outside Linear and Conv2d layers (and
-grouped convolutions) are a block each: their exact second-moment matrix up to ``DENSE_LIMIT``
+Layers are independent of each other. Linear and Conv1d/2d layers have both factors; an embedding
+table has the output's, its inputs being one-hot (``ekfac_tokens.py``). A norm layer's weight and
+bias are one block, as are a grouped convolution's, a layer's that ``torch.func`` has to take, and
+all trained parameters of no layer together: their exact second-moment matrix up to ``DENSE_LIMIT``
 parameters, its diagonal beyond.
 
 With T = 1 the rotated gradient is an outer product, so vᵀ(C + λ)⁻¹v = Σ_oi b'²_o a'²_i/(s_oi + λ)
@@ -38,8 +40,10 @@ from fine_bench.gradients.blocks import (
     Direction,
     FactorBlock,
     PerExampleGradients,
+    TokenBlock,
 )
 from fine_bench.gradients.curvature import Batches, Roots, root_gradients
+from fine_bench.gradients.ekfac_tokens import TokenCurvature
 from fine_bench.gradients.engine import GradientEngine
 
 DENSE_LIMIT = 2048
@@ -120,6 +124,25 @@ class LayerCurvature:
             parts.append(left.flatten(1) @ right)
         return torch.cat(parts)
 
+    def own_and_total(self, block: FactorBlock) -> tuple[Tensor, Tensor]:
+        """vᵢᵀ(C + λ)⁻¹vᵢ and Σ_j vᵢᵀ(C + λ)⁻¹v_j over the batch, each ``(B,)``.
+
+        In the eigenbasis the sum of the gradients is one matrix, so no pair is ever formed.
+        """
+        if block.a.shape[1] == 1:
+            a, b = inputs(block)[:, 0] @ self.q_in, block.b[:, 0] @ self.q_out
+            own = ((b.square() @ self.inverse) * a.square()).sum(1)
+            return own, ((b @ ((b.T @ a) * self.inverse)) * a).sum(1)
+        size = max(1, DENSE_FLOATS // self.inverse.numel())
+        parts = [block.rows(slice(i, i + size)) for i in range(0, len(block), size)]
+        summed = sum(rotated(p, self.q_in, self.q_out).sum(0) for p in parts) * self.inverse
+        owns, totals = [], []
+        for part in parts:
+            g = rotated(part, self.q_in, self.q_out)
+            owns.append((g.square() * self.inverse).sum((1, 2)))
+            totals.append((g * summed).sum((1, 2)))
+        return torch.cat(owns), torch.cat(totals)
+
     def prepare(self, block: FactorBlock) -> BlockDirection:
         """(C + λ)⁻¹v, in the coordinates of ``view``."""
         matrix = rotated(block, self.q_in, self.q_out) * self.inverse
@@ -172,6 +195,11 @@ class DenseCurvature:
         """vᵀ(C + λ)⁻¹v for every example's gradient v, ``(B,)``."""
         return (self._solve(block.g) * block.g).sum(1)
 
+    def own_and_total(self, block: DenseBlock) -> tuple[Tensor, Tensor]:
+        """vᵢᵀ(C + λ)⁻¹vᵢ and Σ_j vᵢᵀ(C + λ)⁻¹v_j over the batch, each ``(B,)``."""
+        solved = self._solve(block.g)
+        return (solved * block.g).sum(1), solved @ block.g.sum(0)
+
     def gram(self, block: DenseBlock, other: DenseBlock) -> Tensor:
         """vᵀ(C + λ)⁻¹w for every pair of gradients of two batches, ``(B, B')``."""
         return self._solve(block.g) @ other.g.T
@@ -186,6 +214,9 @@ class DenseCurvature:
         return BlockDirection(self._solve(direction.weight), None)
 
 
+BlockCurvature = LayerCurvature | TokenCurvature | DenseCurvature
+
+
 @dataclass(eq=False)
 class EKFAC:
     """A block-diagonal curvature and its damped inverse.
@@ -195,7 +226,7 @@ class EKFAC:
         damping: λ of each block, ``(blocks,)``; set by ``damp``.
     """
 
-    blocks: list[LayerCurvature | DenseCurvature]
+    blocks: list[BlockCurvature]
     damping: Tensor
 
     def damp(self, damping: float | None, relative: float) -> None:
@@ -228,6 +259,9 @@ class EKFAC:
             if isinstance(mine, LayerCurvature):
                 assert isinstance(block, FactorBlock)
                 terms.append(mine.quadratic(block))
+            elif isinstance(mine, TokenCurvature):
+                assert isinstance(block, TokenBlock)
+                terms.append(mine.quadratic(block))
             else:
                 assert isinstance(block, DenseBlock)
                 terms.append(mine.quadratic(block))
@@ -242,6 +276,10 @@ class EKFAC:
                 assert isinstance(block, FactorBlock)
                 assert isinstance(other, FactorBlock)
                 term = mine.gram(block, other)
+            elif isinstance(mine, TokenCurvature):
+                assert isinstance(block, TokenBlock)
+                assert isinstance(other, TokenBlock)
+                term = mine.gram(block, other)
             else:
                 assert isinstance(block, DenseBlock)
                 assert isinstance(other, DenseBlock)
@@ -250,12 +288,32 @@ class EKFAC:
         assert total is not None
         return total
 
+    def own_and_total(self, gradients: PerExampleGradients) -> tuple[Tensor, Tensor]:
+        """K_ii and Σ_j K_ij of K = vᵢᵀ(C + λ)⁻¹v_j, each ``(B,)``, without the pairs."""
+        owns, totals = [], []
+        for mine, block in zip(self.blocks, gradients.blocks, strict=True):
+            if isinstance(mine, LayerCurvature):
+                assert isinstance(block, FactorBlock)
+                own, total = mine.own_and_total(block)
+            elif isinstance(mine, TokenCurvature):
+                assert isinstance(block, TokenBlock)
+                own, total = mine.own_and_total(block)
+            else:
+                assert isinstance(block, DenseBlock)
+                own, total = mine.own_and_total(block)
+            owns.append(own)
+            totals.append(total)
+        return torch.stack(owns).sum(0), torch.stack(totals).sum(0)
+
     def prepare(self, queries: PerExampleGradients) -> Direction:
         """(C + λ)⁻¹g for every query, to be contracted with ``view`` of the training gradients."""
         result = []
         for mine, block in zip(self.blocks, queries.blocks, strict=True):
             if isinstance(mine, LayerCurvature):
                 assert isinstance(block, FactorBlock)
+                result.append(mine.prepare(block))
+            elif isinstance(mine, TokenCurvature):
+                assert isinstance(block, TokenBlock)
                 result.append(mine.prepare(block))
             else:
                 assert isinstance(block, DenseBlock)
@@ -284,13 +342,17 @@ class EKFAC:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device | str = "cpu") -> EKFAC:
         """The inverse of ``state_dict``."""
-        blocks: list[LayerCurvature | DenseCurvature] = []
+        blocks: list[BlockCurvature] = []
         for saved in state["blocks"]:
             values: dict[str, Any] = {
                 k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()
             }
-            factored = "q_in" in values
-            blocks.append(LayerCurvature(**values) if factored else DenseCurvature(**values))
+            if "q_in" in values:
+                blocks.append(LayerCurvature(**values))
+            elif "q_out" in values:
+                blocks.append(TokenCurvature(**values))
+            else:
+                blocks.append(DenseCurvature(**values))
         return cls(blocks, state["damping"])
 
 
@@ -310,6 +372,13 @@ def fit_ekfac(engine: GradientEngine, batches: Batches, roots: Roots, n: int) ->
         for _, n_roots, blocks in root_gradients(engine, x, y, roots, rows):
             for index, block in enumerate(blocks):
                 basis = bases[index]
+                if isinstance(basis, TokenCurvature):
+                    assert isinstance(block, TokenBlock)
+                    if index not in moments:
+                        shape = (block.n_tokens, block.width)
+                        moments[index] = block.b.new_zeros(shape, dtype=torch.float64)
+                    basis.add_squares(moments[index], block)
+                    continue
                 if not isinstance(basis, LayerCurvature):
                     continue
                 assert isinstance(block, FactorBlock)
@@ -338,13 +407,12 @@ def fit_ekfac(engine: GradientEngine, batches: Batches, roots: Roots, n: int) ->
     return EKFAC(bases, torch.zeros(len(bases), dtype=torch.float64))
 
 
-def _bases(
-    engine: GradientEngine, batches: Batches, roots: Roots
-) -> list[LayerCurvature | DenseCurvature]:
+def _bases(engine: GradientEngine, batches: Batches, roots: Roots) -> list[BlockCurvature]:
     """First pass: the eigenbases of the layers, and everything about blocks without factors."""
     inner: dict[int, Tensor] = {}
     outer: dict[int, Tensor] = {}
     names: list[str] = []
+    tables: set[int] = set()
     single: dict[int, bool] = {}
     dtype = torch.float32
     for rows, x, y in batches():
@@ -359,19 +427,24 @@ def _bases(
                         _add(outer, index, block.g.square().sum(0))
                     continue
                 dtype = block.b.dtype
-                if k == 0:
+                if isinstance(block, TokenBlock):
+                    tables.add(index)
+                elif k == 0:
                     a = inputs(block).flatten(0, 1)
                     _add(inner, index, a.T @ a)
                     single[index] = single.get(index, True) and block.a.shape[1] == 1
                 b = block.b.flatten(0, 1)
                 _add(outer, index, b.T @ b)
-    result: list[LayerCurvature | DenseCurvature] = []
+    result: list[BlockCurvature] = []
     for index, name in enumerate(names):
         unset = torch.zeros((), dtype=dtype)
         if index in inner:
             q_in = torch.linalg.eigh(inner[index])[1].to(dtype)
             q_out = torch.linalg.eigh(outer[index])[1].to(dtype)
             result.append(LayerCurvature(name, q_in, q_out, unset, single[index], unset))
+        elif index in tables:
+            q_out = torch.linalg.eigh(outer[index])[1].to(dtype)
+            result.append(TokenCurvature(name, q_out, unset, unset))
         elif outer[index].ndim == 2:
             values, vectors = torch.linalg.eigh(outer[index])
             result.append(DenseCurvature(name, vectors.to(dtype), values.clamp_min(0), unset))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fine_bench.gradients.agreement import disagreeing, unequal_weights
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
 from fine_bench.gradients.classification import negative_margin
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -18,15 +20,24 @@ from fine_bench.types import Loss, UnsupportedProblemError
 class GradientEngine:
     """Gradients of each example's own loss: ``engine(x, y)``.
 
-    Layers with factors (Linear, Conv2d) are read off one forward and one backward pass that stops
-    at the layers' outputs, so no parameter gradient is formed and no ``.grad`` is touched. Other
-    trained parameters go through ``torch.func`` (``vmap(grad)``), in full.
+    Layers of a known kind (``layers.py``) are read off one forward and one backward pass that
+    stops at the layers' outputs, so no parameter gradient is formed and no ``.grad`` is touched.
+    Other trained parameters go through ``torch.func`` (``vmap(grad)``), in full.
+
+    The first batch is checked once, at the cost of a second backward pass: the examples' gradients
+    must add up to the batch's (``agreement.py``). Layers that fail it (a weight that also acts
+    elsewhere, positions that all examples share) go through ``torch.func`` from then on; what
+    fails even there mixes the examples of a batch and is refused.
 
     Args:
         model: the network. Its mode is respected; put it in ``eval()`` to leave out dropout.
         loss: ``loss(logits, y, reduction="none") -> (batch,)``.
         layers: names of modules to differentiate; None for all trained parameters.
         forward: how to get logits from ``x``; calling the model by default.
+
+    Attributes:
+        recorder: its layers are the blocks, in order; parameters of no layer follow as one block.
+        in_full: layers that go through ``torch.func``, with the reason.
     """
 
     def __init__(
@@ -40,6 +51,10 @@ class GradientEngine:
         self.loss = loss
         self.forward: Callable[[Tensor], Tensor] = forward or model
         self.recorder = LayerRecorder(model, layers)
+        self.in_full: dict[str, str] = {}
+        self._whole = _Whole(model, self.forward)
+        # whether a batch has been checked; one of a single example cannot show everything
+        self._checked: Literal["no", "one example", "yes"] = "no"
 
     def close(self) -> None:
         """Remove the hooks from the model."""
@@ -55,13 +70,17 @@ class GradientEngine:
             observable: ``"loss"`` gives g_i = ∇ℓ_i; ``"margin"`` gives ∇(−log(p/(1−p))), which is
                 g_i/(1 − p_i) for softmax cross-entropy.
         """
-        n = len(x)
         refuse_batch_coupling(self.model)
         recorder = self.recorder
-        with torch.enable_grad():
+        with torch.enable_grad(), recorder.alone():
             with recorder.exclusively():
                 logits = self.forward(x)
-            classes = logits.ndim == 2 and y.ndim == 1 and not y.is_floating_point()
+            classes = (
+                logits.ndim == 2
+                and logits.shape[1] > 1
+                and y.ndim == 1
+                and not y.is_floating_point()
+            )
             if observable == "loss":
                 losses = per_example_loss(self.loss, logits, y)
             elif classes:
@@ -73,31 +92,161 @@ class GradientEngine:
                     'observable="margin" needs class logits (batch, classes) and integer labels '
                     '(batch,); use observable="loss"'
                 )
-            calls = recorder.calls
-            if calls:
-                grads = torch.autograd.grad(losses.sum(), recorder.edges(), allow_unused=True)
-                for call, value in zip(calls, grads, strict=True):
+            check = self._checked == "no" or (self._checked == "one example" and len(x) > 1)
+            if recorder.calls:
+                grads = torch.autograd.grad(
+                    losses.sum(), recorder.edges(), retain_graph=check, allow_unused=True
+                )
+                for call, value in zip(recorder.calls, grads, strict=True):
                     call.grad = value
-        blocks: list[Block] = recorder.blocks(n) if recorder.layers else []
-        recorder.clear()
-        if recorder.leftover:
             loss = self.loss if observable == "loss" else negative_margin
-            blocks.append(DenseBlock("other parameters", self._leftover(x, y, loss)))
+
+            def in_full(names: Sequence[str]) -> dict[str, Tensor]:
+                return self._in_full(names, x, y, loss)
+
+            if check:
+                blocks = self._check(losses, in_full)
+            else:
+                names = self.names_in_full
+                blocks = self.blocks(len(x), in_full(names) if names else {})
+        recorder.clear()
         complement = one_minus_probability(logits.detach(), y) if classes else None
         return PerExampleGradients(blocks, losses.detach(), complement)
 
-    def _leftover(self, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
-        names = self.recorder.leftover
+    @property
+    def names_in_full(self) -> list[str]:
+        """Names of the parameters that go through ``torch.func``."""
+        names = [name for layer in self.in_full for name in self.recorder.parameter_names(layer)]
+        return names + self.recorder.leftover
+
+    def blocks(self, batch_size: int, in_full: Mapping[str, Tensor]) -> list[Block]:
+        """The blocks of the recorded pass and of gradients ``(B, …)`` that ``torch.func`` took."""
+        result: list[Block] = []
+        for layer in self.recorder.layers:
+            if layer in self.in_full:
+                result.append(_dense(layer, self.recorder.parameter_names(layer), in_full))
+            else:
+                result.append(self.recorder.block(layer, batch_size))
+        if self.recorder.leftover:
+            result.append(_dense("other parameters", self.recorder.leftover, in_full))
+        return result
+
+    def functional(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The model's output with some of its parameters replaced."""
+        inner = {f"model.{name}": value for name, value in values.items()}
+        output: Tensor = functional_call(self._whole, inner, (x,))
+        return output
+
+    def ensure_checked(self, x: Tensor, y: Tensor) -> None:
+        """Check on this batch, unless one has been checked, which layers have factors."""
+        if self._checked == "no" or (self._checked == "one example" and len(x) > 1):
+            self(x, y)
+
+    # ------------------------------------------------------------------ parameters in full
+
+    def _in_full(self, names: Sequence[str], x: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
+        """Per-example gradients ``(B, *shape)`` by ``torch.func``."""
         params = dict(self.model.named_parameters())
         chosen = {name: params[name].detach() for name in names}
 
         def one(values: dict[str, Tensor], xi: Tensor, yi: Tensor) -> Tensor:
-            logits = functional_call(self.model, values, (xi.unsqueeze(0),))
+            logits = self.functional(values, xi.unsqueeze(0))
             value: Tensor = loss(logits, yi.unsqueeze(0), reduction="none")
             return value.sum()
 
-        grads = vmap(grad(one), in_dims=(None, 0, 0))(chosen, x, y)
-        return torch.cat([grads[name].flatten(1) for name in names], 1).detach()
+        with self.explained(names):
+            grads = vmap(grad(one), in_dims=(None, 0, 0))(chosen, x, y)
+        return {name: value.detach() for name, value in grads.items()}
+
+    @contextmanager
+    def explained(self, names: Sequence[str]) -> Iterator[None]:
+        """Say what was tried where ``torch.func`` fails on these parameters.
+
+        Raises:
+            UnsupportedProblemError: it did.
+        """
+        try:
+            yield
+        except UnsupportedProblemError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedProblemError(
+                f"the gradients of {', '.join(names)} cannot be read off a pass"
+                + "".join(f" ({reason})" for reason in self.in_full.values())
+                + f", and torch.func failed on them: {error}. Leave them out with layers=[...]; "
+                "where this is about random operations, put the model in eval()"
+            ) from error
+
+    # ------------------------------------------------------------------ the check
+
+    def _check(
+        self, losses: Tensor, in_full: Callable[[Sequence[str]], dict[str, Tensor]]
+    ) -> list[Block]:
+        """The blocks of the first batch, with layers that fail the check moved to ``in_full``."""
+        recorder, n = self.recorder, len(losses)
+        params = dict(self.model.named_parameters())
+        own = {layer: recorder.parameter_names(layer) for layer in recorder.layers}
+        names = [name for part in own.values() for name in part] + recorder.leftover
+        weights = unequal_weights(n, losses)
+        eps = max(recorder.rounding(), torch.finfo(losses.dtype).eps)
+        total: dict[str, Tensor | None] = dict.fromkeys(names)
+        if losses.requires_grad:
+            grads = torch.autograd.grad(
+                (losses * weights).sum(), [params[name] for name in names], allow_unused=True
+            )
+            total = dict(zip(names, grads, strict=True))
+
+        def totals(parts: Iterable[Sequence[str]]) -> list[list[Tensor]]:
+            values = [[(total[name], params[name]) for name in part] for part in parts]
+            return [[torch.zeros_like(p) if g is None else g for g, p in part] for part in values]
+
+        found: list[Block] = []
+        for layer, part in own.items():
+            try:
+                found.append(recorder.block(layer, n))
+            except UnsupportedProblemError as error:
+                if all(total[name] is None for name in part):
+                    raise
+                self.in_full[layer] = str(error)
+        wrong = disagreeing(found, weights, totals(own[block.name] for block in found), eps)
+        for layer in wrong or ():
+            self.in_full[layer] = (
+                f"the gradient of layer {layer!r} is not the sum of its examples' gradients"
+            )
+        blocks, parts = found, list(own.values())
+        if self.names_in_full:
+            blocks = self.blocks(n, in_full(self.names_in_full))
+            if recorder.leftover:
+                parts.append(recorder.leftover)
+            mixed = disagreeing(blocks, weights, totals(parts), eps)
+            if mixed:
+                raise UnsupportedProblemError(
+                    f"one example at a time, the gradients of {', '.join(mixed)} do not add up "
+                    "to those of the batch: the model or the loss mixes the examples of a batch "
+                    "(statistics or attention over the batch), so one example has no gradient of "
+                    "its own; leave these parameters out with layers=[...]"
+                )
+        if wrong is not None:
+            self._checked = "yes" if n > 1 else "one example"
+        return blocks
+
+
+class _Whole(nn.Module):
+    """A model called in its own way, so that its parameters can be replaced meanwhile."""
+
+    def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        # in a list: a module would be registered a second time
+        self._call = [call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self._call[0](x)
+        return output
+
+
+def _dense(name: str, parameters: Sequence[str], values: Mapping[str, Tensor]) -> DenseBlock:
+    return DenseBlock(name, torch.cat([values[key].flatten(1) for key in parameters], 1))
 
 
 def as_observable(

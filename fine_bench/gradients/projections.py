@@ -17,8 +17,9 @@ differs between the kinds is the error around it and the price:
                   ((1 + 2/k_a)(1 + 2/k_b) − 1)‖g‖⁴, like that of a Gaussian of dimension ≈ k_b.
                   LoGra gives each layer its own coordinates; here the layers' terms are added in
                   the same ``dim`` coordinates, as an unstructured P would, so that the dimension
-                  needs no division among layers. Parameters outside of layers with factors are
-                  projected as by ``gaussian``.
+                  needs no division among layers. For an embedding table P_b has a row a token and
+                  P_a one a coordinate; parameters outside of layers with factors (norms, grouped
+                  convolutions, what ``torch.func`` takes) are projected as by ``gaussian``.
 
 Randomness: each layer has the stream ``projection/<layer name>``, from which P is drawn row by
 row in fixed portions and in float32. So P depends on seed, layer and ``dim`` alone: not on batch
@@ -33,7 +34,7 @@ for the first layers of ReLU networks. ``sjlt`` takes parameters · s additions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -41,7 +42,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, PerExampleGradients
+from fine_bench.gradients.blocks import (
+    Block,
+    DenseBlock,
+    FactorBlock,
+    PerExampleGradients,
+    TokenBlock,
+)
+from fine_bench.gradients.projection_blocks import (
+    Rows,
+    compact,
+    dense_chunks,
+    joined,
+    n_bytes,
+    shapes,
+    token_rows,
+)
 from fine_bench.seeds import stream
 
 ProjectionKind: TypeAlias = Literal["none", "gaussian", "rademacher", "sjlt", "factorized"]
@@ -143,15 +159,15 @@ class _Unstructured(Projection):
         """Encoded rows as float64 rows of P without its scale, ``(rows, dim)``."""
 
     @abstractmethod
-    def _add(self, block: Block, rows: _Rows, total: Tensor) -> None:
+    def _add(self, block: Block, rows: Rows, total: Tensor) -> None:
         """Add the block's Pᵀg without the scale to ``total`` ``(B, dim)``."""
 
     @property
     def _scale(self) -> float:
         return float(self.dim**-0.5)
 
-    def _rows(self, name: str) -> _Rows:
-        return _Rows(self._portion, self.stream(name))
+    def _rows(self, name: str) -> Rows:
+        return Rows(self._portion, self.stream(name))
 
     def matrix(self, block: Block) -> Tensor:
         """P of one block, drawn and decoded."""
@@ -159,7 +175,7 @@ class _Unstructured(Projection):
 
     def project(self, gradients: PerExampleGradients) -> Tensor:
         """φ, adding block by block."""
-        like = _like(gradients.blocks[0])
+        like = gradients.blocks[0].values
         total = like.new_zeros(len(gradients), self.dim)
         for block in gradients.blocks:
             self._add(block, self._rows(block.name), total)
@@ -171,35 +187,13 @@ class _Unstructured(Projection):
         held: list[PerExampleGradients] = []
         size = 0
         for batch in batches:
-            compact = PerExampleGradients([_compact(block) for block in batch.blocks])
-            if held and (size > HELD_BYTES or _shapes(compact) != _shapes(held[0])):
-                done.append(self.project(_joined(held)))
+            small = PerExampleGradients([compact(block) for block in batch.blocks])
+            if held and (size > HELD_BYTES or shapes(small) != shapes(held[0])):
+                done.append(self.project(joined(held)))
                 held, size = [], 0
-            held.append(compact)
-            size += sum(_nbytes(block) for block in compact.blocks)
-        return torch.cat([*done, self.project(_joined(held))])
-
-
-class _Rows:
-    """The rows of P in the order of the parameters, whatever number is asked for at a time."""
-
-    def __init__(
-        self, portion: Callable[[torch.Generator], Tensor], generator: torch.Generator
-    ) -> None:
-        self._portion = portion
-        self._generator = generator
-        self._left: Tensor | None = None
-
-    def take(self, count: int) -> Tensor:
-        """The next ``count`` rows."""
-        parts = [] if self._left is None else [self._left]
-        have = sum(len(part) for part in parts)
-        while have < count:
-            parts.append(self._portion(self._generator))
-            have += len(parts[-1])
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._left = rows[count:]
-        return rows[:count]
+            held.append(small)
+            size += sum(n_bytes(block) for block in small.blocks)
+        return torch.cat([*done, self.project(joined(held))])
 
 
 class _DenseRows(_Unstructured):
@@ -208,7 +202,7 @@ class _DenseRows(_Unstructured):
     def _decode(self, rows: Tensor) -> Tensor:
         return rows.double()
 
-    def _add(self, block: Block, rows: _Rows, total: Tensor) -> None:
+    def _add(self, block: Block, rows: Rows, total: Tensor) -> None:
         if isinstance(block, FactorBlock) and block.weight and _by_unit(block):
             a, b = block.a[:, 0], block.b[:, 0]
             for unit in range(b.shape[1]):
@@ -216,7 +210,11 @@ class _DenseRows(_Unstructured):
             if block.bias:
                 total.addmm_(b, rows.take(b.shape[1]).to(total))
             return
-        for chunk in _dense_chunks(block):
+        if isinstance(block, TokenBlock):
+            for examples, gradients, mine in token_rows(block, rows):
+                total.index_add_(0, examples, gradients @ mine.to(total))
+            return
+        for chunk in dense_chunks(block):
             total.addmm_(chunk, rows.take(chunk.shape[1]).to(total))
 
 
@@ -261,7 +259,7 @@ class SparseJL(_Unstructured):
         dense = torch.zeros(len(rows), self.dim, dtype=torch.float64)
         return dense.scatter_(1, rows >> 1, 1.0 - 2.0 * (rows & 1).double())
 
-    def _add(self, block: Block, rows: _Rows, total: Tensor) -> None:
+    def _add(self, block: Block, rows: Rows, total: Tensor) -> None:
         # transposed, (dim, B): a row of P then touches contiguous memory
         transposed = torch.zeros_like(total.T, memory_format=torch.contiguous_format)
         if isinstance(block, FactorBlock) and block.weight and block.a.shape[1] == 1:
@@ -274,8 +272,12 @@ class SparseJL(_Unstructured):
                     transposed[:, part] += _sum_bags(chunk, bags)
             if block.bias:
                 transposed += _sum_bags(b, self._bags(rows.take(len(b)), b))
+        elif isinstance(block, TokenBlock):
+            for examples, gradients, mine in token_rows(block, rows):
+                sums = _sum_bags(gradients.T.contiguous(), self._bags(mine, gradients))
+                transposed.index_add_(1, examples, sums)
         else:
-            for chunk in _dense_chunks(block):
+            for chunk in dense_chunks(block):
                 bags = self._bags(rows.take(chunk.shape[1]), chunk)
                 transposed += _sum_bags(chunk.T.contiguous(), bags)
         total += transposed.T
@@ -304,10 +306,13 @@ class Factorized(Projection):
         # parameters without factors are projected as by an unstructured Gaussian
         self._fallback = Gaussian(dim, seed)
 
-    def _factors(self, block: FactorBlock) -> tuple[Tensor, Tensor]:
+    def _factors(self, block: FactorBlock | TokenBlock) -> tuple[Tensor, Tensor]:
         """P_b ``(O, k_b)`` and P_a ``(I + 1, k_a)``, the last row of P_a for the bias."""
         generator = self.stream(block.name)
-        n_out, n_in = block.b.shape[2], block.a.shape[2]
+        if isinstance(block, TokenBlock):
+            n_out, n_in = block.n_tokens, block.width
+        else:
+            n_out, n_in = block.b.shape[2], block.a.shape[2]
         p_b = torch.randn(n_out, self.k_b, generator=generator)
         p_a = torch.randn(n_in + 1, self.k_a, generator=generator)
         return p_b, p_a
@@ -319,24 +324,27 @@ class Factorized(Projection):
         p_b, p_a = (factor.double() for factor in self._factors(block))
         full = torch.einsum("ob,ia->oiba", p_b, p_a).flatten(2) * self.dim**-0.5
         parts = []
-        if block.weight:
+        if isinstance(block, TokenBlock) or block.weight:
             parts.append(full[:, :-1].flatten(0, 1))
-        if block.bias:
+        if isinstance(block, FactorBlock) and block.bias:
             parts.append(full[:, -1])
         return torch.cat(parts)
 
     def project(self, gradients: PerExampleGradients) -> Tensor:
         """φ from the factors alone."""
-        total = _like(gradients.blocks[0]).new_zeros(len(gradients), self.dim)
+        total = gradients.blocks[0].values.new_zeros(len(gradients), self.dim)
         for block in gradients.blocks:
             if isinstance(block, DenseBlock):
                 total += self._fallback.project(PerExampleGradients([block]))
                 continue
             p_b, p_a = (factor.to(total) for factor in self._factors(block))
-            b = block.b @ p_b
-            a = block.a @ p_a[:-1] if block.weight else block.a.new_zeros(*b.shape[:2], self.k_a)
-            if block.bias:
-                a = a + p_a[-1]
+            if isinstance(block, TokenBlock):
+                b, a = p_b[block.tokens], block.b @ p_a[:-1]
+            else:
+                b = block.b @ p_b
+                a = block.a @ p_a[:-1] if block.weight else b.new_zeros(*b.shape[:2], self.k_a)
+                if block.bias:
+                    a = a + p_a[-1]
             total += torch.bmm(b.transpose(1, 2), a).flatten(1) * self.dim**-0.5
         return total
 
@@ -359,62 +367,7 @@ def _add_unit(a: Tensor, b: Tensor, rows: Tensor, total: Tensor) -> None:
             total[active] += (a[active] * b[active, None]) @ rows
 
 
-def _dense_chunks(block: Block) -> Iterable[Tensor]:
-    """The columns of ``block.dense()``, about a thousand at a time, ``(B, columns)``."""
-    if isinstance(block, DenseBlock):
-        yield from torch.split(block.g, 1024, dim=1)
-        return
-    if block.weight:
-        units = max(1, 1024 // block.a.shape[2])
-        for b in torch.split(block.b, units, dim=2):
-            yield torch.bmm(b.transpose(1, 2), block.a).flatten(1)
-    if block.bias:
-        yield block.b.sum(1)
-
-
 def _sum_bags(values: Tensor, bags: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Signed sums of rows of ``values`` ``(rows, B)`` into the columns of P, ``(dim, B)``."""
     index, offsets, signs = bags
     return F.embedding_bag(index, values, offsets, mode="sum", per_sample_weights=signs)
-
-
-def _like(block: Block) -> Tensor:
-    return block.b if isinstance(block, FactorBlock) else block.g
-
-
-def _nbytes(block: Block) -> int:
-    held = [block.a, block.b] if isinstance(block, FactorBlock) else [block.g]
-    return sum(t.numel() * t.element_size() for t in held)
-
-
-def _compact(block: Block) -> Block:
-    """A layer with many positions as its gradient, where that is smaller than its factors."""
-    if isinstance(block, FactorBlock):
-        _, t, n_in = block.a.shape
-        if t * (n_in + block.b.shape[2]) > block.n_params:
-            return DenseBlock(block.name, block.dense())
-    return block
-
-
-def _shapes(gradients: PerExampleGradients) -> list[tuple[int, ...]]:
-    return [
-        (*block.a.shape[1:], block.b.shape[2])
-        if isinstance(block, FactorBlock)
-        else tuple(block.g.shape[1:])
-        for block in gradients.blocks
-    ]
-
-
-def _joined(batches: Sequence[PerExampleGradients]) -> PerExampleGradients:
-    """Batches of the same shapes as one."""
-    blocks: list[Block] = []
-    for parts in zip(*(batch.blocks for batch in batches), strict=True):
-        factors = [part for part in parts if isinstance(part, FactorBlock)]
-        if factors:
-            first = factors[0]
-            a, b = torch.cat([f.a for f in factors]), torch.cat([f.b for f in factors])
-            blocks.append(FactorBlock(first.name, a, b, first.weight, first.bias))
-        else:
-            dense = [part for part in parts if isinstance(part, DenseBlock)]
-            blocks.append(DenseBlock(dense[0].name, torch.cat([d.g for d in dense])))
-    return PerExampleGradients(blocks)

@@ -13,18 +13,19 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock
+from fine_bench.gradients.agreement import disagreeing
+from fine_bench.gradients.blocks import Block
+from fine_bench.gradients.layers import (
+    LayerKind,
+    batch_coupling_reason,
+    kind_of,
+    trained_parameters,
+)
 from fine_bench.types import UnsupportedProblemError
-
-FACTOR_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-"""Layers whose per-example gradients have factors."""
-
-_BATCH_COUPLED = (nn.modules.batchnorm._BatchNorm,)
 
 
 @dataclass(eq=False)
@@ -37,10 +38,11 @@ class Call:
     output: Tensor | None = None
     edge: GradientEdge | None = None
     grad: Tensor | None = None
+    features: Tensor | None = None
 
 
 class LayerRecorder:
-    """Records the layers of a model that have factors.
+    """Records the layers of a model whose per-example gradients a pass contains.
 
     Args:
         model: the network (or a LightningModule around it).
@@ -49,9 +51,16 @@ class LayerRecorder:
         tap: keep the gradients of whatever backward pass comes (the training's own). Otherwise
             the calls only hold the edges at which ``torch.autograd.grad`` can be asked for them.
 
+    The first tapped pass is checked: the per-example gradients of every parameter must add up to
+    its gradient. A first dimension of the right length is taken to be the examples.
+
     Attributes:
+        layers: the recorded layers by name.
         leftover: names of trained parameters that no recorded layer covers.
         keep_outputs: whether a tapped pass also keeps the layers' outputs.
+
+    Raises:
+        UnsupportedProblemError: nothing is trained, or a layer that cannot be watched is.
     """
 
     # While an engine sends its own examples through a model, only the engine's recorder listens:
@@ -74,13 +83,20 @@ class LayerRecorder:
             id(p) for m in model.modules() for p in m._parameters.values() if p is not None
         )
         self.layers: dict[str, nn.Module] = {}
+        self._kinds: dict[str, LayerKind] = {}
         covered: set[int] = set()
         for name, module in chosen.items():
-            own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            if not own or not _has_factors(module) or any(uses[id(p)] > 1 for p in own):
+            kind, own = kind_of(module), trained_parameters(module)
+            if kind is None or not own or any(uses[id(p)] > 1 for p in own.values()):
                 continue
-            self.layers[name] = module
-            covered |= {id(p) for p in own}
+            reason = kind.refusal(module)
+            if reason is not None:
+                raise UnsupportedProblemError(
+                    f"layer {name!r} ({type(module).__name__}): {reason}; or leave the layer out "
+                    "with layers=[...]"
+                )
+            self.layers[name], self._kinds[name] = module, kind
+            covered |= {id(p) for p in own.values()}
         wanted = {id(p) for m in chosen.values() for p in m._parameters.values() if p is not None}
         self.leftover = [
             name
@@ -93,12 +109,29 @@ class LayerRecorder:
                 + ("" if layers is None else f" in layers={list(layers)}")
             )
         for name, module in self.layers.items():
-            self._handles.append(module.register_forward_hook(partial(self._record, name)))
+            hook = partial(self._record, name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        # gradients of the parameters themselves in the first tapped pass, until they are checked
+        self._totals: dict[int, Tensor] = {}
+        self._total_handles: list[RemovableHandle] = []
+        self._unchecked = tap
+
+    def parameter_names(self, name: str) -> list[str]:
+        """Names in the model of a recorded layer's trained weight and bias, in this order."""
+        return [
+            f"{name}.{part}" if name else part for part in trained_parameters(self.layers[name])
+        ]
 
     def start(self) -> None:
         """Forget the last pass and record the next one."""
         self.calls = []
         self.armed = True
+        self._totals.clear()
+        if self._unchecked and not self._total_handles:
+            for layer in self.layers.values():
+                for p in trained_parameters(layer).values():
+                    hook = partial(self._keep_total, id(p))
+                    self._total_handles.append(p.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Stop recording; what was recorded stays."""
@@ -112,16 +145,25 @@ class LayerRecorder:
     def close(self) -> None:
         """Remove every hook."""
         self.clear()
+        self._stop_checking()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _record(self, name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _record(
+        self,
+        name: str,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
             return
-        if LayerRecorder._exclusive is not None and LayerRecorder._exclusive is not self:
+        if LayerRecorder._exclusive not in (None, self):
             return
-        call = Call(name, layer, inputs[0].detach())
+        x = inputs[0] if inputs else next(iter(kwargs.values()))
+        call = Call(name, layer, x.detach())
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
@@ -131,16 +173,28 @@ class LayerRecorder:
         else:
             call.edge = get_gradient_edge(output)
 
+    def _keep_total(self, key: int, grad: Tensor) -> None:
+        if self.armed and LayerRecorder._exclusive in (None, self):
+            self._totals[key] = grad.detach()
+
     @contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """Record a pass that no other recorder hears."""
+    def alone(self) -> Iterator[None]:
+        """Let no other recorder hear what happens within."""
         before, LayerRecorder._exclusive = LayerRecorder._exclusive, self
-        self.start()
         try:
             yield
         finally:
-            self.stop()
             LayerRecorder._exclusive = before
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Record a pass that no other recorder hears."""
+        with self.alone():
+            self.start()
+            try:
+                yield
+            finally:
+                self.stop()
 
     def edges(self) -> list[GradientEdge]:
         """Where ``torch.autograd.grad`` finds the recorded outputs, in the order of the calls."""
@@ -153,50 +207,126 @@ class LayerRecorder:
             batch_size: number of examples B; the first dimension of every recorded tensor.
             scale: factor on the gradients; B turns the gradients of a mean loss into those of
                 each example's own loss.
+
+        Raises:
+            UnsupportedProblemError: see ``block``; in the first tapped pass also parameters that
+                act outside of their layers.
         """
         by_layer: dict[str, list[Call]] = {name: [] for name in self.layers}
         for call in self.calls:
             by_layer[call.name].append(call)
-        blocks: list[Block] = []
-        for name, layer in self.layers.items():
-            parts = [_factors(c, batch_size, scale) for c in by_layer[name] if c.grad is not None]
-            if not parts:
-                raise UnsupportedProblemError(
-                    f"layer {name!r} took no part in the loss, so its per-example gradients are "
-                    f"unknown; leave it out with layers=[...] or set requires_grad=False"
-                )
-            # a layer used several times sums its gradients: its uses are further positions
-            a = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts], 1)
-            b = parts[0][1] if len(parts) == 1 else torch.cat([p[1] for p in parts], 1)
-            blocks.append(_block(name, layer, a, b))
+        blocks = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
+        if self._unchecked and self._totals:
+            self._check(blocks, scale)
         return blocks
+
+    def block(self, name: str, batch_size: int) -> Block:
+        """The block of one layer.
+
+        Raises:
+            UnsupportedProblemError: the layer took no part, or its first dimension is not the
+                examples.
+        """
+        return self._block(name, [c for c in self.calls if c.name == name], batch_size, 1.0)
+
+    def _block(self, name: str, calls: list[Call], batch_size: int, scale: float) -> Block:
+        parts = [self._factors(c, batch_size, scale) for c in calls if c.grad is not None]
+        if not parts:
+            raise UnsupportedProblemError(
+                f"layer {name!r} took no part in the loss, so its per-example gradients are "
+                f"unknown; leave it out with layers=[...] or set requires_grad=False"
+            )
+        # a layer used several times sums its gradients: its uses are further positions
+        a = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts], 1)
+        b = parts[0][1] if len(parts) == 1 else torch.cat([p[1] for p in parts], 1)
+        return self._kinds[name].block(name, self.layers[name], a, b)
+
+    def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
+        assert call.grad is not None
+        x, grad, layer, kind = call.input, call.grad, call.layer, self._kinds[call.name]
+        if x.ndim == 0 or x.shape[0] != batch_size or self._counts_positions(x, layer):
+            advice = ""
+            if isinstance(layer, nn.Embedding):
+                advice = (
+                    "; give positions that all examples share as (batch, positions), with "
+                    ".expand(batch, -1), and one token an example as (batch, 1)"
+                )
+            raise UnsupportedProblemError(
+                f"layer {call.name!r} got an input of shape {tuple(x.shape)} in a batch of "
+                f"{batch_size}: the first dimension must be the examples{advice}"
+            )
+        if call.features is None:
+            try:
+                call.features = kind.features(layer, x)
+            except UnsupportedProblemError as error:
+                raise UnsupportedProblemError(f"layer {call.name!r}: {error}") from error
+        a = call.features
+        if scale != 1.0:
+            grad = grad * scale
+        b = kind.positions(layer, grad)
+        if a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
+            both = torch.promote_types(a.dtype, b.dtype)
+            a, b = a.to(both), b.to(both)
+        return a, b
+
+    def rounding(self) -> float:
+        """ε of the least precise gradient that was recorded."""
+        grads = [call.grad for call in self.calls if call.grad is not None]
+        return max((torch.finfo(grad.dtype).eps for grad in grads), default=0.0)
+
+    def _counts_positions(self, x: Tensor, layer: nn.Module) -> bool:
+        # 0, 1, 2, … in a training pass are positions that all examples share, not one token each;
+        # an engine finds out by itself
+        if not self.tap or not isinstance(layer, nn.Embedding) or x.ndim != 1 or len(x) < 2:
+            return False
+        return torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
+
+    def _check(self, blocks: Sequence[Block], scale: float) -> None:
+        """Refuse parameters whose gradient is not the sum of the examples' gradients."""
+        totals = [
+            [
+                self._totals.get(id(p), torch.zeros_like(p)) * scale
+                for p in trained_parameters(layer).values()
+            ]
+            for layer in self.layers.values()
+        ]
+        wrong = disagreeing(blocks, None, totals, self.rounding())
+        if wrong is None:  # not finite: look again in the next pass
+            return
+        if wrong:
+            raise UnsupportedProblemError(
+                f"the gradients of layers {wrong} are not the sums of their examples' gradients: "
+                "their parameters also act outside of the layer (tied weights), or the loss has a "
+                "term beyond the mean over examples. Weight decay belongs in the optimiser; or "
+                "leave the layers out with layers=[...]"
+            )
+        self._unchecked = False
+        self._stop_checking()
+
+    def _stop_checking(self) -> None:
+        self._totals.clear()
+        for handle in self._total_handles:
+            handle.remove()
+        self._total_handles = []
 
 
 def refuse_batch_coupling(model: nn.Module) -> None:
-    """Refuse layers in training mode that mix the examples of a batch.
+    """Refuse layers that mix the examples of a batch in their present mode.
 
     Raises:
         UnsupportedProblemError: the gradient of one example does not exist there, since each
             output depends on every input of the batch.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BATCH_COUPLED) and module.training:
-            raise UnsupportedProblemError(
-                f"{name} ({type(module).__name__}) mixes the examples of a batch, so one example "
-                "has no gradient of its own; replace it by torch.nn.GroupNorm, or freeze it with "
-                ".eval()"
-            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise UnsupportedProblemError(f"{name}: {batch_coupling_reason(module)}")
 
 
 def _keep(call: Call, grad: Tensor) -> None:
     call.grad = grad.detach()
-
-
-def _has_factors(module: nn.Module) -> bool:
-    # a subclass that computes something else in forward() does not have these factors
-    return any(
-        isinstance(module, kind) and type(module).forward is kind.forward for kind in FACTOR_LAYERS
-    )
 
 
 def _select(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -214,61 +344,3 @@ def _select(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Modu
         for name, module in modules.items()
         if any(name == chosen or name.startswith(chosen + ".") for chosen in layers)
     }
-
-
-def _factors(call: Call, batch_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Factors ``(B, T, I)`` and ``(B, T, O)`` of one call."""
-    assert call.grad is not None
-    a, b = call.input, call.grad
-    if a.shape[0] != batch_size:
-        raise UnsupportedProblemError(
-            f"layer {call.name!r} got an input of shape {tuple(a.shape)} in a batch of "
-            f"{batch_size}: the first dimension must be the examples"
-        )
-    if scale != 1.0:
-        b = b * scale
-    if isinstance(call.layer, nn.Conv2d):
-        return _patches(call.layer, a), b.flatten(2).transpose(1, 2)
-    if a.ndim == 2:
-        return a.unsqueeze(1), b.unsqueeze(1)
-    return a.flatten(1, -2), b.flatten(1, -2)
-
-
-def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Every receptive field of a convolution, ``(B, T, C·kh·kw)``.
-
-    A strided view of the padded input, copied once; ``torch.nn.functional.unfold`` does the same
-    at several times the cost on a CPU.
-    """
-    pad = conv._reversed_padding_repeated_twice
-    if any(pad):
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, pad, mode=mode)
-    n, channels, height, width = x.shape
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    out_h = (height - dh * (kh - 1) - 1) // sh + 1
-    out_w = (width - dw * (kw - 1) - 1) // sw + 1
-    s_n, s_c, s_h, s_w = x.stride()
-    view = x.as_strided(
-        (n, out_h, out_w, channels, kh, kw),
-        (s_n, s_h * sh, s_w * sw, s_c, s_h * dh, s_w * dw),
-    )
-    return view.reshape(n, out_h * out_w, channels * kh * kw)
-
-
-def _block(name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
-    weight = bool(layer.weight.requires_grad)
-    bias = layer.bias is not None and bool(layer.bias.requires_grad)
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    if groups == 1:
-        return FactorBlock(name, a, b, weight, bias)
-    # each group of outputs sees its own inputs: its weight gradient is small, so it is formed
-    n, t, _ = a.shape
-    a = a.view(n, t, groups, -1)
-    grouped = b.reshape(n, t, groups, -1)
-    parts = []
-    if weight:
-        parts.append(torch.einsum("ntgo,ntgi->ngoi", grouped, a).flatten(1))
-    if bias:
-        parts.append(b.sum(1))
-    return DenseBlock(name, torch.cat(parts, 1))

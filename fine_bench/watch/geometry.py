@@ -195,6 +195,10 @@ class Whitened:
         parts = [x.rows(slice(i, i + size)) for i in range(0, len(x), size)]
         return torch.cat([self.fitted.quadratic(part) for part in parts])
 
+    def own_and_total(self, x: PerExampleGradients) -> tuple[Tensor, Tensor]:
+        """K_ii and Σ_j K_ij over the batch, each ``(B,)``."""
+        return self.fitted.own_and_total(x)
+
     def solve(self, direction: Direction) -> Direction:
         """(F + λ)⁻¹ times directions."""
         return self.fitted.solve(direction)

@@ -7,7 +7,7 @@ and noise follow from them by the formulas of ``fine_bench.fine``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fine_bench.fine import (
     direction_effects,
     self_effects,
     uncertainty_weight,
+    whitened_effects,
 )
 from fine_bench.gradients.blocks import Direction, PerExampleGradients
 from fine_bench.gradients.recorder import LayerRecorder
@@ -36,6 +37,8 @@ from fine_bench.watch.passes import (
     warn_of_gradients,
 )
 
+Kind: TypeAlias = Literal["gram", "diagonal", "directions"]
+
 
 class StepBuffer:
     """Collects the statistics of a few steps and turns them into effects together.
@@ -47,8 +50,9 @@ class StepBuffer:
     Args:
         accumulator: where the effects go.
         contrast: see ``self_effects``.
-        is_gram: whether a step's statistic is a Gram matrix (target ``self``, one row) or the
-            products with R directions.
+        kind: what a step's statistic is: a Gram matrix (target ``self``, one row), its diagonal
+            and row sums (the same, where the geometry states the noise), or the products with R
+            directions.
         capacity: steps held back at most.
 
     Attributes:
@@ -61,12 +65,12 @@ class StepBuffer:
         accumulator: FineAccumulator,
         contrast: Contrast,
         *,
-        is_gram: bool,
+        kind: Kind,
         capacity: int = 32,
     ) -> None:
         self.accumulator = accumulator
         self.contrast: Contrast = contrast
-        self.is_gram = is_gram
+        self.kind: Kind = kind
         self.capacity = capacity
         self.n_not_finite = 0
         self.first_not_finite: int | None = None
@@ -79,7 +83,8 @@ class StepBuffer:
 
         Args:
             index: which training examples, ``(m,)``.
-            statistic: the Gram matrix ``(m, m)`` or the products with R directions ``(R, m)``.
+            statistic: the Gram matrix ``(m, m)``, its diagonal and row sums ``(2, m)``, or the
+                products with R directions ``(R, m)``.
             one_minus_p: as in ``self_effects``; None for directions.
             lr: step size η_t, or the step's weight w_t.
             step: number of the step, for reports.
@@ -99,13 +104,17 @@ class StepBuffer:
         index = torch.stack([s[0].cpu() for s in steps])
         statistic = torch.stack([s[1] for s in steps])
         lr = torch.tensor([s[3] for s in steps], dtype=torch.float64)
-        if self.is_gram:
+        if self.kind == "directions":
+            effect, sigma = direction_effects(statistic, self.contrast)
+        else:
             complements = [s[2] for s in steps if s[2] is not None]
             complement = torch.stack(complements) if complements else None
-            effect, sigma = self_effects(statistic, complement, self.contrast)
+            if self.kind == "gram":
+                effect, sigma = self_effects(statistic, complement, self.contrast)
+            else:
+                own, total = statistic.unbind(1)
+                effect, sigma = whitened_effects(own, total, complement, self.contrast)
             effect, sigma = effect[:, None], sigma[:, None]
-        else:
-            effect, sigma = direction_effects(statistic, self.contrast)
         finite = (torch.isfinite(effect) & torch.isfinite(sigma)).flatten(1).all(1).cpu()
         if not bool(finite.all()):
             if self.first_not_finite is None:
@@ -131,9 +140,10 @@ class InBatch:
         self.passes = passes
         self.recorder = recorder
         self.accumulator = FineAccumulator(passes.data.n, passes.n_rows, options.composition)
-        self._buffer = StepBuffer(
-            self.accumulator, options.contrast, is_gram=passes.queries is None
-        )
+        kind: Kind = "directions"
+        if passes.queries is None:
+            kind = "diagonal" if options.model_noise else "gram"
+        self._buffer = StepBuffer(self.accumulator, options.contrast, kind=kind)
         self._index: Tensor | None = None
         self._direction: Direction | None = None
         self._steps_seen = 0
@@ -215,9 +225,12 @@ class InBatch:
             self.passes.metric.load_state_dict(state["metric"], device)
 
     def _statistic(self, gradients: PerExampleGradients) -> Tensor:
-        """The batch's Gram matrix, or its products with the queries' directions."""
+        """What the buffer takes."""
         passes = self.passes
         if passes.queries is None:
+            if self.options.model_noise:
+                assert isinstance(passes.metric, Whitened)
+                return torch.stack(passes.metric.own_and_total(gradients))
             return passes.metric.gram(gradients)
         if self._direction is None or self._steps_seen % self.options.refresh_every == 0:
             with passes.aside():

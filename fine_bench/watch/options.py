@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fine_bench.fine import Composition, Contrast, Observable, StepWeight, choose
+from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight, choose
 from fine_bench.types import Loss, QueryWeighting, Reduce, Target, dataset_size
 from fine_bench.watch.geometry import Euclidean, Geometry, Metric, Whitened
 from fine_bench.watch.snapshot import MIN_REFERENCE
@@ -36,6 +36,7 @@ class Options:
     geometry: Geometry
     contrast: Contrast
     step_weight: StepWeight
+    noise: Noise
     queries: Dataset[Any] | None
     query_weighting: QueryWeighting
     refresh_every: int
@@ -59,6 +60,12 @@ class Options:
         choose(self.geometry, Geometry, "geometry")
         choose(self.contrast, Contrast, "contrast")
         choose(self.step_weight, StepWeight, "step_weight")
+        choose(self.noise, Noise, "noise")
+        if self.noise == "model" and self.geometry != "ekfac":
+            raise ValueError(
+                f'noise="model" is the noise that geometry="ekfac" states, but geometry='
+                f'{self.geometry!r}; use noise="sample"'
+            )
         check_weighting(self.query_weighting)
         if self.step_weight != "lr" and self.composition != "accumulated":
             raise ValueError(
@@ -108,6 +115,11 @@ class Options:
     def divides(self) -> bool:
         """Whether effects are divided by the example's own 1 − p."""
         return self.target == "self" and self.observable == "margin"
+
+    @property
+    def model_noise(self) -> bool:
+        """Whether σ follows from the geometry: for other targets than self it states none."""
+        return self.noise == "model" and self.target == "self"
 
     @property
     def needs_complement(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fine_bench.fine import whitened_effects
 from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.engine import inverse_or_zero
 from fine_bench.seeds import stream
@@ -171,6 +172,8 @@ class Snapshots:
                 own, others = gradients.contract(direction), at_reference
             itself = torch.isin(self.index[rows], positions).to(x.device)
             effect, sigma = reference_effects(own, others, itself, options.contrast)
+            if options.model_noise:
+                _, sigma = whitened_effects(own, own, None)
             if options.divides:
                 assert gradients.one_minus_p is not None
                 inverse = inverse_or_zero(gradients.one_minus_p).double()

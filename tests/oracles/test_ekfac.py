@@ -16,7 +16,10 @@ from torch.utils.data import TensorDataset
 
 from baselines.influence_functions import InfluenceFunction
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
+from fine_bench.gradients import GradientEngine
 from fine_bench.gradients import ekfac as ekfac_module
+from fine_bench.gradients.curvature import Roots
+from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
 
 N, V, CLASSES = 26, 5, 4
 
@@ -31,6 +34,23 @@ class WithNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.norm(torch.tanh(self.first(x * self.scale))))
+
+
+class Table(nn.Module):
+    """An embedding table, norms of two kinds and a convolution over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4, padding_idx=2)
+        self.first, self.second = nn.RMSNorm(4), nn.GroupNorm(2, 4)
+        self.conv = nn.Conv1d(4, 3, 2)
+        self.last = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # seven levels of the inputs as tokens; the last of them never occurs
+        tokens = (x.abs() * 1.5).long().clamp_max(5)
+        z = self.first(self.table(tokens)).transpose(1, 2)
+        return self.last(torch.tanh(self.conv(self.second(z))).mean(2))
 
 
 class Tokens(nn.Module):
@@ -74,6 +94,7 @@ def models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
             "tokens": (Tokens(), (3, 6)),
             "bias only": (frozen, (6,)),
             "norm": (WithNorm(), (6,)),
+            "table": (Table(), (6,)),
         }
 
 
@@ -108,6 +129,10 @@ def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
 # ---------------------------------------------------------------------------------------- the twin
 
 
+FACTORED = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding
+NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm
+
+
 def capture(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor]]]]:
     """Logits of one example, and every factor layer's inputs and outputs, use by use."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -117,7 +142,7 @@ def capture(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, list[tuple[T
             lambda _, i, o, name=name: seen.setdefault(name, []).append((i[0], o)) or o.clone()
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
+        if isinstance(layer, FACTORED)
     ]
     logits = model(x[None])
     for handle in handles:
@@ -130,7 +155,7 @@ def matrix(layer: nn.Module, grads: dict[int, Tensor]) -> Tensor:
     parts = []
     if layer.weight.requires_grad:
         parts.append(grads[id(layer.weight)].flatten(1))
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         parts.append(grads[id(layer.bias)][:, None])
     return torch.cat(parts, 1)
 
@@ -142,8 +167,12 @@ def loss_gradients(model: nn.Module, x: Tensor, label: int) -> dict[int, Tensor]
 
 
 def layer_inputs(layer: nn.Module, a: Tensor) -> Tensor:
-    """``(T, I)`` with the one of the bias."""
-    if isinstance(layer, nn.Conv2d):
+    """``(T, I)`` with the one of the bias; for a table the one-hot tokens."""
+    if isinstance(layer, nn.Embedding):
+        return F.one_hot(a[0], layer.num_embeddings).double()
+    if isinstance(layer, nn.Conv1d):
+        a = F.unfold(a[:, :, None], (1, *layer.kernel_size))[0].T
+    elif isinstance(layer, nn.Conv2d):
         a = F.unfold(a, layer.kernel_size, padding=layer.padding, stride=layer.stride)[0].T
     else:
         a = a.reshape(-1, a.shape[-1])
@@ -165,12 +194,10 @@ def twin(
     xs, ys = task.train.tensors  # type: ignore[attr-defined]
     queries = task.train if isinstance(task.queries, str) else task.queries
     xq, yq = queries.tensors  # type: ignore[attr-defined]
-    layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    }
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FACTORED)}
+    norms = [list(m.parameters()) for m in model.modules() if isinstance(m, NORMS)]
     covered = {id(p) for layer in layers.values() for p in layer.parameters()}
+    covered |= {id(p) for norm in norms for p in norm}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in covered]
     A: dict[str, Tensor] = {}
     G: dict[str, Tensor] = {}
@@ -187,9 +214,14 @@ def twin(
             weight = float(p[label]) if kind == "fisher" else 1.0
             loss = F.cross_entropy(logits, torch.tensor([label]))
             for name, uses in seen.items():
-                for _, out in uses:
+                for a, out in uses:
                     (b,) = torch.autograd.grad(loss, out, retain_graph=True)
-                    rows = b[0].flatten(1).T if b.ndim == 4 else b.reshape(-1, b.shape[-1])
+                    if isinstance(layers[name], nn.Conv1d | nn.Conv2d):
+                        rows = b[0].flatten(1).T
+                    else:
+                        rows = b.reshape(-1, b.shape[-1])
+                    if isinstance(layers[name], nn.Embedding):  # padding is not trained
+                        rows = rows * (a[0] != layers[name].padding_idx)[:, None]
                     G[name] = G.get(name, 0) + weight * rows.T @ rows
             weighted.append((weight, loss_gradients(model, x, label)))
     train = [loss_gradients(model, x, int(y)) for x, y in zip(xs, ys, strict=True)]
@@ -201,14 +233,19 @@ def twin(
         total.add_(gq @ torch.linalg.solve(C + lam * torch.eye(len(C)).double(), gi.T))
 
     for name, layer in layers.items():
-        U = torch.kron(torch.linalg.eigh(G[name])[1], torch.linalg.eigh(A[name])[1])
+        left, right = (torch.linalg.eigh(M[name])[1] for M in (G, A))
+        if isinstance(layer, nn.Embedding):  # its weight is (inputs, outputs)
+            left, right = right, left
+        U = torch.kron(left, right)
         s = sum(w * (U.T @ matrix(layer, g).flatten()).square() for w, g in weighted) / len(xs)
         gq, gi = (torch.stack([matrix(layer, g).flatten() for g in gs]) for gs in (asked, train))
         add(U @ torch.diag(s) @ U.T, gq, gi)
-    if others:
+    for params in [*norms, others]:
+        if not params:
+            continue
 
-        def flat(g: dict[int, Tensor]) -> Tensor:
-            return torch.cat([g[id(p)].flatten() for p in others])
+        def flat(g: dict[int, Tensor], params: list[nn.Parameter] = params) -> Tensor:
+            return torch.cat([g[id(p)].flatten() for p in params])
 
         C = sum(w * torch.outer(flat(g), flat(g)) for w, g in weighted) / len(xs)
         C = torch.diag(C.diagonal()) if diagonal else C
@@ -235,7 +272,7 @@ def test_the_default_curvature_is_the_fisher() -> None:
     close(scores(task).values, twin(task, "fisher"))
 
 
-@pytest.mark.parametrize("name", ["relu", "cnn", "norm"])
+@pytest.mark.parametrize("name", ["relu", "cnn", "norm", "table"])
 def test_ggn_is_the_fisher_for_cross_entropy(name: str) -> None:
     task = problem(name)
     close(scores(task, curvature="ggn").values, twin(task, "fisher"), 1e-8)
@@ -268,7 +305,7 @@ def test_ggn_of_a_squared_loss() -> None:
 def test_a_large_block_without_factors_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem("norm")
     dense = scores(task).values
-    monkeypatch.setattr(ekfac_module, "DENSE_LIMIT", 10)
+    monkeypatch.setattr(ekfac_module, "DENSE_LIMIT", 5)
     diagonal = scores(task).values
     close(diagonal, twin(task, "fisher", diagonal=True))
     assert float((diagonal - dense).abs().max()) > 1e-3 * float(dense.abs().max())
@@ -330,7 +367,7 @@ def test_many_classes_are_sampled_and_converge() -> None:
 
 
 @pytest.mark.parametrize("queries", ["queries", "self"])
-@pytest.mark.parametrize("name", ["relu", "cnn", "norm"])
+@pytest.mark.parametrize("name", ["relu", "cnn", "norm", "table"])
 def test_neither_batch_size_nor_order_matters(name: str, queries: str) -> None:
     task = problem(name, queries)
     expected = scores(task).values
@@ -343,7 +380,7 @@ def test_neither_batch_size_nor_order_matters(name: str, queries: str) -> None:
     close(scores(shuffled).values, expected[:, order], 1e-12)
 
 
-@pytest.mark.parametrize("name", ["relu", "cnn"])
+@pytest.mark.parametrize("name", ["relu", "cnn", "table"])
 def test_queries_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem(name)
     expected = scores(task).values
@@ -351,7 +388,7 @@ def test_queries_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -
     close(scores(task).values, expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["relu", "tanh no bias", "cnn"])
+@pytest.mark.parametrize("name", ["relu", "tanh no bias", "cnn", "table"])
 def test_float32_agrees_with_float64(name: str) -> None:
     task = problem(name)
     expected = scores(task).values
@@ -366,6 +403,25 @@ def test_float32_agrees_with_float64(name: str) -> None:
     got = scores(low).values
     assert got.dtype == torch.float32
     close(got.double(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["cnn", "norm", "table"])
+def test_products_of_all_pairs_and_of_directions(name: str) -> None:
+    task = problem(name)
+    x, y = task.train.tensors  # type: ignore[attr-defined]
+    engine = GradientEngine(task.model.eval(), task.loss)
+    roots = Roots("fisher", task.loss, torch.zeros(N, 1))
+    fitted = fit_ekfac(engine, lambda: task.batches("train"), roots, N)
+    fitted.damp(None, 0.1)
+    xq, yq = task.queries.tensors  # type: ignore[union-attr]
+    train, queries = engine(x, y), engine(xq, yq)
+    expected = twin(task, "fisher")
+    close(fitted.gram(queries, train), expected)
+    close(fitted.gram(train).diagonal(), fitted.quadratic(train))
+    close(train.contract(fitted.solve(queries.weighted_sum(torch.eye(V).double()))), expected)
+    again = EKFAC.from_state(fitted.state_dict())
+    assert [type(b) for b in again.blocks] == [type(b) for b in fitted.blocks]
+    close(again.gram(queries, train), expected)
 
 
 def test_refuses_a_singular_block() -> None:

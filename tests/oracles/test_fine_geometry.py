@@ -241,11 +241,15 @@ def twin(
             for row in range(rows):
                 d = metric @ own[position] if o.target == "self" else kept[row]
                 c = torch.stack([g_ref[j] @ d for j in others])
+                sigma = c.std()
+                if o.noise == "model" and o.target == "self":
+                    # K_ii is the variance of K_ij; d has the 1/(1 − p) of the margin in it
+                    sigma = (g[position] @ d) / (g[position] @ metric @ g[position]).sqrt()
                 effect = g[position] @ d - (c.mean() if o.contrast == "substitution" else 0.0)
                 shift[row, i] += u * H * effect
-                variance[row, i] += (u * c.std()) ** 2 * V
-                total[row, i] += r * effect / c.std()
-                squares[row, i] += T * (effect / c.std()) ** 2
+                variance[row, i] += (u * sigma) ** 2 * V
+                total[row, i] += r * effect / sigma
+                squares[row, i] += T * (effect / sigma) ** 2
                 times[row, i] += k
     # in-batch, H is a step size and n·V its square: shift / sqrt(n · Σ η²σ²)
     if snapshots is None:
@@ -280,11 +284,31 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "options"), CASES)
+EKFAC_CASES: list[tuple[str, dict[str, Any]]] = [
+    *CASES,
+    ("self", {"noise": "model", "step_weight": "uncertainty"}),
+    ("self", {"noise": "model", "observable": "loss", "contrast": "removal"}),
+    ("validation", {"noise": "model"}),
+]
+
+
+@pytest.mark.parametrize(("target", "options"), EKFAC_CASES)
 def test_ekfac_in_batch(target: str, options: dict[str, Any]) -> None:
     callback = watch(target, geometry="ekfac", fit_examples=15, refresh_every=3, **options)
     diary = fit(callback)
     check(callback, twin(callback, diary, fits={0, 4, 8}), 1e-8)
+
+
+def test_ekfac_snapshots_with_the_noise_of_the_geometry() -> None:
+    options: dict[str, Any] = {"geometry": "ekfac", "fit_examples": 15, "n_reference": 9}
+    callback = watch("self", schedule="snapshot", noise="model", **options)
+    diary = fit(callback)
+    check(callback, twin(callback, diary, fits={4, 8, 12}, snapshots=[4, 8, 12]), 1e-8)
+
+
+def test_the_noise_of_the_geometry_needs_that_geometry() -> None:
+    with pytest.raises(ValueError, match='use noise="sample"'):
+        FINECallback(noise="model")
 
 
 def test_ekfac_in_batch_refitted_at_other_steps() -> None:
@@ -381,12 +405,17 @@ def test_gram_of_the_rotated_gradients(
             left, right = (rotated(v, q_in, q_out).flatten(1) for v in (one, other))
             close(layer.gram(one, other), (left * inverse.flatten()) @ right.T, 1e-12)
         close(layer.gram(x, x).diagonal(), layer.quadratic(x), 1e-12)
+        own, total = layer.own_and_total(x)
+        close(own, layer.gram(x, x).diagonal(), 1e-12)
+        close(total, layer.gram(x, x).sum(1), 1e-12)
     matrix = random(6, 6)
     basis = torch.linalg.qr(matrix)[0]
     values = matrix[0].exp()
     dense = DenseCurvature("rest", basis, values, values)
     v, w = DenseBlock("rest", random(3, 6)), DenseBlock("rest", random(2, 6))
     close(dense.gram(v, w), v.g @ basis @ torch.diag(values) @ basis.T @ w.g.T, 1e-12)
+    close(dense.own_and_total(v)[0], dense.gram(v, v).diagonal(), 1e-12)
+    close(dense.own_and_total(v)[1], dense.gram(v, v).sum(1), 1e-12)
     whole = EKFAC([layer, dense], torch.zeros(2))
     again = EKFAC.from_state(whole.state_dict())
     assert [type(b) for b in again.blocks] == [LayerCurvature, DenseCurvature]

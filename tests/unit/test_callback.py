@@ -232,17 +232,17 @@ def test_batch_coupling_is_refused() -> None:
 
 
 def test_layers_without_factors_are_refused_by_name() -> None:
-    class WithNorm(Module):
+    class WithSlopes(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body[1] = nn.LayerNorm(8)
+            self.body[1] = nn.PReLU(8)
 
     with pytest.raises(
         UnsupportedProblemError, match=r"body\.1\.weight.*layers=\['body\.0', 'head'"
     ):
-        fit([FINECallback("self")], WithNorm())
+        fit([FINECallback("self")], WithSlopes())
     callback = FINECallback("self", layers=["body.0", "head"])
-    fit([callback], WithNorm())
+    fit([callback], WithSlopes())
     assert callback.scores().values.abs().sum() > 0
 
 

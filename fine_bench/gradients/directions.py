@@ -1,0 +1,35 @@
+"""Directions in the space of a model's parameters, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDirection:
+    """R directions in the parameters of one block.
+
+    For a ``FactorBlock``: ``weight`` (R, O, I) and ``bias`` (R, O), None where the layer does not
+    train it. For a ``TokenBlock``: ``weight`` (R, V, D). For a ``DenseBlock``: ``weight`` (R, P).
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+Direction = list[BlockDirection]
+"""One ``BlockDirection`` for each block of a ``PerExampleGradients``, in the same order."""
+
+
+def add_directions(x: Direction, y: Direction) -> Direction:
+    """Sum of two directions of the same shape."""
+
+    def add(p: Tensor | None, q: Tensor | None) -> Tensor | None:
+        return None if p is None or q is None else p + q
+
+    return [
+        BlockDirection(add(p.weight, q.weight), add(p.bias, q.bias))
+        for p, q in zip(x, y, strict=True)
+    ]

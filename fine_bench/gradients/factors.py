@@ -1,0 +1,217 @@
+"""Per-example gradients of a linear layer as factors.
+
+A linear layer applied at T positions (T = 1 for a plain batch, tokens of a sequence, pixels for a
+convolution) has the per-example gradient
+
+    ∂ℓ_i/∂W = Σ_t b_it a_itᵀ,    ∂ℓ_i/∂bias = Σ_t b_it,
+
+with a_it (I,) the layer's input and b_it (O,) the gradient at its output. Keeping the factors
+(Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015) turns dot products into
+small matrix products. What each costs, in multiplications:
+
+                      from the factors             from the matrices Σ_t b_it a_itᵀ
+    gram (B × B')     B B' T T' (I + O)            (B T + B' T' + B B') I O
+    norm2             B T² (I + O)                 B T I O
+    contract (R)      R B T I O                    (B T + B R) I O
+
+The cheaper one is taken. Shape alone decides, so results do not depend on the data.
+
+Shapes: B examples, T positions, I inputs, O outputs, R rows of a direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fine_bench.gradients.directions import BlockDirection
+
+HELD_FLOATS = 2**20
+"""Numbers of an intermediate result that are held at a time: about what stays in a CPU's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactorBlock:
+    """Gradients of one layer's [W|b] for B examples, as factors.
+
+    Attributes:
+        name: name of the layer in its model.
+        a: inputs, ``(B, T, I)``.
+        b: gradients of each example's own loss at the output, ``(B, T, O)``.
+        weight, bias: whether the layer's weight and bias are trained.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    weight: bool
+    bias: bool
+
+    def __len__(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def n_params(self) -> int:
+        """Number of trained parameters."""
+        n_in, n_out = self.a.shape[2], self.b.shape[2]
+        return n_out * (n_in * self.weight + self.bias)
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor that is linear in the gradient: its scale, precision and device."""
+        return self.b
+
+    def scaled(self, factor: Tensor) -> FactorBlock:
+        """Every example's gradient times its factor, ``(B,)``."""
+        return FactorBlock(
+            self.name, self.a, self.b * factor[:, None, None], self.weight, self.bias
+        )
+
+    def rows(self, which: slice | Tensor) -> FactorBlock:
+        """The gradients of some of the examples."""
+        return FactorBlock(self.name, self.a[which], self.b[which], self.weight, self.bias)
+
+    def double(self) -> FactorBlock:
+        """The same in float64."""
+        return FactorBlock(self.name, self.a.double(), self.b.double(), self.weight, self.bias)
+
+    def weight_gradients(self) -> Tensor:
+        """``(B, O, I)``."""
+        return torch.bmm(self.b.transpose(1, 2), self.a)
+
+    def dense(self) -> Tensor:
+        """``(B, P)``: the weight's gradient row by row, then the bias's."""
+        parts = []
+        if self.weight:
+            parts.append(self.weight_gradients().flatten(1))
+        if self.bias:
+            parts.append(self.b.sum(1))
+        return torch.cat(parts, 1)
+
+    def norm2(self) -> Tensor:
+        """Squared norms, ``(B,)``."""
+        n, t, n_in = self.a.shape
+        n_out = self.b.shape[2]
+        if t == 1:
+            a2 = self.a[:, 0].square().sum(1) if self.weight else self.a.new_zeros(n)
+            return (a2 + float(self.bias)) * self.b[:, 0].square().sum(1)
+        total = self.b.new_zeros(n)
+        if self.bias:
+            total = total + self.b.sum(1).square().sum(1)
+        if self.weight:
+            if t * t * (n_in + n_out) < t * n_in * n_out:
+                aa = torch.bmm(self.a, self.a.transpose(1, 2))
+                bb = torch.bmm(self.b, self.b.transpose(1, 2))
+                total = total + (aa * bb).sum((1, 2))
+            else:
+                for units in self._some_units():
+                    total = total + self._units(units).square().sum((1, 2))
+        return total
+
+    def gram(self, other: FactorBlock) -> Tensor:
+        """Dot products with another batch of the same layer, ``(B, B')``."""
+        n, t, n_in = self.a.shape
+        m, s, n_out = other.a.shape[0], other.a.shape[1], self.b.shape[2]
+        if t == 1 and s == 1:
+            bb = self.b[:, 0] @ other.b[:, 0].T
+            if not self.weight:
+                return bb
+            aa = self.a[:, 0] @ other.a[:, 0].T
+            return aa.add_(1.0).mul_(bb) if self.bias else aa.mul_(bb)
+        total = self.b.new_zeros(n, m)
+        if self.bias:
+            total = total + self.b.sum(1) @ other.b.sum(1).T
+        if self.weight:
+            formed = n * t if other is self else n * t + m * s
+            by_factors = n * m * t * s * (n_in + n_out)
+            by_matrices = (formed + n * m) * n_in * n_out
+            if by_factors < by_matrices:
+                total = total + self._gram_from_factors(other)
+            else:
+                total = total + self._gram_from_matrices(other)
+        return total
+
+    def _gram_from_factors(self, other: FactorBlock) -> Tensor:
+        """Σ_st ⟨a_is, a'_jt⟩ ⟨b_is, b'_jt⟩, some examples at a time."""
+        m, s, _ = other.a.shape
+        t = self.a.shape[1]
+        right_a, right_b = other.a.flatten(0, 1).T, other.b.flatten(0, 1).T
+        step = max(1, HELD_FLOATS // (t * m * s))
+        parts = []
+        for a, b in zip(torch.split(self.a, step), torch.split(self.b, step), strict=True):
+            products = (a.flatten(0, 1) @ right_a).mul_(b.flatten(0, 1) @ right_b)
+            parts.append(products.view(len(a), t, m, s).sum((1, 3)))
+        return torch.cat(parts)
+
+    def _gram_from_matrices(self, other: FactorBlock) -> Tensor:
+        """⟨Σ_s b_is a_isᵀ, Σ_t b'_jt a'_jtᵀ⟩, some output units at a time."""
+        larger = self if len(self) > len(other) else other
+        total: Tensor | None = None
+        for units in larger._some_units():
+            left = self._units(units).flatten(1)
+            right = left if other is self else other._units(units).flatten(1)
+            total = left @ right.T if total is None else total.addmm_(left, right.T)
+        assert total is not None
+        return total
+
+    def _units(self, units: slice) -> Tensor:
+        """The weight's gradients of some output units, ``(B, units, I)``."""
+        return torch.bmm(self.b[:, :, units].transpose(1, 2), self.a)
+
+    def _some_units(self) -> list[slice]:
+        """All output units, about ``HELD_FLOATS`` of their gradients at a time."""
+        size, step = self.b.shape[2], max(64, HELD_FLOATS // (len(self) * self.a.shape[2]))
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def contract(self, direction: BlockDirection) -> Tensor:
+        """Dot products with R directions, ``(R, B)``."""
+        n, t, n_in = self.a.shape
+        n_out = self.b.shape[2]
+        total: Tensor | None = None
+        if self.weight:
+            w = direction.weight
+            assert w is not None
+            n_rows = w.shape[0]
+            # for one row both cost the same: whichever intermediate result is smaller
+            if t > 1 and (n_rows > 1 or n_in < t):
+                total = self.b.new_zeros(n_rows, n)
+                for units in self._some_units():
+                    total.addmm_(w[:, units].flatten(1), self._units(units).flatten(1).T)
+            else:
+                # Σ_t b_tᵀ W a_t, without the gradient
+                flat_a = self.a.reshape(n * t, n_in)
+                flat_b = self.b.reshape(n * t, n_out)
+                rows = [((flat_a @ w[r].T) * flat_b).sum(1) for r in range(n_rows)]
+                total = torch.stack(rows).view(n_rows, n, t).sum(2)
+        if self.bias:
+            d = direction.bias
+            assert d is not None
+            extra = d @ self.b.sum(1).T
+            total = extra if total is None else total + extra
+        assert total is not None
+        return total
+
+    def weighted_sum(self, weights: Tensor) -> BlockDirection:
+        """Σ_i w_ri g_i for weights ``(R, B)``."""
+        n, t, n_in = self.a.shape
+        n_out, n_rows = self.b.shape[2], weights.shape[0]
+        weight = bias = None
+        if self.weight:
+            if t > 1 and n_rows > 1:
+                parts = [
+                    (weights @ self._units(units).flatten(1)).view(n_rows, -1, n_in)
+                    for units in self._some_units()
+                ]
+                weight = torch.cat(parts, 1)
+            else:
+                flat_a = self.a.reshape(n * t, n_in)
+                rows = [
+                    (self.b * weights[r][:, None, None]).reshape(n * t, n_out).T @ flat_a
+                    for r in range(n_rows)
+                ]
+                weight = torch.stack(rows)
+        if self.bias:
+            bias = weights @ self.b.sum(1)
+        return BlockDirection(weight, bias)
