@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fine_bench.config import ALWAYS_ALLOWED, check
+from fine_bench.data.task import loader
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.models.classifier import DivergedError
 from fine_bench.run.plan import Job, plan
@@ -115,7 +117,7 @@ def retrain(job: Job, labels: Tensor, weights: Tensor, seeds: Sequence[int]) -> 
         raise ValueError("weights must be finite and not negative")
     found = []
     for y, w, seed in zip(labels, weights, seeds, strict=True):
-        *_, net = _epochs(job, y, w, seed)
+        *_, net = epochs(job, y, w, seed)
         right = _logits(net, data.test_x).argmax(1) == data.test_y
         found.append(float(right.double().mean()))
     return found
@@ -128,13 +130,16 @@ def mean_probabilities(job: Job, seed: int) -> Tensor:
     which wrong labels are not memorised yet, count as much as the last.
     """
     total = torch.zeros(job.data.n_train, job.data.n_classes, dtype=torch.float64)
-    for net in _epochs(job, job.data.y, torch.ones(job.data.n_train), seed):
+    for net in epochs(job, job.data.y, torch.ones(job.data.n_train), seed):
         total += torch.softmax(_logits(net, job.data.x).double(), 1)
     return total / job.config.trainer.max_epochs
 
 
-def _epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Module]:
-    """The network at the end of each epoch; one network, which goes on training."""
+def epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Module]:
+    """Train one model as ``retrain`` does; the network at the end of each epoch.
+
+    It is one network, which goes on training when the next is asked for.
+    """
     trainer = job.config.trainer
     if trainer.lr_schedule not in _SCHEDULES:
         raise ConfigError(
@@ -152,21 +157,24 @@ def _epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Modu
         lr=trainer.lr,
         momentum=trainer.momentum,
         weight_decay=trainer.weight_decay,
+        foreach=False,  # the same numbers; faster for a few small parameters
     )
     order = stream(seed if trainer.order_seed is None else trainer.order_seed, "order")
-    total = trainer.max_epochs * math.ceil(len(x) / trainer.batch_size)
+    batches = loader(x, y, batch_size=trainer.batch_size, generator=order, shuffle=True)
+    total = trainer.max_epochs * len(batches)
     step = 0
     for _ in range(trainer.max_epochs):
-        for rows in torch.randperm(len(x), generator=order).split(trainer.batch_size):
+        # not read beyond the last batch, as Lightning does not: the sampler's end draws too
+        for batch_x, batch_y, rows in islice(batches, len(batches)):
             if trainer.lr_schedule == "cosine":
                 rate = trainer.lr * 0.5 * (1.0 + math.cos(math.pi * step / total))
                 optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
-            logits = net(x[rows])
+            logits = net(batch_x)
             if uniform:
-                loss = F.cross_entropy(logits, y[rows])
+                loss = F.cross_entropy(logits, batch_y)
             else:
-                loss = (weights[rows] * F.cross_entropy(logits, y[rows], reduction="none")).mean()
+                loss = (weights[rows] * F.cross_entropy(logits, batch_y, reduction="none")).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
@@ -179,4 +187,4 @@ def _epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Modu
 @torch.no_grad()
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
     net.eval()
-    return torch.cat([net(part) for part in x.split(_EVALUATION_BATCH)])
+    return torch.cat([net(part) for part in torch.split(x, _EVALUATION_BATCH)])
