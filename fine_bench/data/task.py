@@ -6,17 +6,18 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from fine_bench.types import GroundTruth
+from fine_bench.types import TARGETS, GroundTruth
 
 Example: TypeAlias = tuple[Tensor, Tensor, int]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+End: TypeAlias = Literal["high", "low"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +30,18 @@ class TaskData:
         y: ``(n_train,)`` int64, the labels as given to training, some of them corrupted.
         clean_y: ``(n_train,)`` int64, the labels before corruption.
         truth: which training examples are bad; at least those with ``y != clean_y``.
-        query_x, query_y: ``(n_query, ...)`` and ``(n_query,)``, clean.
+        query_x, query_y: ``(n_query, ...)`` and ``(n_query,)``: clean, unless the task says what
+            else they ask.
         test_x, test_y: held out to measure accuracy: clean, and disjoint from the queries.
         n_classes: labels lie in 0 … n_classes - 1.
         train_ids: ``(n_train,)`` int64, distinct positions in the source data set.
         groups: name → ascending positions of training examples worth an influence of their own;
             no part of ``sha256``.
+        suspicious: target → which end of a score is suspicious, where this task's queries ask
+            something else than clean ones: a backdoor's queries carry the attacker's label, and
+            what *helps* them is suspicious. A target that is not named here keeps the end that
+            ``fine_bench.types.SUSPICIOUS_END`` declares. Written in the task's code, never chosen
+            by the truth.
     """
 
     name: str
@@ -49,6 +56,7 @@ class TaskData:
     n_classes: int
     train_ids: Tensor
     groups: Mapping[str, Tensor] = field(default_factory=dict)
+    suspicious: Mapping[str, End] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -90,6 +98,12 @@ class TaskData:
             if int(group[0]) < 0 or int(group[-1]) >= n or bool((group.diff() <= 0).any()):
                 raise ValueError(
                     f"group {name!r} must ascend within 0 … {n - 1}, each position once"
+                )
+        for target, end in self.suspicious.items():
+            if target not in TARGETS or end not in get_args(End):
+                raise ValueError(
+                    f"suspicious={{{target!r}: {end!r}}} must map one of {TARGETS} to one of "
+                    f"{get_args(End)}"
                 )
 
     def _check_inputs(self, part: str, x: Tensor) -> None:
@@ -136,7 +150,8 @@ class TaskData:
         """Digest of everything that can change a score or its evaluation.
 
         Training inputs and given labels, queries, and the truth, each with its type and shape;
-        the test part and the name cannot. Values are hashed as little-endian bytes.
+        the test part and the name cannot. Values are hashed as little-endian bytes. The suspicious
+        ends are part of it where a task declares its own.
         """
         digest = hashlib.sha256()
         for part, tensor in (
@@ -150,6 +165,8 @@ class TaskData:
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(f"{part} {array.dtype.name} {array.shape}\0".encode())
             digest.update(array.data)
+        for target, end in sorted(self.suspicious.items()):
+            digest.update(f"suspicious {target} {end}\0".encode())
         return digest.hexdigest()
 
 
