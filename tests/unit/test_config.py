@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,7 +71,11 @@ def test_every_offline_task_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_file(name: str, mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINE_BENCH_DATA", str(mnist_dir))
+    if "cifar" in name:
+        if not list(Path(os.environ.get("FINE_BENCH_DATA", ".")).glob("cifar10/data_batch_1.bin*")):
+            pytest.skip("needs CIFAR-10 below FINE_BENCH_DATA")
+    else:
+        monkeypatch.setenv("FINE_BENCH_DATA", str(mnist_dir))
     job = planned(f"+experiment={name}")
     assert job.cells
 
@@ -111,7 +116,8 @@ def test_every_other_file(group: str) -> None:
         ("estimators.fine.observable=accuracy", "'margin' or 'loss'"),
         ("estimators.fine.refresh_every=0", "estimators.fine: refresh_every must be at least 1"),
         ("+estimators.fine.observible=loss", "did you mean estimators.fine.observable?"),
-        ("estimators.fine.schedule=snapshot", "not available yet"),
+        ("estimators.fine.schedule=daily", "schedule must be one of"),
+        ("+estimators.fine.noise=model", "use noise=.sample."),
         ("estimator=unknown", "Could not find 'estimator/unknown'"),
         ("targets=[everything]", r"type 'targets=\[self,validation\]'"),
         ("targets=[]", "targets"),
