@@ -116,7 +116,7 @@ def test_every_other_file(group: str) -> None:
         ("estimators.fine.observable=accuracy", "'margin' or 'loss'"),
         ("estimators.fine.refresh_every=0", "estimators.fine: refresh_every must be at least 1"),
         ("+estimators.fine.observible=loss", "did you mean estimators.fine.observable?"),
-        ("estimators.fine.schedule=daily", "schedule must be one of"),
+        ("estimators.fine.schedule=daily", "'in_batch' or 'snapshot'"),
         ("+estimators.fine.noise=model", "use noise=.sample."),
         ("estimator=unknown", "Could not find 'estimator/unknown'"),
         ("targets=[everything]", r"type 'targets=\[self,validation\]'"),
