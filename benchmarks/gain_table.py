@@ -231,11 +231,7 @@ def averaged(runs: Runs, truth: Truth, half: str) -> pd.DataFrame:
     """Fidelity of scores averaged over s runs: the rival of a method that needs one."""
     rows = []
     seeds = sorted(runs.scores)
-    for name, cell in (
-        ("f-INE (default)", DEFAULT),
-        ("TracIn", TRACIN),
-        ("EK-FAC sum", EK_FAC_SUM),
-    ):
+    for name, cell in CONTENDERS:
         key = key_of("self", cell)
         if any(key not in runs.scores[seed] for seed in seeds):
             continue

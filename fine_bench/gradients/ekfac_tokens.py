@@ -56,8 +56,9 @@ class TokenCurvature:
 
     def own_and_total(self, block: TokenBlock) -> tuple[Tensor, Tensor]:
         """vᵢᵀ(C + λ)⁻¹vᵢ and Σ_j vᵢᵀ(C + λ)⁻¹v_j over the batch, each ``(B,)``."""
-        pairs = self.gram(block, block)
-        return pairs.diagonal(), pairs.sum(1)
+        half = self.rotated(block, self.inverse.sqrt())
+        summed = half.weighted_sum(half.b.new_ones(1, len(block)))
+        return half.norm2(), half.contract(summed)[0]
 
     def prepare(self, block: TokenBlock) -> BlockDirection:
         """(C + λ)⁻¹v, in the layer's own coordinates: ``(B, V, D)``, one table a query."""

@@ -418,6 +418,9 @@ def test_products_of_all_pairs_and_of_directions(name: str) -> None:
     expected = twin(task, "fisher")
     close(fitted.gram(queries, train), expected)
     close(fitted.gram(train).diagonal(), fitted.quadratic(train))
+    own, total = fitted.own_and_total(train)
+    close(own, fitted.gram(train).diagonal())
+    close(total, fitted.gram(train).sum(1))
     close(train.contract(fitted.solve(queries.weighted_sum(torch.eye(V).double()))), expected)
     again = EKFAC.from_state(fitted.state_dict())
     assert [type(b) for b in again.blocks] == [type(b) for b in fitted.blocks]
