@@ -59,9 +59,9 @@ class FINECallback(pl.Callback):
         contrast: ``"substitution"`` (against an average example) or ``"removal"``.
         step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
             η_t times the batch mean of 1 − p, for softmax cross-entropy.
-        noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* with
-            ``geometry="ekfac"`` (which it needs): the geometry states it, and estimating it from a
-            few examples only adds noise. Other targets take the sample's.
+        noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* in
+            ``geometry="ekfac"``: the geometry states it, and estimating it from a few examples
+            only adds noise. Other targets take the sample's.
         queries: dataset of ``(x, y)`` for every target but ``"self"``.
         query_weighting: how queries are weighted in a mean: ``"noise"`` (the spread of each
             query's statistic over the batch or the reference examples), ``"norm"`` or None.
