@@ -57,7 +57,7 @@ class BankModels:
     @property
     def n_train(self) -> int:
         """Number of training examples."""
-        return self.members.shape[1]
+        return int(self.members.shape[1])
 
     def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> BankModels:
         """Some of the models."""

@@ -37,6 +37,17 @@ QUIET: dict[str, Any] = {
 }
 
 
+class Scale(nn.Module):
+    """A layer without factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Module(pl.LightningModule):
     """Dropout, and a step size that decays."""
 
@@ -390,10 +401,10 @@ def test_other_kinds_of_data_and_batches() -> None:
 
 def test_layers_without_factors_are_served() -> None:
     callback = watch(geometry="ekfac")
-    fit(callback, module=Module(middle=nn.LayerNorm(8)))
+    fit(callback, module=Module(middle=Scale()))
     assert callback.scores().values.abs().sum() > 0
     with pytest.raises(UnsupportedProblemError, match=r"body\.1\.weight"):
-        fit(watch(forward=lambda m, x: m(x)), module=Module(middle=nn.LayerNorm(8)))
+        fit(watch(forward=lambda m, x: m(x)), module=Module(middle=Scale()))
     with pytest.raises(UnsupportedProblemError, match="GroupNorm"):
         fit(watch(layers=["head"]), module=Module(middle=nn.BatchNorm1d(8)))
 
