@@ -8,18 +8,19 @@ Two things are measured, for each question and each package:
 
 *Agreement* with the exact float64 answer (``peers_exact.py``), on the first ``--check-train``
 images and ``--check-query`` queries: largest error over largest value, and Spearman over all
-entries. The right answer is one within ``--tolerance`` of the exact one in float32 or, where
-rounding is what is in the way, within ``--tolerance-64`` when asked in float64. TRAK is checked
-with each package's own projection; traker rescales its scores, so there one common factor is
-fitted first. λ is a tenth of the mean eigenvalue of the empirical Fisher, the same number for
-everybody.
+entries. The right answer is one within ``--tolerance`` of the exact one in float32. A package that
+misses it by rounding, being within ``--tolerance-64`` when asked in float64, gets two rows: its
+answer in float64, which is right, and the one in float32, which is not. TRAK is checked with each
+package's own projection; traker rescales its scores, so there one common factor is fitted first.
+λ is a tenth of the mean eigenvalue of the empirical Fisher, the same number for everybody.
 
-*Cost* at full size, for the answers that are right (``--time-all``: for all): each repeat runs
-every package once, each in a process of its own after a warm-up on a few examples, and every
-second repeat in reversed order. Wall and CPU time are medians over repeats, ratios medians of the
-paired ratios (theirs/ours within a repeat), memory the largest rise of the resident set. A
-package's whole way from model and data to a score matrix in memory counts. Full-size scores are
-compared with ours as well ("gap": largest difference over largest value).
+*Cost* at full size, for the answers that are right and those lost to rounding (``--time-all``: for
+all), each in the precision of its row: each repeat runs every package once, each in a process of
+its own after a warm-up on a few examples, and every second repeat in reversed order. Wall and CPU
+time are medians over repeats, ratios medians of the paired ratios (theirs/ours within a repeat),
+memory the largest rise of the resident set. A package's whole way from model and data to a score
+matrix in memory counts. Full-size scores are compared with ours as well ("gap": largest difference
+over largest value).
 
 A package that is missing, fails, is not right, or does not offer a method is listed with the
 reason.
@@ -44,7 +45,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,10 @@ class Row:
     """What is known of one package's answer to one question.
 
     Attributes:
+        index: place of the package's answer in the case; double: asked in float64.
         error, spearman: agreement with the exact answer; None where there is no answer.
-        error_64: the error when asked in float64, where the error in float32 is too large.
         right: within the tolerance.
+        rounding: wrong in float32 and right in float64.
         reason: why a number is missing.
         wall, cpu: medians, seconds; memory: largest rise of the resident set, MiB.
         gap: largest difference from our scores at full size over their largest value.
@@ -87,10 +89,12 @@ class Row:
     package: str
     remark: str
     version: str
+    index: int = 0
+    double: bool = False
     error: float | None = None
     spearman: float | None = None
-    error_64: float | None = None
     right: bool = False
+    rounding: bool = False
     reason: str = ""
     wall: float | None = None
     cpu: float | None = None
@@ -289,37 +293,40 @@ def agreement(scores: Tensor, truth: Tensor, up_to_scale: bool) -> tuple[float, 
 
 def check(
     name: str, job: dict[str, Any], truth: Tensor | None, arguments: argparse.Namespace
-) -> Row:
-    """Ask one package the small question."""
+) -> list[Row]:
+    """Ask one package the small question: one row, or two where rounding decides."""
     peer = CASES[name].peers[job["index"]]
-    row = Row(name, peer.package, peer.remark, version(peer.package))
+    row = Row(name, peer.package, peer.remark, version(peer.package), index=job["index"])
     if peer.package != OURS and not row.version:
         row.reason = "not installed"
-        return row
+        return [row]
     result = run(job, arguments.timeout)
     if "reason" in result:
         row.reason = result["reason"]
-        return row
+        return [row]
     truth = torch.load(job["exact"]) if truth is None else truth
     try:
         row.error, row.spearman = agreement(torch.load(job["scores"]), truth, peer.up_to_scale)
     except ValueError as error:
         row.reason = str(error)
-        return row
+        return [row]
     row.right = row.error <= arguments.tolerance
-    if not row.right:
-        row.reason = "not the right answer"
-        again = {**job, "double": True, "exact": ""}
-        # TRAK's truth is that of float32 projections, which float64 would not repeat
-        if peer.features is None and "reason" not in run(again, arguments.timeout):
-            scores = torch.load(job["scores"])
-            row.error_64, _ = agreement(scores, truth, peer.up_to_scale)
-            row.right = row.error_64 <= arguments.tolerance_64
-            if row.right:
-                row.reason = f"right in float64 (error {row.error_64:.0e}), loses digits in float32"
-            else:
-                row.reason += f", nor in float64 (error {row.error_64:.0e})"
-    return row
+    if row.right:
+        return [row]
+    row.reason = "not the right answer"
+    # TRAK's truth is that of float32 projections, which float64 would not repeat
+    again = {**job, "double": True, "exact": ""}
+    if peer.features is not None or "reason" in run(again, arguments.timeout):
+        return [row]
+    error, rho = agreement(torch.load(job["scores"]), truth, peer.up_to_scale)
+    if error > arguments.tolerance_64:
+        row.reason += f", nor in float64 (error {error:.0e})"
+        return [row]
+    row.rounding = True
+    row.reason = "not the right answer: loses digits in float32"
+    double = replace(row, double=True, error=error, spearman=rho, right=True, rounding=False)
+    double.remark, double.reason = f"{row.remark}, float64", ""
+    return [double, row]
 
 
 def measure(name: str, rows: list[Row], job: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -328,7 +335,7 @@ def measure(name: str, rows: list[Row], job: dict[str, Any], arguments: argparse
     chosen = [
         i
         for i, row in enumerate(rows)
-        if row.right or (arguments.time_all and row.error is not None) or i == 0
+        if row.right or row.rounding or (arguments.time_all and row.error is not None) or i == 0
     ]
     runs: dict[int, list[dict[str, Any]]] = {i: [] for i in chosen}
     reference: Tensor | None = None
@@ -336,16 +343,18 @@ def measure(name: str, rows: list[Row], job: dict[str, Any], arguments: argparse
         for i in chosen if repeat % 2 == 0 else chosen[::-1]:
             if any("reason" in result for result in runs[i]):
                 continue
-            runs[i].append(run({**job, "index": i}, arguments.timeout))
+            row = rows[i]
+            asked = {**job, "index": row.index, "double": row.double}
+            runs[i].append(run(asked, arguments.timeout))
             if "reason" in runs[i][-1]:
-                rows[i].reason = f"at full size: {runs[i][-1]['reason']}"
+                row.reason = f"at full size: {runs[i][-1]['reason']}"
                 continue
             if repeat == 0:
                 scores = torch.load(job["scores"])
                 if i == 0:
                     reference = scores
-                elif reference is not None and peers[i].features is None:
-                    rows[i].gap = agreement(scores, reference, False)[0]
+                elif reference is not None and peers[row.index].features is None:
+                    row.gap = agreement(scores, reference, False)[0]
     for i in chosen:
         results = runs[i]
         if not results or any("reason" in result for result in results):
@@ -481,8 +490,9 @@ def main() -> None:
                 "double": False,
             }
             rows = [
-                check(case, {**small, "index": i}, answers.get(case), arguments)
+                row
                 for i in range(len(CASES[case].peers))
+                for row in check(case, {**small, "index": i}, answers.get(case), arguments)
             ]
             if not arguments.no_timing:
                 full = {
