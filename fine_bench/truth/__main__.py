@@ -12,6 +12,7 @@ import numpy as np
 
 from fine_bench.bank.store import Bank, load_bank
 from fine_bench.records import StoreError
+from fine_bench.truth.evidence import write_evidence
 from fine_bench.truth.files import save
 from fine_bench.truth.model import HALVES, Truth
 
@@ -34,9 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=Path("results/ground_truth"),
         help="default: results/ground_truth",
     )
+    parser.add_argument(
+        "--evidence",
+        metavar="DIR",
+        type=Path,
+        help="a results folder: write what the bank shows there instead of freezing it "
+        "(ground_truth/definition--NAME.csv; figures/retraining_curves--NAME and "
+        "definition--NAME)",
+    )
     arguments = parser.parse_args(argv)
     try:
-        truth = of_bank(load_bank(arguments.bank), arguments.name, arguments.version)
+        bank = load_bank(arguments.bank)
+        truth = of_bank(bank, arguments.name, arguments.version)
+        if arguments.evidence is not None:
+            written = write_evidence(bank, arguments.name, arguments.evidence)
+            print(report(truth))
+            print("\n".join(f"written: {path}" for path in written), file=sys.stderr)
+            return 0
         path = save(truth, arguments.output)
     except (StoreError, ValueError) as error:
         print(error, file=sys.stderr)

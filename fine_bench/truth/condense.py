@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fine_bench.bank.models import BankModels
-from fine_bench.metrics.definition import LEAST_SETS, definition_mu, mean_over_sets, relation
 from fine_bench.metrics.gaussianity import LEAST_FOR_NORMALITY, normality
 from fine_bench.metrics.lds import LEAST_SUBSETS, SubsetMargins, by_subset, lds_ceiling
 from fine_bench.metrics.reliability import (
@@ -25,6 +24,7 @@ from fine_bench.metrics.retraining import (
     require_models,
     retraining_mu,
 )
+from fine_bench.truth.definition import compare
 from fine_bench.truth.model import HALVES, UNKNOWN, Half, HalfTruth, SubsetTruth, Truth
 
 
@@ -159,42 +159,7 @@ def _facts(
         for statistic in ("margin", "loss"):
             summary = normality(single.members, getattr(single, statistic)).summary()
             facts |= {f"normality/{statistic}/{key}": x for key, x in summary.items()}
-    if definition is not None:
-        facts |= definition_facts(single, definition)
-    return facts
-
-
-def definition_facts(single: BankModels, definition: BankModels) -> dict[str, float]:
-    """μ by definition against the bank's, for single examples and for groups apart.
-
-    ``definition/<examples|groups>/<number of metrics.definition.relation>``; a kind with fewer
-    than five sets is left out. The sets are read off the models: what those of a subset were not
-    trained on.
-    """
-    if not (definition.subset == 0).any() or not definition.members[definition.subset == 0].all():
-        raise ValueError("the definition part's models of subset 0 must be trained on all data")
-    # the numbers of the subsets are names; here 0 stays 0 and the others count from 1
-    _, first, which = np.unique(definition.subset, return_index=True, return_inverse=True)
-    sets = [np.flatnonzero(~definition.members[row]) for row in first[1:]]
-    if not sets:
-        return {}
-    bank = retraining_mu(single.members, single.margin)
-    exact = definition_mu(definition.margin, which, sets)
-    x = mean_over_sets(bank.mu, sets)
-    facts: dict[str, float] = {}
-    for kind, chosen in (
-        ("examples", [s for s, one in enumerate(sets) if len(one) == 1]),
-        ("groups", [s for s, one in enumerate(sets) if len(one) > 1]),
-    ):
-        if len(chosen) < LEAST_SETS:
-            continue
-        # of a mean over members the error is not known
-        single_ones = kind == "examples"
-        found = relation(
-            x[chosen],
-            exact.mu[chosen],
-            bank_error=mean_over_sets(bank.std_error, sets)[chosen] if single_ones else None,
-            definition_error=exact.std_error[chosen] if single_ones else None,
-        )
-        facts |= {f"definition/{kind}/{key}": value for key, value in found.items()}
+    compared = None if definition is None else compare(single, definition)
+    if compared is not None:
+        facts |= {f"definition/{key}": value for key, value in compared.facts().items()}
     return facts

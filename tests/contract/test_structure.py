@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "leaderboard_view": {*CORE, "records", "metrics", "leaderboard"},
     "figures": {*CORE, "records", "metrics", "leaderboard", "tradeoff", "privacy", "testing"},
     "bank": {*CORE, "records", "run"},
-    "truth": {*CORE, "bank", "metrics", "records"},
+    "truth": {*CORE, "bank", "metrics", "records", "figures"},
     "score": {*CORE, "leaderboard", "leaderboard_view", "metrics", "records", "truth"},
     "audit": {*CORE, "records", "privacy"},
     "config": {*CORE, "records"},

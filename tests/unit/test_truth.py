@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors
 import safetensors.numpy
@@ -436,6 +437,44 @@ def test_freezing_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments, "--version", "1"]) == 0  # the same again
     assert main([*arguments, "--version", "0"]) == 2
     assert "version counts from 1" in capsys.readouterr().err
+
+
+def test_evidence_of_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank = stored(tmp_path / "bank")
+    results = tmp_path / "results"
+    arguments = [str(bank), "--name", "small_world", "--version", "1", "--evidence", str(results)]
+    assert main(arguments) == 0
+    assert "definition/examples/spearman" in capsys.readouterr().out
+    assert {str(path.relative_to(results)) for path in results.rglob("*.*")} == {
+        "ground_truth/definition--small_world.csv",
+        *(
+            f"figures/{name}--small_world.{kind}"
+            for name in ("definition", "retraining_curves")
+            for kind in ("png", "svg")
+        ),
+    }  # and no frozen truth
+    table = pd.read_csv(results / "ground_truth" / "definition--small_world.csv")
+    assert table["bank_mu"].is_monotonic_decreasing
+    assert len(table) == 18
+    assert set(table["size"]) == {1, 5}
+    assert set(table["runs_without"]) == {8}
+    row = table[table["set"] == "set_of_13"].iloc[0]  # sets without a name in the bank's folder
+    margin, inside = WORLD.definition.margin[:, 13], WORLD.definition.members
+    p, q = margin[inside.all(axis=1)], margin[~inside[:, 13] & (inside.sum(axis=1) == N - 1)]
+    pooled = np.sqrt((p.var(ddof=1) + q.var(ddof=1)) / 2)
+    assert row["definition_mu"] == pytest.approx((p.mean() - q.mean()) / pooled, rel=1e-3)
+    assert row["n_bad"] == 1
+    assert row["runs_with"] == 8
+    found = retraining_mu(WORLD.single.members, WORLD.single.margin)
+    assert row["bank_mu"] == pytest.approx(found.mu[13], rel=1e-3)
+    assert row["bank_std_error"] == pytest.approx(found.std_error[13], rel=1e-3)
+    groups = table[table["size"] == 5]
+    assert groups["bank_std_error"].isna().all()
+
+    without = stored(tmp_path / "no definition", parts=("single",))
+    assert main([str(without), *arguments[1:-1], str(tmp_path / "other")]) == 0
+    names = {path.name for path in (tmp_path / "other").rglob("*.*")}
+    assert names == {f"retraining_curves--small_world.{kind}" for kind in ("png", "svg")}
 
 
 def test_banks_that_cannot_be_frozen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
