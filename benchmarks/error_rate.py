@@ -27,7 +27,7 @@ from rich.progress import Progress
 from fine_bench.error_rate import MIN_DRAWS, NOISY_SHARE, Choice, Mask, Rate, repeated
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.records import RecordStore, StoreError, newest, write_atomic
-from fine_bench.types import SUSPICIOUS_END, TARGETS, InfluenceScores, RunRecord
+from fine_bench.types import TARGETS, InfluenceScores, RunRecord
 
 TRUTH = "truth/is_bad"
 TITLES = {
@@ -111,7 +111,7 @@ def measure(
                 bad,
                 n_trusted=size,
                 levels=levels,
-                end=SUSPICIOUS_END[first.target],
+                end=first.end,
                 n_draws=n_draws,
                 choice=choice,
             )

@@ -491,7 +491,7 @@ def _consistency(
             return old, ""
         if old.metric_version == METRIC_VERSION:  # seeds were added: their old pairs still hold
             pairs |= {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
-    end = SUSPICIOUS_END[first.target]
+    end = first.end
     try:
         loaded = {s: store.load_scores(finished[s]) for s in scores}
         if len({_watched_ones(found) for found in loaded.values()}) > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ Loss: TypeAlias = Callable[..., Tensor]
 
 Reduce: TypeAlias = Literal["mean", "class"] | None
 QueryWeighting: TypeAlias = Literal["norm", "noise"] | None
+End: TypeAlias = Literal["high", "low"]
 LRSchedule: TypeAlias = Literal["constant", "cosine"]
 Target: TypeAlias = Literal["self", "queries", "validation", "validation_per_class"]
 
@@ -26,7 +27,7 @@ TARGETS: tuple[Target, ...] = ("self", "queries", "validation", "validation_per_
 
 # Which end of a score is suspicious follows from what the target asks, never from the truth:
 # a memorised example influences itself strongly, a harmful one raises the validation loss.
-SUSPICIOUS_END: Mapping[str, Literal["high", "low"]] = {
+SUSPICIOUS_END: Mapping[str, End] = {
     "self": "high",
     "queries": "low",
     "validation": "low",
@@ -314,6 +315,8 @@ class RunRecord:
         training: facts about the training run (test accuracy, losses, seconds).
         created: ISO time stamp, UTC.
         sweep: name of the sweep that made it.
+        suspicious: which end of the scores is suspicious where the task declares its own, empty
+            where the target's holds; see ``end``.
         format: version of this format.
     """
 
@@ -337,6 +340,7 @@ class RunRecord:
     training: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     sweep: str = ""
+    suspicious: str = ""
     format: int = 1
 
     def __post_init__(self) -> None:
@@ -348,3 +352,17 @@ class RunRecord:
             raise ValueError(f"a {self.status} record must say why; pass reason=...")
         if self.revision < 1:
             raise ValueError(f"revision counts from 1, got {self.revision}")
+        if self.suspicious not in ("", *get_args(End)):
+            raise ValueError(
+                f"suspicious must be one of {get_args(End)} or empty, got {self.suspicious!r}"
+            )
+
+    @property
+    def end(self) -> End:
+        """The suspicious end of its scores: the task's own, else the target's.
+
+        Raises:
+            KeyError: a target that this version does not know.
+        """
+        own: Mapping[str, End] = {"high": "high", "low": "low"}
+        return own[self.suspicious] if self.suspicious else SUSPICIOUS_END[self.target]

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from fine_bench.data.sampling import Sample, draw, named_group, random_order, task_data
 from fine_bench.data.sources import WHITE, DataName, load_source
-from fine_bench.data.task import End, TaskData
+from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
+from fine_bench.types import End
 
 SUSPICIOUS: Mapping[str, End] = {
     "queries": "high",

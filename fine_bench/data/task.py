@@ -6,18 +6,17 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from fine_bench.types import TARGETS, GroundTruth
+from fine_bench.types import SUSPICIOUS_END, TARGETS, End, GroundTruth
 
 Example: TypeAlias = tuple[Tensor, Tensor, int]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
-End: TypeAlias = Literal["high", "low"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +104,10 @@ class TaskData:
                     f"suspicious={{{target!r}: {end!r}}} must map one of {TARGETS} to one of "
                     f"{get_args(End)}"
                 )
+
+    def end(self, target: str) -> End:
+        """Which end of this target's scores is suspicious on this task."""
+        return self.suspicious.get(target, SUSPICIOUS_END[target])
 
     def _check_inputs(self, part: str, x: Tensor) -> None:
         if x.dtype != torch.float32 or x.ndim < 2:

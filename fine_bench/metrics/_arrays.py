@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fine_bench.types import End as End
+
 ArrayLike: TypeAlias = Tensor | NDArray[Any]
-End: TypeAlias = Literal["high", "low"]
 Vector: TypeAlias = NDArray[np.float64]
 
 

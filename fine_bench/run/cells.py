@@ -22,7 +22,6 @@ from fine_bench.records import RecordStore, environment, scores_digest
 from fine_bench.run import training
 from fine_bench.run.plan import Cell, Job, Watcher
 from fine_bench.types import (
-    SUSPICIOUS_END,
     InfluenceScores,
     Problem,
     Reduce,
@@ -252,7 +251,7 @@ def _agreements(
             continue
         found = agreement(scores, theirs)
         if bool(bad.any()) and not bool(bad.all()):
-            row = suspicion(theirs.values[:, scores.watched], SUSPICIOUS_END[cell.target])
+            row = suspicion(theirs.values[:, scores.watched], job.data.end(cell.target))
             found["auroc"] = detection_metrics(row, bad)["auroc"]
         numbers |= {f"agreement/{other.estimator}/{name}": x for name, x in found.items()}
     return numbers
@@ -300,6 +299,7 @@ class _Writer:
             environment=self.environment,
             training=self.facts,
             sweep=self.sweep,
+            suspicious=self.job.data.suspicious.get(cell.target, ""),
         )
         return Outcome(cell, self.store.save(record, None), None)
 
@@ -324,7 +324,7 @@ class _Writer:
         metrics["n_bad"] = float(n_bad)
         # without bad examples, or with nothing else, there is nothing to detect
         if 0 < n_bad < len(bad):
-            row = suspicion(scores.watched_values, SUSPICIOUS_END[cell.target])
+            row = suspicion(scores.watched_values, self.job.data.end(cell.target))
             metrics |= detection_metrics(row, bad)
         if self.job.truth is not None:
             metrics |= self.job.truth.metrics(scores.values, cell.target, watched=scores.watched)
@@ -339,6 +339,7 @@ class _Writer:
             environment=self.environment,
             training=self.facts,
             sweep=self.sweep,
+            suspicious=self.job.data.suspicious.get(cell.target, ""),
         )
         return Outcome(cell, self.store.save(record, scores), scores)
 

@@ -22,7 +22,7 @@ from fine_bench.metrics.intervals import Interval, mean_interval
 from fine_bench.run.plan import Job
 from fine_bench.run.retraining import MeanProbabilities, Retrain, mean_probabilities, retrain
 from fine_bench.seeds import derive
-from fine_bench.types import SUSPICIOUS_END, InfluenceScores
+from fine_bench.types import End, InfluenceScores
 
 Treatment: TypeAlias = Literal["remove", "relabel", "downweight"]
 Order: TypeAlias = NDArray[np.int64]
@@ -60,9 +60,9 @@ class Point:
     n_seeds: int
 
 
-def order_of(scores: InfluenceScores) -> Order:
+def order_of(scores: InfluenceScores, end: End) -> Order:
     """All examples, the most suspicious first; ties in index order."""
-    row = suspicion(scores.values, SUSPICIOUS_END[scores.target])
+    row = suspicion(scores.values, end)
     return np.asarray(np.argsort(-row, kind="stable"), dtype=np.int64)
 
 
@@ -141,7 +141,7 @@ def cure(
         for seed in seeds
     ]
     orders: dict[str, list[Order]] = {
-        name: [order_of(runs[j % len(runs)]) for j in range(n_seeds)]
+        name: [order_of(run := runs[j % len(runs)], data.end(run.target)) for j in range(n_seeds)]
         for name, runs in scores.items()
     }
     orders[ORACLE] = [oracle_order(bad, seed) for seed in seeds]

@@ -188,8 +188,8 @@ def scores_of(values: Sequence[float] | Tensor, target: Any = "self") -> Influen
 
 
 def test_orders_and_treatments() -> None:
-    assert order_of(scores_of([0.1, 0.9, 0.9, 0.5])).tolist() == [1, 2, 3, 0]
-    assert order_of(scores_of([0.1, 0.9, 0.9, 0.5], "validation")).tolist() == [0, 3, 1, 2]
+    assert order_of(scores_of([0.1, 0.9, 0.9, 0.5]), "high").tolist() == [1, 2, 3, 0]
+    assert order_of(scores_of([0.1, 0.9, 0.9, 0.5], "validation"), "low").tolist() == [0, 3, 1, 2]
     bad = np.array([False, True, False, True, False])
     first = oracle_order(bad, 0)
     assert set(first[:2]) == {1, 3}

@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import Run, command, environment  # type: ignore[import-not-found]
+from sklearn.metrics import roc_auc_score
 
 from fine_bench import leaderboard
+from fine_bench.leaderboard import build
 from fine_bench.records import RecordStore, newest
+from fine_bench.types import SUSPICIOUS_END
 
 FEW = "estimator=[fine,tracin,mean_loss,random,constant]"
 
@@ -91,6 +95,40 @@ def test_the_leaderboard_is_rebuilt_from_the_records_alone(
     assert leaderboard.main(["--results", str(tmp_path)]) == 0
     for name in ("leaderboard.md", "leaderboard.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_task_may_declare_its_own_suspicious_end(cli: Run, tmp_path: Path) -> None:
+    done = cli(
+        tmp_path,
+        "task=digits_backdoor",
+        "task.poison_rate=0.05",
+        "estimator=[tracin]",
+        "targets=[self,validation]",
+        "seed=0,1",
+        "logger.mode=disabled",
+        "-m",
+    )
+    assert done.returncode == 0, done.stderr
+    store = RecordStore(tmp_path)
+    records = {r.target: r for r in store.scan().records if r.seed == 0}
+    # the queries carry the attacker's label, so what helps them is suspicious
+    assert records["validation"].suspicious == "high" != SUSPICIOUS_END["validation"]
+    assert records["self"].suspicious == ""
+    for record in records.values():
+        scores = store.load_scores(record)
+        bad = scores.extras["truth/is_bad"].numpy()
+        auroc = roc_auc_score(bad, scores.values[0].double().numpy())
+        assert record.metrics["auroc"] == pytest.approx(auroc, abs=1e-9)
+    # and the sets that are compared between seeds are those of the same end
+    (table,) = build(store).tables
+    rows = {row.target: row for row in table.rows}
+    tops = [
+        set(np.argsort(-store.load_scores(r).values[0].numpy())[: rows["validation"].k])
+        for r in store.scan().records
+        if r.target == "validation"
+    ]
+    jaccard = len(tops[0] & tops[1]) / len(tops[0] | tops[1])
+    assert rows["validation"].stats["consistency_jaccard"].mean == pytest.approx(jaccard)
 
 
 def test_the_same_command_gives_identical_scores(

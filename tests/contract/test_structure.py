@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "truth": {*CORE, "bank", "metrics", "records", "figures"},
     "score": {*CORE, "leaderboard", "leaderboard_view", "metrics", "records", "truth"},
     "audit": {*CORE, "records", "privacy"},
+    "summary": {*CORE, "leaderboard", "records"},
     "config": {*CORE, "records"},
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
