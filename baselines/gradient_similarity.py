@@ -24,7 +24,7 @@ from torch import Tensor
 
 from baselines.tracin import TracIn
 from fine_bench.estimator import Schedule
-from fine_bench.gradients.blocks import FactorBlock, PerExampleGradients
+from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import Checkpoint, Problem
 
@@ -88,10 +88,7 @@ class UnitGradientEngine(GradientEngine):
 
 def _largest(gradients: PerExampleGradients) -> Tensor:
     """Largest absolute entry among the output gradients (or full gradients) of each example."""
-    parts = [
-        (block.b if isinstance(block, FactorBlock) else block.g).flatten(1).abs().amax(1)
-        for block in gradients.blocks
-    ]
+    parts = [block.values.flatten(1).abs().amax(1) for block in gradients.blocks]
     return torch.stack(parts).amax(0)
 
 

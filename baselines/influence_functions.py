@@ -25,6 +25,10 @@ opposite.)
     ‖b − (C + λI)x‖/‖b‖ of each row is in ``extras["residual"]``; one that stays above ``tol`` is
     an error. (EK-FAC as a preconditioner was tried and *costs* iterations: it spreads the large
     eigenvalues over directions in which the rank-deficient C has none.)
+    ``"lissa"``: a truncated Neumann series over sampled batches (``baselines/lissa.py``), the
+    paper's own solver. The relative residual of each row on all the data is in
+    ``extras["residual"]``, the scale used in ``extras["scale"]``; a diverging series is refused.
+    ``"arnoldi"``: C within one Krylov space, λ outside of it (``baselines/arnoldi.py``).
     ``"ekfac"``: C approximated as in ``fine_bench.gradients.ekfac``, one block a layer.
 ``damping``
     λ itself, or by default ``relative_damping`` times the mean eigenvalue tr C / P (for ``ekfac``
@@ -36,19 +40,30 @@ query by its Euclidean gradient norm (the same weight as for every other method,
 ``"noise"`` by the spread over reference examples of this method's own statistic,
 std_j g_qᵀ(C + λI)⁻¹g_j.
 
-We deviate from the paper in solving the system instead of iterating LiSSA, whose answer depends on
-a scale, a depth and a number of repeats that one must guess; and λ is stated for the *mean* loss.
+We deviate from the paper in solving the system by default instead of iterating LiSSA, whose answer
+depends on a scale, a depth and a number of repeats; and λ is stated for the *mean* loss.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from baselines.arnoldi import RitzPairs, krylov_space
+from baselines.inverses import (
+    ArnoldiInverse,
+    CGInverse,
+    ExactInverse,
+    Inverse,
+    LissaInverse,
+    cholesky,
+)
+from baselines.lissa import Apply, Lissa
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks import (
     DenseBlock,
@@ -61,8 +76,6 @@ from fine_bench.gradients.curvature import (
     Curvature,
     CurvatureProducts,
     Roots,
-    as_direction,
-    as_rows,
     count_parameters,
     curvature_matrix,
     parameter_names,
@@ -79,47 +92,27 @@ from fine_bench.types import (
 )
 from fine_bench.weighting import check_weighting, query_groups, query_weights, reference_rows
 
-Solver: TypeAlias = Literal["exact", "cg", "ekfac"]
+Solver: TypeAlias = Literal["exact", "cg", "lissa", "arnoldi", "ekfac"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 EXACT_LIMIT = 20_000
 """Largest matrix, in rows, that ``exact`` builds: 3.2 GB in float64."""
 
 SELF_CG_LIMIT = 2_000
-"""Largest training set whose self-influence ``cg`` solves for, one system an example."""
+"""Largest training set whose self-influence ``cg`` or ``lissa`` solves for, one system each."""
+
+KRYLOV_FLOATS = 2**27
+"""Numbers that the basis of ``arnoldi`` may take: 1 GiB."""
 
 QUERY_FLOATS = 2**27
 """Numbers that the preconditioned gradients of one chunk of queries may take."""
-
-BLOCK_FLOATS = 2**24
-"""Numbers in one of the vectors' blocks of CG, which holds about six of them."""
-
-
-class Inverse(Protocol):
-    """(C + λI)⁻¹, as the estimator uses it."""
-
-    def quadratic(self, gradients: PerExampleGradients) -> Tensor:
-        """gᵀ(C + λI)⁻¹g, ``(B,)``."""
-        ...
-
-    def prepare(self, queries: PerExampleGradients) -> Direction:
-        """(C + λI)⁻¹g for every query, to be contracted with ``view`` of the training gradients."""
-        ...
-
-    def view(self, gradients: PerExampleGradients) -> PerExampleGradients:
-        """Training gradients in the coordinates of ``prepare``."""
-        ...
-
-    def solve(self, direction: Direction) -> Direction:
-        """(C + λI)⁻¹ times directions in the model's own coordinates."""
-        ...
 
 
 class InfluenceFunction(InfluenceEstimator):
     """g_qᵀ (C + λI)⁻¹ g_i at the last checkpoint.
 
     Args:
-        solver: ``"exact"``, ``"cg"`` or ``"ekfac"``.
+        solver: ``"exact"``, ``"cg"``, ``"lissa"``, ``"arnoldi"`` or ``"ekfac"``.
         curvature: which C; None for the solver's default.
         damping: λ itself, ≥ 0, in the unit of the curvature; None for the relative one.
         relative_damping: λ in units of the mean eigenvalue, ≥ 0; ignored where damping is given.
@@ -128,11 +121,17 @@ class InfluenceFunction(InfluenceEstimator):
         tol: relative residual at which CG stops, > 0.
         max_iter: iterations that CG may take for one block, ≥ 1.
         n_samples: labels drawn for each example where the Fisher has too many classes, ≥ 1.
-        seed: of those draws.
+        seed: of those draws, of LiSSA's batches and of Arnoldi's start.
+        scale: LiSSA's s, > 0, above half of the largest eigenvalue of C + λI; None finds one.
+        depth: steps of LiSSA's series, ≥ 1.
+        repeats: series that LiSSA averages, ≥ 1.
+        sample_size: training examples in one of its steps, ≥ 1; None for all of them.
+        krylov: dimensions of Arnoldi's space, ≥ 1: as many products with C.
 
     Values have the unit of the loss, per unit of an example's weight in the mean loss.
-    ``extras``: ``damping`` (1,), or one a layer for ``ekfac``; for ``cg`` ``residual`` (rows
-    solved,), and ``iterations`` (1,) in total.
+    ``extras``: ``damping`` (1,), or one a layer for ``ekfac``; for ``cg`` and ``lissa``
+    ``residual`` (rows solved,); for ``cg`` ``iterations`` (1,) in total, for ``lissa``
+    ``scale`` (1,).
     """
 
     name = "influence_function"
@@ -151,8 +150,14 @@ class InfluenceFunction(InfluenceEstimator):
         max_iter: int = 5000,
         n_samples: int = 1,
         seed: int = 0,
+        scale: float | None = None,
+        depth: int = 1000,
+        repeats: int = 1,
+        sample_size: int | None = 64,
+        krylov: int = 200,
     ) -> None:
         check_options(solver, curvature, damping, relative_damping)
+        check_iterations(scale, depth, repeats, sample_size, krylov)
         check_weighting(query_weighting)
         if not 0 < tol < 1:
             raise ValueError(f"tol is a relative residual between 0 and 1, got {tol}")
@@ -170,6 +175,11 @@ class InfluenceFunction(InfluenceEstimator):
         self.max_iter = max_iter
         self.n_samples = n_samples
         self.seed = seed
+        self.scale = scale
+        self.depth = depth
+        self.repeats = repeats
+        self.sample_size = sample_size
+        self.krylov = krylov
 
     def unsupported(self, problem: Problem) -> str | None:
         """Systems that are too large for the solver."""
@@ -185,10 +195,17 @@ class InfluenceFunction(InfluenceEstimator):
                     f'more than the limit of {EXACT_LIMIT}; use solver="cg" or "ekfac", or name '
                     "layers=[...]"
                 )
-        elif isinstance(problem.queries, str) and problem.n_train > SELF_CG_LIMIT:
+        elif self.solver == "arnoldi" and min(self.krylov, n_params) * n_params > KRYLOV_FLOATS:
             return (
-                f'solver="cg" with queries="self" would solve {problem.n_train} systems, one an '
-                f'example (limit {SELF_CG_LIMIT}); use solver="ekfac", or "exact" for a small model'
+                f'solver="arnoldi" would hold {self.krylov} vectors of {n_params} parameters, more '
+                f"than {KRYLOV_FLOATS:,} numbers; pass krylov={KRYLOV_FLOATS // n_params}, or name "
+                "layers=[...]"
+            )
+        elif self._solves_each() and problem.n_train > SELF_CG_LIMIT and self._per_example(problem):
+            return (
+                f'solver="{self.solver}" would solve {problem.n_train} systems, one a training '
+                f'example (limit {SELF_CG_LIMIT}); use solver="ekfac" or "arnoldi", or "exact" for '
+                "a small model"
             )
         elif self.curvature == "hessian" and self.damping is None and n_params > EXACT_LIMIT:
             return (
@@ -196,6 +213,14 @@ class InfluenceFunction(InfluenceEstimator):
                 f"of the {n_params} parameters (limit {EXACT_LIMIT}); give damping= itself"
             )
         return None
+
+    def _solves_each(self) -> bool:
+        """Whether the solver works anew for every right-hand side."""
+        return self.solver in ("cg", "lissa")
+
+    def _per_example(self, problem: Problem) -> bool:
+        """Whether every training example is a right-hand side."""
+        return isinstance(problem.queries, str)
 
     def _dual(self, problem: Problem, n_params: int) -> bool:
         """Whether the n × n dual stands in for the P × P matrix."""
@@ -286,9 +311,74 @@ class InfluenceFunction(InfluenceEstimator):
                 return ExactInverse(matrix, lam)
         else:
             lam = self._lambda(self._trace)
+        if self.solver == "arnoldi":
+            return self._arnoldi(products, lam)
+        if self.solver == "lissa":
+            return self._lissa(products, lam)
         self._extras["iterations"] = torch.zeros(1, dtype=torch.int64)
         self._extras["residual"] = torch.zeros(0, dtype=torch.float64)
         return CGInverse(products, lam, self.tol, self.max_iter, self._report)
+
+    def _arnoldi(self, products: CurvatureProducts, lam: float) -> Inverse:
+        self._require_damping(lam)
+        start = stream(self.seed, "influence-function/arnoldi")
+        basis, compressed = krylov_space(products, self._n_params, self.krylov, start)
+        self.gradient_evaluations += products.products * self.problem.n_train
+        return ArnoldiInverse(RitzPairs(basis, compressed, lam))
+
+    def _lissa(self, products: CurvatureProducts, lam: float) -> Inverse:
+        self._require_damping(lam)
+        problem, n = self.problem, self.problem.n_train
+        size = n if self.sample_size is None else min(self.sample_size, n)
+
+        def whole(v: Tensor) -> Tensor:
+            self.gradient_evaluations += len(v) * n
+            return products(v) + lam * v
+
+        def sampled(rows: Tensor) -> Apply:
+            x, y = examples(problem, rows)
+            draw = CurvatureProducts(
+                self.model,
+                problem.loss,
+                self._names,
+                self.curvature,
+                lambda: iter([(slice(0, size), self._cast(x), self._cast(y))]),
+                size,
+                self._uniforms[rows],
+            )
+
+            def apply(v: Tensor) -> Tensor:
+                self.gradient_evaluations += len(v) * size
+                return draw(v) + lam * v
+
+            return apply
+
+        def draws(repeat: int) -> Iterator[Apply]:
+            generator = stream(self.seed, f"influence-function/lissa/{repeat}")
+            while True:
+                if size == n:
+                    yield whole
+                else:
+                    yield sampled(torch.randperm(n, generator=generator)[:size])
+
+        definite = self.curvature != "hessian"
+        lissa = Lissa(
+            whole, draws, self._n_params, lam, self.scale, self.depth, self.repeats, definite
+        )
+        self._extras["scale"] = torch.tensor([lissa.scale], dtype=torch.float64)
+        self._extras["residual"] = torch.zeros(0, dtype=torch.float64)
+
+        def report(residual: Tensor) -> None:
+            self._extras["residual"] = torch.cat([self._extras["residual"], residual])
+
+        return LissaInverse(lissa, report)
+
+    def _require_damping(self, lam: float) -> None:
+        if lam <= 0:
+            raise ValueError(
+                f'solver="{self.solver}" divides by λ where it does not see the curvature, got '
+                "damping 0; give damping= or relative_damping= above 0"
+            )
 
     def _report(self, iterations: int, residual: Tensor) -> None:
         self._extras["iterations"] += iterations
@@ -344,7 +434,7 @@ class InfluenceFunction(InfluenceEstimator):
         """Σ_v w_v g_v for each row of the reduction."""
         statistic = None
         if self.query_weighting == "noise":
-            statistic = self._pairwise(inverse, self._reference)
+            statistic = self._statistic(inverse)
         problem = self.problem
         groups = query_groups(problem.labels("queries"), problem.reduce)
         direction: Direction | None = None
@@ -358,6 +448,10 @@ class InfluenceFunction(InfluenceEstimator):
             direction = part if direction is None else add_directions(direction, part)
         assert direction is not None
         return direction
+
+    def _statistic(self, inverse: Inverse) -> Tensor:
+        """The scores of every query at the reference examples, ``(V, R)``."""
+        return self._pairwise(inverse, self._reference)
 
     def _reference(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The reference examples among the training batches; positions are theirs."""
@@ -405,10 +499,6 @@ def check_options(
     solver: str, curvature: str | None, damping: float | None, relative_damping: float
 ) -> None:
     """Refuse settings that no problem could make sense of."""
-    if solver in ("lissa", "arnoldi"):
-        raise NotImplementedError(
-            f"solver={solver!r} is not implemented; the solvers are {', '.join(SOLVERS)}"
-        )
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
     if curvature is not None and curvature not in CURVATURES:
@@ -424,6 +514,42 @@ def check_options(
             raise ValueError(f"{name} must be a finite number ≥ 0, got {value}")
 
 
+def check_iterations(
+    scale: float | None, depth: int, repeats: int, sample_size: int | None, krylov: int
+) -> None:
+    """Refuse settings of the iterative solvers that no problem could make sense of."""
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a finite number > 0, or None to find one, got {scale}")
+    for name, value in (
+        ("depth", depth),
+        ("repeats", repeats),
+        ("sample_size", sample_size),
+        ("krylov", krylov),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if sample_size is None and repeats > 1:
+        raise ValueError(
+            f"repeats={repeats} with sample_size=None would compute the same series {repeats} "
+            "times; pass repeats=1, or a sample_size"
+        )
+
+
+def examples(problem: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The training examples at these positions, in this order, as one batch."""
+    if isinstance(problem.train, TensorDataset):
+        x, y = problem.train.tensors[:2]
+        return x[rows], y[rows]
+    # the loader's own generator leaves the global random state alone
+    loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
+        Subset(problem.train, rows.tolist()),
+        batch_size=len(rows),
+        generator=torch.Generator().manual_seed(0),
+    )
+    x, y, *_ = next(iter(loader))
+    return x, y
+
+
 def noise_weights(statistic: Tensor) -> Tensor:
     """1/std of each query's statistic over reference examples, ``(V, R)`` → ``(V,)``.
 
@@ -436,193 +562,3 @@ def noise_weights(statistic: Tensor) -> Tensor:
         PerExampleGradients([DenseBlock("reference", unit)]),
         "noise",
     )
-
-
-class ExactInverse:
-    """A Cholesky factor of C + λI, ``(P, P)``."""
-
-    def __init__(self, damped: Tensor, lam: float) -> None:
-        self.factor = cholesky(damped, lam, "the curvature C")
-
-    def quadratic(self, gradients: PerExampleGradients) -> Tensor:
-        """‖L⁻¹g‖² with C + λI = LLᵀ, ``(B,)``."""
-        rows = gradients.dense().T
-        half: Tensor = torch.linalg.solve_triangular(self.factor, rows, upper=False)
-        return half.square().sum(0)
-
-    def prepare(self, queries: PerExampleGradients) -> Direction:
-        """(C + λI)⁻¹g for every query."""
-        return as_direction(self._solve(queries.dense()), direction_like(queries))
-
-    def view(self, gradients: PerExampleGradients) -> PerExampleGradients:
-        """The gradients themselves."""
-        return gradients
-
-    def solve(self, direction: Direction) -> Direction:
-        """(C + λI)⁻¹ times directions."""
-        return as_direction(self._solve(as_rows(direction)), direction)
-
-    def _solve(self, rows: Tensor) -> Tensor:
-        return torch.cholesky_solve(rows.T, self.factor).T
-
-
-class CGInverse:
-    """(C + λI)⁻¹ by block conjugate gradients.
-
-    Args:
-        products: v ↦ C v.
-        lam: λ.
-        tol, max_iter: see ``InfluenceFunction``.
-        report: told the iterations and the relative residuals ``(K,)`` of each block.
-    """
-
-    def __init__(
-        self,
-        products: CurvatureProducts,
-        lam: float,
-        tol: float,
-        max_iter: int,
-        report: Callable[[int, Tensor], None],
-    ) -> None:
-        self.products = products
-        self.lam = lam
-        self.tol = tol
-        self.max_iter = max_iter
-        self.report = report
-
-    def quadratic(self, gradients: PerExampleGradients) -> Tensor:
-        """gᵀ(C + λI)⁻¹g, ``(B,)``."""
-        rows = gradients.dense()
-        return (self._solve(rows) * rows).sum(1)
-
-    def prepare(self, queries: PerExampleGradients) -> Direction:
-        """(C + λI)⁻¹g for every query."""
-        return as_direction(self._solve(queries.dense()), direction_like(queries))
-
-    def view(self, gradients: PerExampleGradients) -> PerExampleGradients:
-        """The gradients themselves."""
-        return gradients
-
-    def solve(self, direction: Direction) -> Direction:
-        """(C + λI)⁻¹ times directions."""
-        return as_direction(self._solve(as_rows(direction)), direction)
-
-    def _solve(self, rows: Tensor) -> Tensor:
-        def apply(v: Tensor) -> Tensor:
-            return self.products(v) + self.lam * v
-
-        # more right-hand sides than dimensions cannot be independent
-        size = max(1, min(BLOCK_FLOATS // rows.shape[1], rows.shape[1]))
-        parts = []
-        for block in torch.split(rows, size):
-            x, residual, iterations = solve_cg(apply, block, self.tol, self.max_iter)
-            self.report(iterations, residual)
-            parts.append(x)
-        return torch.cat(parts)
-
-
-def direction_like(gradients: PerExampleGradients) -> Direction:
-    """One direction of the shape of these gradients, as a pattern."""
-    one = gradients.rows(slice(0, 1))
-    return one.weighted_sum(one.norm2()[None])
-
-
-def cholesky(damped: Tensor, lam: float, what: str) -> Tensor:
-    """The lower Cholesky factor of ``what`` + λI.
-
-    Raises:
-        ValueError: the matrix is not positive definite; says by how much.
-    """
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(damped)
-    pivots = factor.diagonal()
-    slack = len(damped) * torch.finfo(damped.dtype).eps
-    if int(info) == 0 and float(pivots.min()) ** 2 > slack * float(pivots.max()) ** 2:
-        return factor
-    low = float(torch.linalg.eigvalsh(damped)[0])
-    raise ValueError(
-        f"{what} + λI is not positive definite: its smallest eigenvalue is {low:.3g} with "
-        f"λ = {lam:.3g} in it; give a damping above {lam - low:.3g}, or a curvature that is never "
-        'negative, such as "ggn"'
-    )
-
-
-def solve_cg(
-    apply: Callable[[Tensor], Tensor], rhs: Tensor, tol: float, max_iter: int
-) -> tuple[Tensor, Tensor, int]:
-    """Solve A x = b for every row b of ``rhs`` ``(K, P)``.
-
-    The recurrences of block CG drift from the true residual, so that is computed when they claim
-    to be done, and the remainder is solved for until the truth agrees.
-
-    Returns:
-        x ``(K, P)``, the true relative residuals ``(K,)``, and the iterations used.
-
-    Raises:
-        ValueError: A is not positive definite; states the negative curvature that was met.
-        RuntimeError: a residual is above ``tol`` after ``max_iter`` iterations.
-    """
-    norms = rhs.norm(dim=1, keepdim=True)
-    # rows of one size, and 0 for a query without gradient
-    scaled = rhs / torch.where(norms > 0, norms, 1.0)
-    x = torch.zeros_like(rhs)
-    remainder, used = scaled, 0
-    relative = remainder.norm(dim=1)
-    while float(relative.max()) > tol and used < max_iter:
-        goal = 0.5 * tol / float(relative.max())
-        step, iterations = block_cg(apply, remainder, goal, max_iter - used)
-        used += iterations
-        x = x + step
-        remainder = scaled - apply(x)
-        relative = remainder.norm(dim=1)
-    if float(relative.max()) > tol:
-        raise RuntimeError(
-            f"CG stopped after {used} iterations at a relative residual of "
-            f"{float(relative.max()):.2g}, above tol = {tol:.2g}; raise max_iter or damping, or "
-            "accept a larger tol"
-        )
-    return x * norms, relative, used
-
-
-def block_cg(
-    apply: Callable[[Tensor], Tensor], rhs: Tensor, tol: float, max_iter: int
-) -> tuple[Tensor, int]:
-    """Block conjugate gradients from zero, until the largest residual has shrunk by ``tol``.
-
-    The residuals of all K rows are kept as Q C with Q (P, K) orthonormal, so that rows which
-    converge or turn dependent do no harm (Dubrulle, *Retooling the method of block conjugate
-    gradients*, ETNA 12, 2001).
-
-    Raises:
-        ValueError: a search direction of negative curvature.
-    """
-    q, c = torch.linalg.qr(rhs.T)
-    goal = tol * float(c.norm(dim=0).max())
-    x, s = torch.zeros_like(q), q
-    for iteration in range(max_iter):
-        if float(c.norm(dim=0).max()) <= goal:
-            return x.T, iteration
-        a_s = apply(s.T.contiguous()).T
-        curvature = s.T @ a_s
-        factor, info = torch.linalg.cholesky_ex((curvature + curvature.T) / 2)
-        if int(info) > 0:
-            refuse_negative_curvature(apply, s)
-            # positive after all, only too ill-conditioned to go on: the caller starts anew
-            return x.T, iteration + 1
-        x = x + s @ torch.cholesky_solve(c, factor)
-        q, turn = torch.linalg.qr(q - a_s @ torch.cholesky_inverse(factor))
-        s = q + s @ turn.T
-        c = turn @ c
-    return x.T, max_iter
-
-
-def refuse_negative_curvature(apply: Callable[[Tensor], Tensor], s: Tensor) -> None:
-    """Raise if the matrix has negative curvature within the span of ``s`` ``(P, K)``."""
-    basis = torch.linalg.qr(s)[0]
-    inside = basis.T @ apply(basis.T.contiguous()).T
-    low = float(torch.linalg.eigvalsh((inside + inside.T) / 2)[0])
-    if low <= 0:
-        raise ValueError(
-            f"C + λI is not positive definite: CG met a direction of curvature {low:.3g}; give a "
-            'larger damping, or a curvature that is never negative, such as "ggn"'
-        )

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from baselines.tracin import gather
 from fine_bench.estimator import InfluenceEstimator
-from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, PerExampleGradients
+from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.classification import classification_reason, negative_margin
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.projections import Projection, ProjectionKind, make_projection
@@ -234,7 +234,7 @@ class TRAK(InfluenceEstimator):
         kernel = torch.empty(n, n, dtype=torch.float64)
         # every pair of batches, recomputing the second: factors of all examples are never held
         for rows, x, y in self.problem.batches("train"):
-            mine = _double(self.engine(x, y))
+            mine = self.engine(x, y).double()
             self.gradient_evaluations += len(y)
             self._kernel_against(mine, kernel[rows], stop=rows.stop)
             kernel[: rows.start, rows] = kernel[rows, : rows.start].T
@@ -243,7 +243,7 @@ class TRAK(InfluenceEstimator):
             return torch.cholesky_solve(kernel, factor).diagonal()[None]
         norms, against = [], []
         for gradients in self._gradients("queries"):
-            mine = _double(gradients)
+            mine = gradients.double()
             norms.append(mine.norm2().sqrt())
             against.append(torch.empty(len(mine), n, dtype=torch.float64))
             self._kernel_against(mine, against[-1])
@@ -257,7 +257,7 @@ class TRAK(InfluenceEstimator):
         """Fill ``out`` ``(B, n)`` with dot products against the training examples before stop."""
         start = 0
         for gradients in self._gradients("train"):
-            theirs = _double(gradients)
+            theirs = gradients.double()
             out[:, start : start + len(theirs)] = mine.gram(theirs)
             start += len(theirs)
             if stop is not None and start >= stop:
@@ -308,16 +308,3 @@ class TRAK(InfluenceEstimator):
                 f"ridge={self.ridge}; {advice}"
             )
         return factor
-
-
-def _double(gradients: PerExampleGradients) -> PerExampleGradients:
-    """The same gradients, so that dot products of them are taken in float64."""
-
-    def convert(block: Block) -> Block:
-        if isinstance(block, FactorBlock):
-            return FactorBlock(
-                block.name, block.a.double(), block.b.double(), block.weight, block.bias
-            )
-        return DenseBlock(block.name, block.g.double())
-
-    return PerExampleGradients([convert(block) for block in gradients.blocks])

@@ -17,14 +17,15 @@ T = TypeVar("T")
 
 
 class Schedule(Enum):
-    """Which checkpoints of a run a method reads."""
+    """Which checkpoints a method reads: all of a run, its last, or the last of several runs."""
 
     ALL = "all"
     LAST = "last"
+    RUNS = "runs"
 
     def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
-        """The checkpoints to replay, in order of training."""
-        return checkpoints if self is Schedule.ALL else checkpoints[-1:]
+        """The checkpoints to replay, in order of training; for ``RUNS`` given one a run."""
+        return checkpoints[-1:] if self is Schedule.LAST else checkpoints
 
 
 class InfluenceEstimator(ABC):
@@ -37,6 +38,7 @@ class InfluenceEstimator(ABC):
     Attributes:
         gradient_evaluations: per-example gradients taken so far; the method's own account of its
             cost, counted in examples.
+        runs: with ``Schedule.RUNS``, models that the benchmark's runner trains for it.
     """
 
     name: ClassVar[str]
@@ -47,6 +49,7 @@ class InfluenceEstimator(ABC):
     model: nn.Module
     gradient_evaluations: int = 0
     n_updates: int = 0
+    runs: int = 1
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot serve the problem, or None if it can."""

@@ -26,8 +26,8 @@ and decomposed in float64 whatever the model's precision; rotations run in the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -334,6 +334,22 @@ class EKFAC:
     def solve(self, direction: Direction) -> Direction:
         """(C + λ)⁻¹ times directions in the model's own coordinates."""
         return [mine.solve(d) for mine, d in zip(self.blocks, direction, strict=True)]
+
+    def mapped(self, function: Callable[[Tensor, float], Tensor]) -> EKFAC:
+        """The same eigenvectors with function(s, λ) ≥ 0 in the place of 1/(s + λ).
+
+        ``quadratic``, ``solve`` and the others then apply that function of the curvature.
+        """
+        pairs = zip(self.blocks, self.damping.tolist(), strict=True)
+        blocks: list[BlockCurvature] = [
+            replace(block, inverse=function(block.eigenvalues, lam).to(block.inverse.dtype))
+            for block, lam in pairs
+        ]
+        return EKFAC(blocks, self.damping)
+
+    def solved_norm2(self, gradients: PerExampleGradients) -> Tensor:
+        """‖(C + λ)⁻¹v‖² for every example's gradient v, ``(B,)``."""
+        return self.mapped(lambda s, lam: (s + lam).pow(-2)).quadratic(gradients)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain tensors and numbers: about (I² + O² + 2 OI) numbers a layer."""

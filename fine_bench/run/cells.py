@@ -15,10 +15,10 @@ from pytorch_lightning.loggers import Logger
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback_paper import PaperFINECallback
-from fine_bench.estimator import replay
+from fine_bench.estimator import Schedule, replay
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.records import RecordStore, environment, scores_digest
+from fine_bench.records import RecordStore, StoreError, environment, scores_digest
 from fine_bench.run import training
 from fine_bench.run.plan import Cell, Job, Watcher
 from fine_bench.types import (
@@ -273,12 +273,18 @@ def _replayed(
     job: Job, cell: Cell, run: training.TrainedRun
 ) -> tuple[InfluenceScores, dict[str, float]]:
     estimator = job.estimator(cell)
+    problem = problem_of(job, cell.target, run.model)
+    checkpoints, cost = run.checkpoints, dict[str, float]()
+    if estimator.schedule is Schedule.RUNS and estimator.unsupported(problem) is None:
+        members = training.ensemble(job, run, estimator.runs)
+        checkpoints = [member.checkpoints[-1] for member in members]
+        # in the cost of each cell that needs them, also where they were trained for another
+        cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
     start = time.perf_counter()
-    scores = replay(estimator, problem_of(job, cell.target, run.model), run.checkpoints)
-    return scores, {
-        "seconds": time.perf_counter() - start,
-        "gradient_evaluations": float(estimator.gradient_evaluations),
-    }
+    scores = replay(estimator, problem, checkpoints)
+    cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
+    cost["gradient_evaluations"] = float(estimator.gradient_evaluations)
+    return scores, cost
 
 
 class _Writer:
@@ -290,7 +296,11 @@ class _Writer:
         self.environment = environment()
 
     def write(self, cell: Cell, status: Status, reason: str) -> Outcome:
-        """A cell without scores."""
+        """A cell without scores.
+
+        Where even this does not fit on the disk the cell stays missing, which the end of the sweep
+        reports; the other cells go on.
+        """
         record = RunRecord(
             **self.job.identity(cell),
             status=status,
@@ -301,7 +311,11 @@ class _Writer:
             sweep=self.sweep,
             suspicious=self.job.data.suspicious.get(cell.target, ""),
         )
-        return Outcome(cell, self.store.save(record, None), None)
+        try:
+            record = self.store.save(record, None)
+        except StoreError as error:
+            record = replace(record, status="failed", reason=f"{reason} ({error})")
+        return Outcome(cell, record, None)
 
     def finish(
         self,

@@ -206,6 +206,31 @@ def reseeded(job: Job) -> Job:
     return replace(job, config=replace(config, seed=seed, trainer=trainer))
 
 
+def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
+    """The job's own run and ``count`` − 1 like it, but for initialisation and order.
+
+    Their seeds derive from the run seed, so that two run seeds share no member. Members are kept
+    beside the run, and trained once.
+
+    Raises:
+        RuntimeError: a member could not be trained; says which.
+    """
+    trainer = replace(job.config.trainer, init_seed=None, order_seed=None)
+    members = [run]
+    for number in range(1, count):
+        seed = derive(job.config.seed, f"ensemble member {number}") % 2**32
+        member = replace(job, config=replace(job.config, seed=seed, trainer=trainer))
+        found = stored(member)
+        try:
+            members.append(train(member, [], None) if found is None else found)
+        except Exception as error:
+            raise RuntimeError(
+                f"run {number + 1} of {count} of the ensemble (seed {seed}) failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return members
+
+
 def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
     """Train the model of ``reseeded(job)`` to be watched only; nothing is kept of it.
 

@@ -16,6 +16,9 @@ from fine_bench.metrics.detection import detection_curve, suspicion
 from fine_bench.run.cells import Outcome, finished
 from fine_bench.run.plan import Job
 
+FINISH_SECONDS = 120
+"""How long the end of a run waits for uploads; ``wandb sync`` can send the rest later."""
+
 
 @contextmanager
 def guarded(what: str) -> Iterator[None]:
@@ -36,7 +39,10 @@ def _settings(results: Path) -> wandb.Settings:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder.resolve() / "data"))
     os.environ.setdefault("WANDB_CACHE_DIR", str(folder.resolve() / "cache"))
-    return wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True)
+    limits: dict[str, Any] = {"init_timeout": 30}
+    if "finish_timeout" in wandb.Settings.model_fields:  # releases before it wait for ever
+        limits |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+    return wandb.Settings(silent=True, console="off", x_disable_stats=True, **limits)
 
 
 def start_run(job: Job, sweep: str) -> Logger | None:

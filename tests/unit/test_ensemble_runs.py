@@ -1,0 +1,118 @@
+"""A method of several runs in the benchmark's runner: which models it is given, and their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from baselines.seed_ensemble import SeedEnsemble
+from fine_bench import replay
+from fine_bench.config import check, config_folder, register
+from fine_bench.records import RecordStore
+from fine_bench.run import training
+from fine_bench.run.cells import execute, problem_of
+from fine_bench.run.plan import Job, plan
+
+OPTIONS = (
+    "estimator=[seed_ensemble,final_loss]",
+    "estimators.seed_ensemble.runs=3",
+    "task.n_train=60",
+    "task.n_query=10",
+    "trainer.max_epochs=2",
+    "trainer.batch_size=16",
+    "trainer.progress=false",
+    "trainer.init_seed=5",
+    "logger.mode=disabled",
+)
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def job(folder: Path, *overrides: str) -> Job:
+    return plan(check(compose("config", [*OPTIONS, f"results_dir={folder}", *overrides])))
+
+
+def members(planned: Job) -> list[Any]:
+    run = training.stored(planned)
+    assert run is not None
+    return [m.checkpoints[-1] for m in training.ensemble(planned, run, 3)]
+
+
+def test_the_runner_trains_the_further_models_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    train = training.train
+
+    def counted(planned: Job, *arguments: Any) -> Any:
+        trained.append(planned.config.seed)
+        return train(planned, *arguments)
+
+    monkeypatch.setattr(training, "train", counted)
+    planned = job(tmp_path, "seed=0")
+    assert not [o for o in execute(planned, "s", say=lambda _: None) if o.record.status == "failed"]
+    assert len(trained) == len(set(trained)) == 3  # for both targets together
+    execute(job(tmp_path, "seed=0", "targets=[queries]"), "s", say=lambda _: None)
+    assert len(trained) == 3
+
+    found = members(planned)
+    states = [torch.cat([v.flatten() for v in c.params.values()]) for c in found]
+    assert all(not torch.equal(states[a], states[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+    store = RecordStore(tmp_path)
+    (record,) = [
+        r
+        for r in store.scan().records
+        if r.estimator == "seed_ensemble" and r.target == "validation"
+    ]
+    problem = problem_of(planned, "validation", training.build_model(planned).net)
+    expected = replay(SeedEnsemble(query_weighting="noise"), problem, found)
+    assert torch.equal(store.load_scores(record).values, expected.values)
+    assert record.cost["seconds"] > record.cost["ensemble_seconds"] > 0
+    (other,) = [r for r in store.scan().records if r.estimator == "final_loss" and not r.reason]
+    assert "ensemble_seconds" not in other.cost
+
+
+def test_two_run_seeds_share_no_model(tmp_path: Path) -> None:
+    both = []
+    for seed in (0, 1):
+        planned = job(tmp_path, f"seed={seed}")
+        execute(planned, "s", say=lambda _: None)
+        both += members(planned)
+    sums = {sum(float(v.double().sum()) for v in c.params.values()) for c in both}
+    assert len(sums) == 6
+
+
+def test_a_further_run_that_diverges_fails_its_cells_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = job(tmp_path, "seed=0", "targets=[self]")
+    train = training.train
+
+    def fails(member: Job, *arguments: Any) -> Any:
+        if member.config.seed != 0:
+            raise RuntimeError("the training loss became nan")
+        return train(member, *arguments)
+
+    monkeypatch.setattr(training, "train", fails)
+    states = {
+        o.record.estimator: (o.record.status, o.record.reason)
+        for o in execute(planned, "s", say=lambda _: None)
+    }
+    assert states["final_loss"] == ("finished", "")
+    status, reason = states["seed_ensemble"]
+    assert status == "failed"
+    assert "run 2 of 3 of the ensemble (seed" in reason
+    assert "RuntimeError: the training loss became nan" in reason
