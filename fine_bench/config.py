@@ -50,6 +50,8 @@ class TrainerConfig:
         lr: step size, > 0.
         momentum, weight_decay: of SGD, ≥ 0.
         lr_schedule: ``"constant"``, or ``"cosine"``: from lr to 0 over all steps.
+        checkpoint_every: epochs between the checkpoints that methods read, counted back from the
+            last epoch, which is always kept; ≥ 1.
         init_seed, order_seed: fix one source of randomness for all run seeds; null follows
             ``seed``.
         num_threads: CPU threads of PyTorch; null leaves PyTorch's choice.
@@ -62,6 +64,7 @@ class TrainerConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     lr_schedule: str = "constant"
+    checkpoint_every: int = 1
     init_seed: int | None = None
     order_seed: int | None = None
     num_threads: int | None = None
@@ -188,6 +191,11 @@ def _check_trainer(trainer: TrainerConfig) -> None:
         value = getattr(trainer, name)
         if not 0 <= value < float("inf"):
             raise ConfigError(f"trainer.{name}={value} must not be negative; type trainer.{name}=0")
+    if trainer.checkpoint_every < 1:
+        raise ConfigError(
+            f"trainer.checkpoint_every={trainer.checkpoint_every} is in epochs, at least 1; type "
+            "trainer.checkpoint_every=1"
+        )
     if trainer.lr_schedule not in get_args(LRSchedule):
         raise ConfigError(
             f"trainer.lr_schedule={trainer.lr_schedule} is unknown; type "
@@ -317,6 +325,8 @@ def setting_of(config: RunConfig) -> dict[str, Any]:
     # settings that were named before schedules existed keep their digest
     if config.trainer.lr_schedule == "constant":
         del trainer["lr_schedule"]
+    if config.trainer.checkpoint_every == 1:
+        del trainer["checkpoint_every"]
     return {
         "task": {k: v for k, v in config.task.items() if k not in ("data_dir", "download")},
         "model": dict(config.model),

@@ -117,13 +117,14 @@ def stored(job: Job) -> TrainedRun | None:
         facts = json.loads((folder / "training.json").read_text())
     except (OSError, ValueError):
         return None
-    if len(list(folder.glob("*.ckpt"))) != job.config.trainer.max_epochs:
+    trainer = job.config.trainer
+    if len(list(folder.glob("*.ckpt"))) != -(-trainer.max_epochs // trainer.checkpoint_every):
         return None
     return _trained(job, folder, facts)
 
 
 def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
-    """Train one model, watched by ``callbacks``, and keep a checkpoint an epoch.
+    """Train one model, watched by ``callbacks``; keep every ``checkpoint_every``-th checkpoint.
 
     The checkpoints appear under their final name only when the run is complete.
 
@@ -184,6 +185,9 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "device": str(trainer.strategy.root_device),
             }
+        for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
+            if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
+                path.unlink()
         write_atomic(temporary / "training.json", json.dumps(facts, indent=1).encode())
         if folder.exists():
             shutil.rmtree(folder)

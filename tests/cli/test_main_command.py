@@ -131,6 +131,17 @@ def test_a_task_may_declare_its_own_suspicious_end(cli: Run, tmp_path: Path) -> 
     assert rows["validation"].stats["consistency_jaccard"].mean == pytest.approx(jaccard)
 
 
+def test_some_checkpoints_are_kept(cli: Run, tmp_path: Path) -> None:
+    some = ("trainer.max_epochs=5", "trainer.checkpoint_every=3", "logger.mode=disabled", "seed=0")
+    done = cli(tmp_path, "estimator=[mean_loss]", "targets=[self]", *some)
+    assert done.returncode == 0, done.stderr
+    kept = sorted(path.stem for path in (tmp_path / "checkpoints").rglob("*.ckpt"))
+    assert kept == ["epoch=0001", "epoch=0004"]  # counted from 0: the second and the last
+    again = cli(tmp_path, "estimator=[mean_loss,tracin]", "targets=[self]", *some)
+    assert again.returncode == 0, again.stderr
+    assert "not trained again" in again.stderr
+
+
 def test_the_same_command_gives_identical_scores(
     cli: Run, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:

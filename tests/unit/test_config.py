@@ -96,6 +96,7 @@ def test_every_other_file(group: str) -> None:
         ("trainer.batch_size=5000", "larger than the training set of 1347.*type trainer.batch"),
         ("trainer.lr=-1", "type trainer.lr="),
         ("trainer.momentum=-1", "type trainer.momentum=0"),
+        ("trainer.checkpoint_every=0", "type trainer.checkpoint_every=1"),
         ("trainer.lr_schedule=linear", "type trainer.lr_schedule=constant or cosine"),
         ("trainer.order_seed=-1", "type trainer.order_seed=0"),
         ("trainer.num_threads=0", "type trainer.num_threads=null"),
@@ -162,6 +163,8 @@ def test_the_setting_holds_what_changes_results_and_nothing_else() -> None:
 
 def test_settings_from_before_schedules_keep_their_digest() -> None:
     assert "lr_schedule" not in setting_of(checked())["trainer"]
+    assert "checkpoint_every" not in setting_of(checked())["trainer"]
+    assert setting_of(checked("trainer.checkpoint_every=2"))["trainer"]["checkpoint_every"] == 2
     assert setting_of(checked("trainer.lr_schedule=cosine"))["trainer"]["lr_schedule"] == "cosine"
 
 
