@@ -226,7 +226,7 @@ def test_wandb_that_fails_or_hangs_later_costs_nothing_but_a_warning(
         raise TimeoutError("the server takes too long")
 
     monkeypatch.setattr(wandb, "finish", slow)
-    monkeypatch.setattr(wandb, "Artifact", Refusing())
+    monkeypatch.setattr(wandb.Artifact, "add_file", Refusing())
     begun = time.perf_counter()
     with pytest.warns(UserWarning, match="W&B failed to") as warned:
         wandb_log.finish_run(logger, planned, outcomes)
