@@ -109,7 +109,8 @@ class RitzPairs:
     def solve(self, rows: Tensor) -> Tensor:
         """(C + λI)⁻¹ times rows, ``(B, P)``."""
         along = rows @ self.vectors.T
-        return rows / self.lam + (along * self.excess(1)) @ self.vectors
+        solved: Tensor = rows / self.lam + (along * self.excess(1)) @ self.vectors
+        return solved
 
     def quadratic(self, along: Tensor, norm2: Tensor, power: int = 1) -> Tensor:
         """gᵀ (C + λI)^−power g, ``(B,)``.

@@ -192,16 +192,16 @@ def test_a_loss_that_is_no_number_fails_its_seed_only(
 
 
 class Refusing:
-    """W&B whose server is away; a class, since W&B asks whether things are artifacts."""
+    """W&B whose server is away."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         raise wandb.errors.CommError("the server is away")
 
 
 def test_wandb_that_does_not_start_costs_nothing_but_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb, "init", Refusing)
+    monkeypatch.setattr(wandb, "init", Refusing())
     planned = job(tmp_path, "seed=0", "logger.mode=online")
     with pytest.warns(UserWarning, match=r"failed to start a run .*the server is away.*disabled"):
         logger = wandb_log.start_run(planned, "sweep")
@@ -226,7 +226,7 @@ def test_wandb_that_fails_or_hangs_later_costs_nothing_but_a_warning(
         raise TimeoutError("the server takes too long")
 
     monkeypatch.setattr(wandb, "finish", slow)
-    monkeypatch.setattr(wandb, "Artifact", Refusing)
+    monkeypatch.setattr(wandb.Artifact, "add_file", Refusing())
     begun = time.perf_counter()
     with pytest.warns(UserWarning, match="W&B failed to") as warned:
         wandb_log.finish_run(logger, planned, outcomes)
