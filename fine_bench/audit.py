@@ -106,18 +106,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the curves; 0 done, 2 nothing to read."""
     parser = argparse.ArgumentParser(
         prog="python -m fine_bench.audit",
-        description="Print the (epsilon, delta) curves that a subset's influence implies, from "
-        "records alone.",
-        epilog="Example: python -m fine_bench.audit --task mnist_mislabel --group random_clean",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Print the (epsilon, delta) curves that a subset's influence implies: how well "
+        "somebody could\ntell whether it was trained on. Each curve says whether it is a lower "
+        "bound (one statistic) or an\nupper bound (all steps composed). Records and scores are "
+        "read, nothing is trained.",
+        epilog="Exit status: 0 printed; 2 no such record, group or example (those that exist are "
+        "named).\n\nExamples:\n"
+        "  python -m fine_bench.audit --task mnist_mislabel --group random_clean\n"
+        "  python -m fine_bench.audit --task mnist_mislabel --example 17",
     )
-    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
-    parser.add_argument("--task", metavar="NAME", required=True)
-    parser.add_argument("--target", choices=TARGETS, default="self", help="default: self")
+    parser.add_argument(
+        "--results", metavar="DIR", type=Path, default=Path("results"), help="default: results"
+    )
+    parser.add_argument("--task", metavar="NAME", required=True, help="of the records")
+    parser.add_argument(
+        "--target", choices=TARGETS, default="self", help="what was asked (default: self)"
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--group", metavar="NAME", help="a group of the paper's estimator")
     which.add_argument("--example", metavar="I", type=int, help="position of a training example")
     parser.add_argument(
-        "--estimator", metavar="ROW", help="row of the leaderboard; default fine_paper or fine"
+        "--estimator",
+        metavar="ROW",
+        help="row of the leaderboard (default: fine_paper for a group, fine for an example)",
     )
     arguments = parser.parse_args(argv)
     estimator = arguments.estimator or ("fine_paper" if arguments.group else "fine")

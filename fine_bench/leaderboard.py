@@ -23,12 +23,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress
 
 from fine_bench import leaderboard_view as view
+from fine_bench.leaderboard_ties import PairValues, RowKey, with_ties
 from fine_bench.metrics.consistency import coefficient_of_variation, pairwise_consistency
 from fine_bench.metrics.detection import suspicion
-from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
+from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
+from fine_bench.progress import bar_on
 from fine_bench.records import (
     Consistency,
     RecordStore,
@@ -137,9 +138,11 @@ class Row:
         stats: by key, see ``stat_key``. A key is absent when no seed has the number.
         dirty: whether a record was made by code with uncommitted changes.
         commits: of the code that made the records.
-        tied: from six seeds on, whether its AUROC is *not* significantly below that of the
-            target's best row; None for the best itself, and below six seeds. Rows of different
-            ``watched`` are not compared.
+        ties: keys of the columns in which it is a tie with the target's best row: the 95 %
+            interval of their difference, paired by seed, holds 0. From six seeds on a difference
+            that the sign-flip test does not find significant is a tie too. The best itself has no
+            mark, nor has a row without two common seeds. Rows of different ``watched`` are not
+            compared.
         watched: number of examples that it scores; None for all of them.
         k: the k of its Jaccard@k, the number of bad ones among the examples that it scores; 0
             when it is not known.
@@ -154,7 +157,7 @@ class Row:
     stats: Mapping[str, Stat]
     dirty: bool = False
     commits: tuple[str, ...] = ()
-    tied: bool | None = None
+    ties: frozenset[str] = frozenset()
     watched: int | None = None
     k: int = 0
 
@@ -271,6 +274,7 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
     tables = []
     for (task, setting, data), records in sorted(groups.items()):
         rows: list[Row] = []
+        pairs: dict[RowKey, PairValues] = {}
         unfinished: list[Cell] = []
         seeds = sorted({record.seed for record in records})
         variants = _variants(records)
@@ -302,6 +306,7 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
                 problems.append(f"{task}/{setting[:8]}: {estimator} {target}: {complaint}")
             compared, complaint = _consistency(store, finished, own_k, scan.consistency)
             stats |= _consistency_stats(compared)
+            pairs[estimator, estimator_hash, target] = compared.pairs if compared else {}
             if complaint:
                 complaint = complaint.replace(f"{store.root}{os.sep}", "")
                 problems.append(f"{task}/{setting[:8]}: {estimator} {target}: {complaint}")
@@ -330,7 +335,7 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
                 _training(records),
                 k,
                 tuple(seeds),
-                tuple(sorted(_with_ties(rows, records), key=_rank)),
+                tuple(sorted(with_ties(rows, records, pairs, COLUMNS, LEVEL), key=_rank)),
                 tuple(sorted(unfinished, key=lambda c: (_rank_target(c.target), *_cell_key(c)))),
             )
         )
@@ -436,30 +441,6 @@ def _stats(finished: Mapping[int, RunRecord]) -> dict[str, Stat]:
         for key, value in numbers.items():
             by_key.setdefault(key, {})[seed] = value
     return {key: Stat(*mean_interval(v, LEVEL), n=len(v)) for key, v in by_key.items()}
-
-
-def _with_ties(rows: Sequence[Row], records: Sequence[RunRecord]) -> list[Row]:
-    """Mark the rows whose AUROC is no worse than the best's as far as the seeds can tell."""
-    marked = []
-    members = _by_row(records)
-
-    def aurocs(row: Row) -> dict[int, float]:
-        of_row = members[row.estimator, row.estimator_hash, row.target]
-        return {
-            r.seed: r.metrics["auroc"]
-            for r in of_row
-            if r.seed in row.seeds and r.version == row.version and "auroc" in r.metrics
-        }
-
-    for row in rows:
-        rivals = [o for o in rows if (o.target, o.watched) == (row.target, row.watched)]
-        best = min(rivals, key=_rank)
-        tied = None
-        if row is not best and aurocs(row).keys() & aurocs(best).keys():
-            significant = paired_difference(aurocs(best), aurocs(row), LEVEL).significant
-            tied = None if significant is None else not significant
-        marked.append(replace(row, tied=tied))
-    return marked
 
 
 # --------------------------------------------------------------------------------- consistency
@@ -653,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     errors = Console(stderr=True, highlight=False)
 
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with bar_on(errors) as progress:
         bar = progress.add_task("reading records", total=None)
 
         def show(done: int, total: int, name: str) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the board builds on this module, which knows its types by n
 
 WIDTH = 100
 NAME_WIDTH = 18
+INDENT = 1
 DIRTY = "†"
 TIED = "="
 NONE = "–"
@@ -39,12 +40,12 @@ def _three(x: float) -> str:
     return f"{x if round(x, 3) else 0.0:.3f}"
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
     """Three decimals without the zero before the point, for the ends of an interval."""
     return _three(x).replace("0.", ".", 1) if abs(x) < 0.9995 else _three(x)
 
 
-def _amount(x: float) -> str:
+def amount_of(x: float) -> str:
     """A cost with three significant digits."""
     if x == 0 or not math.isfinite(x):
         return f"{x:g}"
@@ -57,7 +58,7 @@ def _mean(stat: Stat | None, amount: bool) -> str:
         return NONE
     if math.isnan(stat.mean):
         return "undefined"
-    return _amount(stat.mean) if amount else _three(stat.mean)
+    return amount_of(stat.mean) if amount else _three(stat.mean)
 
 
 def _has_interval(stat: Stat | None) -> bool:
@@ -68,24 +69,27 @@ def _number(stat: Stat | None, amount: bool) -> tuple[str, str]:
     """Mean and interval, ``("0.951", ".943–.958")``; the interval is empty where there is none."""
     if stat is None or not _has_interval(stat):
         return _mean(stat, amount), ""
-    end = _amount if amount else _short
+    end = amount_of if amount else short
     return _mean(stat, amount), f"{end(stat.lower)}–{end(stat.upper)}"
 
 
 def _markdown_number(stat: Stat | None, amount: bool) -> str:
     text = _mean(stat, amount)
     if stat is not None and _has_interval(stat):
-        low, high = (_amount(x) if amount else _three(x) for x in (stat.lower, stat.upper))
+        low, high = (amount_of(x) if amount else _three(x) for x in (stat.lower, stat.upper))
         text += f" [{low}, {high}]"
     return text
 
 
-def _name(row: Row) -> str:
-    marks = (TIED if row.tied else "") + (DIRTY if row.dirty else "")
+def _name(row: Row, columns: Iterable[Column] = ()) -> str:
+    """The row's label with its marks; a tie is one in the first of the columns that has ties."""
+    leading = next((c.key for c in columns if c.source != "cost" and c.key in row.stats), "")
+    marks = (TIED if leading in row.ties else "") + (DIRTY if row.dirty else "")
     return f"{row.label} {marks}" if marks else row.label
 
 
-def _seeds(row: Row, table: Table) -> str:
+def seeds_of(row: Row, table: Table) -> str:
+    """Number of finished seeds, ``5/6`` where others have more."""
     n, all_seeds = len(row.seeds), len(table.seeds)
     return str(n) if n == all_seeds else f"{n}/{all_seeds}"
 
@@ -161,12 +165,15 @@ def caption(table: Table) -> list[str]:
 def notes(table: Table) -> list[str]:
     """What the reader must know to read the numbers and marks of a table."""
     lines = ["Mean over n run seeds with its 95 % interval (bootstrap over seeds)."]
-    if max((len(row.seeds) for row in table.rows), default=0) < MIN_SEEDS_FOR_SIGNIFICANCE:
-        lines[0] += " Fewer than six seeds: no significance marks."
-    else:
+    if any(row.ties for row in table.rows):
         lines.append(
-            f"{TIED} AUROC not significantly below the best of its target (sign-flip test and "
-            "interval, paired by seed; rows of fewer than six common seeds carry no mark)."
+            f"{TIED} tie in the table's first column with the best of its target: the 95 % "
+            "interval of the difference, paired by seed, holds 0, or from six seeds on a sign-flip "
+            "test does not find it significant."
+        )
+    if max((len(row.seeds) for row in table.rows), default=0) < MIN_SEEDS_FOR_SIGNIFICANCE:
+        lines[0] += (
+            f" Fewer than six seeds: a row without {TIED} is not thereby significantly worse."
         )
     if table.k:
         lines.append(
@@ -196,7 +203,8 @@ def notes(table: Table) -> list[str]:
     return lines
 
 
-def _one_line(text: str, limit: int = 300) -> str:
+def one_line(text: str, limit: int = 300) -> str:
+    """``text`` without line breaks, cut at ``limit`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -206,7 +214,7 @@ def cell_lines(table: Table) -> list[str]:
     by_name: dict[tuple[str, ...], list[int]] = {}
     for cell in table.cells:
         name = f"{cell.estimator} ({cell.variant})" if cell.variant else cell.estimator
-        key = (cell.state, cell.target, _one_line(cell.reason), name)
+        key = (cell.state, cell.target, one_line(cell.reason), name)
         by_name.setdefault(key, []).append(cell.seed)
     together: dict[tuple[str, str, str, tuple[int, ...]], list[str]] = {}
     for (state, target, reason, name), seeds in by_name.items():
@@ -248,7 +256,7 @@ def _rich_table(table: Table, block: str, columns: list[Column], rows: list[Row]
     )
     numbers = [[_number(row.stats.get(c.key), c.source == "cost") for c in columns] for row in rows]
     # where the intervals do not fit beside the means, they stand below them
-    longest = max((len(_name(row)) + 2 for row in rows), default=0)
+    longest = max((len(_name(row, columns)) + INDENT for row in rows), default=0)
     wide = min(longest, NAME_WIDTH) + len("10/10") + 2 * len(columns) + 2
     for i, column in enumerate(columns):
         cells = [f"{mean} {interval}".strip() for mean, interval in (line[i] for line in numbers)]
@@ -267,7 +275,9 @@ def _rich_table(table: Table, block: str, columns: list[Column], rows: list[Row]
             Text.assemble(mean, (f"{gap}{interval}" if interval else "", "dim"))
             for mean, interval in line
         ]
-        rich.add_row(Padding(Text(_name(row)), (0, 0, 0, 2)), _seeds(row, table), *parts)
+        rich.add_row(
+            Padding(Text(_name(row, columns)), (0, 0, 0, INDENT)), seeds_of(row, table), *parts
+        )
     return rich
 
 
@@ -283,7 +293,7 @@ def renderables(board: Leaderboard) -> Iterator[RenderableType]:
             yield Text(line, style="yellow" if line.startswith("skipped") else "red")
         yield Text("")
     for problem in board.problems:
-        yield Text(f"problem: {_one_line(problem)}", style="red")
+        yield Text(f"problem: {one_line(problem)}", style="red")
 
 
 def show(board: Leaderboard, console: Console | None = None) -> None:
@@ -318,7 +328,7 @@ def to_markdown(board: Leaderboard) -> str:
         for block, (columns, rows) in _blocks(board, table).items():
             header = ["target", "estimator", "n", *map(_heading, columns)]
             body = [
-                [row.target, _name(row), _seeds(row, table)]
+                [row.target, _name(row, columns), seeds_of(row, table)]
                 + [_markdown_number(row.stats.get(c.key), c.source == "cost") for c in columns]
                 for row in rows
             ]
@@ -329,7 +339,7 @@ def to_markdown(board: Leaderboard) -> str:
         if unfinished:
             lines += ["Not in the averages:", "", *(f"- {line}" for line in unfinished), ""]
     if board.problems:
-        lines += ["## Problems", "", *(f"- {_one_line(line)}" for line in board.problems), ""]
+        lines += ["## Problems", "", *(f"- {one_line(line)}" for line in board.problems), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -365,6 +375,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
             )
         line["watched"] = "all" if row.watched is None else str(row.watched)
         line["k"] = row.k
+        line["ties"] = " ".join(sorted(row.ties))
         line |= {f"option_{name}": _plain(table.options.get(name)) for name in options}
         for key in keys:
             stat = row.stats.get(key)
@@ -392,6 +403,8 @@ def to_json(board: Leaderboard) -> str:
             return value if math.isfinite(value) else None
         if isinstance(value, Mapping):
             return {key: strict(item) for key, item in value.items()}
+        if isinstance(value, frozenset):
+            return sorted(value)
         return [strict(item) for item in value] if isinstance(value, list | tuple) else value
 
     plain = strict(asdict(board))

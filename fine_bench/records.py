@@ -665,6 +665,26 @@ def _read(path: Path) -> RunRecord | Consistency:
     return _record_from(payload)
 
 
+def read_record(path: Path | str) -> RunRecord:
+    """One record from its file.
+
+    Raises:
+        StoreError: no such file, or not a record that this version reads; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoreError(
+            f"there is no record {path}; records lie below results/records, one JSON file each"
+        )
+    try:
+        found = _read(path)
+    except ValueError as error:
+        raise StoreError(f"{path} {error}") from error
+    if not isinstance(found, RunRecord):
+        raise StoreError(f"{path} compares seeds and is no record; name the record of one seed")
+    return found
+
+
 def newest(records: Iterable[RunRecord]) -> list[RunRecord]:
     """What counts: for every identity its newest revision, for every cell the highest version.
 

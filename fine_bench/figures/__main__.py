@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
+from fine_bench.figures.files import write
 from fine_bench.figures.reading import (
     CONSISTENCY,
     DETECTION,
     Choice,
+    count,
     draw,
 )
 from fine_bench.figures.shelf import shelves, suffixes, undrawn_cells
-from fine_bench.figures.style import FORMATS, to_bytes
+from fine_bench.figures.style import FORMATS
 from fine_bench.leaderboard import build
-from fine_bench.records import RecordStore, StoreError, write_atomic
+from fine_bench.progress import bar_on
+from fine_bench.records import RecordStore, StoreError
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -48,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         "  figure4_crossing           trade-off functions that cross, and their Gaussian limits\n"
         "  figure5_p_and_q            the paper's statistic with and without a subset\n"
         "  agreement                  fine_paper against fine, example by example, one seed\n"
+        "  fidelity_and_ceiling       agreement with retraining, beside the noise ceiling\n"
+        "  cost_and_quality           extra seconds against fidelity (or detection)\n"
+        "  tradeoff_curves            trade-off curves of the subsets of figure5\n"
+        "  consistency_by_source      runs that differ in initialisation, in order, in both\n"
         "and figure3_equal_means, which needs no records.\n\n"
         "Exit status: 0 every figure that the records allow was written; 1 a cell failed or is\n"
         "missing, a file cannot be read or written (each is named); 2 no records, an unknown\n"
@@ -84,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     store = RecordStore(arguments.results)
     errors = Console(stderr=True, highlight=False)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with bar_on(errors) as progress:
         bar = progress.add_task("reading records", total=None)
 
         def show(done: int, total: int, name: str) -> None:
@@ -112,18 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             [names[shelf.table.task, shelf.table.setting, shelf.table.data] for shelf in found],
             Choice(arguments.detection, arguments.consistency),
         )
+        progress.reset(bar, total=count(found))
         for drawn in drawing:
-            progress.update(bar, description=f"drawing {drawn.name}", total=None)
+            progress.update(bar, advance=1, description=drawn.name)
             if drawn.figure is None:
                 print(f"left out: {drawn.name}: {drawn.reason}")
                 continue
-            for kind in arguments.format:
-                path = folder / f"{drawn.name}.{kind}"
-                try:
-                    write_atomic(path, to_bytes(drawn.figure, kind))
+            try:
+                for path in write(drawn, folder, arguments.format):
                     print(f"written: {path}")
-                except StoreError as error:
-                    problems.append(str(error))
+            except StoreError as error:
+                problems.append(str(error))
     for table in shown.tables:
         for line in undrawn_cells(table):
             print(line)

@@ -76,7 +76,7 @@ def reach(interval: Interval) -> tuple[float, float]:
     return max(interval.mean - interval.lower, 0.0), max(interval.upper - interval.mean, 0.0)
 
 
-def _limits(intervals: Sequence[Interval]) -> tuple[float, float]:
+def limits(intervals: Sequence[Interval]) -> tuple[float, float]:
     """Around all intervals, with room for names; hardly beyond 1, which no measure exceeds."""
     ends = [x for i in intervals for x in (i.mean - reach(i)[0], i.mean + reach(i)[1])]
     low, high = min(ends), max(ends)
@@ -131,8 +131,8 @@ def detection_and_consistency(
                 clip_on=False,
             )
         if shown:
-            axes.set_xlim(*_limits([p.x for p in shown]))
-            axes.set_ylim(*_limits([p.y for p in shown]))
+            axes.set_xlim(*limits([p.x for p in shown]))
+            axes.set_ylim(*limits([p.y for p in shown]))
         notes = [_off_scale(p) for p in points if p not in shown]
         if notes:
             axes.set_xlabel(f"{x_label}\n" + "\n".join(notes))
@@ -140,14 +140,7 @@ def detection_and_consistency(
             axes.set_xlabel(x_label)
         axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
         axes.set_ylabel(y_label)
-    figure.legend(
-        handles=[
-            _dot("method", BLACK, BLACK),
-            _dot("control", GREY, "white"),
-        ],
-        loc="outside lower left",
-        ncols=2,
-    )
+    legend_of_kinds(figure)
     settle(figure)  # the labels are placed for this layout
     most = max((p.n_seeds for points in panels.values() for p in points), default=0)
     for target, axes in axes_of.items():
@@ -166,6 +159,15 @@ def detection_and_consistency(
         ]
         place(axes, names, bars)
     return figure
+
+
+def legend_of_kinds(figure: Figure) -> None:
+    """Filled markers are methods, hollow ones controls."""
+    figure.legend(
+        handles=[_dot("method", BLACK, BLACK), _dot("control", GREY, "white")],
+        loc="outside lower left",
+        ncols=2,
+    )
 
 
 def _dot(text: str, colour: str, face: str) -> Line2D:

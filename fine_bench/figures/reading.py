@@ -1,17 +1,13 @@
 """From a results folder to figures: what goes into which, and what is missing for it.
 
 Reads records and scores, trains nothing. Which examples are bad is taken from the scores' extra
-``truth/is_bad``, ``(n_train,)`` boolean; P and Q samples from the extras ``trace/p``, ``trace/q``
-``(n_traced, n_samples)``, ``trace/step`` ``(n_samples,)`` and ``trace/subset`` ``(n_traced,)``
-(the example's index, or −1 − g for group g) of the paper's estimator, less ``trace/auxiliary``
-``(n_traced, n_samples)`` where it used an auxiliary model.
+``truth/is_bad``, ``(n_train,)`` boolean; for P and Q samples see ``traces``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,19 +15,16 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from fine_bench.figures import agreement as agreements
-from fine_bench.figures import benchmark, runs, theory
+from fine_bench.figures import benchmark, costs, faithful, runs, sources, theory, tradeoffs
+from fine_bench.figures.needs import LeftOutError, interval_of, need_rows, need_two_seeds
 from fine_bench.figures.shelf import TRUTH, Shelf
-from fine_bench.leaderboard import Row, stat_key
+from fine_bench.figures.traces import PAPER, chosen, traced
+from fine_bench.leaderboard import Row
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_curve
-from fine_bench.metrics.intervals import Interval
-from fine_bench.testing import moment_mu
-from fine_bench.types import InfluenceScores, RunRecord
 
 Array = NDArray[np.float64]
 
-TRACE = ("trace/p", "trace/q", "trace/step", "trace/subset")
-PAPER = "fine_paper"
 ALL_EXAMPLES = "fine"
 FIGURES = (
     "detection_and_consistency",
@@ -42,16 +35,16 @@ FIGURES = (
     "figure4_crossing",
     "figure5_p_and_q",
     "agreement",
+    "fidelity_and_ceiling",
+    "cost_and_quality",
+    "tradeoff_curves",
+    "consistency_by_source",
 )
 DETECTION: Mapping[str, str] = {"auroc": "AUROC", "average_precision": "average precision"}
 CONSISTENCY: Mapping[str, str] = {
     "spearman": "Spearman correlation between runs",
     "jaccard_corrected": "Jaccard@k between runs, corrected for chance",
 }
-
-
-class LeftOutError(Exception):
-    """A figure cannot be drawn from these records. The message is the reason that is printed."""
 
 
 @dataclass(frozen=True)
@@ -74,29 +67,12 @@ class Drawn:
 # --------------------------------------------------------------------------------- each figure
 
 
-def _interval(row: Row, source: Literal["metrics", "consistency"], name: str) -> Interval | None:
-    stat = row.stats.get(stat_key(source, name))
-    return None if stat is None else Interval(stat.mean, stat.lower, stat.upper)
-
-
-def _need_two_seeds(shelf: Shelf) -> None:
-    rows = shelf.rows()
-    if not rows:
-        raise LeftOutError("no estimator has a finished record")
-    if max(len(row.seeds) for row in rows) < 2:
-        seeds = sorted({seed for row in rows for seed in row.seeds})
-        raise LeftOutError(
-            f"needs at least two seeds of one method, there is only seed "
-            f"{', '.join(map(str, seeds))}; run with more, for instance seed=0,1,2"
-        )
-
-
 def _detection_and_consistency(shelf: Shelf, choice: Choice) -> Figure:
-    _need_two_seeds(shelf)
+    need_two_seeds(shelf)
     panels: dict[str, list[benchmark.Point]] = {}
     for row in shelf.rows():
-        y = _interval(row, "metrics", choice.detection)
-        x = _interval(row, "consistency", choice.consistency)
+        y = interval_of(row, "metrics", choice.detection)
+        x = interval_of(row, "consistency", choice.consistency)
         if x is not None and y is not None:
             points = panels.setdefault(row.target, [])
             points.append(benchmark.Point(row.label, x, y, len(row.seeds)))
@@ -116,8 +92,7 @@ def _detection_and_consistency(shelf: Shelf, choice: Choice) -> Figure:
 
 def _recall_curves(shelf: Shelf, choice: Choice) -> Figure:
     del choice
-    if not shelf.rows():
-        raise LeftOutError("no estimator has a finished record")
+    need_rows(shelf)
     panels: dict[str, list[benchmark.Recall]] = {}
     rate = 0.0
     for row in shelf.rows():
@@ -149,7 +124,7 @@ def _recall_curves(shelf: Shelf, choice: Choice) -> Figure:
 
 def _losses_vary(shelf: Shelf, choice: Choice) -> Figure:
     del choice
-    _need_two_seeds(shelf)
+    need_two_seeds(shelf)
     losses: dict[int, list[float]] = {}
     for _, record in sorted(shelf.records.items()):
         curves = record.training.get("curves")
@@ -180,11 +155,11 @@ def _losses_vary(shelf: Shelf, choice: Choice) -> Figure:
 
 def _consistency(shelf: Shelf, choice: Choice) -> Figure:
     del choice
-    _need_two_seeds(shelf)
+    need_two_seeds(shelf)
     panels: dict[str, list[runs.Bar]] = {}
     for row in shelf.rows():
-        raw = _interval(row, "consistency", "jaccard")
-        corrected = _interval(row, "consistency", "jaccard_corrected")
+        raw = interval_of(row, "consistency", "jaccard")
+        corrected = interval_of(row, "consistency", "jaccard_corrected")
         if raw is not None and corrected is not None:
             bars = panels.setdefault(row.target, [])
             # a method that scores a sample has fewer bad examples to find
@@ -203,107 +178,10 @@ def _consistency(shelf: Shelf, choice: Choice) -> Figure:
 # -------------------------------------------------------------------------------------- traces
 
 
-@dataclass(frozen=True)
-class Traced:
-    """P and Q samples of many subsets along one run, and what is known of the subsets."""
-
-    row: Row
-    seed: int
-    p: Array
-    q: Array
-    step: Array
-    subset: NDArray[np.int64]
-    bad: NDArray[np.bool_] | None
-    auxiliary: bool
-    scores: InfluenceScores
-    groups: Mapping[int, str]
-
-    def name(self, i: int) -> str:
-        """What the i-th subset is."""
-        s = int(self.subset[i])
-        if s < 0:
-            return self.groups.get(-1 - s, f"group {-1 - s}")
-        if self.bad is None:
-            return f"example {s}"
-        return f"{'bad' if self.bad[s] else 'clean'} example {s}"
-
-
-def traced(shelf: Shelf) -> Traced:
-    """The traces of the first row and seed of the paper's estimator that has any."""
-    rows = [row for row in shelf.rows() if row.estimator.startswith(PAPER)]
-    if not rows:
-        raise LeftOutError(
-            f"no finished record of an estimator {PAPER}, which alone keeps P and Q samples"
-        )
-    for row in rows:
-        for seed in row.seeds:
-            scores = shelf.scores(row, seed)
-            if scores is None or not all(name in scores.extras for name in TRACE):
-                continue
-            p, q, step, subset = (np.asarray(scores.extras[name]) for name in TRACE)
-            signal = scores.extras.get("trace/auxiliary")
-            if p.ndim != 2 or p.shape != q.shape or p.shape != (len(subset), len(step)):
-                shapes = ", ".join(str(a.shape) for a in (p, q, step, subset))
-                raise LeftOutError(f"{row.estimator} seed {seed}: traces of shapes {shapes}")
-            if signal is not None and signal.shape == p.shape:
-                p, q = p - np.asarray(signal), q - np.asarray(signal)
-            keep = np.isfinite(p).all(axis=0) & np.isfinite(q).all(axis=0)
-            if keep.sum() < 2 or not len(subset):
-                continue
-            return Traced(
-                row,
-                seed,
-                p[:, keep].astype(np.float64),
-                q[:, keep].astype(np.float64),
-                step[keep].astype(np.float64),
-                subset.astype(np.int64),
-                shelf.truth(row, seed),
-                signal is not None,
-                scores,
-                _group_names(shelf.record(row, seed)),
-            )
-    raise LeftOutError(f"the scores of {PAPER} hold no P and Q samples (extras {', '.join(TRACE)})")
-
-
-def _group_names(record: RunRecord) -> dict[int, str]:
-    """Names of the groups by their number, from the metrics ``group/<name>/index``."""
-    found = {}
-    for key, value in record.metrics.items():
-        head, _, last = key.rpartition("/")
-        if head.startswith("group/") and last == "index":
-            found[int(value)] = f"group {head.removeprefix('group/')}"
-    return found
-
-
-def _chosen(found: Traced) -> list[tuple[int, str]]:
-    """A bad, a typical and a group subset, each with the rule by which it was taken."""
-    mu = np.nan_to_num(moment_mu(found.p, found.q).mu)
-    single, groups = np.flatnonzero(found.subset >= 0), np.flatnonzero(found.subset < 0)
-    chosen: list[tuple[int, str]] = []
-    if found.bad is not None and found.bad[found.subset[single]].any():
-        among = single[found.bad[found.subset[single]]]
-        i = int(among[np.argsort(mu[among], kind="stable")[(len(among) - 1) // 2]])
-        chosen.append((i, f"{found.name(i)}: median μ of {len(among)} bad traced"))
-    elif len(single):
-        i = int(single[np.abs(mu[single]).argmax()])
-        chosen.append((i, f"{found.name(i)}: largest |μ| of {len(single)} traced"))
-    if len(single):
-        all_scores = found.scores.watched_values.mean(dim=0).numpy()
-        own = found.scores.values.mean(dim=0).numpy()[found.subset[single]]
-        i = int(single[np.abs(own - np.median(all_scores)).argmin()])
-        chosen.append((i, f"{found.name(i)}: nearest the median of {len(all_scores):,} scores"))
-    if len(groups):
-        i = int(groups[np.argmax(found.subset[groups])])
-        chosen.append(
-            (i, f"{found.name(i)}" + (f", the first of {len(groups)}" if len(groups) > 1 else ""))
-        )
-    return chosen
-
-
 def _p_and_q(shelf: Shelf, choice: Choice) -> Figure:
     del choice
     found = traced(shelf)
-    traces = [theory.Trace(name, found.step, found.p[i], found.q[i]) for i, name in _chosen(found)]
+    traces = [theory.Trace(name, found.step, found.p[i], found.q[i]) for i, name in chosen(found)]
     where = f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
     return theory.p_and_q(
         traces,
@@ -415,7 +293,46 @@ _OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
     "figure4_crossing": _crossing,
     "figure5_p_and_q": _p_and_q,
     "agreement": _agreement,
+    "fidelity_and_ceiling": lambda shelf, choice: faithful.draw(shelf),
+    "cost_and_quality": lambda shelf, choice: costs.draw(shelf),
+    "tradeoff_curves": lambda shelf, choice: tradeoffs.draw(shelf),
 }
+
+
+_DIFFERING: Mapping[str, str] = {
+    "both": "initialisation and order together",
+    "order": "order alone",
+    "initialisation": "initialisation alone",
+}
+
+
+def by_source(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
+    """One figure for each family of tables, under the name of its first table."""
+    suffix = dict(zip(map(id, found), names, strict=True))
+    for family in sources.families(found):
+        first = next(iter(family.shelves.values()))
+        name = f"consistency_by_source{suffix[id(first)]}"
+        if len(family.shelves) < 2:
+            yield Drawn(
+                name,
+                None,
+                f"the runs differ in {_DIFFERING[next(iter(family.shelves))]}; to tell the "
+                "sources apart run the task also with trainer.init_seed=0 (order alone) and with "
+                "trainer.order_seed=0 (initialisation alone)",
+            )
+            continue
+        try:
+            for shelf in family.shelves.values():
+                need_two_seeds(shelf)
+            label = CONSISTENCY[choice.consistency]
+            yield Drawn(name, sources.draw(family, choice.consistency, label))
+        except LeftOutError as reason:
+            yield Drawn(name, None, str(reason))
+
+
+def count(found: Sequence[Shelf]) -> int:
+    """How many figures ``draw`` will at most speak of, for a progress bar."""
+    return len(found) * len(_OF_TABLES) + len(sources.families(found)) + 2
 
 
 def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
@@ -433,6 +350,9 @@ def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterat
     for figure in FIGURES:
         if figure == "figure3_equal_means":
             yield Drawn(figure, theory.equal_means())
+            continue
+        if figure == "consistency_by_source":
+            yield from by_source(found, names, choice)
             continue
         for shelf, suffix in zip(found, names, strict=True):
             try:

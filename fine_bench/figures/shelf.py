@@ -36,6 +36,10 @@ class Shelf:
         """The record behind a row's seed."""
         return self.records[row.estimator, row.estimator_hash, row.target, seed]
 
+    def newest(self, row: Row) -> str:
+        """Time stamp of a row's latest record."""
+        return max((self.record(row, seed).created for seed in row.seeds), default="")
+
     def scores(self, row: Row, seed: int) -> InfluenceScores | None:
         """The scores of a row's seed; None when their file cannot be read, which is noted."""
         key = (row.estimator, row.estimator_hash, row.target, seed)

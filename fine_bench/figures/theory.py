@@ -41,7 +41,8 @@ _SHADES = ("#9ecae1", "#4292c6", "#08519c", "#041e42")
 STEPS = (1, 4, 16, 64)
 
 
-def _unit_square(axes: Axes) -> None:
+def unit_square(axes: Axes) -> None:
+    """Axes of a trade-off function, with the diagonal of no influence."""
     axes.plot([0, 1], [1, 0], color=PALE, linewidth=1.0, zorder=1)
     axes.text(0.62, 0.41, "no influence", color=GREY, fontsize=8, rotation=-45, ha="center",
               va="center", rotation_mode="anchor")  # fmt: skip
@@ -102,7 +103,7 @@ def equal_means(noise: float = 0.25) -> Figure:
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right")
     one.sharey(two)
-    _unit_square(curves)
+    unit_square(curves)
     curves.plot(
         _ALPHA, example.always(_ALPHA), color=VERMILLION, linestyle="--", label="d1: always"
     )
@@ -239,14 +240,14 @@ def crossing(pair: tuple[Subject, Subject], source: str) -> Figure:
         ha="left",
     )
     first, *rest = figure.subplots(1, 3)
-    _unit_square(first)
+    unit_square(first)
     for subject, colour, line in zip(pair, (VERMILLION, BLUE), ("--", "-"), strict=True):
         first.plot(_ALPHA, subject.step(_ALPHA), color=colour, linestyle=line, label=subject.name)
     _mark(first, compare(pair[0].step, pair[1].step, 1e-6).crossings, pair[0].step)
     first.set_title("One step: neither is below the other", loc="left")
     first.legend(loc="upper right", handlelength=1.8, labelspacing=0.3)
     for axes, subject in zip(rest, pair, strict=True):
-        _unit_square(axes)
+        unit_square(axes)
         one_limit = len({c.limit.mu for c in subject.composed}) == 1
         for number, (step, shade) in enumerate(zip(subject.composed, _SHADES, strict=False)):
             axes.plot(

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fine_bench.error_rate import Flags, flag
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.progress import bar_on
 from fine_bench.records import StoreError, write_atomic
 from fine_bench.run.clean_files import LabelledData, read
 from fine_bench.run.clean_scores import (
@@ -133,11 +134,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = read(arguments.data, arguments.trusted, arguments.label)
         # refused before training: the answer does not depend on the scores
         flag(np.zeros(len(data.y)), data.trusted, arguments.level)
-        with errors.status(f"training {arguments.model} on {len(data.y)} rows"):
+        with bar_on(errors) as progress:
+            bar = progress.add_task(
+                f"training {arguments.model} on {len(data.y)} rows, epochs", total=arguments.epochs
+            )
             scored = score(
                 data.x, data.y, len(data.classes),
                 method=arguments.method, model=arguments.model, epochs=arguments.epochs,
                 batch_size=arguments.batch_size, lr=arguments.lr, seed=arguments.seed,
+                advance=lambda done: progress.update(bar, completed=done),
             )  # fmt: skip
         flags = flag(scored.suspicion, data.trusted, arguments.level)
         table = result(data, scored, flags, arguments.all)

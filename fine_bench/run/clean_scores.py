@@ -57,8 +57,9 @@ class Scored:
 class _Epochs(pl.Callback):
     """Keeps the network's parameters at the end of every epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[int], None]) -> None:
         self.checkpoints: list[Checkpoint] = []
+        self.advance = advance
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy them."""
@@ -66,6 +67,7 @@ class _Epochs(pl.Callback):
         params = {k: v.detach().cpu().clone() for k, v in pl_module.net.state_dict().items()}
         lr = float(trainer.optimizers[0].param_groups[0]["lr"])
         self.checkpoints.append(Checkpoint(params, lr, trainer.global_step))
+        self.advance(len(self.checkpoints))
 
 
 def build_network(model: str, x: Tensor, n_classes: int) -> nn.Module:
@@ -98,6 +100,7 @@ def score(
     batch_size: int = 64,
     lr: float = 0.05,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Scored:
     """Train once on all rows and score each by how it went through training.
 
@@ -111,6 +114,7 @@ def score(
         method: ``"fine"`` (f-INE of each row on itself), ``"mean_loss"`` or ``"aum"``.
         model: ``"mlp"`` or ``"cnn"``.
         epochs, batch_size, lr, seed: of the training.
+        advance: called after each epoch with the number of epochs done.
 
     Raises:
         ConfigError: an impossible model, or a step size at which training diverges.
@@ -120,7 +124,7 @@ def score(
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "initialisation"))
         net = build_network(model, x, n_classes)
-    keep = _Epochs()
+    keep = _Epochs(advance)
     callbacks: list[pl.Callback] = [keep]
     watcher = FINECallback(target="self")
     if method == "fine":

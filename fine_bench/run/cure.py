@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.figures.shelf import kind_of
 from fine_bench.figures.style import FORMATS, to_bytes
 from fine_bench.models import DivergedError
+from fine_bench.progress import bar_on
 from fine_bench.records import RecordStore, StoreError, newest, write_atomic
 from fine_bench.run.cure_report import figure, frame, markdown
 from fine_bench.run.cure_trials import MIN_SEEDS, TREATMENTS, Point, cure
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Written: DIR/NAME.csv, DIR/NAME.md and DIR/figures/NAME--TASK.{png,svg}, "
         "replaced if they exist.\n"
         "Exit status: 0 done; 2 bad input.\n\n"
-        "Example: python -m fine_bench && python -m fine_bench.cure --task digits_mislabel "
-        "--methods fine mean_loss",
+        "Example, after python -m fine_bench:\n"
+        "  python -m fine_bench.cure --task digits_mislabel --methods fine mean_loss",
     )
     add = parser.add_argument
     add("--results", metavar="DIR", type=Path, default=Path("results"), help="default: results")
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = next(iter(chosen.values()))[0]
         job = job_of(first, arguments.allow_packages)
         scores = {name: [store.load_scores(r) for r in rs] for name, rs in chosen.items()}
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        with bar_on(errors) as progress:
             bar = progress.add_task("retraining", total=None)
             points = cure(
                 job, scores,

@@ -56,7 +56,7 @@ def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
             f"(task, model and trainer are needed); run {record.task} again with force=true"
         )
     for section in ("task", "model"):
-        _check_package(config[section], section, allow_packages)
+        check_package(config[section], section, allow_packages)
     chosen: Mapping[str, Any] = {
         "seed": record.seed,
         "task": config["task"],
@@ -76,7 +76,8 @@ def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
     return job
 
 
-def _check_package(options: Mapping[str, Any], section: str, allowed: Sequence[str]) -> None:
+def check_package(options: Mapping[str, Any], section: str, allowed: Sequence[str]) -> None:
+    """Refuse a record's ``_target_`` outside of the packages that the user trusts."""
     path = str(options.get("_target_", ""))
     package = path.partition(".")[0]
     if package not in (*ALWAYS_ALLOWED, *allowed):

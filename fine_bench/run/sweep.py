@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,10 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import TaskID
 
 from fine_bench import leaderboard, leaderboard_view
 from fine_bench.config import check, explain
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.progress import bar_on
 from fine_bench.records import RecordStore
 from fine_bench.run import wandb_log
 from fine_bench.run.cells import execute
@@ -196,6 +198,35 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     return INCOMPLETE if bad else 0
 
 
+class _Cells:
+    """A bar over the cells of a job, with the remaining time; nothing where ``out`` is a file.
+
+    It starts with the first cell: during training Lightning shows a bar of its own.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.progress = bar_on(out)
+        self.total = total
+        self.bar: TaskID | None = None
+
+    @contextmanager
+    def __call__(self, line: str) -> Iterator[None]:
+        """Show what is being worked on while it lasts."""
+        number, _, name = line.rpartition(": ")
+        if self.bar is None:
+            self.progress.start()
+            self.bar = self.progress.add_task("", total=self.total)
+        self.progress.update(self.bar, description=f"  {name}")
+        try:
+            yield
+        finally:
+            self.progress.update(self.bar, advance=1 if number else 0)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.progress.stop()
+
+
 def run_job(config: DictConfig) -> None:
     """One job, as Hydra calls it. It never raises for what a seed may do; see ``execute``."""
     job = plan(check(config))
@@ -210,12 +241,7 @@ def run_job(config: DictConfig) -> None:
     if not todo:
         return
     logger = wandb_log.start_run(job, sweep)
-    outcomes = execute(
-        job,
-        sweep,
-        logger,
-        lambda line: out.print("  " + escape(line)),
-        lambda line: out.status(escape(line)) if out.is_terminal else nullcontext(),
-    )
+    with closing(_Cells(len(todo))) as cells:
+        outcomes = execute(job, sweep, logger, lambda line: out.print("  " + escape(line)), cells)
     wandb_log.finish_run(logger, job, outcomes)
     sys.stderr.flush()

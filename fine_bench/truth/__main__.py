@@ -21,11 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Freeze a bank; 0 done, 2 impossible (the reason is printed)."""
     parser = argparse.ArgumentParser(
         prog="python -m fine_bench.truth",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Condense a retraining bank into a small ground-truth file, by which methods "
-        "are scored without retraining.",
-        epilog="Example: python -m fine_bench.truth banks/mnist_mlp --name mnist_mlp --version 1",
+        "are scored without\nretraining (python -m fine_bench.score) and from which the runner's "
+        "records get their fidelity.\nA published truth never changes: other content needs a "
+        "higher version.",
+        epilog="Exit status: 0 written, or an equal file was there; 2 impossible (the reason is "
+        "printed).\n\nExample: python -m fine_bench.truth results/banks/mnist_mlp --name mnist_mlp "
+        "--version 1",
     )
-    parser.add_argument("bank", metavar="BANK_FOLDER", type=Path)
+    parser.add_argument(
+        "bank", metavar="BANK_FOLDER", type=Path, help="a folder below results/banks"
+    )
     parser.add_argument("--name", required=True, help="of the ground truth, for instance mnist_mlp")
     parser.add_argument("--version", type=int, required=True, help="1; higher after any change")
     parser.add_argument(

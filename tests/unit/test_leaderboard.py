@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fine_bench import records as records_module
 from fine_bench.leaderboard import Leaderboard, Row, build, cells, main
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
+from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
 from fine_bench.records import PENDING, RecordStore, StoreError
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
@@ -312,24 +313,78 @@ def test_records_from_a_dirty_tree_are_marked(tmp_path: Path) -> None:
         assert "tracin †" not in text
 
 
-def test_no_significance_marks_below_six_seeds(tmp_path: Path) -> None:
-    board = build(fill(tmp_path))
-    assert all(row.tied is None for row in board.tables[0].rows)
-    assert "Fewer than six seeds: no significance marks." in " ".join(printed(board).split())
+LEVELS = {"fine": 0.9, "tracin": 0.9, "constant": 0.5}
+
+
+def with_aurocs(tmp_path: Path, seeds: int, gap: Callable[[int], float]) -> Leaderboard:
+    """``fine`` at 0.9, ``tracin`` below it by ``gap(seed)``, ``constant`` far below."""
+
+    def edit(r: RunRecord) -> RunRecord:
+        below = gap(r.seed) if r.estimator == "tracin" else 0.0
+        auroc = LEVELS[r.estimator] - below + r.seed / 1000
+        return replace(r, metrics={**r.metrics, "auroc": auroc})
+
+    return build(fill(tmp_path, seeds=tuple(range(seeds)), edit=edit))
 
 
 def test_ties_are_marked_from_six_seeds_on(tmp_path: Path) -> None:
-    def edit(r: RunRecord) -> RunRecord:
-        # tracin: as good as fine on average, now above it and now below
-        level = {"fine": 0.9, "tracin": 0.9 + (-1) ** r.seed * 0.02 - 0.001, "constant": 0.5}
-        return replace(r, metrics={**r.metrics, "auroc": level[r.estimator] + r.seed / 1000})
-
-    board = build(fill(tmp_path, seeds=tuple(range(6)), edit=edit))
-    tied = {r.estimator: r.tied for r in board.tables[0].rows if r.target == "self"}
-    assert tied == {"fine": None, "tracin": True, "constant": False}
+    # now above it and now below
+    board = with_aurocs(tmp_path, 6, lambda seed: (-1) ** seed * 0.02 + 0.001)
+    tied = {r.estimator: "auroc" in r.ties for r in board.tables[0].rows if r.target == "self"}
+    assert tied == {"fine": False, "tracin": True, "constant": False}
     text = printed(board)
     assert "tracin =" in text
     assert "Fewer than six seeds" not in text
+
+
+def test_three_seeds_tie_when_the_interval_of_the_difference_holds_zero(tmp_path: Path) -> None:
+    board = with_aurocs(tmp_path / "tie", 3, lambda seed: (0.02, -0.01, 0.01)[seed])
+    assert "auroc" in row_of(board, "tracin").ties
+    assert "tracin =" in printed(board)
+    board = with_aurocs(tmp_path / "worse", 3, lambda seed: (0.02, 0.01, 0.01)[seed])
+    assert "auroc" not in row_of(board, "tracin").ties
+    text = " ".join(printed(board).split())
+    assert "Fewer than six seeds: a row without = is not thereby significantly worse" in text
+
+
+def test_six_seeds_need_the_sign_flip_test_too(tmp_path: Path) -> None:
+    # the interval of the mean lies above 0, yet one seed in six goes the other way
+    gaps = (0.01, 0.01, 0.01, 0.01, 0.01, -0.001)
+    board = with_aurocs(tmp_path, 6, lambda seed: gaps[seed])
+    found = paired_difference(dict.fromkeys(range(6), 0.0), {s: -gaps[s] for s in range(6)})
+    assert found.lower > 0
+    assert found.significant is False
+    assert "auroc" in row_of(board, "tracin").ties
+
+
+def test_a_single_seed_and_other_columns_carry_their_own_marks(tmp_path: Path) -> None:
+    assert not any(row.ties for row in build(fill(tmp_path / "one", seeds=(0,))).tables[0].rows)
+    # the lds of all rows is the same at every seed: every row but the first ties there
+    board = with_aurocs(tmp_path / "three", 3, lambda seed: 0.3)
+    assert "auroc" not in row_of(board, "tracin").ties
+    assert "lds" in row_of(board, "tracin").ties
+    assert "lds" not in row_of(board, "constant").ties  # the first by name
+    # costs are never compared
+    assert not any(key.startswith("cost_") for row in board.tables[0].rows for key in row.ties)
+
+
+def test_consistency_ties_are_those_of_the_pairs(tmp_path: Path) -> None:
+    board = build(fill(tmp_path, seeds=tuple(range(4))))
+    rows = [row_of(board, name) for name in ("fine", "tracin")]
+    vectors = {name: [values_of(name, "self", s)[0] for s in range(4)] for name in LEVELS}
+    pairs = {
+        name: {
+            (a, b): pairwise_consistency(vectors[name][a], vectors[name][b], 12, "high")["kendall"]
+            for a, b in combinations(range(4), 2)
+        }
+        for name in ("fine", "tracin")
+    }
+    best, other = sorted(rows, key=lambda r: -r.stats["consistency_kendall"].mean)
+    _, low, high = pair_mean_interval(
+        {pair: pairs[best.estimator][pair] - pairs[other.estimator][pair] for pair in pairs["fine"]}
+    )
+    assert ("consistency_kendall" in other.ties) == (low <= 0 <= high)
+    assert "consistency_kendall" not in best.ties
 
 
 # -------------------------------------------------------------------------------------- rebuild
@@ -605,8 +660,7 @@ def test_rows_of_other_examples_are_not_ranked_against_each_other(tmp_path: Path
     for seed in seeds:
         save_watched(store, seed)
     board = build(store)
-    assert row_of(board, "fine_paper").tied is None
-    assert row_of(board, "tracin").tied is not None
+    assert not row_of(board, "fine_paper").ties  # alone with its sample
 
 
 def test_seeds_that_score_different_examples_are_not_compared(tmp_path: Path) -> None:

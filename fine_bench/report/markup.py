@@ -1,0 +1,71 @@
+"""Small pieces of HTML. Everything that comes from a record goes through ``text`` or ``tag``."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable
+
+
+class Safe(str):
+    """Markup that was made here, and is not escaped again."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Safe:
+    """``value`` as text, with ``& < > " '`` escaped; what is ``Safe`` stays."""
+    return value if isinstance(value, Safe) else Safe(html.escape(str(value), quote=True))
+
+
+def join(parts: Iterable[object], between: str = "") -> Safe:
+    """Pieces one after the other, each escaped unless safe."""
+    return Safe(between.join(text(part) for part in parts))
+
+
+def tag(name: str, /, *content: object, **attributes: object) -> Safe:
+    """``<name …>content</name>``; a trailing ``_`` of an attribute falls, other ``_`` become ``-``.
+
+    An attribute that is None or False is left out, True stands without a value.
+    """
+    written = "".join(_attribute(key, value) for key, value in attributes.items())
+    return Safe(f"<{name}{written}>{join(content)}</{name}>")
+
+
+def void(name: str, /, **attributes: object) -> Safe:
+    """``<name …>``, an element that has no content."""
+    return Safe(f"<{name}{''.join(_attribute(k, v) for k, v in attributes.items())}>")
+
+
+def _attribute(key: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.rstrip("_").replace("_", "-")
+    return f" {name}" if value is True else f' {name}="{text(value)}"'
+
+
+def data_uri(kind: str, content: bytes) -> Safe:
+    """An image inside the page; ``kind`` is its media type."""
+    return Safe(f"data:{kind};base64,{base64.b64encode(content).decode()}")
+
+
+def slug(words: str) -> str:
+    """A fragment identifier: letters, digits and hyphens."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in words.lower())
+    return "-".join(part for part in kept.split("-") if part) or "x"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Fixed decimals with a true minus and no minus before a zero; "–" where undefined."""
+    if not math.isfinite(value):
+        return "–"
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:.{digits}f}".replace("-", "−")
+
+
+def p_value(value: float) -> str:
+    """A p-value: two significant digits, and a bound where it is very small."""
+    if not math.isfinite(value):
+        return "–"
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"

@@ -1,0 +1,55 @@
+"use strict";
+(() => {
+  const said = document.getElementById("said");
+
+  // ---- sorting: the button of a heading sorts the rows of its table
+  const valueOf = (row, column, kind) => {
+    const cell = row.children[column];
+    const given = cell.dataset.value ?? cell.textContent;
+    return kind === "number" ? (given === "" ? NaN : Number(given)) : given;
+  };
+  const compare = (a, b) =>
+    typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true });
+
+  const sort = (head) => {
+    const table = head.closest("table");
+    const body = table.tBodies[0];
+    const column = head.cellIndex;
+    const kind = head.dataset.kind;
+    const other = { ascending: "descending", descending: "ascending" };
+    const now = head.getAttribute("aria-sort");
+    const order = now === "none" ? head.dataset.first : other[now];
+    const sign = order === "ascending" ? 1 : -1;
+    const rows = Array.from(body.rows, (row) => [valueOf(row, column, kind), row]);
+    const missing = (value) => typeof value === "number" && Number.isNaN(value);
+    // what is undefined comes last in either direction; ties keep their order
+    rows.sort(([a], [b]) =>
+      missing(a) || missing(b) ? missing(a) - missing(b) : sign * compare(a, b));
+    body.append(...rows.map(([, row]) => row));
+    for (const each of table.querySelectorAll("th[aria-sort]")) {
+      each.setAttribute("aria-sort", each === head ? order : "none");
+    }
+    const name = head.querySelector("button span").textContent;
+    said.textContent = `sorted by ${name}, ${order}`;
+  };
+  for (const button of document.querySelectorAll("th[aria-sort] > button")) {
+    button.addEventListener("click", () => sort(button.parentElement));
+  }
+
+  // ---- pages: one section at a time, by the fragment of the address
+  const pages = Array.from(document.querySelectorAll("section.page"));
+  const links = Array.from(document.querySelectorAll("nav a"));
+  const show = () => {
+    const id = decodeURIComponent(location.hash.slice(1));
+    if (id === "main") return;
+    const page = pages.find((each) => each.id === id) ?? pages[0];
+    for (const each of pages) each.hidden = each !== page;
+    for (const link of links) {
+      if (link.hash === `#${page.id}`) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+    window.scrollTo(0, 0);
+  };
+  window.addEventListener("hashchange", show);
+  show();
+})();

@@ -1,0 +1,247 @@
+"""Records come out equal when they are computed again, and what differs is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fine_bench.config import check
+from fine_bench.errors import ConfigError
+from fine_bench.records import PENDING, RecordStore, StoreError, read_record
+from fine_bench.run.cells import execute
+from fine_bench.run.plan import plan
+from fine_bench.run.verify import main
+from fine_bench.run.verifying import distance, job_of, results_of, verify
+from fine_bench.types import InfluenceScores, RunRecord
+
+ESTIMATORS = {
+    "fine": {"_target_": "fine_bench.callback.FINECallback"},
+    "tracin": {"_target_": "baselines.tracin.TracIn"},
+    "random": {"_target_": "baselines.controls.RandomScores", "seed": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of three estimators in one training on 120 digits; its tests only read it."""
+    root = tmp_path_factory.mktemp("verify") / "results"
+    config = {
+        "seed": 3,
+        "task": {
+            "_target_": "fine_bench.data.digits.digits_mislabel",
+            "name": "digits_mislabel",
+            "seed": 0,
+            "n_train": 120,
+            "n_query": 20,
+        },
+        "model": {"_target_": "fine_bench.models.networks.mlp", "name": "mlp", "hidden": [16]},
+        "trainer": {"max_epochs": 2, "batch_size": 16, "num_threads": 1, "progress": False},
+        "targets": ["self", "validation"],
+        "estimators": ESTIMATORS,
+        "results_dir": str(root),
+    }
+    outcomes = execute(plan(check(OmegaConf.create(config))), "test", say=lambda _: None)
+    assert all(o.record.status == "finished" for o in outcomes)
+    return root
+
+
+def path_of(results: Path, name: str) -> Path:
+    (path,) = results.rglob(f"{name}--*.json")
+    return path
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+def edited(results: Path, folder: Path, edit: Edit, name: str = "fine--self") -> Path:
+    """A changed copy of a record, in a results folder of its own, with the scores beside it."""
+    payload = json.loads(path_of(results, name).read_text())
+    edit(payload)
+    path = folder / "records" / "digits_mislabel" / "x" / "copy.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(payload))
+    (folder / "scores").symlink_to(results / "scores")
+    return path
+
+
+# -------------------------------------------------------------------------------------- command
+
+
+@pytest.mark.parametrize("name", ["fine--self", "tracin--validation", "random--self"])
+def test_an_untouched_record_is_equal(
+    results: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    assert main([str(path_of(results, name))]) == 0
+    text = capsys.readouterr().out
+    assert "equal: scores bit for bit" in text
+    assert "metrics and facts of training" in text
+    # nothing that is stored is touched
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+def test_a_changed_metric_is_named(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = edited(results, tmp_path, lambda p: p["metrics"].update(auroc=0.123))
+    assert main([str(path)]) == 1
+    text = capsys.readouterr().out
+    assert "auroc: 0.123 in the record" in text
+    assert "scores:" not in text
+
+
+def test_another_seed_gives_other_scores_and_their_distance(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = edited(results, tmp_path, lambda p: p.update(seed=4))
+    assert main([str(path)]) == 1
+    text = capsys.readouterr().out
+    assert "scores: " in text
+    assert "of 120 values differ, at most by" in text
+    assert "Spearman 0." in text
+    assert "training: train_loss" in text
+
+
+def test_other_circumstances_explain_and_do_not_decide(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def edit(payload: dict[str, Any]) -> None:
+        payload["environment"] |= {"cpu": "Abacus", "dirty": True}
+        payload["metrics"]["agreement/fine/spearman"] = 0.5
+
+    assert main([str(edited(results, tmp_path, edit))]) == 0
+    text = capsys.readouterr().out
+    assert "made under other circumstances" in text
+    assert "cpu: Abacus in the record" in text
+    assert "made by code with uncommitted changes" in text
+    assert "not compared: agreement/" in text
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda p: p.update(version=9), "method version: 9 in the record, "),
+        (lambda p: p.update(data_sha256="0" * 64), "data: '0000"),
+        (lambda p: p["config"]["trainer"].update(lr=0.3), "setting: "),
+        (lambda p: p["config"]["estimator"].update(observable="loss"), "estimator's configuration"),
+    ],
+)
+def test_another_identity_is_not_computed(
+    results: Path, tmp_path: Path, edit: Edit, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(edited(results, tmp_path, edit))]) == 1
+    text = capsys.readouterr().out
+    assert words in text
+    assert "not computed" in text
+
+
+def test_a_damaged_score_file_is_a_difference(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = edited(results, tmp_path, lambda p: None)
+    (tmp_path / "scores").unlink()
+    file = tmp_path / "scores" / read_record(path).scores_file
+    file.parent.mkdir(parents=True)
+    file.write_bytes((results / "scores" / read_record(path).scores_file).read_bytes()[:-4])
+    assert main([str(path)]) == 1
+    assert "is damaged" in capsys.readouterr().out
+    # without any score file the digests decide
+    file.unlink()
+    assert main([str(path)]) == 0
+    assert "digests decide" in capsys.readouterr().out
+
+
+def test_what_cannot_be_computed_is_refused(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad(number: int, edit: Edit) -> str:
+        assert main([str(edited(results, tmp_path / str(number), edit))]) == 2
+        return capsys.readouterr().err
+
+    assert "holds no full configuration" in bad(0, lambda p: p["config"].pop("model"))
+    evil = {"_target_": "os.system", "command": "true"}
+    assert "add --allow-packages os" in bad(1, lambda p: p["config"].update(estimator=evil))
+    assert "only a finished record" in bad(
+        2, lambda p: p.update(status="failed", reason="NaN", scores_sha256="", scores_file="")
+    )
+    assert "unknown is unknown" in bad(3, lambda p: p["config"]["trainer"].update(unknown=1))
+    assert main([str(tmp_path / "nowhere.json")]) == 2
+    assert "there is no record" in capsys.readouterr().err
+    (tmp_path / "half.json").write_text("{")
+    assert main([str(tmp_path / "half.json")]) == 2
+    assert "is not whole JSON" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- pieces
+
+
+def test_a_comparison_of_seeds_is_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "consistency.json"
+    row = {"task": "t", "setting": "s", "estimator": "e", "target": "self"}
+    more = {"k": 1, "metric_version": 1, "scores": {}, "pairs": [], "variation": {}}
+    path.write_text(json.dumps({"format": 1, "kind": "consistency", **row, **more}))
+    with pytest.raises(StoreError, match="is no record"):
+        read_record(path)
+
+
+def test_a_run_that_fails_now_is_a_difference(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("fine_bench.run.training.train", fails)
+    verdict = verify(read_record(path_of(results, "fine--self")), results)
+    assert not verdict.equal
+    assert "no memory" in str(verdict.differences[0])
+
+
+def test_fidelity_to_another_truth_is_not_compared(results: Path) -> None:
+    record = read_record(path_of(results, "random--self"))
+    metrics = {**record.metrics, "fidelity": 0.9, "truth_version": 2.0}
+    verdict = verify(replace(record, metrics=metrics), None)
+    assert verdict.equal
+    assert any("ground truth then: version 2, now: none" in note for note in verdict.notes)
+    assert any("no score file to look at" in note for note in verdict.notes)
+    # an undefined number is equal to itself, and one that is gone is a difference
+    gone = verify(replace(record, metrics={**record.metrics, "other": math.nan}), None)
+    assert [d.name for d in gone.differences] == ["other"]
+
+
+def test_distance_counts_and_measures() -> None:
+    a = InfluenceScores(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), "m", "self")
+    b = InfluenceScores(torch.tensor([[0.0, 1.0, 2.0, 3.5]]), "m", "self")
+    words = distance(a, b)
+    assert "1 of 4 values differ, at most by 0.5" in words
+    assert "Spearman 1.000000" in words
+    other = InfluenceScores(torch.zeros(1, 3), "m", "self")
+    assert "shape (1, 4) in the record, (1, 3) now" in distance(a, other)
+
+
+def test_where_a_record_lies(tmp_path: Path) -> None:
+    assert results_of(tmp_path / "r/records/t/s/a.json") == (tmp_path / "r").resolve()
+    assert results_of(tmp_path / "a.json") is None
+
+
+def test_job_needs_allowed_packages(tmp_path: Path) -> None:
+    task = {"_target_": "mine.task"}
+    record = RunRecord(
+        "t", "s", "e", "h", 1, "self", 0, "finished", scores_sha256=PENDING,
+        config={"task": task, "model": {}, "trainer": {}, "estimator": {}},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--allow-packages mine"):
+        job_of(record, tmp_path)
+    assert RecordStore(tmp_path).scan().records == []

@@ -1,0 +1,205 @@
+"""Quality against cost, fidelity and its ceiling, trade-off curves, consistency by source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from report_results import fill, record_of, scores_of
+
+from fine_bench.figures import costs, faithful, sources, tradeoffs
+from fine_bench.figures.benchmark import Point
+from fine_bench.figures.needs import LeftOutError
+from fine_bench.figures.reading import Choice, by_source
+from fine_bench.figures.shelf import Shelf, shelves
+from fine_bench.figures.style import Kind, looks
+from fine_bench.figures.theory import Trace
+from fine_bench.leaderboard import build
+from fine_bench.metrics.intervals import Interval
+from fine_bench.records import RecordStore
+from fine_bench.tradeoff import GaussianTradeOff
+
+LOOKS = looks(
+    {
+        "fine": Kind("f-INE", False),
+        "tracin": Kind("tracin", False),
+        "mean_loss": Kind("control", True),
+        "random": Kind("control", True),
+        "constant": Kind("control", True),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def texts(figure: Figure) -> str:
+    found = figure.findobj(Text)
+    return "\n".join(t.get_text() for t in found if isinstance(t, Text))
+
+
+def panels(figure: Figure) -> list[Axes]:
+    return [axes for axes in figure.axes if isinstance(axes, Axes)]
+
+
+def interval(mean: float, reach: float = 0.01) -> Interval:
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def shelves_of(root: Path) -> list[Shelf]:
+    store = RecordStore(root)
+    return shelves(store, build(store), store.scan().records)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        fill(root)
+    return root
+
+
+# ---------------------------------------------------------------------------------------- cost
+
+
+def test_controls_that_guess_are_written_below_the_axis() -> None:
+    points = [
+        Point("fine", interval(2.0), interval(0.95), 3),
+        Point("mean_loss", interval(0.5), interval(0.9), 3),
+        Point("random", interval(0.001, 0.0), interval(0.51), 3),
+        Point("constant", interval(0.001, 0.0), interval(float("nan")), 3),
+    ]
+    panel = costs.Panel("auroc", points)
+    figure = costs.cost_and_quality({"self": panel}, LOOKS, size="n = 3")
+    (axes,) = panels(figure)
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    assert low < 0.5 < 2.0 < high < 10
+    assert "off the scale: constant, undefined, 0.001 s" in axes.get_xlabel()
+    assert "off the scale: random, 0.51, 0.001 s" in axes.get_xlabel()
+    assert "fine" in texts(figure)
+
+
+def test_the_most_telling_measure_is_drawn(results: Path) -> None:
+    (shelf,) = shelves_of(results)
+    figure = costs.draw(shelf)
+    labels = [axes.get_ylabel() for axes in panels(figure)]
+    assert labels == ["fidelity: Spearman with retraining", "detection: AUROC"]
+
+
+def test_cost_needs_seconds_and_a_measure(tmp_path: Path) -> None:
+    scores = scores_of("fine", "self", 0)
+    record = replace(record_of("fine", "self", 0, scores), cost={})
+    RecordStore(tmp_path).save(record, scores)
+    (shelf,) = shelves_of(tmp_path)
+    with pytest.raises(LeftOutError, match="no method has both a cost in seconds"):
+        costs.draw(shelf)
+
+
+# ------------------------------------------------------------------------------------ fidelity
+
+
+def test_methods_are_sorted_and_the_ceiling_is_that_of_the_records(results: Path) -> None:
+    (shelf,) = shelves_of(results)
+    figure = faithful.draw(shelf)
+    (axes,) = panels(figure)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["fine", "tracin", "constant"]
+    assert "undefined: says the same of all examples" in texts(figure)
+    xs = [np.unique(np.asarray(line.get_xdata())) for line in axes.get_lines()]
+    (ceiling,) = [x[0] for line, x in zip(axes.get_lines(), xs, strict=True)
+                  if len(x) == 1 and len(line.get_xdata()) == 2]  # type: ignore[arg-type]  # fmt: skip
+    assert ceiling == pytest.approx(0.98)
+
+
+def test_fidelity_needs_a_truth(tmp_path: Path) -> None:
+    scores = scores_of("fine", "validation", 0)
+    RecordStore(tmp_path).save(record_of("fine", "validation", 0, scores), scores)
+    (shelf,) = shelves_of(tmp_path)
+    with pytest.raises(LeftOutError, match="no record was compared with retraining"):
+        faithful.draw(shelf)
+
+
+# ------------------------------------------------------------------------------------- curves
+
+
+def test_curves_follow_the_samples_whatever_their_sign() -> None:
+    draw_ = np.random.default_rng(0)
+    q = draw_.normal(size=4000)
+    step = np.arange(4000.0)
+    up, down = (Trace(name, step, q + shift, draw_.normal(size=4000)) for name, shift in
+                (("up", 1.0), ("down", -1.0)))  # fmt: skip
+    figure = tradeoffs.tradeoff_curves([up, down], "n = 4,000")
+    alpha = np.linspace(0, 1, 401)
+    for axes in panels(figure):
+        measured = next(x for x in axes.get_lines() if x.get_label() == "from the samples")
+        gap = np.abs(np.asarray(measured.get_ydata()) - GaussianTradeOff(1.0)(alpha))
+        assert gap.max() < 0.04
+        assert any(str(x.get_label()).startswith("Gaussian, |μ| = ") for x in axes.get_lines())
+
+
+# ------------------------------------------------------------------------------------- sources
+
+
+def with_sources(root: Path, *kinds: str) -> list[Shelf]:
+    """One table a source, all of one task."""
+    fixed = {
+        "both": {},
+        "order": {"init_seed": 0},
+        "initialisation": {"order_seed": 0},
+        "none": {"init_seed": 0, "order_seed": 0},
+    }
+    store = RecordStore(root)
+    for number, kind in enumerate(kinds):
+        for estimator in ("fine", "tracin", "constant"):
+            for seed in range(3):
+                scores = scores_of(estimator, "self", seed + 10 * number)
+                record = record_of(estimator, "self", seed, scores)
+                trainer: dict[str, Any] = {"lr": 0.1, "init_seed": None, "order_seed": None}
+                config = {**record.config, "trainer": {**trainer, **fixed[kind]}}
+                setting = f"{number}" * 16
+                store.save(replace(record, config=config, setting=setting), scores)
+    return shelves_of(root)
+
+
+def test_tables_that_differ_in_the_two_seeds_alone_belong_together(tmp_path: Path) -> None:
+    found = with_sources(tmp_path, "both", "order", "initialisation", "none")
+    assert [sources.source_of(s) for s in found] == ["both", "order", "initialisation", "none"]
+    (family,) = sources.families(found)
+    assert set(family.shelves) == {"both", "order", "initialisation"}
+    figure = sources.draw(family, "spearman", "Spearman")
+    (axes,) = panels(figure)
+    widths = sorted(round(p.get_width(), 6) for p in axes.patches)  # type: ignore[attr-defined]
+    expected = [
+        row.stats["consistency_spearman"].mean
+        for shelf in family.shelves.values()
+        for row in shelf.rows()
+        if row.estimator != "constant"
+    ]
+    assert widths == sorted(round(x, 6) for x in expected)
+    assert "constant" not in [t.get_text() for t in axes.get_yticklabels()]
+    names = [f"--{s.table.setting[:8]}" for s in found]
+    (drawn,) = by_source(found, names, Choice())
+    assert drawn.figure is not None
+    assert drawn.name == "consistency_by_source--00000000"
+
+
+def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:
+    found = with_sources(tmp_path, "order")
+    (drawn,) = by_source(found, ["--x"], Choice())
+    assert (drawn.name, drawn.figure) == ("consistency_by_source--x", None)
+    assert "the runs differ in order alone" in drawn.reason
+    assert "trainer.order_seed=0" in drawn.reason
+
+
+def test_other_recipes_are_other_families(tmp_path: Path) -> None:
+    found = with_sources(tmp_path, "both", "both")
+    assert [set(f.shelves) for f in sources.families(found)] == [{"both"}, {"both"}]

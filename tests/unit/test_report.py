@@ -1,0 +1,397 @@
+"""The report: one page from files alone, whole, escaped, and the same bytes every time."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from report_results import (
+    BAD,
+    DATA,
+    EVIL,
+    TASK,
+    N,
+    fill,
+    paper_scores,
+    record_of,
+    scores_of,
+    truth,
+)
+
+from fine_bench.figures.shelf import Shelf, shelves
+from fine_bench.leaderboard import build
+from fine_bench.metrics.intervals import mean_interval
+from fine_bench.records import RecordStore
+from fine_bench.report.__main__ import main
+from fine_bench.report.boards import boards
+from fine_bench.report.gallery import exhibits, group_lines, rows_shown
+from fine_bench.report.markup import Safe, number, p_value, slug, tag, text
+from fine_bench.report.pictures import Painter, album
+from fine_bench.report.plates import LARGEST_SVG, Plate, plate, slim
+from fine_bench.truth import save
+
+
+@pytest.fixture(autouse=True)
+def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds; most tests look at something else."""
+    monkeypatch.setattr("fine_bench.report.making.draw", lambda *_: iter(()))
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with a ground truth and its report; its tests only read it."""
+    root = tmp_path_factory.mktemp("report") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        fill(root)
+        save(truth(), root / "ground_truth")
+        assert main(["--results", str(root), "--examples", "6"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def html(complete: Path) -> str:
+    return (complete / "report.html").read_text()
+
+
+def shelf_of(root: Path) -> Shelf:
+    store = RecordStore(root)
+    board = build(store)
+    (shelf,) = shelves(store, board, store.scan().records)
+    return shelf
+
+
+class Tree(HTMLParser):
+    """Every element that is opened must be closed; what the page refers to is kept."""
+
+    VOID = frozenset({"meta", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+
+def tree(html: str) -> Tree:
+    parsed = Tree()
+    parsed.feed(html)
+    assert parsed.open == []
+    return parsed
+
+
+# ---------------------------------------------------------------------------------------- page
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(html: str) -> None:
+    parsed = tree(html)
+    for name, attributes in parsed.tags:
+        for key in ("src", "href"):
+            address = attributes.get(key)
+            if address is not None and name != "svg":
+                assert address.startswith(("data:", "#")), (name, address)
+    (policy,) = [a["content"] for t, a in parsed.tags if a.get("http-equiv")]
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = {a["href"][1:] for t, a in parsed.tags if t == "a" and a["href"]}  # type: ignore[index]
+    assert links <= set(ids)
+    # every image says what it shows
+    assert all(a.get("alt") for t, a in parsed.tags if t == "img")
+
+
+def test_tables_can_be_sorted_and_read_aloud(html: str) -> None:
+    parsed = tree(html)
+    heads = [a for t, a in parsed.tags if t == "th" and "aria-sort" in a]
+    assert heads
+    assert all(a["scope"] == "col" and a["aria-sort"] == "none" for a in heads)
+    assert {a["data-first"] for a in heads} == {"ascending", "descending"}
+    regions = [a for t, a in parsed.tags if t == "div" and a.get("role") == "region"]
+    assert all(a.get("tabindex") == "0" for a in regions)
+
+
+def test_numbers_intervals_best_and_ties(complete: Path) -> None:
+    board = build(RecordStore(complete))
+    (table,) = board.tables
+    shown = boards(table, board.columns)
+    (fine,) = [r for r in table.rows if (r.estimator, r.target) == ("fine", "self")]
+    stat = fine.stats["fidelity"]
+    low, high = (f"{x:.3f}".removeprefix("0") for x in (stat.lower, stat.upper))
+    cell = (
+        f'<td data-value="{stat.mean!r}"><span class="mean best">{stat.mean:.3f}</span>'
+        f'<span class="ci">{low}–{high}</span></td>'
+    )
+    assert cell in shown
+    assert '<td data-value="" class="none">undefined</td>' in shown
+    tied = replace(fine, ties=frozenset({"auroc"}), dirty=True)
+    shown = boards(replace(table, rows=(tied,)), board.columns)
+    assert shown.count('<abbr title="tie with the best">=</abbr>') == 1
+    assert "made by code with uncommitted changes" in shown
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_missing_seeds_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = fill(tmp_path, seeds=(0, 1))
+    extra = replace(
+        record_of("tracin", "self", 2, scores_of("tracin", "self", 2)),
+        status="failed", reason=f"the loss is NaN {EVIL}", scores_sha256="", metrics={}, cost={},
+    )  # fmt: skip
+    store.save(extra, None)
+    assert main(["--results", str(tmp_path), "--examples", "0"]) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "failed: tracin · self · seed 2: the loss is NaN &lt;img" in page
+    assert "missing: constant, fine, fine_paper · self · seed 2: other rows have it" in page
+    assert EVIL not in page
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_what_records_say_is_escaped(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    scores = replace(scores_of("fine", "self", 0), method=EVIL)
+    config = {"estimator": {"_target_": EVIL}, "model": {"name": EVIL}, "task": {"_target_": EVIL}}
+    record = replace(
+        record_of("fine", "self", 0, scores),
+        task=EVIL, estimator=EVIL, config=config, environment={"cpu": EVIL, "commit": EVIL},
+    )  # fmt: skip
+    store.save(record, scores)
+    main(["--results", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    tree(page)
+    assert EVIL not in page
+    assert "&lt;img src=x onerror=" in page
+    assert not re.search(r"<img src=x", page)
+
+
+def test_the_same_records_give_the_same_bytes(complete: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results"
+    shutil.copytree(complete, copy)
+    (copy / "report.html").unlink()
+    shutil.rmtree(copy / "figures")
+    assert main(["--results", str(copy), "--examples", "6"]) == 0
+    assert (copy / "report.html").read_bytes() == (complete / "report.html").read_bytes()
+    for path in (complete / "figures").iterdir():
+        assert (copy / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_figures_are_written_and_those_that_cannot_be_say_why(complete: Path, html: str) -> None:
+    names = {path.name for path in (complete / "figures").iterdir()}
+    for name in ("recall_curves", "fidelity_and_ceiling", "cost_and_quality", "tradeoff_curves",
+                 "figure5_p_and_q"):  # fmt: skip
+        assert f"{name}--digits_mislabel.png" in names
+        assert f"{name}--digits_mislabel.svg" in names
+    assert "Consistency by source</strong>: the runs differ in initialisation and order" in html
+    assert "Detection curves" in html
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_records_alone_are_enough_for_a_page(
+    complete: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(complete / "records", tmp_path / "records")
+    assert main(["--results", str(tmp_path)]) == 1
+    assert "is missing" in capsys.readouterr().err
+    page = (tmp_path / "report.html").read_text()
+    tree(page)
+    assert "No scores of single examples are at hand" in page
+    assert 'class="mean best">' in page
+
+
+def test_no_trainer_is_imported(complete: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom fine_bench.report import making\n"
+        "from fine_bench.report.__main__ import main\n"
+        "making.draw = lambda *_: iter(())\n"
+        f"main(['--results', {str(complete)!r}, '--out', {str(tmp_path / 'r.html')!r}])\n"
+        "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+# ------------------------------------------------------------------------------------- gallery
+
+
+def test_the_gallery_holds_the_largest_means(complete: Path) -> None:
+    shelf = shelf_of(complete)
+    (row,) = [r for r in shelf.rows("validation") if r.estimator == "fine"]
+    values = torch.stack([scores_of("fine", "validation", s).values[0] for s in range(3)]).double()
+    order = values.mean(0).abs().argsort(descending=True, stable=True)[:6]
+    shown = exhibits(shelf, row, 6, None)
+    assert [e.index for e in shown] == order.tolist()
+    for exhibit in shown:
+        by_seed = {s: float(values[s, exhibit.index]) for s in range(3)}
+        assert tuple(exhibit.score) == pytest.approx(tuple(mean_interval(by_seed)))
+        assert exhibit.planted == bool(BAD[exhibit.index])
+        assert exhibit.truth is None
+
+
+def test_a_sample_shows_its_own_intervals_and_p_values(complete: Path) -> None:
+    shelf = shelf_of(complete)
+    (row,) = [r for r in shelf.rows("self") if r.estimator == "fine_paper"]
+    shown = exhibits(shelf, row, 5, truth())
+    for exhibit in shown:
+        assert exhibit.index % 3 == 0
+        own = float(paper_scores(1).values[0, exhibit.index])
+        assert exhibit.one_run[1] == pytest.approx((own - 0.5, own + 0.5), abs=1e-6)
+        assert exhibit.p_values[1] == pytest.approx(np.exp(-abs(own)), abs=1e-6)
+        assert exhibit.truth is not None
+        assert exhibit.truth.mu == pytest.approx(-1 + 4 * exhibit.index / (N - 1), abs=1e-5)
+    line = group_lines(shelf, row)[0]
+    assert (line.name, line.size, line.mu, line.run_level) == ("flips_1_to_2", 7, 1.44, 40.0)
+
+
+def test_the_truths_rank_counts_from_the_largest(complete: Path) -> None:
+    shelf = shelf_of(complete)
+    (row,) = [r for r in shelf.rows("self") if r.estimator == "fine"]
+    ranks = {e.index: e.truth.rank for e in exhibits(shelf, row, N, truth()) if e.truth}
+    assert ranks[N - 1] == 1
+    assert ranks[N - 2] == 2
+    assert sorted(ranks.values())[-1] <= N
+
+
+def test_rows_of_the_gallery_can_be_chosen(complete: Path) -> None:
+    shelf = shelf_of(complete)
+    assert [r.estimator for r in rows_shown(shelf, "self")] == ["fine", "fine_paper"]
+    assert [r.estimator for r in rows_shown(shelf, "self", ["tracin"])] == ["tracin"]
+
+
+def test_the_gallery_says_what_is_known(html: str) -> None:
+    assert "retraining μ" in html
+    assert "± 0.25" in html
+    assert "of 60</dd>" in html
+    assert ">planted</span>" in html
+    assert "true label" in html
+    assert "512 models on random subsets" in html
+    assert html.count('class="pixels"') == 18  # fine on two targets, fine_paper on one
+    assert "&lt; 0.0001" in html  # the group's p-value
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def test_images_are_those_of_the_data() -> None:
+    found = album(TASK, DATA.sha256)
+    assert found.has_images
+    painter = Painter(DATA)
+    from sklearn.datasets import load_digits
+
+    original = load_digits().images[int(DATA.train_ids[7])]
+    assert np.array_equal(painter.pixels(7)[:, :, 0], np.round(original / 16 * 255))
+    from io import BytesIO
+
+    read = image.imread(BytesIO(painter.png(7)), format="png")
+    assert np.array_equal((read[:, :, 1] * 255).round(), painter.pixels(7)[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"_target_": "os.path.join"}, "which is not called here"),
+        ({}, "which is not called here"),
+        ({"_target_": "fine_bench.data.digits.load_digits"}, "cannot make the data"),
+        ({"_target_": "fine_bench.data.nowhere.task"}, "cannot make the data"),
+        ({**TASK, "n_train": 5000}, "cannot make the data"),
+        ({**TASK, "n_train": 50}, "another digest"),
+        ({**TASK, "unknown": 1}, "cannot make the data"),
+    ],
+)
+def test_other_functions_and_other_data_give_no_images(options: dict[str, Any], words: str) -> None:
+    found = album(options, DATA.sha256)
+    assert found.data is None
+    assert words in found.reason
+
+
+def test_a_data_set_that_is_not_here_is_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINE_BENCH_DATA", str(tmp_path))
+    monkeypatch.setattr("fine_bench.data.mnist.cache", lambda: tmp_path)
+    options = {"_target_": "fine_bench.data.mnist.mnist_mislabel", "seed": 0, "download": True}
+    found = album(options, "0" * 64)
+    assert "not on this disk" in found.reason
+    assert "was not found" in found.reason
+
+
+# -------------------------------------------------------------------------------------- pieces
+
+
+def test_markup_escapes_and_formats() -> None:
+    assert tag("p", "<&", class_="a", hidden=False, data_x='"') == (
+        '<p class="a" data-x="&quot;">&lt;&amp;</p>'
+    )
+    assert tag("button", Safe("<b>"), disabled=True, title=None) == "<button disabled><b></button>"
+    assert text(3) == "3"
+    assert slug("--MNIST mlp/é!") == "mnist-mlp"
+    assert slug("…") == "x"
+    assert (number(-0.0001), number(-1.5, 1), number(float("nan"))) == ("0.000", "−1.5", "–")
+    assert (p_value(1e-7), p_value(0.034), p_value(float("nan"))) == ("< 0.0001", "0.034", "–")
+
+
+def test_slim_drawings_keep_their_transforms_and_heavy_ones_become_png() -> None:
+    svg = (
+        b'<g><!-- a\n -->\n <path d="M 1.23456 7\nL 2.5 3.999999" transform="scale(0.015625)"/></g>'
+    )
+    assert slim(svg) == b'<g><path d="M 1.23 7 L 2.5 3.99" transform="scale(0.015625)"/></g>'
+    heavy = b"<svg>" + b"x" * LARGEST_SVG + b"</svg>"
+    assert "data:image/png" in plate(Plate("agreement", "agreement--t", heavy, b"png"))
+    assert "data:image/svg+xml" in plate(Plate("agreement", "agreement--t", svg, b"png"))
+    assert "why" in plate(Plate("other", "other--t", reason="why"))
+
+
+# ------------------------------------------------------------------------------------- command
+
+
+def test_bad_arguments_are_explained(complete: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--results", "nowhere"], "no records below nowhere"),
+        (["--results", str(complete), "--task", "x"], "no task 'x'; there are: digits_mislabel"),
+        (["--results", str(complete), "--row", "x"], "no row 'x'; there are: constant, fine"),
+        (["--results", str(complete), "--examples", "-1"], "--examples -1 is negative"),
+    ):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_a_page_that_cannot_be_written_is_named(
+    complete: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["--results", str(complete), "--no-images", "--examples", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "file" / "r.html")]) == 1
+    assert "could not make the folder" in capsys.readouterr().err
+
+
+def test_an_empty_board_of_problems_still_makes_a_page(tmp_path: Path) -> None:
+    folder = tmp_path / "records" / "t" / "s"
+    folder.mkdir(parents=True)
+    (folder / "broken.json").write_text("{")
+    assert main(["--results", str(tmp_path)]) == 1
+    page = (tmp_path / "report.html").read_text()
+    assert "Problems" in page
+    assert "is not whole JSON" in page

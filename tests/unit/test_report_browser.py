@@ -1,0 +1,193 @@
+"""The report in a real browser, without a window: it renders, sorts, and asks for nothing.
+
+Needs Chromium with its driver on the path (Debian: ``chromium chromium-driver``) and selenium; the
+tests are skipped where one is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_results import fill, truth
+
+from fine_bench.report.__main__ import main
+from fine_bench.truth import save
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)  # fmt: skip
+DRIVER = shutil.which("chromedriver")
+if CHROMIUM is None or DRIVER is None:
+    pytest.skip("no chromium and chromedriver on the path", allow_module_level=True)
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("browser") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        fill(root)
+        save(truth(), root / "ground_truth")
+        assert main(["--results", str(root), "--examples", "6"]) == 0
+    return root / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    driver.set_window_size(1280, 900)
+    driver.get("about:blank")
+    driver.get_log("performance")  # what the browser's own first page asked for
+    driver.get(page.as_uri())
+    yield driver
+    driver.quit()
+
+
+def visit(browser: Any, name: str) -> None:
+    browser.find_element(By.LINK_TEXT, name).click()
+
+
+def column(browser: Any, table: Any, number: int) -> list[str]:
+    """The values of a column from top to bottom."""
+    script = (
+        "return Array.from(arguments[0].tBodies[0].rows, "
+        "(row) => row.children[arguments[1]].dataset.value)"
+    )
+    return list(browser.execute_script(script, table, number))
+
+
+def head(table: Any, label: str) -> Any:
+    for found in table.find_elements(By.CSS_SELECTOR, "th[aria-sort]"):
+        if found.find_element(By.CSS_SELECTOR, "button span").text == label:
+            return found
+    raise AssertionError(label)
+
+
+def test_pages_are_shown_one_at_a_time(browser: Any) -> None:
+    pages = browser.find_elements(By.CSS_SELECTOR, "section.page")
+    assert [p.is_displayed() for p in pages] == [True, False]
+    visit(browser, "digits_mislabel")
+    assert [p.is_displayed() for p in pages] == [False, True]
+    current = browser.find_elements(By.CSS_SELECTOR, "nav a[aria-current=page]")
+    assert [a.text for a in current] == ["digits_mislabel"]
+    visit(browser, "Overview")
+    assert [p.is_displayed() for p in pages] == [True, False]
+
+
+def test_a_click_sorts_and_a_second_one_turns_the_order(browser: Any) -> None:
+    visit(browser, "digits_mislabel")
+    table = browser.find_element(By.CSS_SELECTOR, "table.board")
+    heading = head(table, "AUROC")
+    number = int(heading.get_property("cellIndex"))
+    heading.find_element(By.TAG_NAME, "button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    values = [float(x) for x in column(browser, table, number)]
+    assert values == sorted(values, reverse=True)
+    heading.find_element(By.TAG_NAME, "button").click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert [float(x) for x in column(browser, table, number)] == sorted(values)
+    assert "sorted by AUROC, ascending" in browser.page_source
+    # what is undefined or absent stays last in both directions, and costs begin with the lowest
+    fidelity = head(table, "fidelity")
+    number = int(fidelity.get_property("cellIndex"))
+    for _ in range(2):
+        fidelity.find_element(By.TAG_NAME, "button").click()
+        values_ = column(browser, table, number)
+        assert [x == "" for x in values_] == [False, False, True, True]
+    assert heading.get_attribute("aria-sort") == "none"
+    cost = head(table, "extra s")
+    cost.find_element(By.TAG_NAME, "button").click()
+    assert cost.get_attribute("aria-sort") == "ascending"
+
+
+def test_the_keyboard_sorts_too(browser: Any) -> None:
+    visit(browser, "digits_mislabel")
+    table = browser.find_elements(By.CSS_SELECTOR, "table.board")[1]
+    heading = head(table, "estimator")
+    heading.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
+    assert heading.get_attribute("aria-sort") == "ascending"
+    names = column(browser, table, 0)
+    assert names == sorted(names)
+
+
+def test_images_are_there(browser: Any) -> None:
+    visit(browser, "digits_mislabel")
+    script = """
+        const done = arguments[arguments.length - 1];
+        const images = Array.from(document.querySelectorAll("section:not([hidden]) img"));
+        images.forEach((each) => { each.loading = "eager"; });
+        Promise.all(images.map((each) => each.decode().then(() => each.naturalWidth)))
+          .then(done, (error) => done(String(error)));
+    """
+    widths = browser.execute_async_script(script)
+    assert isinstance(widths, list), widths
+    assert len(widths) > 18
+    assert all(width > 0 for width in widths)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
+    # a window narrower than 500 pixels needs the emulation of a phone
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        for name in ("Overview", "digits_mislabel"):
+            visit(browser, name)
+            root = "document.documentElement"
+            wide, room = browser.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
+            assert wide <= room, name
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_dark_scheme_is_followed(browser: Any) -> None:
+    colours = set()
+    for scheme in ("light", "dark"):
+        feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+        colours.add(
+            browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        )
+    assert len(colours) == 2
+
+
+def test_no_errors_and_no_requests(browser: Any, page: Path) -> None:
+    """Last: the logs hold everything that the tests above did."""
+    assert browser.get_log("browser") == []
+    asked = [
+        message["params"]["request"]["url"]
+        for entry in browser.get_log("performance")
+        for message in [json.loads(entry["message"])["message"]]
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert page.as_uri() in asked
+    others = {url for url in asked if not url.startswith("data:")} - {page.as_uri()}
+    # going to a page of the report only changes the fragment
+    assert all(url.startswith(page.as_uri() + "#") for url in others), others
