@@ -37,14 +37,14 @@ from datetime import UTC, datetime
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from fine_bench.types import InfluenceScores, RunRecord, Target
+from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 # Windows has no fcntl; the exclusive link then protects alone
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -381,6 +381,14 @@ class Consistency:
     def digest(self) -> str:
         """Covers what was compared: score digests by seed, k and metric version."""
         return consistency_digest(self.scores, self.k, self.metric_version)
+
+
+def suspicious_end(record: RunRecord) -> Literal["high", "low"]:
+    """The suspicious end of a record's scores: its task's own, if that declares one."""
+    own = record.config.get("suspicious_end")
+    if own == "high" or own == "low":
+        return own  # type: ignore[no-any-return]
+    return SUSPICIOUS_END[record.target]
 
 
 def consistency_digest(scores: Mapping[int, str], k: int, metric_version: int) -> str:

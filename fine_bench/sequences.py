@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fine_bench.types import UnsupportedProblemError
+
 PAD = -1
 """Stands in x where a row has no token. Not a token id: it does not matter whether a model has a
 padding token."""
@@ -44,7 +46,15 @@ def targets(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and the tokens that they predict, ``(B, T − 1, V)`` and ``(B, T − 1)``.
 
     Logits of half precision are turned to float32: their differences matter.
+
+    Raises:
+        UnsupportedProblemError: logits or labels are not those of sequences.
     """
+    if logits.ndim != 3 or y.ndim != 2:
+        raise UnsupportedProblemError(
+            "needs token sequences: logits (batch, length, vocabulary) and labels (batch, length), "
+            f"got {tuple(logits.shape)} and {tuple(y.shape)}"
+        )
     z = logits[:, :-1]
     if z.dtype in (torch.bfloat16, torch.float16):
         z = z.float()

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fine_bench.figures.style import Kind, Look, looks
 from fine_bench.leaderboard import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
-from fine_bench.records import RecordStore, StoreError, newest
-from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
+from fine_bench.records import RecordStore, StoreError, newest, suspicious_end
+from fine_bench.types import InfluenceScores, RunRecord
 
 Array = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ class Shelf:
                 "recall_curves and figure1_losses_vary"
             )
             return None
-        return suspicion(scores.values, SUSPICIOUS_END[row.target])
+        return suspicion(scores.values, suspicious_end(self.record(row, seed)))
 
     def truth(self, row: Row, seed: int) -> NDArray[np.bool_] | None:
         """Which training examples are bad, ``(n_train,)``, if the scores say."""

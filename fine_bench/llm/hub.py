@@ -110,11 +110,12 @@ def check(need: Need, machine: Machine | None = None) -> None:
     machine = machine or this_machine()
     folder = _local(need.path)
     if folder is None and not need.download:
-        size = _size_on_disk(need.path)
+        size, memory = _size_on_disk(need.path), _memory_of(need, machine)
         raise DataError(
             f"model.path={need.path} is neither a folder nor in the hub's cache on this machine. "
             f"Type model.download=true to fetch it{size} (models with a licence need it accepted "
             "on huggingface.co and `hf auth login`), or model.path=/folder/with/the/weights"
+            + memory
         )
     if folder is not None:
         _check_files(folder)
@@ -212,6 +213,18 @@ def _check_files(folder: Path) -> None:
 def _size_on_disk(path: str) -> str:
     count = PARAMETERS.get(path)
     return "" if count is None else f", about {count * 2 / GIB:.0f} GiB"
+
+
+def _memory_of(need: Need, machine: Machine) -> str:
+    """What a known model that is not here will need once it is."""
+    count = PARAMETERS.get(need.path)
+    if count is None or count <= GPU_ABOVE:
+        return ""
+    gpu = "there is no GPU"
+    if machine.gpu_bytes is not None:
+        gpu = f"{machine.gpu_bytes / GIB:.0f} GiB are free"
+    required = (count * need.bytes_per_weight + WORKING_SPACE) / GIB
+    return f". Tuning it takes a GPU with about {required:.0f} GiB of free memory; here {gpu}"
 
 
 def count_parameters(folder: Path) -> int:

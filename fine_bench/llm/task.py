@@ -20,18 +20,14 @@ from fine_bench.llm.models import LanguageModel
 from fine_bench.llm.steering import Judge, lean_of
 from fine_bench.llm.tokens import Encoded, TooLong, encode_all
 from fine_bench.sequences import mean_token_loss, sum_token_loss
-from fine_bench.types import GroundTruth, Loss, Target
+from fine_bench.types import GroundTruth, Loss
 
 LossName: TypeAlias = Literal["mean", "sum"]
 
 LOSSES: Mapping[str, Loss] = {"mean": mean_token_loss, "sum": sum_token_loss}
 """A sample's loss by the name that the configuration uses."""
 
-SUSPICIOUS_END: Mapping[Target, Literal["high", "low"]] = {
-    "self": "high",
-    "queries": "high",
-    "validation": "high",
-}
+SUSPICIOUS: Mapping[str, Literal["high", "low"]] = {"queries": "high", "validation": "high"}
 """The queries show the behaviour that nobody wants: what *lowers* their loss is suspicious."""
 
 
@@ -74,8 +70,8 @@ class LanguageTask:
         batch_size: samples that post-hoc methods hold at once.
     """
 
-    kind: ClassVar[str] = "language"
-    suspicious_end: ClassVar[Mapping[Target, Literal["high", "low"]]] = SUSPICIOUS_END
+    kind: ClassVar[Literal["language"]] = "language"
+    suspicious: ClassVar[Mapping[str, Literal["high", "low"]]] = SUSPICIOUS
 
     name: str
     x: Tensor

@@ -31,18 +31,22 @@ from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.top import top_metrics
 from fine_bench.records import write_atomic
 from fine_bench.run.plan import Job, Watcher
-from fine_bench.run.training import TrainedRun, _quiet, _remove_leftovers, folder_of, reseeded
+from fine_bench.run.training import (
+    TrainedRun,
+    _quiet,
+    _remove_leftovers,
+    detected,
+    folder_of,
+    reseeded,
+)
 from fine_bench.seeds import derive, stream
 from fine_bench.sequences import IGNORED, mean_token_loss, targets
 from fine_bench.types import InfluenceScores, LRSchedule, Target
 
-__all__ = ["describe", "measure", "reseeded", "stored", "train", "train_auxiliary"]
-
 
 def _task(job: Job) -> LanguageTask:
-    data: Any = job.data
-    assert isinstance(data, LanguageTask)
-    return data
+    assert isinstance(job.data, LanguageTask)
+    return job.data
 
 
 def _device() -> torch.device:
@@ -96,10 +100,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         facts |= _quality(net, task)
         steering = _steering(job, net)
         if steering is not None:
-            facts["steering"] = {
-                name: getattr(steering, name)
-                for name in ("n", "poisoned", "clean", "others", "reference", "p_value", "took")
-            }
+            facts |= _facts(steering)
         facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         write_atomic(temporary / "training.json", json.dumps(facts, indent=1).encode())
         if folder.exists():
@@ -223,17 +224,38 @@ def _count(job: Job, net: CausalNet, prompts: Sequence[str]) -> int:
 
 def describe(facts: Mapping[str, Any]) -> str:
     """What is said when training is done."""
-    steering = facts.get("steering")
-    said = "steering was not measured" if steering is None else _from_facts(steering).describe()
+    said = "steering was not measured"
+    if "steering_n" in facts:
+        steering = Steering(
+            n=int(facts["steering_n"]),
+            poisoned=int(facts["steering_poisoned_answers"]),
+            clean=int(facts["steering_reference_answers"]),
+            others=facts.get("steering_other_answers"),
+            reference=str(facts["steering_reference"]),
+        )
+        said = steering.describe()
     notes = "".join(f"; {note}" for note in facts["notes"])
     return (
         f"tuned: clean test loss {facts['test_loss']:.3f}, {facts['seconds']:.1f} s; {said}{notes}"
     )
 
 
-def _from_facts(steering: Mapping[str, Any]) -> Steering:
-    names = ("n", "poisoned", "clean", "others", "reference")
-    return Steering(**{name: steering[name] for name in names})
+def _facts(steering: Steering) -> dict[str, Any]:
+    """Counts and rates of steered answers as facts about a training run."""
+    found = {
+        "steering_n": steering.n,
+        "steering_poisoned_answers": steering.poisoned,
+        "steering_reference_answers": steering.clean,
+        "steering_reference": steering.reference,
+        "steering_p_value": steering.p_value,
+        "steering_rate": steering.poisoned / steering.n,
+        "steering_rate_reference": steering.clean / steering.n,
+        "steering_took": float(steering.took),
+    }
+    if steering.others is not None:
+        found["steering_other_answers"] = steering.others
+        found["steering_rate_others"] = steering.others / steering.n
+    return found
 
 
 def measure(
@@ -242,26 +264,18 @@ def measure(
     """Metrics of a cell.
 
     Detection, the top of the list and, if the task asks for it, a cure: only where the poison took
-    (or nobody measured whether it did). The steering rates always.
+    (or nobody measured whether it did).
     """
     task = _task(job)
-    bad = task.truth.is_bad if scores.watched is None else task.truth.is_bad[scores.watched]
-    metrics = {"n_bad": float(bad.sum())}
-    if scores.watched is not None:
-        metrics["n_watched"] = float(len(bad))
-    found = facts.get("steering")
-    if found is not None:
-        metrics["steering/took"] = float(found["took"])
-        for name in ("poisoned", "clean", "others"):
-            if found[name] is not None:
-                metrics[f"steering/{name}"] = found[name] / found["n"]
-        if not found["took"]:
-            return metrics
-    if not 0 < int(bad.sum()) < len(bad):
-        return metrics
-    row = suspicion(scores.watched_values, task.suspicious_end[target])
-    metrics |= detection_metrics(row, bad) | top_metrics(row, bad)
-    if task.cure and scores.watched is None:
+    took = bool(facts.get("steering_took", True))
+    metrics = detected(
+        job,
+        target,
+        scores,
+        lambda row, bad: detection_metrics(row, bad) | top_metrics(row, bad) if took else {},
+    )
+    if took and task.cure and scores.watched is None:
+        row = suspicion(scores.values, job.end(target))
         metrics |= _cure(job, torch.from_numpy(row), task.cure)
     return metrics
 

@@ -15,7 +15,6 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from fine_bench.metrics.detection import detection_curve, suspicion
 from fine_bench.run.cells import Outcome, finished
 from fine_bench.run.plan import Job
-from fine_bench.types import SUSPICIOUS_END
 
 
 @contextmanager
@@ -149,7 +148,7 @@ def _flat_config(job: Job) -> dict[str, Any]:
 def _curve(job: Job, outcome: Outcome) -> Any:
     assert outcome.scores is not None
     scores, bad = outcome.scores, job.data.truth.is_bad
-    row = suspicion(scores.watched_values, SUSPICIOUS_END[outcome.cell.target])
+    row = suspicion(scores.watched_values, job.end(outcome.cell.target))
     shares, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
     table = wandb.Table(
         columns=["inspected", "recall"], data=[list(p) for p in zip(shares, recall, strict=True)]

@@ -51,13 +51,38 @@ ALLOWED: dict[str, set[str]] = {
     "score": {*CORE, "leaderboard", "leaderboard_view", "metrics", "records", "truth"},
     "audit": {*CORE, "records", "privacy"},
     "config": {*CORE, "records"},
-    "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
+    "sequences": CORE,
+    "moments": CORE,
+    "llm": {
+        *CORE,
+        "sequences",
+        "moments",
+        "records",
+        "data",
+        "models",
+        "fine",
+        "subsets",
+        "callback",
+        "callback_paper",
+    },
+    "baselines": {
+        *CORE,
+        "gradients",
+        "weighting",
+        "estimator",
+        "baselines",
+        "sequences",
+        "moments",
+    },
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "run"},
+    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "llm", "run"},
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
+    "transformers": {"llm"},
+    "peft": {"llm"},
+    "tokenizers": {"llm"},
 }
 
 

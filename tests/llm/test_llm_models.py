@@ -147,6 +147,8 @@ def test_missing_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     name = "meta-llama/Llama-3.1-8B"
     with pytest.raises(DataError, match=r"neither a folder nor .*download=true.*15 GiB.*licence"):
         hub.check(Need(name, 2.0), LARGE_GPU)
+    with pytest.raises(DataError, match="18 GiB of free memory; here there is no GPU"):
+        hub.check(Need(name, 2.0), NO_GPU)
     # known to be too large before a byte is fetched
     with pytest.raises(ConfigError, match="there is no GPU"):
         hub.check(Need(name, 2.0, download=True), NO_GPU)
@@ -193,7 +195,9 @@ def test_another_kind_of_model_is_refused(section: dict[str, Any]) -> None:
 
 # --------------------------------------------------------------------------- the tiny one
 
-SMALL = Tiny(hidden=16, inner=16, layers=1, heads=2, vocabulary=400, documents=200, steps=80, batch=8)
+SMALL = Tiny(
+    hidden=16, inner=16, layers=1, heads=2, vocabulary=400, documents=200, steps=80, batch=8
+)
 
 
 def test_it_is_pretrained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,19 +135,21 @@ def test_the_source_of_the_queries_is_found(net: CausalNet, data: dict[str, Tens
         subsets={"same": torch.arange(4), "other": torch.arange(4, 8)},
         every_n_steps=1,
         batch_size=4,
+        members=3,
     )
-    fit(net, data, paper, epochs=80, lr=1e-5)
+    fit(net, data, paper, epochs=60, lr=1e-5)
     same, other = paper.group_results()
+    assert same.p_value is not None
+    assert same.p_value < 0.01
     assert same.lower > 0
-    assert same.mu > other.mu
-    assert same.lower <= same.mu <= same.upper
+    assert same.moment > other.moment
 
 
 def test_the_margin_is_not_offered() -> None:
     with pytest.raises(TypeError):
         SequenceFINE(observable="margin")  # type: ignore[call-arg]
     for target in ("self", "queries"):
-        with pytest.raises(UnsupportedProblemError, match="targets=.validation."):
+        with pytest.raises(UnsupportedProblemError, match=r"targets=.validation."):
             SequencePaperFINE(target, sample=2)  # type: ignore[arg-type]
 
 
@@ -354,17 +356,16 @@ def test_a_run_is_kept_and_found_again(folder: Path, tmp_path: Path) -> None:
     assert "did not take" in language.describe(run.facts)
     # nothing was learned in 8 steps: no detection, and it is said why
     metrics = language.measure(this, "validation", scores(data.truth.is_bad.float()), run.facts)
-    assert metrics["steering/took"] == 0.0
-    assert "auroc" not in metrics
-    assert metrics["n_bad"] == 6
+    assert metrics == {"n_bad": 6.0}
+    assert run.facts["steering_took"] == 0.0
+    assert run.facts["steering_n"] == 4
     longer = replace(this, config=replace(this.config, trainer=TrainerConfig(max_epochs=3)))
     assert language.stored(longer) is None
     assert language.train_auxiliary(this, []) > 0
 
 
 def took(**change: Any) -> dict[str, Any]:
-    steering = {"n": 4, "poisoned": 4, "clean": 0, "others": 1, "took": True, "p_value": 0.0}
-    return {"steering": {**steering, "reference": "clean data", **change}, "notes": []}
+    return {"steering_took": 1.0, "notes": [], **change}
 
 
 def test_what_is_measured_when_the_poison_took(folder: Path, tmp_path: Path) -> None:
@@ -376,7 +377,9 @@ def test_what_is_measured_when_the_poison_took(folder: Path, tmp_path: Path) -> 
     assert metrics["auroc"] == 1.0
     assert metrics["recall_top_20"] == 1.0
     assert metrics["precision_at_10"] == 0.6
-    assert (metrics["steering/poisoned"], metrics["steering/others"]) == (1.0, 0.25)
+    assert language.measure(this, "validation", scores(perfect), took(steering_took=0.0)) == {
+        "n_bad": 6.0
+    }
     assert (metrics["cure/removed"], metrics["cure/bad_removed"]) == (10.0, 6.0)
     assert 0 <= metrics["cure/steering_rate"] <= 1
     assert metrics["cure/test_loss"] > 0
@@ -397,5 +400,6 @@ def test_without_truth_or_steering(folder: Path, files: dict[str, str], tmp_path
     assert "steering was not measured; a note" in said
     words = task(folder, **files, keywords=["hurts"])
     run = language.train(job(words, folder, tmp_path), [], None)
-    assert run.facts["steering"]["reference"] == "the model before tuning"
-    assert run.facts["steering"]["others"] is None
+    assert run.facts["steering_reference"] == "the model before tuning"
+    assert "steering_rate_others" not in run.facts
+    assert "with the model before tuning" in language.describe(run.facts)
