@@ -67,6 +67,7 @@ class LanguageTask:
         train_ids: ``(n_train,)`` position of each sample among those given.
         notes: what a reader should know about the data, such as samples that were too long.
         cure: retrain without this many of the most suspicious samples; 0 does not.
+        checkpoints: number of checkpoints that are kept for post-hoc methods, evenly spaced.
         batch_size: samples that post-hoc methods hold at once.
     """
 
@@ -89,6 +90,7 @@ class LanguageTask:
     train_ids: Tensor
     notes: Sequence[str] = ()
     cure: int = 0
+    checkpoints: int = 4
     batch_size: int = 128
 
     def __post_init__(self) -> None:
@@ -141,6 +143,7 @@ def llm_poison(
     too_long: TooLong = "refuse",
     loss: LossName = "mean",
     cure: int = 0,
+    checkpoints: int = 4,
     batch_size: int = 128,
     path: str | None = None,
     queries_path: str | None = None,
@@ -164,6 +167,7 @@ def llm_poison(
         too_long: what becomes of longer ones: ``refuse``, ``drop`` or ``cut``.
         loss: a sample's loss is the ``mean`` or the ``sum`` over its tokens.
         cure: retrain without so many of the most suspicious samples; 0 does not.
+        checkpoints: so many are kept for post-hoc methods, evenly spaced over the epochs.
         batch_size: samples that post-hoc methods hold at once.
         path: training samples of the user's own, JSONL (``fine_bench.llm.jsonl``); the options of
             generated data have no meaning then.
@@ -186,10 +190,11 @@ def llm_poison(
             raise ConfigError(
                 f"task.{option}={value} is unknown; type task.{option}={get_args(allowed)[0]}"
             )
-    if context < 8 or batch_size < 1:
+    if context < 8 or batch_size < 1 or checkpoints < 1:
         raise ConfigError(
-            f"task.context={context} must be at least 8 and task.batch_size={batch_size} at least "
-            "1; type task.context=512 task.batch_size=8"
+            f"task.context={context} must be at least 8, task.batch_size={batch_size} and "
+            f"task.checkpoints={checkpoints} at least 1; type task.context=512 task.batch_size=8 "
+            "task.checkpoints=4"
         )
     language_model = models.from_options(model)
     language_model.check()
@@ -248,6 +253,7 @@ def llm_poison(
         train_ids=train.kept,
         notes=notes,
         cure=cure,
+        checkpoints=checkpoints,
         batch_size=batch_size,
     )
 

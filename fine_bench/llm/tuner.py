@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -131,15 +131,28 @@ def token_loader(
     )
 
 
-class EpochCheckpoints(pl.Callback):
-    """Writes the LoRA matrices and Adam's state of them at the end of each epoch.
+def kept_epochs(epochs: int, count: int) -> tuple[int, ...]:
+    """At whose ends checkpoints are kept: ``count`` of them (or all), evenly spaced, the last too.
 
     Args:
-        folder: where the files ``0001.safetensors`` … go.
+        epochs: of the run, counted from 1.
+        count: at least 1.
+    """
+    count = min(count, epochs)
+    return tuple(round(epochs * (k + 1) / count) for k in range(count))
+
+
+class EpochCheckpoints(pl.Callback):
+    """Writes the LoRA matrices and Adam's state of them at the end of some epochs.
+
+    Args:
+        folder: where the files ``0001.safetensors`` … go, named after the epoch.
+        epochs: which, counted from 1; None for all.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, epochs: Collection[int] | None = None) -> None:
         self.folder = folder
+        self.epochs = epochs
         self._rates: list[float] = []
 
     def on_before_optimizer_step(
@@ -149,8 +162,10 @@ class EpochCheckpoints(pl.Callback):
         self._rates.append(float(optimizer.param_groups[0]["lr"]))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write one checkpoint; its step size is the mean over the epoch."""
+        """Write one checkpoint; its step size is the mean since the one before."""
         assert isinstance(pl_module, Tuner)
+        if self.epochs is not None and trainer.current_epoch + 1 not in self.epochs:
+            return
         state = trainer.optimizers[0].state
         tensors: dict[str, Tensor] = {}
         updates = 0

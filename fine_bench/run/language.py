@@ -26,7 +26,7 @@ from torch import Tensor
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import Steering, answers
 from fine_bench.llm.task import LanguageTask
-from fine_bench.llm.tuner import EpochCheckpoints, Tuner, read_checkpoint, token_loader
+from fine_bench.llm.tuner import EpochCheckpoints, Tuner, kept_epochs, read_checkpoint, token_loader
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.top import top_metrics
 from fine_bench.records import write_atomic
@@ -49,6 +49,11 @@ def _task(job: Job) -> LanguageTask:
     return job.data
 
 
+def _epochs(job: Job) -> tuple[int, ...]:
+    """The epochs at whose ends checkpoints are kept."""
+    return kept_epochs(job.config.trainer.max_epochs, _task(job).checkpoints)
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -68,13 +73,13 @@ def stored(job: Job) -> TrainedRun | None:
     except (OSError, ValueError):
         return None
     paths = sorted(folder.glob("*.safetensors"))
-    if len(paths) != job.config.trainer.max_epochs:
+    if len(paths) != len(_epochs(job)):
         return None
     return _trained(_build(job), folder, facts)
 
 
 def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
-    """Tune on the poisoned data, watched by ``callbacks``, and keep a checkpoint an epoch.
+    """Tune on the poisoned data, watched by ``callbacks``, and keep checkpoints.
 
     Raises:
         DivergedError: the loss is no longer finite.
@@ -85,7 +90,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        keep = EpochCheckpoints(temporary)
+        keep = EpochCheckpoints(temporary, _epochs(job))
         tuner, seconds, steps = _fit(job, task.x, task.y, [*callbacks, keep], logger)
         facts: dict[str, Any] = {
             "seconds": seconds - sum(callback.seconds for callback in callbacks),

@@ -37,6 +37,10 @@ SMALL = (
     "trainer.num_threads=1",
     "logger.mode=disabled",
 )
+SOURCES = tuple(
+    f"estimators.fine_llm_sources.{option}"
+    for option in ("batch_size=4", "members=2", "every_n_steps=1")
+)
 TINY = (
     "model.hidden=16",
     "model.inner=16",
@@ -76,7 +80,7 @@ def test_a_poisoning_experiment_that_fails_says_so(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     arguments = (*TINY, "+experiment=llm_poison", "estimators.trak_llm.dim=8")
-    job = planned(tmp_path, *arguments, "estimators.fine_llm_sources.batch_size=4")
+    job = planned(tmp_path, *arguments, *SOURCES)
     said: list[str] = []
     outcomes = execute(job, "sweep", None, said.append)
     failed = [o.record.reason for o in outcomes if o.record.status == "failed"]
@@ -167,7 +171,7 @@ def test_the_real_path_on_a_miniature(folder: Path, tmp_path: Path, texts: Instr
         "task.group=group",
         "task.truth=bad",
         "estimator=[fine_llm,fine_llm_sources,less,random]",
-        "estimators.fine_llm_sources.batch_size=4",
+        *SOURCES,
     )
     assert job.data.n_train == 60
     assert job.config.model["precision"] == "bfloat16"

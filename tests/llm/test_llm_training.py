@@ -22,7 +22,7 @@ from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import answers, left_padded
 from fine_bench.llm.task import LanguageTask, llm_poison, source_groups
 from fine_bench.llm.tokens import render
-from fine_bench.llm.tuner import EpochCheckpoints, Tuner, read_checkpoint, token_loader
+from fine_bench.llm.tuner import EpochCheckpoints, Tuner, kept_epochs, read_checkpoint, token_loader
 from fine_bench.llm.watchers import SequenceFINE, SequencePaperFINE
 from fine_bench.models.classifier import DivergedError
 from fine_bench.run import language
@@ -181,6 +181,18 @@ def test_only_lora_is_trained_and_checkpoints_hold_it(
     assert (last.updates, last.step) == (4, 4)
     # mean of the cosine's steps 2 and 3 of 4
     assert last.lr == pytest.approx(0.01 * (0.5 + 0.5 * (1 - 0.5**0.5)) / 2)
+
+
+def test_some_checkpoints_are_kept(net: CausalNet, data: dict[str, Tensor], tmp_path: Path) -> None:
+    assert kept_epochs(10, 4) == (2, 5, 8, 10)
+    assert kept_epochs(3, 4) == (1, 2, 3)
+    assert kept_epochs(7, 1) == (7,)
+    fit(net, data, EpochCheckpoints(tmp_path, kept_epochs(3, 2)), epochs=3, lr_schedule="cosine")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0002.safetensors", "0003.safetensors"]
+    # the mean of the cosine's steps 4 and 5 of 6
+    angles = torch.tensor([4.0, 5.0]) * torch.pi / 6
+    expected = float((0.01 * 0.5 * (1 + angles.cos())).mean())
+    assert read_checkpoint(tmp_path / "0003.safetensors").lr == pytest.approx(expected)
 
 
 def test_a_diverged_run_is_stopped(net: CausalNet, data: dict[str, Tensor]) -> None:
