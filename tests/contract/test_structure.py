@@ -137,6 +137,17 @@ def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_images_need_no_language_packages() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('transformers', 'peft', 'tokenizers'))\n"
+        "import fine_bench.run.cells, baselines.less, baselines.text_controls\n"
+        "print('imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr
+
+
 @pytest.mark.parametrize("name", ["callback.py", "callback_paper.py"])
 def test_no_formula_in_the_lightning_adapters(name: str) -> None:
     tree = ast.parse((ROOTS["fine_bench"] / name).read_text())
