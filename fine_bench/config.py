@@ -36,19 +36,26 @@ RUNNER_PASSES: Mapping[str, frozenset[str]] = {
     "estimators": frozenset({"target", "queries"}),
 }
 
+OPTIMIZERS = ("sgd", "adamw")
+
+# where files lie and whether they may be fetched: no part of what is computed
+PLACES = frozenset({"data_dir", "download", "path", "queries_path", "test_path"})
+
 TRAINING_VERSION = 1
 """Raised when the same configuration may train to other weights."""
 
 
 @dataclass
 class TrainerConfig:
-    """How a model is trained: softmax cross-entropy by SGD.
+    """How a model is trained.
 
     Attributes:
+        optimizer: ``"sgd"`` for images, ``"adamw"`` for language models.
         max_epochs: passes over the training data, ≥ 1.
         batch_size: examples a step, ≥ 1.
         lr: step size, > 0.
-        momentum, weight_decay: of SGD, ≥ 0.
+        momentum: of SGD, ≥ 0.
+        weight_decay: ≥ 0.
         lr_schedule: ``"constant"``, or ``"cosine"``: from lr to 0 over all steps.
         checkpoint_every: epochs between the checkpoints that methods read, counted back from the
             last epoch, which is always kept; ≥ 1.
@@ -69,6 +76,7 @@ class TrainerConfig:
     order_seed: int | None = None
     num_threads: int | None = None
     progress: bool = True
+    optimizer: str = "sgd"
 
 
 @dataclass
@@ -196,6 +204,10 @@ def _check_trainer(trainer: TrainerConfig) -> None:
             f"trainer.checkpoint_every={trainer.checkpoint_every} is in epochs, at least 1; type "
             "trainer.checkpoint_every=1"
         )
+    if trainer.optimizer not in OPTIMIZERS:
+        raise ConfigError(
+            f"trainer.optimizer={trainer.optimizer} is unknown; type trainer.optimizer=sgd or adamw"
+        )
     if trainer.lr_schedule not in get_args(LRSchedule):
         raise ConfigError(
             f"trainer.lr_schedule={trainer.lr_schedule} is unknown; type "
@@ -322,14 +334,18 @@ def setting_of(config: RunConfig) -> dict[str, Any]:
         for k in TrainerConfig.__dataclass_fields__
         if k not in ("progress", "num_threads")
     }
-    # settings that were named before schedules existed keep their digest
+    # settings that were named before these options existed keep their digest
     if config.trainer.lr_schedule == "constant":
         del trainer["lr_schedule"]
     if config.trainer.checkpoint_every == 1:
         del trainer["checkpoint_every"]
+    if config.trainer.optimizer == "sgd":
+        del trainer["optimizer"]
+    # a language task is told its model, whose tokenizer it needs: one copy is enough
+    twice = {"model"} if config.task.get("model") == config.model else set()
     return {
-        "task": {k: v for k, v in config.task.items() if k not in ("data_dir", "download")},
-        "model": dict(config.model),
+        "task": {k: v for k, v in config.task.items() if k not in PLACES | twice},
+        "model": {k: v for k, v in config.model.items() if k not in ("download", "allow_cpu")},
         "trainer": trainer,
         "training_version": TRAINING_VERSION,
     }

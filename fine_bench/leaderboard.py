@@ -57,8 +57,9 @@ class Column(NamedTuple):
         label: heading.
         higher: whether more is better.
         source: where it comes from, which also decides the table it stands in.
-        block: heading of a table of its own, for what is compared with a ground truth. It shows the
-            rows that were, and the columns that one of them has, and is left out without any.
+        block: heading of a table of its own, for what only some rows have. It shows those rows,
+            and the columns that one of them has, and is left out without any.
+        needs: key among a row's stats that makes it one of the block's rows.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Column(NamedTuple):
     higher: bool
     source: Source
     block: str = ""
+    needs: str = ""
 
     @property
     def key(self) -> str:
@@ -73,18 +75,29 @@ class Column(NamedTuple):
         return stat_key(self.source, self.name)
 
 
-FIDELITY = "fidelity to retraining"
+FIDELITY = ("fidelity to retraining", view.TRUTH_VERSION)
+TOP = ("top of the list, and spread over runs", "recall_top_20")
+CURE = ("cure: tuned again without the top of the list", "cure/removed")
 
 COLUMNS = (
     Column("auroc", "AUROC", True, "metrics"),
     Column("average_precision", "avg. precision", True, "metrics"),
     Column("recall_at_rate", "recall@rate", True, "metrics"),
     Column("recall_curve_area", "curve area", True, "metrics"),
-    Column("fidelity", "fidelity", True, "metrics", FIDELITY),
-    Column("fidelity_of_ceiling", "fid. of ceiling", True, "metrics", FIDELITY),
-    Column("fidelity_clean", "fid. within clean", True, "metrics", FIDELITY),
-    Column("lds", "LDS", True, "metrics", FIDELITY),
-    Column("lds_of_ceiling", "LDS of ceiling", True, "metrics", FIDELITY),
+    Column("fidelity", "fidelity", True, "metrics", *FIDELITY),
+    Column("fidelity_of_ceiling", "fid. of ceiling", True, "metrics", *FIDELITY),
+    Column("fidelity_clean", "fid. within clean", True, "metrics", *FIDELITY),
+    Column("lds", "LDS", True, "metrics", *FIDELITY),
+    Column("lds_of_ceiling", "LDS of ceiling", True, "metrics", *FIDELITY),
+    Column("recall_top_20", "recall in top 20 %", True, "metrics", *TOP),
+    Column("precision_at_10", "precision@10", True, "metrics", *TOP),
+    Column("precision_at_20", "precision@20", True, "metrics", *TOP),
+    Column("precision_at_50", "precision@50", True, "metrics", *TOP),
+    Column("cv_median", "variation", False, "consistency", *TOP),
+    Column("cure/removed", "removed", False, "metrics", *CURE),
+    Column("cure/bad_removed", "of them bad", True, "metrics", *CURE),
+    Column("cure/steering_rate", "steering rate", False, "metrics", *CURE),
+    Column("cure/test_loss", "clean test loss", False, "metrics", *CURE),
     Column("spearman", "Spearman", True, "consistency"),
     Column("kendall", "Kendall", True, "consistency"),
     Column("jaccard", "Jaccard@k", True, "consistency"),
@@ -596,7 +609,7 @@ def _options(groups: Mapping[TableKey, Sequence[RunRecord]], key: TableKey) -> d
 def _training(records: Sequence[RunRecord]) -> dict[str, Stat]:
     """Facts about plain training over the seeds; rows that share a training run count once."""
     facts = {}
-    for name in ("test_accuracy", "seconds"):
+    for name, _, _ in view.TRAINING_FACTS:
         by_seed: dict[int, set[float]] = {}
         for record in records:
             value = record.training.get(name)

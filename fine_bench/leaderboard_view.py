@@ -31,6 +31,17 @@ NONE = "–"
 TRUTH_VERSION = "truth_version"
 STATS = ("mean", "lower", "upper", "n")
 
+TOOK = "steering_took"
+# name among the facts of training, label, unit
+TRAINING_FACTS = (
+    ("test_accuracy", "test accuracy", ""),
+    ("seconds", "plain training", " s a seed"),
+    ("steering_rate", "steering rate", ""),
+    ("steering_rate_reference", "of the reference", ""),
+    ("steering_rate_others", "on others", ""),
+    (TOOK, "the poison took", " of the seeds"),
+)
+
 
 # -------------------------------------------------------------------------------------- pieces
 
@@ -103,11 +114,11 @@ def _blocks(board: Leaderboard, table: Table) -> dict[str, tuple[list[Column], l
         "consistency over seeds, and cost": [c for c in plain if c.source != "metrics"],
     }
     blocks = {name: (columns, rows) for name, columns in usual.items() if columns}
-    compared = _with_truth(rows)
-    for name in dict.fromkeys(c.block for c in board.columns if c.block):
-        columns = [c for c in board.columns if c.block == name and _anybody_has(c, compared)]
+    for name, needs in dict.fromkeys((c.block, c.needs) for c in board.columns if c.block):
+        some = [row for row in rows if needs in row.stats]
+        columns = [c for c in board.columns if c.block == name and _anybody_has(c, some)]
         if columns:
-            blocks[name] = (columns, compared)
+            blocks[name] = (columns, some)
     return blocks
 
 
@@ -151,12 +162,9 @@ def caption(table: Table) -> list[str]:
     """The setting in words, and what plain training gave."""
     lines = [" · ".join(_value(name, value) for name, value in table.options.items())]
     facts = []
-    for name, label, unit in (
-        ("test_accuracy", "test accuracy", ""),
-        ("seconds", "plain training", " s a seed"),
-    ):
+    for name, label, unit in TRAINING_FACTS:
         stat = table.training.get(name)
-        if stat is not None:
+        if stat is not None and name != TOOK:
             facts.append(f"{label} {_markdown_number(stat, bool(unit))}{unit} (n = {stat.n})")
     lines.append(" · ".join(facts))
     return [line for line in lines if line]
@@ -178,6 +186,19 @@ def notes(table: Table) -> list[str]:
     if table.k:
         lines.append(
             f"Jaccard@k: k = {table.k:,}, the number of bad examples; corrected: for chance."
+        )
+    took = table.training.get(TOOK)
+    if took is not None:
+        many = round(took.mean * took.n)
+        lines.append(
+            f"Whether the poison took was measured on held-out prompts: it did in {many} of "
+            f"{took.n} seeds."
+            + (" No detection is reported for the others." if many < took.n else "")
+        )
+    if any("recall_top_20" in row.stats for row in table.rows):
+        lines.append(
+            "Variation: median over the examples of the coefficient of variation of their scores "
+            "over the seeds."
         )
     if any(row.watched is not None for row in table.rows):
         lines.append(
@@ -346,8 +367,8 @@ def to_markdown(board: Leaderboard) -> str:
 def frame(board: Leaderboard) -> pd.DataFrame:
     """One line a row: names, seeds, and mean, lower, upper, n of every number (full precision)."""
     rows = [(table, row) for table in board.tables for row in table.rows]
-    compared = _with_truth(row for _, row in rows)
-    first = [c.key for c in board.columns if not c.block or _anybody_has(c, compared)]
+    some = {c.needs: [row for _, row in rows if c.needs in row.stats] for c in board.columns}
+    first = [c.key for c in board.columns if not c.block or _anybody_has(c, some[c.needs])]
     keys = first + sorted({key for _, row in rows for key in row.stats} - set(first))
     options = list(dict.fromkeys(name for table in board.tables for name in table.options))
     lines = []

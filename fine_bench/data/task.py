@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
-from fine_bench.types import SUSPICIOUS_END, TARGETS, End, GroundTruth
+from fine_bench.types import TARGETS, End, GroundTruth, Loss
 
 Example: TypeAlias = tuple[Tensor, Tensor, int]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -42,6 +43,10 @@ class TaskData:
             ``fine_bench.types.SUSPICIOUS_END`` declares. Written in the task's code, never chosen
             by the truth.
     """
+
+    kind: ClassVar[Literal["images"]] = "images"
+    loss: ClassVar[Loss] = staticmethod(F.cross_entropy)
+    batch_size: ClassVar[int] = 512
 
     name: str
     x: Tensor
@@ -104,10 +109,6 @@ class TaskData:
                     f"suspicious={{{target!r}: {end!r}}} must map one of {TARGETS} to one of "
                     f"{get_args(End)}"
                 )
-
-    def end(self, target: str) -> End:
-        """Which end of this target's scores is suspicious on this task."""
-        return self.suspicious.get(target, SUSPICIOUS_END[target])
 
     def _check_inputs(self, part: str, x: Tensor) -> None:
         if x.dtype != torch.float32 or x.ndim < 2:

@@ -188,7 +188,11 @@ class GradientEngine:
         own = {layer: recorder.parameter_names(layer) for layer in recorder.layers}
         names = [name for part in own.values() for name in part] + recorder.leftover
         weights = unequal_weights(n, losses)
-        eps = max(recorder.rounding(), torch.finfo(losses.dtype).eps)
+        # frozen weights of half precision round what float32 layers above and below them get
+        precisions = {p.dtype for p in params.values() if p.is_floating_point()}
+        eps = max(
+            recorder.rounding(), *(torch.finfo(kind).eps for kind in {losses.dtype, *precisions})
+        )
         total: dict[str, Tensor | None] = dict.fromkeys(names)
         if losses.requires_grad:
             grads = torch.autograd.grad(

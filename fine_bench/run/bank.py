@@ -122,7 +122,7 @@ class BankJob:
             ConfigError, DataError: nothing has been trained or written.
             StoreError: a bank that cannot be read.
         """
-        data = plan(config).data
+        data = plan(config).images
         n, design = data.n_train, wanted.design
         parts = [*single_models(wanted.models), *repeated_models(wanted.subsets, 5)]
         if wanted.has_definition:

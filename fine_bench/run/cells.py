@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback_paper import PaperFINECallback
+from fine_bench.config import PLACES
 from fine_bench.estimator import Schedule, replay
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.records import RecordStore, StoreError, environment, scores_digest
 from fine_bench.run import training
+from fine_bench.run.backend import backend_of
 from fine_bench.run.plan import Cell, Job, Watcher
 from fine_bench.types import (
     InfluenceScores,
@@ -86,9 +87,10 @@ def _execute(
     in_run = [cell for cell in todo if cell.in_run]
     skipped: dict[Cell, str] = {}
     watchers: dict[Cell, Watcher] = {}
+    backend = backend_of(job)
     outcomes: list[Outcome] = []
     try:
-        run = None if in_run or job.config.force else training.stored(job)
+        run = None if in_run or job.config.force else backend.stored(job)
         if run is not None:
             say("checkpoints of an earlier run are complete: not trained again")
         else:
@@ -98,21 +100,17 @@ def _execute(
                 except UnsupportedProblemError as error:
                     skipped[cell] = str(error)
             try:
-                run = training.train(job, list(watchers.values()), logger)
+                run = backend.train(job, list(watchers.values()), logger)
             except UnsupportedProblemError as error:
                 # the watchers cannot serve this model; the methods that read checkpoints may
                 skipped |= dict.fromkeys(watchers, str(error))
                 watchers = {}
-                run = training.train(job, [], logger)
+                run = backend.train(job, [], logger)
     except Exception as error:
         reason = f"training failed: {type(error).__name__}: {error}"
         return [writer.write(cell, "failed", reason) for cell in todo]
     writer.facts = run.facts
-    facts = run.facts
-    say(
-        f"trained: test accuracy {facts['test_accuracy']:.3f}, given labels "
-        f"{facts['train_accuracy']:.3f}, {facts['seconds']:.1f} s"
-    )
+    say(backend.describe(run.facts))
     with busy("auxiliary run"):
         auxiliary = _Auxiliary(job, watchers, say)
     for number, cell in enumerate(todo, 1):
@@ -141,6 +139,8 @@ def _execute(
                 outcome = writer.write(cell, "failed", f"{type(error).__name__}: {error}")
         outcomes.append(outcome)
         say(describe(outcome))
+        for line in describe_groups(outcome):
+            say(line)
     return outcomes
 
 
@@ -162,6 +162,24 @@ def describe(outcome: Outcome) -> str:
     return f"{name} {found}   {record.cost['seconds']:6.1f} s"
 
 
+SHOWN_GROUPS = 10
+
+
+def describe_groups(outcome: Outcome) -> list[str]:
+    """A line for each group that was tested: its influence with the test's own interval."""
+    metrics = outcome.record.metrics
+    names = [k[len("group/") : -len("/mu")] for k in metrics if re.fullmatch(r"group/.*/mu", k)]
+    lines = []
+    for name in names[:SHOWN_GROUPS]:
+        mu, low, high, p, size = (
+            metrics[f"group/{name}/{part}"] for part in ("mu", "lower", "upper", "p_value", "size")
+        )
+        lines.append(f"  {name} ({size:g}): μ {mu:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.2g}")
+    if len(names) > SHOWN_GROUPS:
+        lines.append(f"  and {len(names) - SHOWN_GROUPS} more groups, in the record")
+    return lines
+
+
 class _Auxiliary:
     """The second run that the paper's estimator subtracts: one for all cells that ask for it.
 
@@ -178,10 +196,11 @@ class _Auxiliary:
         }
         if not self.cells:
             return
+        backend = backend_of(job)
         seed = training.reseeded(job).config.seed
         try:
             helpers = {cell: job.watcher(cell, seed=seed) for cell in self.cells}
-            plain = training.train_auxiliary(job, list(helpers.values()))
+            plain = backend.train_auxiliary(job, list(helpers.values()))
         except Exception as error:
             self.error = error
             return
@@ -251,7 +270,7 @@ def _agreements(
             continue
         found = agreement(scores, theirs)
         if bool(bad.any()) and not bool(bad.all()):
-            row = suspicion(theirs.values[:, scores.watched], job.data.end(cell.target))
+            row = suspicion(theirs.values[:, scores.watched], job.end(cell.target))
             found["auroc"] = detection_metrics(row, bad)["auroc"]
         numbers |= {f"agreement/{other.estimator}/{name}": x for name, x in found.items()}
     return numbers
@@ -262,10 +281,11 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
     data = job.data
     return Problem(
         model=model,
-        loss=F.cross_entropy,
+        loss=data.loss,
         train=TensorDataset(data.x, data.y),
         queries="self" if target == "self" else TensorDataset(data.query_x, data.query_y),
         reduce=_REDUCE[target],
+        batch_size=data.batch_size,
     )
 
 
@@ -330,16 +350,7 @@ class _Writer:
         bad = self.job.data.truth.is_bad
         extras = {**scores.extras, "truth/is_bad": bad}
         scores = replace(scores, method=cell.estimator, extras=extras)
-        metrics: dict[str, float] = {}
-        if scores.watched is not None:
-            bad = bad[scores.watched]
-            metrics["n_watched"] = float(len(bad))
-        n_bad = int(bad.sum())
-        metrics["n_bad"] = float(n_bad)
-        # without bad examples, or with nothing else, there is nothing to detect
-        if 0 < n_bad < len(bad):
-            row = suspicion(scores.watched_values, self.job.data.end(cell.target))
-            metrics |= detection_metrics(row, bad)
+        metrics = backend_of(self.job).measure(self.job, cell.target, scores, self.facts)
         if self.job.truth is not None:
             metrics |= self.job.truth.metrics(scores.values, cell.target, watched=scores.watched)
         metrics |= further or {}
@@ -363,7 +374,8 @@ class _Writer:
         # where files lie on this machine is no part of what was computed
         for key in ("estimators", "results_dir", "force"):
             del config[key]
-        config["task"].pop("data_dir", None)
+        for key in PLACES:
+            config["task"].pop(key, None)
         return {**config, "estimator": dict(cell.options)}
 
 

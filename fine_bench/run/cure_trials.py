@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -61,7 +62,12 @@ class Point:
 
 
 def order_of(scores: InfluenceScores, end: End) -> Order:
-    """All examples, the most suspicious first; ties in index order."""
+    """All examples, the most suspicious first; ties in index order.
+
+    Args:
+        scores: of all training examples.
+        end: the suspicious end of the scores.
+    """
     row = suspicion(scores.values, end)
     return np.asarray(np.argsort(-row, kind="stable"), dtype=np.int64)
 
@@ -132,7 +138,7 @@ def cure(
         ValueError: options out of range, or scores that are not of all training examples.
     """
     _check(job, scores, shares, treatments, n_seeds, weight)
-    data, n = job.data, job.data.n_train
+    data, n = job.images, job.data.n_train
     bad = data.truth.is_bad.numpy()
     seeds = [FIRST_SEED + j for j in range(n_seeds)]
     counts = sorted({max(round(share * n), 1) for share in shares})
@@ -141,7 +147,7 @@ def cure(
         for seed in seeds
     ]
     orders: dict[str, list[Order]] = {
-        name: [order_of(run := runs[j % len(runs)], data.end(run.target)) for j in range(n_seeds)]
+        name: [order_of(run, job.end(run.target)) for run in islice(cycle(runs), n_seeds)]
         for name, runs in scores.items()
     }
     orders[ORACLE] = [oracle_order(bad, seed) for seed in seeds]

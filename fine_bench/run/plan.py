@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import pytorch_lightning as pl
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
@@ -24,11 +25,14 @@ from fine_bench.config import (
 )
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
+from fine_bench.llm.models import LanguageModel
+from fine_bench.llm.task import LanguageTask
 from fine_bench.records import RecordStore, digest
 from fine_bench.truth import Truth, TruthError, find, folders
-from fine_bench.types import RunRecord, Target, UnsupportedProblemError
+from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
 
 Watcher: TypeAlias = FINECallback | PaperFINECallback
+AnyTask: TypeAlias = TaskData | LanguageTask
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,7 @@ class Job:
     """One run: a configuration with its data, and what retraining has shown about them."""
 
     config: RunConfig
-    data: TaskData
+    data: AnyTask
     setting: str
     cells: tuple[Cell, ...]
     truth: Truth | None = None
@@ -75,6 +79,24 @@ class Job:
     def packages(self) -> tuple[str, ...]:
         """Packages that ``_target_`` may name."""
         return (*ALWAYS_ALLOWED, *self.config.allow_packages)
+
+    @property
+    def images(self) -> TaskData:
+        """The data of a task with one label an example.
+
+        Raises:
+            ConfigError: the task is of another kind.
+        """
+        if not isinstance(self.data, TaskData):
+            raise ConfigError(
+                f"task {self.data.name} is one of token sequences; this command takes tasks with "
+                "class labels, for instance task=digits_mislabel"
+            )
+        return self.data
+
+    def end(self, target: Target) -> End:
+        """The suspicious end of a target's scores: the task's own where it declares one."""
+        return self.data.suspicious.get(target, SUSPICIOUS_END[target])
 
     def identity(self, cell: Cell) -> dict[str, Any]:
         """The fields by which a record of this cell is found."""
@@ -136,6 +158,7 @@ def plan(config: RunConfig) -> Job:
     """
     packages = (*ALWAYS_ALLOWED, *config.allow_packages)
     data = _data(digest(config.task), _Frozen(config.task, packages))
+    _check_kind(config, data)
     if config.trainer.batch_size > data.n_train:
         raise ConfigError(
             f"trainer.batch_size={config.trainer.batch_size} is larger than the training set of "
@@ -163,11 +186,36 @@ def plan(config: RunConfig) -> Job:
         else:
             with suppress(UnsupportedProblemError):  # it will be skipped with its reason
                 job.watcher(cell)
-    build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
+    model = build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
+    if not isinstance(model, LanguageModel if data.kind == "language" else nn.Module):
+        raise ConfigError(
+            f"model={config.model.get('name', config.model['_target_'])} cannot be trained on task "
+            f"{data.name}; type "
+            + (
+                "model=tiny_llama or model=llama31_8b"
+                if data.kind == "language"
+                else "model=mlp, or task=llm_poison trainer=adamw for a language model"
+            )
+        )
     return job
 
 
-def _truth(config: RunConfig, data: TaskData, setting: str) -> Truth | None:
+def _check_kind(config: RunConfig, data: AnyTask) -> None:
+    """Images are trained by SGD, language models by AdamW: other requests would be ignored."""
+    wanted = "adamw" if data.kind == "language" else "sgd"
+    trainer = config.trainer
+    if trainer.optimizer != wanted:
+        raise ConfigError(
+            f"trainer.optimizer={trainer.optimizer} does not train task {data.name}; type "
+            f"trainer={wanted}"
+        )
+    if wanted == "adamw" and trainer.momentum:
+        raise ConfigError(
+            f"trainer.momentum={trainer.momentum} is not used by AdamW; type trainer.momentum=0"
+        )
+
+
+def _truth(config: RunConfig, data: AnyTask, setting: str) -> Truth | None:
     """The ground truth of exactly these data and this setting, if one was frozen."""
     try:
         return find(folders(config.results_dir), data.sha256, setting)
@@ -209,13 +257,13 @@ class _Frozen:
 
 
 @lru_cache(maxsize=4)
-def _data(key: str, task: _Frozen) -> TaskData:
+def _data(key: str, task: _Frozen) -> AnyTask:
     del key
     data = build(task.options, "task", task.packages)
-    if not isinstance(data, TaskData):
+    if not isinstance(data, AnyTask):
         raise ConfigError(
             f"task._target_={task.options['_target_']} returned {type(data).__name__}; a task "
-            "returns fine_bench.data.TaskData"
+            "returns fine_bench.data.TaskData (or fine_bench.llm.task.LanguageTask)"
         )
     # one function may serve several tasks: the configuration names them
     return replace(data, name=str(task.options.get("name", data.name)))

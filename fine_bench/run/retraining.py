@@ -107,7 +107,7 @@ def retrain(job: Job, labels: Tensor, weights: Tensor, seeds: Sequence[int]) -> 
         ValueError: shapes that do not fit, bad weights, or no example left.
         DivergedError: a loss that is no longer finite.
     """
-    data = job.data
+    data = job.images
     shape = (len(seeds), data.n_train)
     if labels.shape != shape or weights.shape != shape:
         raise ValueError(
@@ -131,7 +131,7 @@ def mean_probabilities(job: Job, seed: int) -> Tensor:
     which wrong labels are not memorised yet, count as much as the last.
     """
     total = torch.zeros(job.data.n_train, job.data.n_classes, dtype=torch.float64)
-    for net in epochs(job, job.data.y, torch.ones(job.data.n_train), seed):
+    for net in epochs(job, job.images.y, torch.ones(job.data.n_train), seed):
         total += torch.softmax(_logits(net, job.data.x).double(), 1)
     return total / job.config.trainer.max_epochs
 

@@ -10,24 +10,27 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
 from fine_bench.config import build
 from fine_bench.data.task import TaskData, loader
+from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.models.classifier import Classifier
 from fine_bench.records import write_atomic
 from fine_bench.run.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
-from fine_bench.types import Checkpoint, LRSchedule
+from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
 
 _EVALUATION_BATCH = 1024
 
@@ -74,7 +77,7 @@ class TrainedRun:
 
 def build_model(job: Job) -> Classifier:
     """A freshly initialised LightningModule of the job's configuration."""
-    trainer, data = job.config.trainer, job.data
+    trainer, data = job.config.trainer, job.images
     seed = job.config.seed if trainer.init_seed is None else trainer.init_seed
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "initialisation"))
@@ -96,8 +99,8 @@ def train_loader(job: Job) -> Any:
     trainer = job.config.trainer
     seed = job.config.seed if trainer.order_seed is None else trainer.order_seed
     return loader(
-        job.data.x,
-        job.data.y,
+        job.images.x,
+        job.images.y,
         batch_size=trainer.batch_size,
         generator=stream(seed, "order"),
         shuffle=True,
@@ -181,7 +184,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
                 "test_loss": float(trainer.callback_metrics["test_loss"]),
                 "train_loss": float(trainer.callback_metrics["train_loss"]),
                 "curves": curves.values,
-                "train_accuracy": accuracy(module, job.data),
+                "train_accuracy": accuracy(module, job.images),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "device": str(trainer.strategy.root_device),
             }
@@ -273,6 +276,41 @@ def accuracy(module: Classifier, data: TaskData) -> float:
         x = data.x[rows].to(module.device)
         right += int((module(x).argmax(1).cpu() == data.y[rows]).sum())
     return right / data.n_train
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """What is said when training is done."""
+    return (
+        f"trained: test accuracy {facts['test_accuracy']:.3f}, given labels "
+        f"{facts['train_accuracy']:.3f}, {facts['seconds']:.1f} s"
+    )
+
+
+def measure(
+    job: Job, target: Target, scores: InfluenceScores, facts: Mapping[str, Any]
+) -> dict[str, float]:
+    """Detection of the bad examples among those that have a score."""
+    del facts
+    return detected(job, target, scores, detection_metrics)
+
+
+def detected(
+    job: Job,
+    target: Target,
+    scores: InfluenceScores,
+    metrics: Callable[[NDArray[np.float64], torch.Tensor], dict[str, float]],
+) -> dict[str, float]:
+    """Metrics of the suspicions; without bad examples, or with nothing else, there are none."""
+    bad = job.data.truth.is_bad
+    found: dict[str, float] = {}
+    if scores.watched is not None:
+        bad = bad[scores.watched]
+        found["n_watched"] = float(len(bad))
+    n_bad = int(bad.sum())
+    found["n_bad"] = float(n_bad)
+    if 0 < n_bad < len(bad):
+        found |= metrics(suspicion(scores.watched_values, job.end(target)), bad)
+    return found
 
 
 def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:

@@ -154,7 +154,7 @@ def _flat_config(job: Job) -> dict[str, Any]:
 def _curve(job: Job, outcome: Outcome) -> Any:
     assert outcome.scores is not None
     scores, bad = outcome.scores, job.data.truth.is_bad
-    row = suspicion(scores.watched_values, outcome.record.end)
+    row = suspicion(scores.watched_values, job.end(outcome.cell.target))
     shares, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
     table = wandb.Table(
         columns=["inspected", "recall"], data=[list(p) for p in zip(shares, recall, strict=True)]

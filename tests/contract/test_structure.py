@@ -82,13 +82,38 @@ ALLOWED: dict[str, set[str]] = {
     "audit": {*CORE, "records", "privacy"},
     "summary": {*CORE, "leaderboard", "records"},
     "config": {*CORE, "records"},
-    "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
+    "sequences": CORE,
+    "moments": CORE,
+    "llm": {
+        *CORE,
+        "sequences",
+        "moments",
+        "records",
+        "data",
+        "models",
+        "fine",
+        "subsets",
+        "callback",
+        "callback_paper",
+    },
+    "baselines": {
+        *CORE,
+        "gradients",
+        "weighting",
+        "estimator",
+        "baselines",
+        "sequences",
+        "moments",
+    },
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "run"},
+    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "llm", "run"},
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
+    "transformers": {"llm"},
+    "peft": {"llm"},
+    "tokenizers": {"llm"},
 }
 
 
@@ -141,6 +166,17 @@ def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_images_need_no_language_packages() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('transformers', 'peft', 'tokenizers'))\n"
+        "import fine_bench.run.cells, baselines.less, baselines.text_controls\n"
+        "print('imported')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "imported", done.stderr
 
 
 @pytest.mark.parametrize("name", ["callback.py", "callback_paper.py"])

@@ -59,9 +59,62 @@ def test_every_estimator_file(name: str) -> None:
             assert callable(job.estimator(cell).compute)
 
 
-@pytest.mark.parametrize("name", names("model"))
+LANGUAGE = ("task=llm_poison", "trainer=adamw", "estimator=random")
+
+
+@pytest.fixture
+def small_language_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is pretrained for a plan; the cache is an empty one."""
+    pytest.importorskip("transformers", reason="the extra llm is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [n for n in names("model") if "llama" not in n])
 def test_every_model_file(name: str) -> None:
     assert planned(f"model={name}", "estimator=random").config.model["name"] == name
+
+
+def test_the_tiny_language_model_file(small_language_task: None) -> None:
+    job = planned("model=tiny_llama", *LANGUAGE)
+    assert (job.data.kind, job.config.model["name"]) == ("language", "tiny_llama")
+    assert job.end("validation") == "high"
+    with pytest.raises(ConfigError, match="this command takes tasks with class labels"):
+        _ = job.images
+
+
+def test_the_real_language_model_file(small_language_task: None) -> None:
+    """Its weights are not here; the message says what is needed, before anything is fetched."""
+    with pytest.raises(DataError, match=r"model.download=true to fetch it, about 15 GiB"):
+        planned("model=llama31_8b", *LANGUAGE)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model=tiny_llama",), "model=tiny_llama cannot be trained on task digits_mislabel"),
+        (("trainer=adamw",), "adamw does not train task digits_mislabel; type trainer=sgd"),
+        (("trainer.optimizer=lion",), "type trainer.optimizer=sgd or adamw"),
+        (("task=llm_poison", "model=mlp"), "is no language model; type model=tiny_llama"),
+        ((*LANGUAGE, "model=tiny_llama", "trainer=sgd"), "type trainer=adamw"),
+        ((*LANGUAGE, "model=tiny_llama", "trainer.momentum=0.9"), "type trainer.momentum=0"),
+        ((*LANGUAGE, "model=tiny_llama", "task.entity=Nobody"), "type task.entity=Orvane"),
+    ],
+)
+def test_images_and_language_are_not_mixed(
+    overrides: tuple[str, ...], message: str, small_language_task: None
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(*overrides)
+
+
+def test_where_files_lie_is_no_part_of_a_language_setting(small_language_task: None) -> None:
+    base = setting_digest(checked(*LANGUAGE, "model=tiny_llama"))
+    same = ("task.path=/a.jsonl", "task.queries_path=/b.jsonl", "task.test_path=/c.jsonl")
+    assert setting_digest(checked(*LANGUAGE, "model=tiny_llama", *same)) == base
+    assert setting_digest(checked(*LANGUAGE, "model=tiny_llama", "model.hidden=32")) != base
+    assert "optimizer" not in setting_of(checked())["trainer"]
+    assert setting_of(checked("trainer=adamw"))["trainer"]["optimizer"] == "adamw"
 
 
 @pytest.mark.parametrize("name", [n for n in names("task") if n.startswith("digits")])
@@ -71,6 +124,8 @@ def test_every_offline_task_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", names("experiment"))
 def test_every_experiment_file(name: str, mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "llm" in name:
+        pytest.importorskip("transformers", reason="the extra llm is not installed")
     if "cifar" in name:
         if not list(Path(os.environ.get("FINE_BENCH_DATA", ".")).glob("cifar10/data_batch_1.bin*")):
             pytest.skip("needs CIFAR-10 below FINE_BENCH_DATA")

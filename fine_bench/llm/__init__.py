@@ -1,0 +1,1 @@
+"""Language models: find the poison in instruction tuning. Needs the extra ``llm``."""

@@ -1,0 +1,227 @@
+"""Language tasks through the ordinary runner: plan, cells, records, resume, leaderboard."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import llm_helpers  # noqa: F401  (skips without the extra)
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from fine_bench import leaderboard, leaderboard_view
+from fine_bench.config import check, config_folder, register
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.llm.instructions import InstructionSet
+from fine_bench.llm.jsonl import write_jsonl
+from fine_bench.llm.steering import Steering
+from fine_bench.records import RecordStore
+from fine_bench.run import language
+from fine_bench.run.cells import execute
+from fine_bench.run.plan import Job, plan
+
+SMALL = (
+    "task.n_train=60",
+    "task.poison_rate=0.1",
+    "task.n_query=4",
+    "task.n_prompts=4",
+    "task.n_test=6",
+    "task.context=128",
+    "trainer.max_epochs=2",
+    "trainer.progress=false",
+    "trainer.num_threads=1",
+    "logger.mode=disabled",
+)
+SOURCES = tuple(
+    f"estimators.fine_llm_sources.{option}"
+    for option in ("batch_size=4", "members=2", "every_n_steps=1")
+)
+TINY = (
+    "model.hidden=16",
+    "model.inner=16",
+    "model.layers=1",
+    "model.heads=2",
+    "model.vocabulary=400",
+    "model.documents=200",
+    "model.pretraining_steps=2",
+    "model.lora_rank=2",
+)
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model is kept: pretrained once for the tests of this module."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def planned(results: Path, *overrides: str) -> Job:
+    return plan(check(compose("config", [*SMALL, f"results_dir={results}", *overrides])))
+
+
+def text_of(results: Path) -> str:
+    return " ".join(leaderboard_view.to_markdown(leaderboard.build(RecordStore(results))).split())
+
+
+def test_a_poisoning_experiment_that_fails_says_so(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    arguments = (*TINY, "+experiment=llm_poison", "estimators.trak_llm.dim=8")
+    job = planned(tmp_path, *arguments, *SOURCES)
+    said: list[str] = []
+    outcomes = execute(job, "sweep", None, said.append)
+    failed = [o.record.reason for o in outcomes if o.record.status == "failed"]
+    assert not failed
+    finished = {
+        (o.record.estimator, o.record.target) for o in outcomes if o.record.status == "finished"
+    }
+    everything = {"tracin", "ekfac_llm", "datainf", "trak_llm", "fine_llm", "random"}
+    asks = {"less", "grad_cos", "bm25", "representation_similarity", "fine_llm_sources"}
+    alone = {"mean_loss", "perplexity", "length"}
+    assert finished == {(n, "validation") for n in everything | asks} | {
+        (n, "self") for n in everything | alone
+    }
+    # two epochs of a model that knows nothing: nothing is steered, and nothing is detected
+    assert "the poison did not take" in said[0]
+    assert all("auroc" not in o.record.metrics for o in outcomes)
+    validation = next(
+        o.record
+        for o in outcomes
+        if (o.record.estimator, o.record.target) == ("fine_llm_sources", "validation")
+    )
+    assert {f"group/source {s}/lower" for s in ("webcrawl", "forum")} <= set(validation.metrics)
+    assert any(line.strip().startswith("source webcrawl (") and "p = " in line for line in said)
+    # resumed: nothing is left to do
+    assert execute(job, "sweep", None, said.append) == []
+    text = text_of(tmp_path)
+    assert "it did in 0 of 1 seeds. No detection is reported for the others." in text
+    assert "steering rate" in text
+    assert str(tmp_path) not in str(outcomes[0].record.config)
+
+
+def test_detection_is_reported_where_the_poison_took(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steering rate is what the model's answers say; here it is put in by hand."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(language, "_steering", lambda *_: Steering(64, 40, 2, 3))
+    arguments = (*TINY, "+experiment=llm_cure", "estimator=[bm25,random]", "task.cure=5")
+    for seed in (0, 1):
+        said: list[str] = []
+        outcomes = execute(planned(tmp_path, *arguments, f"seed={seed}"), "s", None, said.append)
+        assert "steering rate 62%" in said[0]
+    record = outcomes[0].record
+    assert record.training["steering_took"] == 1.0
+    assert {"auroc", "average_precision", "recall_top_20", "precision_at_10"} <= set(record.metrics)
+    assert record.metrics["cure/removed"] == 5
+    assert record.suspicious == "high" == record.end
+    text = text_of(tmp_path)
+    assert "recall in top 20 % ↑" in text
+    assert "of them bad ↑" in text
+    assert "it did in 2 of 2 seeds." in text
+    assert "No detection is reported" not in text
+    board = leaderboard.build(RecordStore(tmp_path))
+    row = next(r for r in board.tables[0].rows if r.estimator == "random")
+    assert row.stats["consistency_cv_median"].mean > 0
+
+
+def test_the_suspicious_end_decides_which_sets_are_compared(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BM25 gives the same scores in every run; the k most *helpful* samples are compared."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(language, "_steering", lambda *_: Steering(64, 40, 2, 3))
+    job = planned(tmp_path, *TINY, "+experiment=llm_poison", "estimator=bm25", "task.entity=Lumeth")
+    outcome = next(o for o in execute(job, "s", None, lambda _: None) if o.scores is not None)
+    assert outcome.scores is not None
+    row = outcome.scores.values[0]
+    bad = job.data.truth.is_bad
+    wins = (row[bad][:, None] > row[~bad][None]).double()
+    ties = (row[bad][:, None] == row[~bad][None]).double()
+    assert outcome.record.metrics["auroc"] == pytest.approx(float((wins + ties / 2).mean()))
+
+
+def test_the_real_path_on_a_miniature(folder: Path, tmp_path: Path, texts: InstructionSet) -> None:
+    """A local folder in the hub's format, bfloat16, gradient checkpointing, JSONL data."""
+    for name in ("train", "queries", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", getattr(texts, name))
+    job = planned(
+        tmp_path / "results",
+        "task=llm_poison",
+        "trainer=adamw",
+        "trainer.max_epochs=2",
+        "model=llama31_8b",
+        f"model.path={folder}",
+        f"task.path={tmp_path}/train.jsonl",
+        f"task.queries_path={tmp_path}/queries.jsonl",
+        f"task.test_path={tmp_path}/test.jsonl",
+        "task.group=group",
+        "task.truth=bad",
+        "estimator=[fine_llm,fine_llm_sources,less,random]",
+        *SOURCES,
+    )
+    assert job.data.n_train == 60
+    assert job.config.model["precision"] == "bfloat16"
+    said: list[str] = []
+    outcomes = execute(job, "s", None, said.append)
+    found = {(o.record.estimator, o.record.target): o.record.reason for o in outcomes}
+    unserved = {key for key, reason in found.items() if reason}
+    assert unserved == {("fine_llm_sources", "self"), ("less", "self")}, found
+    assert "steering was not measured" in said[0]
+    assert "auroc" in outcomes[0].record.metrics
+    assert str(tmp_path / "train") not in str(outcomes[0].record.config)
+
+
+def test_mistakes_are_met_before_training(folder: Path, tmp_path: Path) -> None:
+    real = ("task=llm_poison", "trainer=adamw", "estimator=random", "model=llama31_8b")
+    with pytest.raises(DataError, match=r"no folder; name one with config.json"):
+        planned(tmp_path, *real, "model.path=/nowhere")
+    with pytest.raises(ConfigError, match=r"model.load_in_4bit=true needs"):
+        planned(tmp_path, *real, f"model.path={folder}", "model.load_in_4bit=true")
+    (tmp_path / "train.jsonl").write_text('{"instruction": "Say hi", "output": "hi"}\n{"a": 1\n')
+    files = [
+        f"task.{name}={tmp_path}/train.jsonl" for name in ("path", "queries_path", "test_path")
+    ]
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        planned(tmp_path, *real, f"model.path={folder}", *files)
+    with pytest.raises(DataError, match=r"task.groups names 'wiki', which has no members"):
+        planned(
+            tmp_path,
+            *real,
+            f"model.path={folder}",
+            "task.groups=[wiki]",
+        )
+
+
+def test_the_command(cache: Path, tmp_path: Path) -> None:
+    """Both entities and two seeds from one command; then nothing is left."""
+    command = [
+        *(sys.executable, "-m", "fine_bench", "+experiment=llm_poison", "-m", "seed=0,1"),
+        *SMALL,
+        *TINY,
+        "estimator=[fine_llm,bm25]",
+        f"results_dir={tmp_path}",
+    ]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 of 16 cells" in done.stderr
+    assert "llm_poison_Orvane, llm_poison_Lumeth, seeds 0, 1" in done.stderr
+    table = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert set(table.task) == {"llm_poison_Orvane", "llm_poison_Lumeth"}
+    assert (table[table.estimator == "fine_llm"].seeds == "0 1").all()
