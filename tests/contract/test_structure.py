@@ -32,6 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "fine": {*CORE, "gradients", "weighting", "testing", "tradeoff"},
     "watch": {*CORE, "gradients", "weighting", "fine"},
     "callback": {*CORE, "gradients", "weighting", "fine", "watch"},
+    "shapley": {*CORE, "gradients"},
+    "callback_shapley": {*CORE, "gradients", "weighting", "shapley", "watch"},
     "factorial": set(),
     "error_rate": {*CORE, "testing", "metrics"},
     "clean": {*CORE, "run"},
@@ -54,7 +56,14 @@ ALLOWED: dict[str, set[str]] = {
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "run"},
+    "pytorch_lightning": {
+        "models",
+        "data",
+        "callback",
+        "callback_paper",
+        "callback_shapley",
+        "run",
+    },
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
@@ -112,7 +121,7 @@ def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["callback.py", "callback_paper.py"])
+@pytest.mark.parametrize("name", ["callback.py", "callback_paper.py", "callback_shapley.py"])
 def test_no_formula_in_the_lightning_adapters(name: str) -> None:
     tree = ast.parse((ROOTS["fine_bench"] / name).read_text())
     calls = {
