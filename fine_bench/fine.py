@@ -41,6 +41,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from fine_bench.fine_error import INFLATION, ratio_error
 from fine_bench.gradients.engine import inverse_or_zero
 from fine_bench.types import InfluenceScores, Target
 
@@ -55,6 +56,12 @@ MIN_BATCH = 3
 
 VERSION = 2
 """Raised when scores may change."""
+
+SUMS = ("shift", "shift2", "variance", "mu", "mu2", "cross", "variance2")
+"""Σ u, Σ u², Σ v, Σ μ_t, Σ μ_t², Σ u v, Σ v², with u = η(c − c̄) and v = η²σ²."""
+
+SUMS_BEFORE_BLOCKS = 5
+"""States saved by earlier versions hold the first five only."""
 
 
 def choose(value: str, allowed: Any, name: str) -> None:
@@ -175,9 +182,8 @@ class FineAccumulator:
             raise ValueError(f"n_train and n_rows must be at least 1, got {n_train}, {n_rows}")
         self.n_train = n_train
         self.composition = composition
-        # one tensor, so that a step costs one indexed addition: Σ u, Σ u², Σ η²σ² with
-        # u = η(c − c̄); Σ μ_t, Σ μ_t²
-        self._sums = torch.zeros((5, n_rows, n_train), dtype=torch.float64)
+        # one tensor, so that a step costs one indexed addition; the names are in SUMS
+        self._sums = torch.zeros((len(SUMS), n_rows, n_train), dtype=torch.float64)
         self.n_observations = torch.zeros(n_train, dtype=torch.int64)
         self.n_steps = 0
         self.n_short_batches = 0
@@ -212,10 +218,13 @@ class FineAccumulator:
         eta = lr.double().cpu()[:, None, None]
         shift = eta * effect
         mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * m**-0.5
-        steps = torch.stack([shift, shift * shift, (eta * sigma).square_(), mu, mu * mu])
-        rows = steps.shape[2]
-        # (5, S, R, m) → (5, R, S·m): one addition, in the order of the steps
-        flat = steps.transpose(1, 2).reshape(5, rows, n_steps * m)
+        noise = (eta * sigma).square_()
+        steps = torch.stack(
+            [shift, shift * shift, noise, mu, mu * mu, shift * noise, noise * noise]
+        )
+        kinds, rows = len(SUMS), steps.shape[2]
+        # (kinds, S, R, m) → (kinds, R, S·m): one addition, in the order of the steps
+        flat = steps.transpose(1, 2).reshape(kinds, rows, n_steps * m)
         seen = index.cpu().reshape(-1)
         self._sums.index_add_(2, seen, flat)
         self.n_observations.index_add_(0, seen, torch.ones_like(seen))
@@ -236,30 +245,31 @@ class FineAccumulator:
         self.n_short_batches += 1
 
     def mu(self) -> tuple[Tensor, Tensor]:
-        """μ and its standard error so far, each ``(n_rows, n_train)`` in float64."""
-        s = self.sums
+        """μ and its spread within the run, each ``(n_rows, n_train)`` in float64.
+
+        The spread is what the run's own blocks show of μ's error (``fine_error``): ``scores``
+        inflates it.
+        """
+        s, blocks = self.sums, self._blocks()
         k = self.n_observations.double()
         times = self._times_in_batch()
-        several = k > 1
         tiny = torch.finfo(torch.float64).tiny
-
-        def spread(total: Tensor, total2: Tensor, weight: Tensor) -> Tensor:
-            """Standard error of a sum of k observations that stand for ``weight`` of them."""
-            centred = (total2 - total.square() / weight.clamp_min(tiny)).clamp_min(0.0)
-            return (centred * weight / (k - 1).clamp_min(1)).sqrt()
-
         if self.composition == "accumulated":
             scale = (self.n_train * s["variance"]).sqrt()
             known = scale > 0
             inverse = torch.where(known, 1.0 / scale.clamp_min(tiny), 0.0)
             values = s["shift"] * inverse
-            error = spread(s["shift"], s["shift2"], k) * inverse
+            error = ratio_error(values, inverse, s["variance"], *blocks)
+            several = blocks[-1] > 1
         else:
             known = (k > 0).expand_as(s["mu"])
             inverse = torch.where(k > 0, times, 1.0).rsqrt()
             values = s["mu"] * inverse
-            error = spread(s["mu"], s["mu2"], times) * inverse
-        return values, torch.where(several & known, error, float("inf"))
+            # k observations that stand for ``times`` of them
+            centred = (s["mu2"] - s["mu"].square() / times.clamp_min(tiny)).clamp_min(0.0)
+            error = (centred * times / (k - 1).clamp_min(1)).sqrt() * inverse
+            several = k > 1
+        return values, torch.where(several & known & torch.isfinite(error), error, float("inf"))
 
     def scores(self, method: str, target: Target) -> InfluenceScores:
         """The scores so far.
@@ -267,16 +277,17 @@ class FineAccumulator:
         Values are μ, dimensionless and signed; with another ``step_weight`` than ``"lr"`` they are
         the test on the statistic in which step t counts w_t instead of η_t.
 
-        ``std_error`` is the spread of one run's observations, taken as independent: it leaves out
-        what the run's own path shares between them, so an interval built on it covers another
-        seed's mean less often than its level says. An example with fewer than two observations
-        has an infinite one; without any observation its value is 0. ``extras["bound"]``
-        ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the weights.
+        ``std_error`` accounts for other seeds: values ± 1.96 ``std_error`` is meant to cover the
+        mean over other runs of the same training in 95 % of the examples. It is the run's own
+        spread over epochs times ``fine_error.INFLATION``; that module says how often it did. An
+        example with fewer than two observations has an infinite one; without any observation its
+        value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
+        weights.
         """
         values, error = self.mu()
         return InfluenceScores(
             values=values.float(),
-            std_error=error.float(),
+            std_error=(INFLATION * error).float(),
             n_observations=self.n_observations.clone(),
             method=method,
             target=target,
@@ -288,10 +299,18 @@ class FineAccumulator:
         """How often each example was in a batch, as far as observed, ``(n_train,)``."""
         return self.n_observations.double()
 
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Σ U², Σ U V, Σ V² and the number of blocks; here every observation is a block.
+
+        In-batch an example is seen once an epoch, so that its blocks are the epochs.
+        """
+        s = self.sums
+        return s["shift2"], s["cross"], s["variance2"], self.n_observations.double()
+
     @property
     def sums(self) -> dict[str, Tensor]:
         """The sums by name, ``(n_rows, n_train)`` each, in float64."""
-        return dict(zip(("shift", "shift2", "variance", "mu", "mu2"), self._sums, strict=True))
+        return dict(zip(SUMS, self._sums, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""
@@ -304,6 +323,10 @@ class FineAccumulator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
         sums = state["sums"]
+        if len(sums) == SUMS_BEFORE_BLOCKS:
+            # the values go on as they were; their error is unknown, that is, infinite
+            unknown = sums.new_full((len(SUMS) - len(sums), *sums.shape[1:]), float("nan"))
+            sums = torch.cat([sums, unknown])
         if sums.shape != self._sums.shape:
             raise ValueError(
                 f"the saved f-INE state is for {tuple(sums.shape[1:])} (rows, examples), this run "

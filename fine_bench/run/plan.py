@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.callback_paper import PaperFINECallback
+from fine_bench.callback_shapley import InRunShapleyCallback
 from fine_bench.config import (
     ALWAYS_ALLOWED,
     RunConfig,
@@ -28,11 +29,12 @@ from fine_bench.errors import ConfigError
 from fine_bench.llm.models import LanguageModel
 from fine_bench.llm.task import LanguageTask
 from fine_bench.records import RecordStore, digest
+from fine_bench.shapley import refuse_other_updates
 from fine_bench.truth import Truth, TruthError, find, folders
 from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
 
-Watcher: TypeAlias = FINECallback | PaperFINECallback
 AnyTask: TypeAlias = TaskData | LanguageTask
+Watcher: TypeAlias = FINECallback | PaperFINECallback | InRunShapleyCallback
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +135,18 @@ class Job:
 
         Raises:
             ConfigError: an option or a subset that this job's data make impossible.
-            UnsupportedProblemError: the method does not serve the target.
+            UnsupportedProblemError: the method does not serve the target, or not this training.
         """
+        if cell._is(InRunShapleyCallback):
+            trainer = self.config.trainer
+            # before any training: in the run itself, one refusal stops the other callbacks too
+            refuse_other_updates("SGD", trainer.momentum, trainer.weight_decay)
         if cell.target != "self":
             passed["queries"] = TensorDataset(self.data.query_x, self.data.query_y)
         if not cell._is(PaperFINECallback):
-            callback: FINECallback = self.estimator(cell, target=cell.target, **passed)
+            callback: FINECallback | InRunShapleyCallback = self.estimator(
+                cell, target=cell.target, **passed
+            )
             return callback
         passed["subsets"] = {**self.data.groups, **(cell.options.get("subsets") or {})}
         paper: PaperFINECallback = self.estimator(cell, target=cell.target, **passed)

@@ -150,8 +150,8 @@ def reference_effects(
 class SnapshotAccumulator(FineAccumulator):
     """Sums over snapshots, from which μ, its error and the bound follow as for ``FineAccumulator``.
 
-    ``n_observations`` counts snapshots. ``std_error`` is the spread between them, taken as
-    independent and (for ``standardised``) as equally spaced.
+    ``n_observations`` counts snapshots. For ``std_error`` the snapshots of an epoch are one block
+    (``fine_error``); for ``standardised``, snapshots are taken as independent and equally spaced.
 
     Args:
         n_train, n_rows, composition: see ``FineAccumulator``.
@@ -168,6 +168,10 @@ class SnapshotAccumulator(FineAccumulator):
         super().__init__(n_train, n_rows, composition)
         self.watched = watched
         self._epochs = 0.0
+        # Σ u and Σ v of the epoch that is going on, and how many have ended
+        self._open = torch.zeros((2, n_rows, n_train), dtype=torch.float64)
+        self._open_epoch: int | None = None
+        self._n_closed = 0
 
     def observe_snapshot(
         self,
@@ -176,6 +180,7 @@ class SnapshotAccumulator(FineAccumulator):
         sigma: Tensor,
         interval: Interval,
         uncertainty: float = 1.0,
+        epoch: int | None = None,
     ) -> None:
         """Take in one snapshot.
 
@@ -184,6 +189,7 @@ class SnapshotAccumulator(FineAccumulator):
             effect, sigma: ``(R, B)``, finite.
             interval: the steps that it stands for.
             uncertainty: u_s; 1 for ``step_weight="lr"``.
+            epoch: the epoch in which it was taken; without one it is a block of its own.
         """
         effect, sigma = self._usable(effect, sigma)
         n = self.n_train
@@ -192,8 +198,13 @@ class SnapshotAccumulator(FineAccumulator):
         # is n times its shift
         shift = uncertainty * interval.lr * effect
         variance = uncertainty**2 * interval.noise * n * sigma.square()
-        terms = [shift, shift * shift, variance, interval.roots / n * z, interval.steps / n * z * z]
-        self._sums.index_add_(2, index, torch.stack(terms))
+        if epoch is None or epoch != self._open_epoch:
+            self._close()
+        self._open.index_add_(2, index, torch.stack([shift, variance]))
+        self._open_epoch = -1 if epoch is None else epoch
+        none = torch.zeros_like(shift)  # what ``_close`` adds, an epoch at a time
+        terms = [shift, none, variance, interval.roots / n * z, interval.steps / n * z * z]
+        self._sums.index_add_(2, index, torch.stack([*terms, none, none]))
         self.n_observations.index_add_(0, index, torch.ones_like(index))
         self._epochs += interval.examples / n
         self.n_steps += interval.steps
@@ -202,12 +213,31 @@ class SnapshotAccumulator(FineAccumulator):
         """The scores so far; see ``FineAccumulator.scores``."""
         return replace(super().scores(method, target), watched=self.watched)
 
+    def _close(self) -> None:
+        """End the block that is going on."""
+        if self._open_epoch is None:
+            return
+        u, v = self._open
+        for name, product in (("shift2", u * u), ("cross", u * v), ("variance2", v * v)):
+            self.sums[name].add_(product)
+        self._open.zero_()
+        self._open_epoch = None
+        self._n_closed += 1
+
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Σ U², Σ U V, Σ V² over epochs, the one that is going on included, and their number."""
+        s, (u, v) = self.sums, self._open
+        count = self._n_closed + (self._open_epoch is not None)
+        number = torch.where(self.n_observations > 0, count, 0).double()
+        return s["shift2"] + u * u, s["cross"] + u * v, s["variance2"] + v * v, number
+
     def _times_in_batch(self) -> Tensor:
         return torch.where(self.n_observations > 0, self._epochs, 0.0).double()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""
-        return {**super().state_dict(), "epochs": self._epochs}
+        block = (self._open.clone(), self._open_epoch, self._n_closed)
+        return {**super().state_dict(), "epochs": self._epochs, "block": block}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
@@ -217,3 +247,6 @@ class SnapshotAccumulator(FineAccumulator):
             )
         super().load_state_dict(state)
         self._epochs = float(state["epochs"])
+        if "block" in state:  # states of earlier versions have none
+            opened, self._open_epoch, self._n_closed = state["block"]
+            self._open = opened.clone()

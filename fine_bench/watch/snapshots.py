@@ -139,7 +139,7 @@ class Snapshots:
             found = self.take(step)
         if found.finite:
             self.accumulator.observe_snapshot(
-                self.index, found.effect, found.sigma, self._interval, found.uncertainty
+                self.index, found.effect, found.sigma, self._interval, found.uncertainty, epoch
             )
         else:
             if not self.n_not_finite:

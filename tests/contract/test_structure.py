@@ -29,9 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "gradients": CORE,
     "weighting": {*CORE, "gradients"},
     "estimator": {*CORE, "gradients"},
-    "fine": {*CORE, "gradients", "weighting", "testing", "tradeoff"},
+    "fine_error": CORE,
+    "fine": {*CORE, "fine_error", "gradients", "weighting", "testing", "tradeoff"},
     "watch": {*CORE, "gradients", "weighting", "fine"},
     "callback": {*CORE, "gradients", "weighting", "fine", "watch"},
+    "shapley": {*CORE, "gradients"},
+    "callback_shapley": {*CORE, "gradients", "weighting", "shapley", "watch"},
     "factorial": set(),
     "error_rate": {*CORE, "testing", "metrics"},
     "clean": {*CORE, "run"},
@@ -107,7 +110,15 @@ ALLOWED: dict[str, set[str]] = {
     },
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "llm", "run"},
+    "pytorch_lightning": {
+        "models",
+        "data",
+        "callback",
+        "callback_paper",
+        "callback_shapley",
+        "llm",
+        "run",
+    },
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
@@ -179,7 +190,7 @@ def test_images_need_no_language_packages() -> None:
     assert done.stdout.strip() == "imported", done.stderr
 
 
-@pytest.mark.parametrize("name", ["callback.py", "callback_paper.py"])
+@pytest.mark.parametrize("name", ["callback.py", "callback_paper.py", "callback_shapley.py"])
 def test_no_formula_in_the_lightning_adapters(name: str) -> None:
     tree = ast.parse((ROOTS["fine_bench"] / name).read_text())
     calls = {

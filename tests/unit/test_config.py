@@ -23,6 +23,7 @@ from fine_bench.config import (
 )
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.run.plan import Job, plan, refuse_duplicates
+from fine_bench.types import UnsupportedProblemError
 
 CONF = config_folder()
 
@@ -226,6 +227,24 @@ def test_settings_from_before_schedules_keep_their_digest() -> None:
 def test_query_weighting_is_preset_for_all_methods() -> None:
     config = checked("query_weighting=norm", "estimator=[fine,tracin]")
     assert {o["query_weighting"] for o in config.estimators.values()} == {"norm"}
+
+
+@pytest.mark.parametrize("override", ["trainer.momentum=0.9", "trainer.weight_decay=0.9", "seed=0"])
+def test_in_run_shapley_is_skipped_where_the_training_is_not_plain_sgd(override: str) -> None:
+    job = planned("estimator=[fine,in_run_shapley]", override, "targets=[self,validation]")
+    reasons = {}
+    for cell in job.cells:
+        try:
+            job.watcher(cell)
+        except UnsupportedProblemError as error:
+            reasons[cell.estimator, cell.target] = str(error)
+    assert ("in_run_shapley", "self") in reasons
+    if override == "seed=0":
+        assert len(reasons) == 1
+        assert "no validation loss" in reasons["in_run_shapley", "self"]
+    else:
+        assert set(reasons) == {("in_run_shapley", "self"), ("in_run_shapley", "validation")}
+        assert override.removeprefix("trainer.") in reasons["in_run_shapley", "validation"]
 
 
 def test_an_open_seed_follows_the_run() -> None:

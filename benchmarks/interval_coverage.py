@@ -1,0 +1,240 @@
+"""How often one run's interval for μ covers the mean over other seeds.
+
+    FINE_BENCH_DATA=… python benchmarks/interval_coverage.py compute --experiment mnist_mlp \\
+        --seeds 0 1 2 3 4 5 6 7 8 9 10 11
+    python benchmarks/interval_coverage.py learn
+    python benchmarks/interval_coverage.py table
+
+``compute`` trains each seed once, watched by f-INE in several recipes, and keeps μ with two errors:
+*naive*, the spread of the run's observations of the shift, taken as independent and with the noise
+in the denominator as known; and *jackknife*, that of ``fine_bench.fine_error``. ``learn`` finds the
+factor on the jackknife from the seeds of ``--learn-seeds`` on ``--learn-from``. ``table`` asks of
+every seed that was *not* learnt from, and of every example: does the interval of this run hold the
+mean μ of the others? It writes ``results/interval_coverage.md`` and ``.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+
+import pandas as pd
+import torch
+from gain import job_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from fine_bench.callback import FINECallback
+from fine_bench.fine import FineAccumulator
+from fine_bench.fine_error import INFLATION, learn_inflation
+from fine_bench.run import training
+
+COMPUTE = "python benchmarks/interval_coverage.py compute --experiment TASK --seeds 0 1 … 9"
+LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
+RECIPES: dict[str, dict[str, str]] = {
+    "fine": {"step_weight": "uncertainty"},
+    "fine_plain": {},
+    "fine_snapshot": {"schedule": "snapshot"},
+}
+
+
+def naive(sums: FineAccumulator) -> Tensor:
+    """Spread of the observations of the shift over the noise as it came out, ``(R, n)``."""
+    s, k = sums.sums, sums.n_observations.double()
+    squares = s["shift2"] - s["shift"].square() / k.clamp_min(1)
+    error = (squares.clamp_min(0.0) * k / (k - 1).clamp_min(1)).sqrt()
+    return error / (sums.n_train * s["variance"]).sqrt()
+
+
+def compute(arguments: argparse.Namespace) -> None:
+    """Train and watch the seeds that have no file yet."""
+    torch.set_num_threads(1)
+    name = arguments.name or arguments.experiment
+    folder = arguments.work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        path = folder / f"seed{seed}.safetensors"
+        if path.exists():
+            continue
+        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        queries = TensorDataset(job.data.query_x, job.data.query_y)
+        watchers = {
+            (recipe, target): FINECallback(
+                target,  # type: ignore[arg-type]
+                queries=None if target == "self" else queries,
+                **options,  # type: ignore[arg-type]
+            )
+            for recipe, options in RECIPES.items()
+            for target in ("self", "validation")
+            if not (target == "validation" and arguments.self_only)
+        }
+        run = training.train(job, list(watchers.values()), None)
+        found: dict[str, Tensor] = {}
+        for key, watcher in watchers.items():
+            scores = watcher.scores()
+            assert watcher._schedule is not None
+            sums = watcher._schedule.accumulator
+            found["|".join((*key, "mu"))] = scores.values
+            if watcher.options.schedule == "in_batch":
+                found["|".join((*key, "naive"))] = naive(sums)
+            found["|".join((*key, "jackknife"))] = sums.mu()[1]
+        facts = {key: f"{run.facts[key]:.4f}" for key in ("test_accuracy", "train_accuracy")}
+        temporary = path.with_suffix(".tmp")
+        save_file({k: v.float().contiguous() for k, v in found.items()}, temporary, facts)
+        temporary.rename(path)
+        print(f"{name} seed {seed}: {facts}", flush=True)
+
+
+def load(work: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """Task → seed → name → ``(1, n)``."""
+    tasks: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for path in sorted(work.glob("*/seed*.safetensors")):
+        seed = int(path.stem.removeprefix("seed"))
+        tasks.setdefault(path.parent.name, {})[seed] = load_file(path)
+    if not tasks:
+        raise SystemExit(f"no runs in {work}; run interval_coverage.py compute first")
+    return tasks
+
+
+def stacked(runs: Mapping[int, Mapping[str, Tensor]], seeds: Sequence[int], name: str) -> Tensor:
+    """One array of several seeds, ``(S, n)``."""
+    return torch.stack([runs[seed][name][0].double() for seed in seeds])
+
+
+def learnt(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
+    """(recipe, target) → the factor that the development runs ask for."""
+    runs = load(arguments.work)[arguments.learn_from]
+    missing = set(arguments.learn_seeds) - set(runs)
+    if missing:
+        raise SystemExit(f"seeds {sorted(missing)} of {arguments.learn_from} are not computed")
+    factors = {}
+    for recipe, target in itertools.product(RECIPES, ("self", "validation")):
+        prefix = f"{recipe}|{target}"
+        if f"{prefix}|mu" in runs[arguments.learn_seeds[0]]:
+            mu = stacked(runs, arguments.learn_seeds, f"{prefix}|mu")
+            error = stacked(runs, arguments.learn_seeds, f"{prefix}|jackknife")
+            factors[recipe, target] = learn_inflation(mu, error)
+    return factors
+
+
+def learn(arguments: argparse.Namespace) -> None:
+    """Print the factors."""
+    print(f"learnt from seeds {arguments.learn_seeds} of {arguments.learn_from}:")
+    for (recipe, target), factor in learnt(arguments).items():
+        print(f"  {recipe:<14} {target:<11} {factor:.3f}")
+    print(f"in the code: {INFLATION}")
+
+
+def coverage(gap: Tensor, error: Tensor, level: float) -> float:
+    """Share of runs and examples whose interval holds the mean of the others."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    usable = torch.isfinite(error)
+    return float((gap <= z * error)[usable].double().mean())
+
+
+def rows(arguments: argparse.Namespace) -> pd.DataFrame:
+    """One line a task, recipe, target and level."""
+    lines = []
+    for task, runs in load(arguments.work).items():
+        learnt_from = arguments.learn_seeds if task == arguments.learn_from else []
+        seeds = [seed for seed in runs if seed not in learnt_from]
+        for recipe, target in itertools.product(RECIPES, ("self", "validation")):
+            prefix = f"{recipe}|{target}"
+            if f"{prefix}|mu" not in runs[seeds[0]]:
+                continue
+            mu = stacked(runs, seeds, f"{prefix}|mu")
+            jackknife = stacked(runs, seeds, f"{prefix}|jackknife")
+            # snapshots keep their squares by epoch, which is the jackknife's business
+            in_batch = recipe != "fine_snapshot"
+            plain = stacked(runs, seeds, f"{prefix}|naive") if in_batch else jackknife * torch.nan
+            gap = (mu - (mu.sum(0) - mu) / (len(seeds) - 1)).abs()
+            size = mu.abs().mean(0).argsort().argsort() * 5 // mu.shape[1]
+            for level in LEVELS:
+                line = {
+                    "task": task, "recipe": recipe, "target": target, "seeds": len(seeds),
+                    "examples": mu.shape[1], "level": level,
+                    "naive": coverage(gap, plain, level) if in_batch else float("nan"),
+                    "jackknife": coverage(gap, jackknife, level),
+                    "ours": coverage(gap, INFLATION * jackknife, level),
+                }  # fmt: skip
+                for name, fifth in (("lowest", 0), ("highest", 4)):
+                    some = size == fifth
+                    line[f"ours_{name}_fifth"] = coverage(
+                        gap[:, some], INFLATION * jackknife[:, some], level
+                    )
+                line["width_ratio"] = float((INFLATION * jackknife / plain).median())
+                line["factor_here"] = learn_inflation(mu, jackknife, level)
+                lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def number(value: float, digits: int) -> str:
+    """A cell, or a dash where there is nothing to say."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Write the Markdown and the CSV file."""
+    frame = rows(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out / "interval_coverage.csv", index=False, float_format="%.4f")
+    text = [
+        "# How often one run's interval covers the mean over other seeds",
+        "",
+        f"Made by `{arguments.command}`. Share of (run, example) pairs in which the interval of "
+        "one run holds the mean μ of the other runs of the same task; runs differ in "
+        "initialisation and order. *naive*: spread of the run's observations of the shift, taken "
+        "as independent. "
+        "*jackknife*: over the run's epochs, of the whole ratio. *ours*: `std_error`, the "
+        f"jackknife times {INFLATION}, learnt from seeds "
+        f"{', '.join(map(str, arguments.learn_seeds))} of {arguments.learn_from}, which are not "
+        "among the seeds below; no truth and no flag of a bad example was used. *factor*: what "
+        "the task would have asked for at that level. Fifths: of the examples by mean |μ|. "
+        "*width*: median of ours over naive, which there is in-batch only. First, for each task: "
+        f"`{COMPUTE}`, and the seeds that are learnt from.",
+        "",
+        "| task | recipe | target | seeds | nominal | naive | jackknife | ours | lowest fifth | "
+        "highest fifth | factor | width |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in frame.to_dict("records"):
+        text.append(
+            f"| {line['task']} | {line['recipe']} | {line['target']} | {line['seeds']} | "
+            f"{line['level']:.2f} | {number(line['naive'], 3)} | {line['jackknife']:.3f} | "
+            f"**{line['ours']:.3f}** | {line['ours_lowest_fifth']:.3f} | "
+            f"{line['ours_highest_fifth']:.3f} | {line['factor_here']:.2f} | "
+            f"{number(line['width_ratio'], 2)} |"
+        )
+    (arguments.out / "interval_coverage.md").write_text("\n".join(text) + "\n")
+    print(frame[frame.level == 0.95].to_string(index=False))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("results/interval_coverage/work"))
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("compute", help="train and watch")
+    one.add_argument("--experiment", required=True)
+    one.add_argument("--name", help="of the task in the table; that of the experiment by default")
+    one.add_argument("--seeds", type=int, nargs="+", required=True)
+    one.add_argument("--self-only", action="store_true", help="leave out the validation target")
+    one.add_argument("--override", nargs="*", default=[], help="Hydra overrides, as model=cnn")
+    one.set_defaults(call=compute)
+    for name, call in (("learn", learn), ("table", table)):
+        more = commands.add_parser(name)
+        more.add_argument("--learn-from", default="mnist_mlp")
+        more.add_argument("--learn-seeds", type=int, nargs="+", default=[100, 101, 102])
+        more.add_argument("--out", type=Path, default=Path("results"))
+        more.set_defaults(call=call, command=f"python benchmarks/interval_coverage.py {name}")
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()
