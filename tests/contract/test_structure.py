@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "estimator": {*CORE, "gradients"},
     "fine": {*CORE, "gradients", "weighting", "testing", "tradeoff"},
     "watch": {*CORE, "gradients", "weighting", "fine"},
-    "callback": {*CORE, "gradients", "weighting", "fine", "watch"},
+    "callback_trainer": CORE,
+    "callback": {*CORE, "callback_trainer", "gradients", "weighting", "fine", "watch"},
     "factorial": set(),
     "error_rate": {*CORE, "testing", "metrics"},
     "clean": {*CORE, "run"},
@@ -54,7 +55,14 @@ ALLOWED: dict[str, set[str]] = {
     "baselines": {*CORE, "gradients", "weighting", "estimator", "baselines"},
 }
 FRAMEWORKS: dict[str, set[str]] = {
-    "pytorch_lightning": {"models", "data", "callback", "callback_paper", "run"},
+    "pytorch_lightning": {
+        "models",
+        "data",
+        "callback",
+        "callback_trainer",
+        "callback_paper",
+        "run",
+    },
     "hydra": {"config", "run", "__main__"},
     "omegaconf": {"config", "run", "__main__"},
     "wandb": {"run"},
