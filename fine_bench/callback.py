@@ -10,33 +10,40 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from fine_bench import fine
+from fine_bench.callback_trainer import (
+    beside_training,
+    loss_scale,
+    parameter_dtype,
+    refuse_compiled,
+    refuse_optimizers,
+    refuse_strategy,
+    step_is_taken,
+)
 from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight
-from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
     Loss,
     QueryWeighting,
     Target,
-    UnsupportedProblemError,
-    dataset_size,
 )
+from fine_bench.watch.adapter import BatchAdapter
 from fine_bench.watch.batches import TrainingData, step_size
+from fine_bench.watch.checks import FirstBatch
 from fine_bench.watch.geometry import Geometry
 from fine_bench.watch.in_batch import InBatch
-from fine_bench.watch.options import Options, ScheduleName
-from fine_bench.watch.passes import Passes, QueryDirections
+from fine_bench.watch.options import Options, Preconditioner, ScheduleName
+from fine_bench.watch.processes import Processes
+from fine_bench.watch.setup import make_first_batch, make_passes, make_recorder
 from fine_bench.watch.snapshots import Snapshots
 
 
@@ -56,6 +63,9 @@ class FINECallback(pl.Callback):
         schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
             all are scored at the same parameters, now and then (``fine_bench.watch.snapshot``).
         geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.watch.geometry``).
+        preconditioner: ``"optimiser"`` takes all products in the geometry in which the optimiser
+            moves (``fine_bench.watch.precondition``): Adam's and AdamW's second moments; none for
+            SGD. None: the gradients as they are.
         contrast: ``"substitution"`` (against an average example) or ``"removal"``.
         step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
             η_t times the batch mean of 1 − p, for softmax cross-entropy.
@@ -71,6 +81,9 @@ class FINECallback(pl.Callback):
         n_snapshots: so many snapshots, ≥ 1, equally spaced over the run. Without either of the
             two: one an epoch, at its end.
         n_reference: examples against which a snapshot compares, ≥ 3, drawn from the training set.
+        reference_columns: for *self* in-batch: compare each example with so many examples of its
+            batch, ≥ 3, drawn anew at every step, instead of with all the others. Cheaper, since
+            the Gram matrix has so many columns only, and noisier.
         watched: positions that snapshots score; None for all.
         refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
             None for one an epoch (before its first step; in snapshots at the epoch's first).
@@ -81,11 +94,32 @@ class FINECallback(pl.Callback):
         forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
             default.
         loss: loss of these passes; must be the training loss, per example.
+        adapter: where things are in batches of another make, and how to get per-example losses of
+            modules of another make; see ``BatchAdapter``.
 
     The loss that the run minimises must be the *mean* of the per-example losses of a batch.
 
-    ``scores().std_error`` is meant for other seeds: values ± 1.96 ``std_error`` covered the mean μ of
-    nine other runs for 92–96 % of the examples in-batch (*self*, *validation*; ``accumulated``, the
+    What the statistic x = ⟨mean gradient of the batch, ∇h⟩ means in other runs than plain SGD:
+
+    - *Accumulated gradients, several processes (DDP).* The batch is everything that one step is
+      put together from; the scores are those of one large batch (``fine_bench.watch.window``).
+      What its passes hold is kept until the step, and travels to every process.
+    - *Clipping.* Gradients are read before it: x is that of the unclipped step. Clipping shortens a
+      step for all its examples alike, and μ_i,t does not depend on it; the accumulated μ counts
+      the step with its η_t.
+    - *Learning-rate schedules.* Each step counts with its own η_t.
+    - *Momentum β.* A gradient moves the parameters by η_t now and by β, β², … of the later step
+      sizes afterwards. It counts once, with η_t: where η changes slowly, that is the whole move but
+      for the factor 1/(1 − β), which all steps share and μ does not see.
+    - *Adam, AdamW.* The step is not along the gradient but along D⁻¹ of a running mean of it. By
+      default x stays the plain product; ``preconditioner="optimiser"`` makes it
+      ⟨D_t⁻¹ mean gradient, ∇h⟩, to first order what the step does to h, with running means read as
+      under momentum. Decoupled weight decay is the same for all examples.
+    - *Mixed precision.* Gradients are those of the training's own pass; products are taken in
+      float32. Steps that the loss scaler leaves out are left out here too.
+
+    ``scores().std_error`` is meant for other seeds: ± 1.96 ``std_error`` covered the mean μ of nine
+    other runs for 92–96 % of the examples in-batch (*self*, *validation*; ``accumulated``, the
     Euclidean geometry) and 91–98 % with a snapshot an epoch, on MNIST and digits with plain SGD and
     on MNIST with momentum until the flips were fitted (``results/interval_coverage.md``,
     ``fine_bench.fine_error``). For other options it was not measured.
@@ -96,11 +130,14 @@ class FINECallback(pl.Callback):
 
     A run that is interrupted and resumed gives the scores of an uninterrupted one, except in-batch
     for the target ``"queries"``: its directions are too large for a checkpoint, so they are
-    computed anew at the first step.
+    computed anew at the first step. (Between two micro-batches of one step Lightning itself
+    forgets the gradients so far.)
 
     Raises:
-        UnsupportedProblemError: the run has no per-example gradients (batch normalisation, layers
-            without factors), or 1 − p or the Fisher matrix do not exist for its loss.
+        UnsupportedProblemError: the run has no per-example gradients (batch normalisation or other
+            mixing of examples, layers without factors, a sum for a loss), its Trainer spreads
+            parameters over processes or its module is compiled (in-batch), or 1 − p or the Fisher
+            matrix do not exist for its loss. Scores so far stay.
         ValueError: bad arguments; batches without usable indices.
     """
 
@@ -115,6 +152,7 @@ class FINECallback(pl.Callback):
         schedule: ScheduleName = "in_batch",
         geometry: Geometry = "euclidean",
         *,
+        preconditioner: Preconditioner = None,
         contrast: Contrast = "substitution",
         step_weight: StepWeight = "lr",
         noise: Noise = "sample",
@@ -124,6 +162,7 @@ class FINECallback(pl.Callback):
         every_n_steps: int | None = None,
         n_snapshots: int | None = None,
         n_reference: int = 64,
+        reference_columns: int | None = None,
         watched: Sequence[int] | Tensor | None = None,
         refit_every: int | None = None,
         fit_examples: int = 2000,
@@ -132,6 +171,7 @@ class FINECallback(pl.Callback):
         layers: Sequence[str] | None = None,
         forward: Callable[[pl.LightningModule, Tensor], Tensor] | None = None,
         loss: Loss = F.cross_entropy,
+        adapter: BatchAdapter | None = None,
     ) -> None:
         self.options = Options(
             target=target,
@@ -139,6 +179,7 @@ class FINECallback(pl.Callback):
             composition=composition,
             schedule=schedule,
             geometry=geometry,
+            preconditioner=preconditioner,
             contrast=contrast,
             step_weight=step_weight,
             noise=noise,
@@ -148,6 +189,7 @@ class FINECallback(pl.Callback):
             every_n_steps=every_n_steps,
             n_snapshots=n_snapshots,
             n_reference=n_reference,
+            reference_columns=reference_columns,
             watched=watched,
             refit_every=refit_every,
             fit_examples=fit_examples,
@@ -156,10 +198,13 @@ class FINECallback(pl.Callback):
             layers=layers,
             forward=forward,
             loss=loss,
+            adapter=adapter,
         )
         self.seconds = 0.0
         self._recorder: LayerRecorder | None = None
         self._schedule: InBatch | Snapshots | None = None
+        self._compiled = False
+        self._first: FirstBatch | None = None
         self._saved: Mapping[str, Any] | None = None
 
     # ------------------------------------------------------------------ results
@@ -190,32 +235,16 @@ class FINECallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the hooks."""
-        if trainer.accumulate_grad_batches != 1:
-            raise UnsupportedProblemError(
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported yet; "
-                "use 1 and a larger batch"
-            )
-        if trainer.world_size != 1:
-            raise UnsupportedProblemError(
-                f"training on {trainer.world_size} processes is not supported yet; use devices=1"
-            )
+        refuse_strategy(trainer)
+        self._compiled = refuse_compiled(pl_module, self.options.schedule)
         self._close()
-        in_batch = self.options.schedule == "in_batch"
-        recorder = LayerRecorder(pl_module, self.options.layers, tap=in_batch)
-        # a snapshot asks the model itself, where torch.func serves other layers too, as long as
-        # the logits are the model's own output
-        if recorder.leftover and (in_batch or self.options.forward is not None):
-            recorder.close()
-            raise UnsupportedProblemError(
-                f"the layers of {recorder.leftover} have no per-example factors yet; watch the "
-                f"others with layers={list(recorder.layers)}"
-            )
-        self._recorder = recorder
+        self._recorder = make_recorder(self.options, pl_module)
         self.seconds = 0.0
         self._schedule = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the training data and the queries, and lay out the sums."""
+        refuse_optimizers(trainer)
         loader = trainer.train_dataloader
         dataset = getattr(loader, "dataset", None)
         if dataset is None:
@@ -223,33 +252,28 @@ class FINECallback(pl.Callback):
                 "FINECallback needs one DataLoader over a map-style dataset as the training data, "
                 f"got {type(loader).__name__}"
             )
-        options, device = self.options, pl_module.device
-        dtype = next(pl_module.parameters()).dtype
-        data = TrainingData(
-            dataset, getattr(loader, "collate_fn", None), device=device, dtype=dtype
-        )
-        queries = engine = None
-        if options.queries is not None:
-            n_query = dataset_size(options.queries, "queries")
-            x, y, *_ = default_collate([options.queries[i] for i in range(n_query)])
-            queries = QueryDirections(
-                x.to(device),
-                y.to(device),
-                options.reduce,
-                options.query_weighting,
-                options.observable,
-            )
-        if options.needs_engine:
-            forward = options.forward or (lambda module, x: module(x))
-            engine = GradientEngine(
-                pl_module, options.loss, options.layers, lambda x: forward(pl_module, x)
-            )
-        passes = Passes(engine, data, options.metric(), queries, lambda: _aside(pl_module))
         assert self._recorder is not None
+        options, recorder, device = self.options, self._recorder, pl_module.device
+        data = TrainingData(
+            dataset,
+            getattr(loader, "collate_fn", None),
+            device=device,
+            dtype=parameter_dtype(pl_module),
+            adapter=options.adapter,
+        )
+
+        def aside() -> AbstractContextManager[None]:
+            return beside_training(pl_module, self._compiled)
+
+        processes = Processes(trainer.world_size, device)
+        passes = make_passes(
+            options, pl_module, data, recorder, trainer.optimizers, aside, processes
+        )
+        self._first = make_first_batch(options, pl_module, data, aside)
         if options.schedule == "in_batch":
-            self._schedule = InBatch(options, passes, self._recorder)
+            self._schedule = InBatch(options, passes, recorder)
         else:
-            self._recorder.close()
+            recorder.close()
             known = options.n_snapshots is not None
             total = trainer.estimated_stepping_batches if known else float("inf")
             self._schedule = Snapshots(options, passes, total)
@@ -266,14 +290,30 @@ class FINECallback(pl.Callback):
     ) -> None:
         """Note the batch."""
         with self._timed() as schedule:
+            if self._first is not None and not self._first.size:
+                self._first.starts(batch)
             schedule.batch_starts(batch, trainer.global_step, trainer.current_epoch)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The gradients of a batch, or of a micro-batch, are there."""
+        with self._timed() as schedule:
+            schedule.backward_ends(
+                trainer.current_epoch,
+                accumulates=trainer.accumulate_grad_batches,
+                loss_scale=loss_scale(trainer),
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """The backward pass is done and the parameters are still θ_t."""
         with self._timed() as schedule:
-            schedule.before_step(step_size(optimizer), trainer.global_step, trainer.current_epoch)
+            schedule.before_step(
+                step_size(optimizer),
+                trainer.global_step,
+                trainer.current_epoch,
+                taken=step_is_taken(trainer, optimizer),
+            )
 
     def on_train_batch_end(
         self,
@@ -285,6 +325,11 @@ class FINECallback(pl.Callback):
     ) -> None:
         """The step is done: time for a snapshot?"""
         with self._timed() as schedule:
+            first, self._first = self._first, None
+            found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if first is not None and isinstance(found, Tensor) and found.numel() == 1:
+                # Lightning hands on the loss divided
+                first.ends(float(found) * trainer.accumulate_grad_batches)
             schedule.batch_ends(
                 trainer.global_step, trainer.current_epoch, epoch_ends=trainer.is_last_batch
             )
@@ -342,17 +387,4 @@ class FINECallback(pl.Callback):
             self._schedule.close()
 
 
-@contextmanager
-def _aside(module: torch.nn.Module) -> Iterator[None]:
-    """A pass beside the training: evaluation mode, and every random state and mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-__all__ = ["FINECallback"]
+__all__ = ["BatchAdapter", "FINECallback"]

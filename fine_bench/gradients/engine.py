@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_map
 
 from fine_bench.gradients.agreement import disagreeing, unequal_weights
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
 from fine_bench.gradients.classification import negative_margin
-from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
+from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder, refuse_batch_coupling
 from fine_bench.types import Loss, UnsupportedProblemError
 
 
@@ -45,11 +46,11 @@ class GradientEngine:
         model: nn.Module,
         loss: Loss,
         layers: Sequence[str] | None = None,
-        forward: Callable[[Tensor], Tensor] | None = None,
+        forward: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
-        self.forward: Callable[[Tensor], Tensor] = forward or model
+        self.forward: Callable[[Any], Tensor] = forward or model
         self.recorder = LayerRecorder(model, layers)
         self.in_full: dict[str, str] = {}
         self._whole = _Whole(model, self.forward)
@@ -61,12 +62,12 @@ class GradientEngine:
         self.recorder.close()
 
     def __call__(
-        self, x: Tensor, y: Tensor, observable: Literal["loss", "margin"] = "loss"
+        self, x: Any, y: Tensor, observable: Literal["loss", "margin"] = "loss"
     ) -> PerExampleGradients:
         """Gradients at the present parameters.
 
         Args:
-            x, y: a batch, examples first.
+            x, y: a batch, examples first. x may be any nest of tensors that ``forward`` takes.
             observable: ``"loss"`` gives g_i = ∇ℓ_i; ``"margin"`` gives ∇(−log(p/(1−p))), which is
                 g_i/(1 − p_i) for softmax cross-entropy.
         """
@@ -92,7 +93,7 @@ class GradientEngine:
                     'observable="margin" needs class logits (batch, classes) and integer labels '
                     '(batch,); use observable="loss"'
                 )
-            check = self._checked == "no" or (self._checked == "one example" and len(x) > 1)
+            check = self._checked == "no" or (self._checked == "one example" and len(y) > 1)
             if recorder.calls:
                 grads = torch.autograd.grad(
                     losses.sum(), recorder.edges(), retain_graph=check, allow_unused=True
@@ -108,7 +109,7 @@ class GradientEngine:
                 blocks = self._check(losses, in_full)
             else:
                 names = self.names_in_full
-                blocks = self.blocks(len(x), in_full(names) if names else {})
+                blocks = self.blocks(len(y), in_full(names) if names else {})
         recorder.clear()
         complement = one_minus_probability(logits.detach(), y) if classes else None
         return PerExampleGradients(blocks, losses.detach(), complement)
@@ -128,29 +129,29 @@ class GradientEngine:
             else:
                 result.append(self.recorder.block(layer, batch_size))
         if self.recorder.leftover:
-            result.append(_dense("other parameters", self.recorder.leftover, in_full))
+            result.append(_dense(OTHER_PARAMETERS, self.recorder.leftover, in_full))
         return result
 
-    def functional(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def functional(self, values: Mapping[str, Tensor], x: Any) -> Tensor:
         """The model's output with some of its parameters replaced."""
         inner = {f"model.{name}": value for name, value in values.items()}
         output: Tensor = functional_call(self._whole, inner, (x,))
         return output
 
-    def ensure_checked(self, x: Tensor, y: Tensor) -> None:
+    def ensure_checked(self, x: Any, y: Tensor) -> None:
         """Check on this batch, unless one has been checked, which layers have factors."""
-        if self._checked == "no" or (self._checked == "one example" and len(x) > 1):
+        if self._checked == "no" or (self._checked == "one example" and len(y) > 1):
             self(x, y)
 
     # ------------------------------------------------------------------ parameters in full
 
-    def _in_full(self, names: Sequence[str], x: Tensor, y: Tensor, loss: Loss) -> dict[str, Tensor]:
+    def _in_full(self, names: Sequence[str], x: Any, y: Tensor, loss: Loss) -> dict[str, Tensor]:
         """Per-example gradients ``(B, *shape)`` by ``torch.func``."""
         params = dict(self.model.named_parameters())
         chosen = {name: params[name].detach() for name in names}
 
-        def one(values: dict[str, Tensor], xi: Tensor, yi: Tensor) -> Tensor:
-            logits = self.functional(values, xi.unsqueeze(0))
+        def one(values: dict[str, Tensor], xi: Any, yi: Tensor) -> Tensor:
+            logits = self.functional(values, tree_map(lambda part: part.unsqueeze(0), xi))
             value: Tensor = loss(logits, yi.unsqueeze(0), reduction="none")
             return value.sum()
 
@@ -238,13 +239,13 @@ class GradientEngine:
 class _Whole(nn.Module):
     """A model called in its own way, so that its parameters can be replaced meanwhile."""
 
-    def __init__(self, model: nn.Module, call: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, call: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.model = model
         # in a list: a module would be registered a second time
         self._call = [call]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         output: Tensor = self._call[0](x)
         return output
 

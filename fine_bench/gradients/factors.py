@@ -106,8 +106,8 @@ class FactorBlock:
                 bb = torch.bmm(self.b, self.b.transpose(1, 2))
                 total = total + (aa * bb).sum((1, 2))
             else:
-                for units in self._some_units():
-                    total = total + self._units(units).square().sum((1, 2))
+                for units in self.some_units():
+                    total = total + self.unit_gradients(units).square().sum((1, 2))
         return total
 
     def gram(self, other: FactorBlock) -> Tensor:
@@ -149,18 +149,18 @@ class FactorBlock:
         """⟨Σ_s b_is a_isᵀ, Σ_t b'_jt a'_jtᵀ⟩, some output units at a time."""
         larger = self if len(self) > len(other) else other
         total: Tensor | None = None
-        for units in larger._some_units():
-            left = self._units(units).flatten(1)
-            right = left if other is self else other._units(units).flatten(1)
+        for units in larger.some_units():
+            left = self.unit_gradients(units).flatten(1)
+            right = left if other is self else other.unit_gradients(units).flatten(1)
             total = left @ right.T if total is None else total.addmm_(left, right.T)
         assert total is not None
         return total
 
-    def _units(self, units: slice) -> Tensor:
+    def unit_gradients(self, units: slice) -> Tensor:
         """The weight's gradients of some output units, ``(B, units, I)``."""
         return torch.bmm(self.b[:, :, units].transpose(1, 2), self.a)
 
-    def _some_units(self) -> list[slice]:
+    def some_units(self) -> list[slice]:
         """All output units, about ``HELD_FLOATS`` of their gradients at a time."""
         size, step = self.b.shape[2], max(64, HELD_FLOATS // (len(self) * self.a.shape[2]))
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
@@ -177,8 +177,8 @@ class FactorBlock:
             # for one row both cost the same: whichever intermediate result is smaller
             if t > 1 and (n_rows > 1 or n_in < t):
                 total = self.b.new_zeros(n_rows, n)
-                for units in self._some_units():
-                    total.addmm_(w[:, units].flatten(1), self._units(units).flatten(1).T)
+                for units in self.some_units():
+                    total.addmm_(w[:, units].flatten(1), self.unit_gradients(units).flatten(1).T)
             else:
                 # Σ_t b_tᵀ W a_t, without the gradient
                 flat_a = self.a.reshape(n * t, n_in)
@@ -201,8 +201,8 @@ class FactorBlock:
         if self.weight:
             if t > 1 and n_rows > 1:
                 parts = [
-                    (weights @ self._units(units).flatten(1)).view(n_rows, -1, n_in)
-                    for units in self._some_units()
+                    (weights @ self.unit_gradients(units).flatten(1)).view(n_rows, -1, n_in)
+                    for units in self.some_units()
                 ]
                 weight = torch.cat(parts, 1)
             else:

@@ -27,6 +27,9 @@ from fine_bench.gradients.layers import (
 )
 from fine_bench.types import UnsupportedProblemError
 
+OTHER_PARAMETERS = "other parameters"
+"""Name of the block of trained parameters that belong to no recorded layer."""
+
 
 @dataclass(eq=False)
 class Call:
@@ -121,6 +124,14 @@ class LayerRecorder:
         return [
             f"{name}.{part}" if name else part for part in trained_parameters(self.layers[name])
         ]
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters behind each block, by the block's name, in the blocks' order."""
+        named = dict(self.model.named_parameters())
+        found = {name: list(trained_parameters(m).values()) for name, m in self.layers.items()}
+        if self.leftover:
+            found[OTHER_PARAMETERS] = [named[name] for name in self.leftover]
+        return found
 
     def start(self) -> None:
         """Forget the last pass and record the next one."""
@@ -262,6 +273,8 @@ class LayerRecorder:
             except UnsupportedProblemError as error:
                 raise UnsupportedProblemError(f"layer {call.name!r}: {error}") from error
         a = call.features
+        if self.tap and grad.dtype in (torch.bfloat16, torch.float16):
+            grad = grad.float()  # products of a mixed-precision pass are taken in float32
         if scale != 1.0:
             grad = grad * scale
         b = kind.positions(layer, grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fine_bench.types import UnsupportedProblemError, dataset_size
+from fine_bench.watch.adapter import BatchAdapter, to_model
 
 
 class TrainingData:
@@ -20,10 +21,12 @@ class TrainingData:
     each time.
 
     Args:
-        dataset: map-style; items ``(x, y, …)`` or mappings with ``"x"`` and ``"y"``.
+        dataset: map-style; items ``(x, y, …)`` or mappings with ``"x"`` and ``"y"``, or whatever
+            the adapter reads.
         collate: makes a batch of a list of items; the default one if None.
         device, dtype: where the model is, and the precision it takes inputs in; integer inputs
             stay as they are.
+        adapter: reads batches.
     """
 
     def __init__(
@@ -33,15 +36,17 @@ class TrainingData:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        adapter: BatchAdapter | None = None,
     ) -> None:
         self.n = dataset_size(dataset, "the training set")
         self.dataset = dataset
         self.collate = collate or default_collate
         self.device = device
         self.dtype = dtype
+        self.adapter = adapter or BatchAdapter()
 
-    def read(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``x, y`` of the examples at ``positions`` ``(m,)``.
+    def read(self, positions: Tensor) -> tuple[Any, Tensor]:
+        """``x, y`` of the examples at ``positions`` ``(m,)``; see ``BatchAdapter.inputs``.
 
         Raises:
             ValueError: items of another kind, or an index in them that is not the position.
@@ -50,59 +55,34 @@ class TrainingData:
         dataset: Any = self.dataset
         whole = getattr(dataset, "__getitems__", None)
         batch = self.collate(whole(where) if whole else [dataset[i] for i in where])
-        x, y = batch_parts(batch)
-        index = example_index(batch)
+        x, y = self.adapter.inputs(batch)
+        index = self.adapter.example_index(batch)
         if index is not None and not torch.equal(torch.as_tensor(index).cpu(), positions):
             raise ValueError(
                 "the index that the training set yields is not the position it was asked for; "
                 "number the examples 0, 1, 2, … in the order of the set"
             )
-        x = x.to(self.device)
-        return x.to(self.dtype) if x.is_floating_point() else x, y.to(self.device)
+        return to_model(x, self.device, self.dtype), y.to(self.device)
 
-    def batches(self, positions: Tensor, size: int = 256) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def batches(self, positions: Tensor, size: int = 256) -> Iterator[tuple[slice, Any, Tensor]]:
         """``(rows of positions, x, y)``, at most ``size`` examples at a time."""
         for start in range(0, len(positions), size):
             rows = slice(start, min(start + size, len(positions)))
             yield rows, *self.read(positions[rows])
 
 
-def batch_parts(batch: Any) -> tuple[Tensor, Tensor]:
-    """``x`` and ``y`` of a batch.
-
-    Raises:
-        ValueError: it is neither ``(x, y, …)`` nor a mapping with ``"x"`` and ``"y"``.
-    """
-    if isinstance(batch, Mapping):
-        x, y = batch.get("x"), batch.get("y")
-    else:
-        x, y = (*batch, None, None)[:2] if isinstance(batch, Sequence) else (None, None)
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise ValueError(
-            'the training data must yield (x, y, …) or a mapping with "x" and "y", got '
-            f"{type(batch).__name__}"
-        )
-    return x, y
-
-
-def example_index(batch: Any) -> Any:
-    """The index that a batch carries, unchecked; None where there is none."""
-    if isinstance(batch, Mapping):
-        return batch.get("index")
-    return batch[2] if isinstance(batch, Sequence) and len(batch) > 2 else None
-
-
-def batch_index(batch: Any, n_train: int) -> Tensor:
+def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -> Tensor:
     """The positions of a batch's examples in the training set, ``(m,)``.
 
     Raises:
         ValueError: no index in the batch, repeated or out of range.
     """
-    index = example_index(batch)
+    index = (adapter or BatchAdapter()).example_index(batch)
     if index is None:
         raise ValueError(
             'the batch carries no example indices: yield (x, y, index) or a mapping with "index", '
-            "the position of each example in the training set"
+            "the position of each example in the training set; or tell by BatchAdapter(index=…) "
+            "where they are"
         )
     index = torch.as_tensor(index)
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
@@ -118,9 +98,19 @@ def batch_index(batch: Any, n_train: int) -> Tensor:
             f"the batch's index runs from {low} to {high}, but the training set has {n_train} "
             "examples; index must be the position in that set"
         )
-    if len(set(positions)) != len(positions):
-        raise ValueError("the batch's index repeats an example; draw batches without replacement")
+    refuse_repeats(positions, "the batch's index repeats an example")
     return index
+
+
+def refuse_repeats(index: Tensor | list[int], what: str) -> None:
+    """Refuse a batch in which an example stands twice.
+
+    Raises:
+        ValueError: it does.
+    """
+    positions = index if isinstance(index, list) else index.tolist()
+    if len(set(positions)) != len(positions):
+        raise ValueError(f"{what}; draw batches without replacement")
 
 
 def step_size(optimizer: Any) -> float:
@@ -152,6 +142,7 @@ def refuse_other_losses(
     grad: Tensor,
     option: str = 'observable="margin"',
     instead: str = 'observable="loss"',
+    eps: float = 0.0,
 ) -> None:
     """Refuse a run whose loss is not the mean softmax cross-entropy of its last layer's output.
 
@@ -159,6 +150,7 @@ def refuse_other_losses(
         logits: output of the layer that ran last.
         grad: gradient of each example's own loss there; p − onehot(y) if all is as it should be.
         option, instead: what asks for 1 − p, and what does without.
+        eps: rounding of a number of the pass.
 
     Raises:
         UnsupportedProblemError: it is not, so 1 − p cannot be read off.
@@ -168,7 +160,7 @@ def refuse_other_losses(
         p = torch.softmax(logits.to(grad.dtype), 1)
         label = (p - grad).argmax(1, keepdim=True)
         expected = p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
-        valid = bool(((grad - expected).abs() <= 1e-3).all())
+        valid = bool(((grad - expected).abs() <= max(1e-3, eps)).all())
     if not valid:
         raise UnsupportedProblemError(
             f"{option} needs the mean softmax cross-entropy of hard labels on the output "

@@ -212,8 +212,7 @@ class Whitened:
         """One weight a query, ``(V,)``: ``"noise"`` is the spread of this geometry's statistic."""
         if weighting != "noise":
             return query_weights(queries, None, weighting)
-        scale = self.gram(reference, queries).std(0)
-        return torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+        return spread_weights(self.gram(reference, queries))
 
     def state_dict(self) -> dict[str, Any]:
         """The present fit: a checkpoint in the middle of an epoch cannot fit it again."""
@@ -225,3 +224,9 @@ class Whitened:
         fitted, at = state["fitted"], state["fitted_at"]
         self._fitted = None if fitted is None else EKFAC.from_state(fitted, device)
         self.fitted_at = None if at is None else (int(at[0]), int(at[1]))
+
+
+def spread_weights(products: Tensor) -> Tensor:
+    """1/σ_v of each query's products with reference examples ``(r, V)``; 0 without a spread."""
+    scale = products.std(0)
+    return torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)

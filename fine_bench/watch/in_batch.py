@@ -1,33 +1,33 @@
 """The schedule ``in_batch``: an example is observed when it is in the batch.
 
 The training's own forward and backward pass hold each layer's input and output gradient; effects
-and noise follow from them by the formulas of ``fine_bench.fine``.
+and noise follow from them by the formulas of ``fine_bench.fine``. Where a step is put together from
+several micro-batches (``fine_bench.watch.window``), their gradients are held until the step, and
+the batch of the formulas is their union: the scores are those of one large batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fine_bench.fine import (
-    MIN_BATCH,
-    Contrast,
-    FineAccumulator,
-    direction_effects,
-    self_effects,
-    uncertainty_weight,
-    whitened_effects,
-)
+from fine_bench.fine import MIN_BATCH, FineAccumulator, uncertainty_weight
 from fine_bench.gradients.blocks import Direction, PerExampleGradients
 from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.gradients.stacking import stack_examples
+from fine_bench.seeds import stream
+from fine_bench.types import UnsupportedProblemError
 from fine_bench.watch.batches import (
     batch_index,
     complement_from_logit_gradients,
     refuse_other_losses,
+    refuse_repeats,
 )
+from fine_bench.watch.buffer import Kind, Step, StepBuffer
 from fine_bench.watch.geometry import Whitened
 from fine_bench.watch.options import Options
 from fine_bench.watch.passes import (
@@ -36,94 +36,24 @@ from fine_bench.watch.passes import (
     direction_state,
     warn_of_gradients,
 )
+from fine_bench.watch.window import window_weights
 
-Kind: TypeAlias = Literal["gram", "diagonal", "directions"]
 
-
-class StepBuffer:
-    """Collects the statistics of a few steps and turns them into effects together.
-
-    A step's statistics are a few thousand numbers, for which the fixed cost of a dozen tensor
-    operations is several times that of the arithmetic. Handling ``capacity`` steps in one go makes
-    watching cheap; what is accumulated is the same, to the last rounding of float64.
-
-    Args:
-        accumulator: where the effects go.
-        contrast: see ``self_effects``.
-        kind: what a step's statistic is: a Gram matrix (target ``self``, one row), its diagonal
-            and row sums (the same, where the geometry states the noise), or the products with R
-            directions.
-        capacity: steps held back at most.
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one backward pass told.
 
     Attributes:
-        n_not_finite, first_not_finite: steps left out because of NaN or infinite gradients, and
-            the first of them.
+        index: which training examples, ``(m_k,)``.
+        gradients: of each example's own loss; None in a step too short for a standard deviation.
+        complement: 1 − p, ``(m_k,)``, where it is needed.
+        parts: into how many parts the step's gradient is divided, A · W.
     """
 
-    def __init__(
-        self,
-        accumulator: FineAccumulator,
-        contrast: Contrast,
-        *,
-        kind: Kind,
-        capacity: int = 32,
-    ) -> None:
-        self.accumulator = accumulator
-        self.contrast: Contrast = contrast
-        self.kind: Kind = kind
-        self.capacity = capacity
-        self.n_not_finite = 0
-        self.first_not_finite: int | None = None
-        self._steps: list[tuple[Tensor, Tensor, Tensor | None, float, int]] = []
-
-    def add(
-        self, index: Tensor, statistic: Tensor, one_minus_p: Tensor | None, lr: float, step: int
-    ) -> None:
-        """Take in one step.
-
-        Args:
-            index: which training examples, ``(m,)``.
-            statistic: the Gram matrix ``(m, m)``, its diagonal and row sums ``(2, m)``, or the
-                products with R directions ``(R, m)``.
-            one_minus_p: as in ``self_effects``; None for directions.
-            lr: step size η_t, or the step's weight w_t.
-            step: number of the step, for reports.
-        """
-        if self._steps and self._steps[-1][1].shape != statistic.shape:
-            self.flush()
-        self._steps.append((index, statistic, one_minus_p, lr, step))
-        # many rows are large enough to pay for themselves
-        if len(self._steps) >= self.capacity or statistic.numel() * len(self._steps) > 2**20:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand everything collected to the accumulator."""
-        if not self._steps:
-            return
-        steps, self._steps = self._steps, []
-        index = torch.stack([s[0].cpu() for s in steps])
-        statistic = torch.stack([s[1] for s in steps])
-        lr = torch.tensor([s[3] for s in steps], dtype=torch.float64)
-        if self.kind == "directions":
-            effect, sigma = direction_effects(statistic, self.contrast)
-        else:
-            complements = [s[2] for s in steps if s[2] is not None]
-            complement = torch.stack(complements) if complements else None
-            if self.kind == "gram":
-                effect, sigma = self_effects(statistic, complement, self.contrast)
-            else:
-                own, total = statistic.unbind(1)
-                effect, sigma = whitened_effects(own, total, complement, self.contrast)
-            effect, sigma = effect[:, None], sigma[:, None]
-        finite = (torch.isfinite(effect) & torch.isfinite(sigma)).flatten(1).all(1).cpu()
-        if not bool(finite.all()):
-            if self.first_not_finite is None:
-                self.first_not_finite = steps[int((~finite).nonzero()[0])][4]
-            self.n_not_finite += int((~finite).sum())
-            index, effect, sigma, lr = index[finite], effect[finite], sigma[finite], lr[finite]
-            if not len(index):
-                return
-        self.accumulator.observe_steps(index, effect, sigma, lr)
+    index: Tensor
+    gradients: PerExampleGradients | None
+    complement: Tensor | None
+    parts: int
 
 
 class InBatch:
@@ -133,6 +63,12 @@ class InBatch:
         options: what to measure.
         passes: passes beside the training, for queries and curvature.
         recorder: taps the training pass.
+
+    Attributes:
+        n_without_backward: batches on which no backward pass ran (``training_step`` returned
+            None); they train nothing and are not observed.
+        n_without_memory: steps before which the optimiser remembered nothing, under
+            ``preconditioner="optimiser"``.
     """
 
     def __init__(self, options: Options, passes: Passes, recorder: LayerRecorder) -> None:
@@ -143,11 +79,17 @@ class InBatch:
         kind: Kind = "directions"
         if passes.queries is None:
             kind = "diagonal" if options.model_noise else "gram"
+        if options.reference_columns is not None:
+            kind = "columns"
         self._buffer = StepBuffer(self.accumulator, options.contrast, kind=kind)
         self._index: Tensor | None = None
+        self._window: list[MicroBatch] = []
         self._direction: Direction | None = None
         self._steps_seen = 0
         self._checked_epoch = -1
+        self._warned = False
+        self.n_without_backward = 0
+        self.n_without_memory = 0
 
     @property
     def n_not_finite(self) -> int:
@@ -156,33 +98,82 @@ class InBatch:
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
         """Note who is in the batch and record its pass."""
-        self._index = batch_index(batch, self.accumulator.n_train)
+        if self._index is not None:
+            self.n_without_backward += 1
+        self._index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
         if self.passes.fit_if_due(step, epoch):
             self._direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
         self.recorder.keep_outputs = self.options.needs_complement and epoch != self._checked_epoch
         self.recorder.start()
 
-    def before_step(self, lr: float, step: int, epoch: int) -> None:
-        """The backward pass is done and the parameters are still θ_t: observe."""
+    def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
+        """The gradients of a micro-batch are there.
+
+        Args:
+            epoch: number of the epoch.
+            accumulates: A of ``watch.window``; the loss was divided by it.
+            loss_scale: further factor on the loss, of 16-bit precision.
+
+        Raises:
+            UnsupportedProblemError: it was the second backward pass of a batch.
+        """
         index, recorder = self._index, self.recorder
         if index is None:
-            return
+            raise UnsupportedProblemError(
+                "there was more than one backward pass on one batch (an optimiser that evaluates "
+                "the loss several times a step, such as LBFGS, or manual optimisation with "
+                "several losses), so the gradient of one example's loss is not in any of them; "
+                "use an optimiser that takes one gradient a step, and add losses up before one "
+                "backward pass"
+            )
         recorder.stop()
-        m = len(index)
-        if m < MIN_BATCH:
-            self.accumulator.skip_short_batch()
-        else:
-            gradients = PerExampleGradients(recorder.blocks(m, scale=float(m)))
-            complement = self._complement(epoch) if self.options.needs_complement else None
-            statistic = self._statistic(gradients)
-            if self.options.step_weight == "uncertainty":
-                assert complement is not None
-                lr = uncertainty_weight(lr, complement)
-            divisor = complement if self.options.divides else None
-            self._buffer.add(index, statistic, divisor, lr, step)
-        recorder.clear()
         self._index = None
+        m, gradients, complement = len(index), None, None
+        n_processes = self.passes.processes.count
+        if m >= MIN_BATCH or accumulates * n_processes > 1:
+            scale = float(m * accumulates) / loss_scale
+            gradients = PerExampleGradients(recorder.blocks(m, scale=scale))
+            if self.options.needs_complement:
+                complement = self._complement(epoch, scale)
+        recorder.clear()
+        self._window.append(MicroBatch(index, gradients, complement, accumulates * n_processes))
+
+    def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
+        """The step's gradient is complete and the parameters are still θ_t: observe.
+
+        Args:
+            lr: step size η_t.
+            step: number of the step.
+            epoch: number of the epoch.
+            taken: whether the optimiser will take the step; 16-bit precision leaves steps out
+                whose gradients are not finite.
+        """
+        window, self._window = self._window, []
+        if not window:
+            return  # nothing was trained on
+        if not taken:
+            self._buffer.leave_out(step)
+            return
+        numbers = self.passes.processes.numbers
+        weights = window_weights(
+            numbers([len(b.index) for b in window]), numbers([b.parts for b in window])
+        )
+        held = [b.gradients for b in window if b.gradients is not None]
+        if weights.m < MIN_BATCH or len(held) < len(window):
+            self.accumulator.skip_short_batch()
+            return
+        if not self.passes.ready():
+            self.n_without_memory += 1
+            return
+        index, complement = self._union(window)
+        statistic = self._statistic(stack_examples(held), index, step)
+        weight = lr * weights.rms
+        if self.options.step_weight == "uncertainty":
+            assert complement is not None
+            weight = uncertainty_weight(weight, complement)
+        divisor = complement if self.options.divides else None
+        self._buffer.add(Step(index, statistic, divisor, weight, step, weights.relative))
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Nothing: the step was observed before it was taken."""
@@ -193,9 +184,9 @@ class InBatch:
     def flush(self) -> None:
         """Bring the sums up to date."""
         buffer = self._buffer
-        known = buffer.first_not_finite is not None
         buffer.flush()
-        if buffer.first_not_finite is not None and not known:
+        if buffer.first_not_finite is not None and not self._warned:
+            self._warned = True
             warn_of_gradients(f"at step {buffer.first_not_finite}", "this step")
 
     def close(self) -> None:
@@ -224,31 +215,82 @@ class InBatch:
         if isinstance(self.passes.metric, Whitened):
             self.passes.metric.load_state_dict(state["metric"], device)
 
-    def _statistic(self, gradients: PerExampleGradients) -> Tensor:
-        """What the buffer takes."""
+    def _union(self, window: list[MicroBatch]) -> tuple[Tensor, Tensor | None]:
+        """Indices and 1 − p of the global batch, ``(m,)`` each.
+
+        Raises:
+            ValueError: an example stands in it twice.
+        """
+        processes = self.passes.processes
+        index, complement = window[0].index, window[0].complement
+        if len(window) > 1:
+            index = torch.cat([b.index for b in window])
+            if complement is not None:
+                complement = torch.cat([b.complement for b in window if b.complement is not None])
+        if processes.count > 1:
+            index = processes.join(index)
+            complement = None if complement is None else processes.join(complement)
+        if processes.count > 1 or len(window) > 1:
+            refuse_repeats(
+                index,
+                "the micro-batches of one optimiser step, of all processes together, repeat an "
+                "example (a distributed sampler repeats some where examples do not divide evenly "
+                "among processes; drop_last=True leaves them out)",
+            )
+        return index, complement
+
+    def _statistic(self, gradients: PerExampleGradients, index: Tensor, step: int) -> Tensor:
+        """What the buffer takes.
+
+        Args:
+            gradients: of the examples of this process.
+            index: of the examples of all processes, ``(m,)``.
+            step: number of the step.
+        """
         passes = self.passes
         if passes.queries is None:
+            gradients = passes.processes.gradients(gradients)
             if self.options.model_noise:
                 assert isinstance(passes.metric, Whitened)
                 return torch.stack(passes.metric.own_and_total(gradients))
+            if self.options.reference_columns is not None:
+                return self._columns(gradients, index, step)
             return passes.metric.gram(gradients)
         if self._direction is None or self._steps_seen % self.options.refresh_every == 0:
+            reference = passes.processes.gradients(gradients)
             with passes.aside():
-                self._direction = passes.directions(gradients)
+                self._direction = passes.directions(reference)
         self._steps_seen += 1
-        return gradients.contract(self._direction)
+        return passes.processes.join(gradients.contract(self._direction).T).T
 
-    def _complement(self, epoch: int) -> Tensor:
+    def _columns(self, gradients: PerExampleGradients, index: Tensor, step: int) -> Tensor:
+        """K_ii, who is a reference example, and the products with these, ``(2 + r, m)``."""
+        assert self.options.reference_columns is not None
+        m = len(index)
+        generator = stream(self.options.seed, f"fine/columns/step {step}")
+        drawn = torch.randperm(m, generator=generator)[: self.options.reference_columns]
+        # among the examples by position: the draw does not depend on the order in the batch
+        chosen = index.cpu().argsort()[drawn].sort().values.to(index.device)
+        own = self.passes.metric.norm2(gradients)
+        itself = torch.zeros_like(own)
+        itself[chosen] = 1.0
+        columns = self.passes.metric.gram(gradients.rows(chosen), gradients)
+        return torch.cat([torch.stack([own, itself]), columns])
+
+    def _complement(self, epoch: int, scale: float) -> Tensor:
         """1 − p of the batch, from the layer that ran last."""
         call = self.recorder.calls[-1]
         assert call.grad is not None
-        grad = call.grad * len(call.grad)
-        if epoch != self._checked_epoch:
+        precise = call.grad.dtype not in (torch.bfloat16, torch.float16)
+        grad = (call.grad if precise else call.grad.float()) * scale
+        # what is not finite is no reason to refuse: such a step is left out and reported
+        if epoch != self._checked_epoch and bool(torch.isfinite(grad).all()):
             self._checked_epoch = epoch
             assert call.output is not None
+            eps = torch.finfo(call.grad.dtype).eps
             if self.options.divides:
-                refuse_other_losses(call.output, grad)
+                refuse_other_losses(call.output, grad, eps=eps)
             else:
                 option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
-                refuse_other_losses(call.output, grad, option, instead)
+                refuse_other_losses(call.output, grad, option, instead, eps=eps)
         return complement_from_logit_gradients(grad)

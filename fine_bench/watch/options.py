@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight, choose
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, QueryWeighting, Reduce, Target, dataset_size
+from fine_bench.watch.adapter import BatchAdapter
 from fine_bench.watch.geometry import Euclidean, Geometry, Metric, Whitened
+from fine_bench.watch.precondition import Preconditioned
 from fine_bench.watch.snapshot import MIN_REFERENCE
 from fine_bench.weighting import check_weighting
 
 ScheduleName: TypeAlias = Literal["in_batch", "snapshot"]
+Preconditioner: TypeAlias = Literal["optimiser"] | None
 
 _REDUCE: dict[Target, Reduce] = {
     "queries": None,
@@ -34,6 +40,7 @@ class Options:
     composition: Composition
     schedule: ScheduleName
     geometry: Geometry
+    preconditioner: Preconditioner
     contrast: Contrast
     step_weight: StepWeight
     noise: Noise
@@ -43,6 +50,7 @@ class Options:
     every_n_steps: int | None
     n_snapshots: int | None
     n_reference: int
+    reference_columns: int | None
     watched: Sequence[int] | Tensor | None
     refit_every: int | None
     fit_examples: int
@@ -51,6 +59,7 @@ class Options:
     layers: Sequence[str] | None
     forward: Callable[[Any, Tensor], Tensor] | None
     loss: Loss
+    adapter: BatchAdapter | None
 
     def __post_init__(self) -> None:
         choose(self.target, Target, "target")
@@ -61,6 +70,16 @@ class Options:
         choose(self.contrast, Contrast, "contrast")
         choose(self.step_weight, StepWeight, "step_weight")
         choose(self.noise, Noise, "noise")
+        if self.preconditioner not in ("optimiser", None):
+            raise ValueError(
+                f'preconditioner must be "optimiser" or None, got {self.preconditioner!r}'
+            )
+        if self.preconditioner is not None and self.geometry != "euclidean":
+            raise ValueError(
+                f'preconditioner="optimiser" is a geometry of its own, but geometry='
+                f'{self.geometry!r} is asked for too; use geometry="euclidean" or '
+                "preconditioner=None"
+            )
         if self.noise == "model" and self.geometry != "ekfac":
             raise ValueError(
                 f'noise="model" is the noise that geometry="ekfac" states, but geometry='
@@ -81,12 +100,14 @@ class Options:
             )
         if self.queries is not None:
             dataset_size(self.queries, "queries")
+        self._check_adapter()
         self._check_schedule()
         for name, least in (
             ("refresh_every", 1),
             ("every_n_steps", 1),
             ("n_snapshots", 1),
             ("n_reference", MIN_REFERENCE),
+            ("reference_columns", MIN_REFERENCE),
             ("refit_every", 1),
             ("fit_examples", 2),
             ("seed", 0),
@@ -97,6 +118,29 @@ class Options:
         if not 0 < self.relative_damping < float("inf"):
             raise ValueError(f"relative_damping must be a number > 0, got {self.relative_damping}")
 
+    def _check_adapter(self) -> None:
+        if self.adapter is None or self.adapter.losses is None:
+            return
+        if self.forward is not None or self.loss is not F.cross_entropy:
+            raise ValueError(
+                "the adapter's losses(module, batch) says how to get losses; leave out forward=… "
+                "and loss=…"
+            )
+        if self.needs_engine and self.observable == "margin":
+            raise ValueError(
+                'observable="margin" needs class logits, but the adapter gives losses only; use '
+                'observable="loss", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
+            )
+        if self.geometry == "ekfac":
+            raise ValueError(
+                'geometry="ekfac" needs class logits, but the adapter gives losses only; use '
+                'geometry="euclidean", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
+            )
+        if self.target == "validation_per_class" and self.adapter.y is None:
+            raise ValueError(
+                'target="validation_per_class" needs the labels of the queries: BatchAdapter(y=…)'
+            )
+
     def _check_schedule(self) -> None:
         names = ("every_n_steps", "n_snapshots", "watched")
         given = [name for name in names if getattr(self, name) is not None]
@@ -106,10 +150,26 @@ class Options:
                 f"{self.schedule!r}, where every example is scored when it is in the batch; leave "
                 "out or change the schedule"
             )
+        if self.reference_columns is not None:
+            self._check_columns()
         if self.every_n_steps is not None and self.n_snapshots is not None:
             raise ValueError("every_n_steps and n_snapshots both say when: give one of them")
         if self.watched is not None:
             positions_of(self.watched)
+
+    def _check_columns(self) -> None:
+        wrong = None
+        if self.schedule != "in_batch":
+            wrong = f"schedule={self.schedule!r} has n_reference=… for that"
+        elif self.target != "self":
+            wrong = f"target={self.target!r} has no Gram matrix"
+        elif self.noise == "model":
+            wrong = 'noise="model" takes no noise from them'
+        if wrong is not None:
+            raise ValueError(
+                f"reference_columns={self.reference_columns} chooses columns of the Gram matrix "
+                f"of a batch, for the target self; but {wrong}: leave it out"
+            )
 
     @property
     def divides(self) -> bool:
@@ -127,6 +187,12 @@ class Options:
         return self.divides or self.step_weight == "uncertainty"
 
     @property
+    def says_loss(self) -> bool:
+        """Whether it is said how to get losses, instead of left at the default."""
+        adapted = self.adapter is not None and self.adapter.losses is not None
+        return adapted or self.forward is not None or self.loss is not F.cross_entropy
+
+    @property
     def needs_engine(self) -> bool:
         """Whether there are gradients to take beside those of the training."""
         return not (
@@ -138,8 +204,25 @@ class Options:
         """Rows of the scores, for targets with queries."""
         return _REDUCE[self.target]
 
-    def metric(self) -> Metric:
-        """The geometry."""
+    def passes(self) -> tuple[Callable[[Any, Any], Tensor], Loss]:
+        """``forward(module, x)`` and ``loss(output, y, reduction)`` of the callback's passes."""
+        if self.adapter is not None and self.adapter.losses is not None:
+            return self.adapter.losses, _as_they_are
+        return self.forward or (lambda module, x: module(x)), self.loss
+
+    def metric(self, recorder: LayerRecorder, optimizers: Sequence[Optimizer]) -> Metric:
+        """The geometry.
+
+        Args:
+            recorder: of the model; it knows the parameters of each block.
+            optimizers: of the run.
+
+        Raises:
+            UnsupportedProblemError: a preconditioner that is not known.
+        """
+        if self.preconditioner is not None:
+            parameters = recorder.parameters()
+            return Preconditioned(optimizers[0], parameters)
         if self.geometry == "euclidean":
             return Euclidean()
         return Whitened(
@@ -183,3 +266,8 @@ def positions_of(watched: Sequence[int] | Tensor) -> Tensor:
     if int(positions[0]) < 0 or bool((positions.diff() == 0).any()):
         raise ValueError("watched must name each position once, counted from 0")
     return positions
+
+
+def _as_they_are(losses: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+    """The loss of passes that return losses themselves."""
+    return losses

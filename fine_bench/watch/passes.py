@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import QueryWeighting, Reduce
 from fine_bench.watch.batches import TrainingData
 from fine_bench.watch.geometry import Metric, Whitened
+from fine_bench.watch.precondition import Preconditioned
+from fine_bench.watch.processes import Processes
 from fine_bench.weighting import query_groups
 
 Aside = Callable[[], AbstractContextManager[None]]
@@ -25,7 +27,7 @@ class QueryDirections:
     """The queries' ∇h as directions, one for each row of the scores.
 
     Args:
-        x, y: the queries, ``(V, …)`` and ``(V, …)``.
+        x, y: the queries, ``(V, …)`` and ``(V, …)``; see ``BatchAdapter.inputs``.
         reduce: rows of the scores; see ``fine_bench.weighting.query_groups``.
         weighting: how queries are weighted in a mean.
         observable: ``"margin"`` or ``"loss"``.
@@ -33,20 +35,20 @@ class QueryDirections:
 
     def __init__(
         self,
-        x: Tensor,
+        x: Any,
         y: Tensor,
         reduce: Reduce,
         weighting: QueryWeighting,
         observable: Literal["margin", "loss"],
     ) -> None:
         self.x, self.y = x, y
-        self.groups = query_groups(y, reduce).to(x.device)
+        self.groups = query_groups(y, reduce).to(y.device)
         # a single query's row is a test of its own: weights belong to means over queries
         self.weighting: QueryWeighting = None if reduce is None else weighting
         self.observable: Literal["margin", "loss"] = observable
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
 
     @property
     def n_rows(self) -> int:
@@ -77,6 +79,7 @@ class Passes:
         metric: the geometry.
         queries: None for the target ``self``.
         aside: see ``Aside``.
+        processes: of the run; one by default.
 
     Attributes:
         evaluations: per-example gradients taken so far.
@@ -89,12 +92,14 @@ class Passes:
         metric: Metric,
         queries: QueryDirections | None,
         aside: Aside,
+        processes: Processes | None = None,
     ) -> None:
         self._engine = engine
         self.data = data
         self.metric = metric
         self.queries = queries
         self.aside = aside
+        self.processes = processes or Processes()
         self.evaluations = 0
 
     @property
@@ -108,9 +113,9 @@ class Passes:
         """Rows of the scores."""
         return 1 if self.queries is None else self.queries.n_rows
 
-    def gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
+    def gradients(self, x: Any, y: Tensor) -> PerExampleGradients:
         """Gradients of the loss, counted; to be called inside ``aside``."""
-        self.evaluations += len(x)
+        self.evaluations += len(y)
         return self.engine(x, y)
 
     def directions(self, reference: PerExampleGradients) -> Direction:
@@ -127,6 +132,10 @@ class Passes:
         with self.aside():
             self.evaluations += metric.fit(self.engine, self.data, step, epoch)
         return True
+
+    def ready(self) -> bool:
+        """Whether there is a geometry to score in; a preconditioner is read anew."""
+        return not isinstance(self.metric, Preconditioned) or self.metric.refresh()
 
     def close(self) -> None:
         """Remove the engine's hooks."""

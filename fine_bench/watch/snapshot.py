@@ -62,6 +62,9 @@ class Interval:
         noise: V_s = Σ η_t²/m_t.
         examples: Σ m_t.
         roots: Σ √m_t.
+
+    Where a step is put together from micro-batches, η_t counts times mean r_i in H_s and times ρ in
+    V_s, and √m_t times mean r_i/ρ (``watch.window``).
     """
 
     steps: int = 0
@@ -70,13 +73,19 @@ class Interval:
     examples: int = 0
     roots: float = 0.0
 
-    def add(self, lr: float, m: int) -> None:
-        """Take in a step with step size ``lr`` and a batch of ``m``."""
+    def add(self, lr: float, m: int, mean: float = 1.0, rms: float = 1.0) -> None:
+        """Take in a step with step size ``lr`` and a batch of ``m``.
+
+        Args:
+            lr: η_t.
+            m: number of examples in the step.
+            mean, rms: mean r_i and ρ.
+        """
         self.steps += 1
-        self.lr += lr
-        self.noise += lr * lr / m
+        self.lr += lr * mean
+        self.noise += (lr * rms) * (lr * rms) / m
         self.examples += m
-        self.roots += math.sqrt(m)
+        self.roots += math.sqrt(m) * (mean / rms)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.engine import inverse_or_zero
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
-from fine_bench.watch.batches import batch_parts
 from fine_bench.watch.geometry import Whitened
 from fine_bench.watch.options import Options
 from fine_bench.watch.passes import Passes, warn_of_gradients
@@ -29,6 +28,7 @@ from fine_bench.watch.snapshot import (
     SnapshotPlan,
     reference_effects,
 )
+from fine_bench.watch.window import window_weights
 
 READ_AT_ONCE = 256
 """Examples scored at a time. It changes memory, no score."""
@@ -80,17 +80,31 @@ class Snapshots:
         self.n_not_finite = 0
         self._interval = Interval()
         self._batch_size = 0
+        self._window: list[tuple[int, int]] = []
+        self.n_without_backward = 0
         self._epoch = 0
         self._before_end: dict[str, Any] | None = None
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
         """Note the size of the batch."""
-        self._batch_size = len(batch_parts(batch)[1])
+        if self._batch_size:
+            self.n_without_backward += 1
+        self._batch_size = self.passes.data.adapter.size(batch)
 
-    def before_step(self, lr: float, step: int, epoch: int) -> None:
+    def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
+        """The batch is part of the step."""
+        if self._batch_size:
+            self._window.append((self._batch_size, accumulates * self.passes.processes.count))
+        self._batch_size = 0
+
+    def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
         """Note the step."""
-        self._interval.add(lr, self._batch_size)
-        self._epoch = epoch
+        window, self._window = self._window, []
+        if window and taken:
+            numbers = self.passes.processes.numbers
+            weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
+            self._interval.add(lr, weights.m, weights.mean, weights.rms)
+            self._epoch = epoch
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Take a snapshot if it is time, after step number ``step``."""
@@ -135,6 +149,7 @@ class Snapshots:
 
     def _observe(self, step: int, epoch: int) -> None:
         self.passes.fit_if_due(step, epoch)
+        self.passes.ready()
         with self.passes.aside():
             found = self.take(step)
         if found.finite:
@@ -170,7 +185,7 @@ class Snapshots:
                 others = passes.metric.gram(gradients, reference)[None]
             else:
                 own, others = gradients.contract(direction), at_reference
-            itself = torch.isin(self.index[rows], positions).to(x.device)
+            itself = torch.isin(self.index[rows], positions).to(y.device)
             effect, sigma = reference_effects(own, others, itself, options.contrast)
             if options.model_noise:
                 _, sigma = whitened_effects(own, own, None)

@@ -252,11 +252,6 @@ def test_the_margin_needs_the_mean_cross_entropy_of_hard_labels(module: Module) 
         fit([FINECallback("self")], module)
 
 
-def test_accumulated_gradients_are_refused() -> None:
-    with pytest.raises(UnsupportedProblemError, match="accumulate_grad_batches=2"):
-        fit([FINECallback("self")], accumulate_grad_batches=2)
-
-
 def test_two_step_sizes_are_refused() -> None:
     class TwoRates(Module):
         def configure_optimizers(self) -> torch.optim.Optimizer:

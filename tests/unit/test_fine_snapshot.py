@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.types import UnsupportedProblemError
-from fine_bench.watch.batches import TrainingData, batch_parts
+from fine_bench.watch.adapter import BatchAdapter
+from fine_bench.watch.batches import TrainingData
 from fine_bench.watch.snapshot import (
     Interval,
     SnapshotAccumulator,
@@ -544,9 +545,9 @@ def test_bad_data() -> None:
     with pytest.raises(ValueError, match="not the position it was asked for"):
         fit(watch(), dataset=shuffled)
     with pytest.raises(ValueError, match=r"must yield \(x, y, …\) or a mapping"):
-        batch_parts({"x": torch.zeros(2, 6)})
+        BatchAdapter().parts({"x": torch.zeros(2, 6)})
     with pytest.raises(ValueError, match="got Tensor"):
-        batch_parts(torch.zeros(2, 6))
+        BatchAdapter().parts(torch.zeros(2, 6))
     x, y = TrainingData(data()).read(torch.tensor([3, 0]))
     assert torch.equal(x, data().tensors[0][[3, 0]])
     assert torch.equal(y, data().tensors[1][[3, 0]])

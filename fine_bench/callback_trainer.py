@@ -1,0 +1,118 @@
+"""What f-INE's callback asks of a Lightning Trainer, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+
+from fine_bench.types import UnsupportedProblemError
+
+
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Refuse ways of spreading a model over processes in which no process holds its gradients.
+
+    Raises:
+        UnsupportedProblemError: another strategy than one device or distributed data parallel.
+    """
+    strategy = trainer.strategy
+    one = isinstance(strategy, SingleDeviceStrategy)
+    data_parallel = isinstance(strategy, DDPStrategy) and not isinstance(
+        strategy, DeepSpeedStrategy
+    )
+    if not one and not data_parallel:
+        raise UnsupportedProblemError(
+            f"the strategy {type(strategy).__name__} is not supported: where parameters are "
+            "spread over processes (FSDP, DeepSpeed, model parallelism), no process holds a "
+            "layer's whole inputs, gradients and optimiser state, from which f-INE takes its "
+            'products; use strategy="ddp" or one device'
+        )
+
+
+def refuse_compiled(module: pl.LightningModule, schedule: str) -> bool:
+    """Whether the module or a part of it went through ``torch.compile``.
+
+    Raises:
+        UnsupportedProblemError: it did, and the schedule needs hooks in the training's own pass.
+    """
+    parts = [
+        name or "the module"
+        for name, part in module.named_modules()
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
+    ]
+    if module._compiler_ctx is not None:
+        parts.insert(0, "the module")
+    if parts and schedule == "in_batch":
+        raise UnsupportedProblemError(
+            f"{', '.join(dict.fromkeys(parts))} went through torch.compile: hooks in its layers "
+            "would cut the compiled code into pieces and so change the weights in their last "
+            'digits. Use schedule="snapshot", whose passes run beside the training, or train '
+            "without torch.compile"
+        )
+    return bool(parts)
+
+
+def refuse_optimizers(trainer: pl.Trainer) -> None:
+    """Refuse runs without the one optimiser whose steps are observed.
+
+    Raises:
+        UnsupportedProblemError: none, or several.
+    """
+    n = len(trainer.optimizers)
+    if n != 1:
+        raise UnsupportedProblemError(
+            f"f-INE observes the steps of one optimiser, this run has {n}; let "
+            "configure_optimizers return one, with parameter groups if need be"
+        )
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """The factor by which 16-bit precision multiplies the loss before the backward pass."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def step_is_taken(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+    """Whether the optimiser will step: 16-bit precision leaves out what is not finite."""
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return True
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """The precision of the module's parameters, in which it takes inputs."""
+    return next(module.parameters()).dtype
+
+
+@contextmanager
+def beside_training(module: nn.Module, compiled: bool = False) -> Iterator[None]:
+    """A pass beside the training: evaluation mode, and every random state and mode afterwards.
+
+    A compiled module's own code knows nothing of hooks, so its layers run as they were written.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with isolate_rng(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+__all__ = [
+    "beside_training",
+    "loss_scale",
+    "parameter_dtype",
+    "refuse_compiled",
+    "refuse_optimizers",
+    "refuse_strategy",
+    "step_is_taken",
+]
