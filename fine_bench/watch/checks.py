@@ -100,10 +100,12 @@ class FirstBatch:
                 continue
             if not a.is_floating_point():
                 continue
+            if a.shape[1:] != b.shape[1:]:  # sequences cut to the longest of their batch
+                continue
             a, b = a[:half].double(), b.double()
             eps = torch.finfo(whole.dtype if isinstance(whole, Tensor) else torch.float32).eps
             wrong = (a - b).abs() > eps**0.5 * (1.0 + a.abs())
-            if a.shape == b.shape and bool(wrong.any()):
+            if bool(wrong.any()):
                 raise UnsupportedProblemError(
                     "the model's output for an example depends on who else is in its batch (before "
                     "the first step, half of the first batch alone gives other outputs: they "
