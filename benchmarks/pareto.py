@@ -1,0 +1,251 @@
+"""What consistency and fidelity cost: f-INE from free to a snapshot a step, TracIn, TRAK.
+
+    FINE_BENCH_DATA=… python benchmarks/pareto.py compute --seeds 0 1 2
+    python benchmarks/pareto.py figure
+
+``compute`` trains each seed of ``--experiment`` without anything, then once for every budget of
+f-INE (target *self*, margin, steps weighted by uncertainty): in-batch, and snapshots of all
+examples every so many steps, down to every step. TracIn and TRAK read 1, 3, 5, … of the plain
+run's checkpoints, equally spaced up to the last one. Extra cost is time over that of the plain
+training: for f-INE the wall time of the watched run less that of the plain one, for the others
+that of scoring. ``figure`` writes ``pareto.csv`` and draws consistency (mean Spearman correlation
+between the scores of two seeds) and fidelity (Spearman correlation with the true μ by retraining,
+``results/ground_truth``) against it. All points of one seed come from one process, one after the
+other; the median over seeds is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from gain import job_of
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from baselines.tracin import TracIn
+from baselines.trak import TRAK
+from fine_bench.callback import FINECallback
+from fine_bench.estimator import InfluenceEstimator, replay
+from fine_bench.figures.style import (
+    BLACK,
+    BLUE,
+    FORMATS,
+    GREEN,
+    GREY,
+    VERMILLION,
+    canvas,
+    styled,
+    to_bytes,
+)
+from fine_bench.run import training
+from fine_bench.run.cells import problem_of
+from fine_bench.run.plan import Job
+from fine_bench.truth import Truth, find, folders
+
+CHECKPOINTS = (1, 3, 5, 15)
+EVERY = (64, 32, 16, 8, 4, 2, 1)
+FAMILIES = {
+    "f-INE in-batch": (BLUE, "o"),
+    "f-INE snapshots": (BLACK, "s"),
+    "TracIn": (VERMILLION, "^"),
+    "TRAK": (GREEN, "D"),
+}
+MEASURES = {"consistency": "Spearman between seeds", "fidelity": "Spearman with the true μ"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of one family."""
+
+    family: str
+    budget: int
+
+    @property
+    def name(self) -> str:
+        """Key of its scores."""
+        return f"{self.family}|{self.budget}"
+
+    def watcher(self, seed: int) -> FINECallback:
+        """f-INE's callback at this budget: steps between two snapshots, 0 for in-batch."""
+        if not self.budget:
+            return FINECallback("self", step_weight="uncertainty")
+        return FINECallback(
+            "self",
+            step_weight="uncertainty",
+            schedule="snapshot",
+            every_n_steps=self.budget,
+            seed=seed,
+        )
+
+    def estimator(self, seed: int, n_train: int) -> InfluenceEstimator:
+        """The method that reads checkpoints; TRAK's dimension stays below the examples."""
+        if self.family == "TracIn":
+            return TracIn()
+        return TRAK(projection="factorized", dim=min(512, n_train // 2), seed=seed)
+
+
+def spaced(n: int, wanted: int) -> list[int]:
+    """``wanted`` of n positions (all if there are fewer), equally spaced, the last included."""
+    wanted = min(n, wanted)
+    return [(i + 1) * n // wanted - 1 for i in range(wanted)]
+
+
+def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Scores ``(1, n)`` of every point, and its extra cost over plain training."""
+    plain = training.train(job, [], None)
+    base = plain.facts["seconds_with_callbacks"]
+    found: dict[str, Tensor] = {}
+    costs: dict[str, float] = {}
+    for point in [Point("f-INE in-batch", 0), *(Point("f-INE snapshots", k) for k in every)]:
+        watcher = point.watcher(job.config.seed)
+        run = training.train(job, [watcher], None)
+        start = time.perf_counter()
+        found[point.name] = watcher.scores().values
+        finish = time.perf_counter() - start
+        costs[point.name] = (run.facts["seconds_with_callbacks"] + finish) / base - 1.0
+    problem = problem_of(job, "self", plain.model)
+    budgets = sorted({min(k, len(plain.checkpoints)) for k in CHECKPOINTS})
+    for family in ("TracIn", "TRAK"):
+        for budget in budgets:
+            point = Point(family, budget)
+            chosen = [plain.checkpoints[i] for i in spaced(len(plain.checkpoints), budget)]
+            start = time.perf_counter()
+            scores = replay(point.estimator(job.config.seed, job.data.n_train), problem, chosen)
+            costs[point.name] = (time.perf_counter() - start) / base
+            found[point.name] = scores.values
+    return found, costs
+
+
+def compute(arguments: argparse.Namespace) -> None:
+    """Score the seeds that have no file yet."""
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.work / arguments.experiment
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in arguments.seeds:
+        path = folder / f"seed{seed}.safetensors"
+        if path.exists():
+            continue
+        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        found, costs = score_seed(job, arguments.every)
+        temporary = path.with_suffix(".tmp")
+        save_file({k: v.contiguous() for k, v in found.items()}, temporary)
+        about = {"costs": costs, "data_sha256": job.data.sha256, "setting": job.setting}
+        path.with_suffix(".json").write_text(json.dumps(about, indent=1))
+        temporary.rename(path)
+        print(seed, {name: round(cost, 2) for name, cost in costs.items()}, flush=True)
+
+
+def measured(
+    scores: Mapping[int, Mapping[str, Tensor]],
+    costs: Mapping[int, Mapping[str, float]],
+    truth: Truth | None,
+) -> pd.DataFrame:
+    """One line a point: extra cost, consistency, and fidelity where there is a truth."""
+    seeds = sorted(scores)
+    lines = []
+    for name in scores[seeds[0]]:
+        family, budget = name.split("|")
+        values = {seed: scores[seed][name][0] for seed in seeds}
+        faithful = [
+            truth.metrics(value[None], "self", "published")["fidelity"]
+            for value in values.values()
+            if truth is not None
+        ]
+        spearman = [
+            float(pd.Series(values[a].numpy()).corr(pd.Series(values[b].numpy()), "spearman"))
+            for i, a in enumerate(seeds)
+            for b in seeds[i + 1 :]
+        ]
+        lines.append(
+            {
+                "family": family, "budget": int(budget), "seeds": len(seeds),
+                "extra_cost": float(np.median([costs[seed][name] for seed in seeds])),
+                "consistency": float(np.mean(spearman)) if spearman else float("nan"),
+                "fidelity": float(np.mean(faithful)) if faithful else float("nan"),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+@styled
+def draw(frame: pd.DataFrame, title: str) -> Figure:
+    """Both measures against extra cost; a point's budget stands beside it."""
+    figure = canvas(7.2, 3.1)
+    axes = figure.subplots(1, len(MEASURES), sharex=True)
+    for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+        for family, (colour, marker) in FAMILIES.items():
+            some = frame[frame.family == family].sort_values("extra_cost")
+            # a free method may come out faster than plain training: shown at the axis' left end
+            cost = some.extra_cost.clip(lower=0.01)
+            axis.plot(cost, some[measure], color=colour, marker=marker, label=family)
+            for x, y, budget in zip(cost, some[measure], some.budget, strict=True):
+                if budget and np.isfinite(y):
+                    axis.annotate(
+                        str(budget), (x, y), xytext=(3, 4), textcoords="offset points",
+                        fontsize=6.5, color=GREY,
+                    )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("extra time / time of plain training")
+        axis.set_ylabel(label)
+        if not np.isfinite(frame[measure]).any():
+            axis.text(
+                0.5, 0.5, "unknown: too few seeds,\nor no ground truth of this setting",
+                transform=axis.transAxes, ha="center", va="center", color=GREY,
+            )  # fmt: skip
+    axes[0].legend(loc="best")
+    figure.suptitle(f"{title}: beside a point, checkpoints read, or steps between snapshots")
+    return figure
+
+
+def figure(arguments: argparse.Namespace) -> None:
+    """Write the table and the figure from what ``compute`` left."""
+    scores, costs, truth = {}, {}, None
+    for path in sorted((arguments.work / arguments.experiment).glob("seed*.safetensors")):
+        seed = int(path.stem.removeprefix("seed"))
+        scores[seed] = load_file(path)
+        about = json.loads(path.with_suffix(".json").read_text())
+        costs[seed] = about["costs"]
+        truth = find(folders(arguments.results), about["data_sha256"], about["setting"])
+    if not scores:
+        raise SystemExit(f"no runs of {arguments.experiment} in {arguments.work}; compute first")
+    frame = measured(scores, costs, truth)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    stem = arguments.out / f"pareto--{arguments.experiment}"
+    frame.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.4f")
+    drawn = draw(frame, f"{arguments.experiment}, {len(scores)} seeds")
+    for kind in FORMATS:
+        stem.with_suffix(f".{kind}").write_bytes(to_bytes(drawn, kind))
+    print(frame.to_string(index=False))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiment", default="mnist_mlp")
+    parser.add_argument("--work", type=Path, default=Path("results/pareto/work"))
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("compute", help="train and score")
+    one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    one.add_argument("--every", type=int, nargs="+", default=list(EVERY))
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--override", nargs="*", default=[], help="Hydra overrides")
+    one.set_defaults(call=compute)
+    two = commands.add_parser("figure", help="table and drawing")
+    two.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
+    two.add_argument("--out", type=Path, default=Path("results/pareto"))
+    two.set_defaults(call=figure)
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()
