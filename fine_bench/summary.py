@@ -150,10 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write ``DIR/summary.md``; 0 done, 1 a file cannot be read, 2 nothing to summarise."""
     parser = argparse.ArgumentParser(
         prog="python -m fine_bench.summary",
-        description="One table over all tasks, rebuilt from DIR/records: methods by one measure. "
+        description="One table over all tasks, rebuilt from DIR/records: methods by one measure.\n"
         "Written to DIR/summary.md and printed.",
-        epilog="Example: python -m fine_bench.summary --measure average_precision "
-        "--tasks mnist_mislabel cifar10n",
+        epilog="Exit status: 0 done; 1 a file cannot be read (each is named);\n2 nothing to "
+        "summarise, or a wrong argument.\nExample:\n  python -m fine_bench.summary --measure "
+        "average_precision --tasks mnist_mislabel cifar10n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--results", metavar="DIR", type=Path, default=Path("results"), help="default: results"
