@@ -182,7 +182,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but their files stay empty, which saves most of the time."""
-    monkeypatch.setattr("fine_bench.figures.__main__.to_bytes", lambda figure, kind: b"")
+    monkeypatch.setattr("fine_bench.figures.files.to_bytes", lambda figure, kind: b"")
 
 
 unsaved = pytest.mark.usefixtures("_unsaved")
@@ -192,6 +192,8 @@ def test_every_figure_is_written_in_both_formats(complete: Path) -> None:
     stems = {
         "detection_and_consistency--digits",
         "recall_curves--digits",
+        "cost_and_quality--digits",
+        "tradeoff_curves--digits",
         "figure1_losses_vary--digits",
         "figure2_consistency--digits",
         "figure3_equal_means",
@@ -345,6 +347,7 @@ def test_one_seed_has_no_consistency(tmp_path: Path, capsys: pytest.CaptureFixtu
     # the textbook pair stands in for the traces
     assert names(tmp_path) == {
         "recall_curves--digits.svg",
+        "cost_and_quality--digits.svg",
         "figure3_equal_means.svg",
         "figure4_crossing.svg",
     }
