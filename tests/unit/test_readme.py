@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fine_bench import leaderboard, leaderboard_view
+from fine_bench import leaderboard, leaderboard_view, summary
 from fine_bench.records import RecordStore
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,29 @@ def test_the_published_leaderboard_is_rebuilt_from_the_published_records() -> No
     board = leaderboard.build(RecordStore(ROOT / "results"))
     assert leaderboard_view.to_markdown(board) == (ROOT / "results/leaderboard.md").read_text()
     assert leaderboard_view.to_csv(board) == (ROOT / "results/leaderboard.csv").read_text()
+
+
+def test_the_table_over_tasks_is_that_of_the_records() -> None:
+    if not (ROOT / "results" / "records").is_dir():
+        pytest.skip("results/ holds no records")
+    board = leaderboard.build(RecordStore(ROOT / "results"))
+    parts = [
+        summary.to_markdown(summary.summarise(board, "average_precision", target))
+        for target in ("self", "validation")
+    ]
+    assert "\n".join(parts) == (ROOT / "results" / "summary.md").read_text()
+    shown = README.split("<!-- summary:start -->")[1].split("<!-- summary:end -->")[0]
+    whole = (ROOT / "results" / "summary.md").read_text().split("#### ")[1:]
+    for short, full in zip(shown.split("#### ")[1:], whole, strict=True):
+        lines = [line for line in short.splitlines() if line.startswith("| ") and "---" not in line]
+        heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+        rows = {line.split(" | ")[0]: line.strip("|").split("|") for line in full.splitlines()}
+        columns = [cell.strip() for cell in rows["| method"]]
+        assert len(lines) > 5
+        for line in lines[1:]:
+            for head, cell in list(zip(heads, line.strip("|").split("|"), strict=True))[1:]:
+                found = rows[line.split(" | ")[0]][columns.index(head)]
+                assert cell.strip() == found.strip().split(" [")[0], line
 
 
 def test_linked_files_exist() -> None:
