@@ -99,10 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--treatments",
+        metavar="TREATMENT",
         choices=TREATMENTS,
         nargs="+",
         default=list(TREATMENTS),
-        help="default: all of them",
+        help=f"some of {', '.join(TREATMENTS)} (default: all of them)",
     )
     add(
         "--shares",
