@@ -84,10 +84,10 @@ class FINECallback(pl.Callback):
 
     The loss that the run minimises must be the *mean* of the per-example losses of a batch.
 
-    ``scores().std_error`` is meant for other seeds: values ± 1.96 ``std_error`` covered the mean μ of
-    nine other runs for 92–96 % of the examples in-batch (*self*, *validation*; ``accumulated``, the
-    Euclidean geometry) and 91–98 % with a snapshot an epoch, on MNIST and digits with plain SGD and
-    on MNIST with momentum until the flips were fitted (``results/interval_coverage.md``,
+    ``scores().std_error`` is meant for other seeds: values ± 1.96 ``std_error`` covered the mean μ
+    of nine other runs for 92–96 % of the examples in-batch (*self*, *validation*; ``accumulated``,
+    the Euclidean geometry) and 91–98 % with a snapshot an epoch, on MNIST and digits with plain SGD
+    and on MNIST with momentum until the flips were fitted (``results/interval_coverage.md``,
     ``fine_bench.fine_error``). For other options it was not measured.
 
     Attributes:
