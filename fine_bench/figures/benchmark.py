@@ -105,7 +105,7 @@ def detection_and_consistency(
         x_label, y_label: what consistency and detection are measured by.
         size: task and n, for the title.
     """
-    figure = canvas(5.0 * len(panels) + 0.3, 4.7)
+    figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, "Finding bad examples, and finding the same ones again", size)
     axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
     inside: dict[str, list[Point]] = {}
@@ -198,7 +198,7 @@ def recall_curves(
         size: task and n, for the title.
     """
     rows = max((len(curves) for curves in panels.values()), default=0) + 2
-    figure = canvas(4.8 * len(panels) + 0.3, 4.2 + 0.17 * math.ceil(rows / 2))
+    figure = canvas(max(6.8, 4.8 * len(panels) + 0.3), 4.2 + 0.17 * math.ceil(rows / 2))
     title_of(figure, "Bad examples found by inspecting the most suspicious first", size)
     for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
         axes.plot([0, rate, 1], [0, 1, 1], color=BLACK, linewidth=1.0, label="optimal", zorder=1)

@@ -55,7 +55,7 @@ def cost_and_quality(
         looks: by label.
         size: task and n, for the title.
     """
-    figure = canvas(5.0 * len(panels) + 0.3, 4.7)
+    figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, "What a better answer costs", size)
     axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
     inside: dict[str, list[Point]] = {}

@@ -149,7 +149,7 @@ def consistency_bars(
         size: task and n, for the title.
     """
     most = max((len(bars) for bars in panels.values()), default=1)
-    figure = canvas(5.1 * len(panels) + 0.3, 1.9 + 0.36 * most)
+    figure = canvas(max(6.8, 5.1 * len(panels) + 0.3), 1.9 + 0.36 * most)
     title_of(figure, f"The same {k:,} most suspicious examples in another run?", size)
     for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
         bars = sorted(panels[target], key=lambda b: (-_or(b.raw.mean, -math.inf), b.label))

@@ -91,7 +91,7 @@ def by_source(panels: Mapping[str, Sequence[Line]], *, measure: str, size: str) 
         size: task and n, for the title.
     """
     most = max(len(lines) for lines in panels.values())
-    figure = canvas(5.1 * len(panels) + 0.3, 1.9 + 0.48 * most)
+    figure = canvas(max(6.8, 5.1 * len(panels) + 0.3), 1.9 + 0.48 * most)
     title_of(figure, "Where runs disagree: initialisation, order of the data, or both", size)
     for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
         lines = sorted(panels[target], key=lambda line: (-_best(line), line.label))

@@ -368,6 +368,17 @@ def test_a_single_seed_and_other_columns_carry_their_own_marks(tmp_path: Path) -
     assert not any(key.startswith("cost_") for row in board.tables[0].rows for key in row.ties)
 
 
+def test_an_estimator_that_scores_groups_alone_is_no_problem(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for seed in (0, 1):
+        record = replace(finished("fine", "self", seed), metrics={"group/a/mu": 1.0})
+        nobody = torch.empty(0, dtype=torch.int64)
+        store.save(record, InfluenceScores(torch.zeros(1, N), "fine", "self", watched=nobody))
+    board = build(store)
+    assert not board.problems
+    assert not any(key.startswith("consistency") for key in board.tables[0].rows[0].stats)
+
+
 def test_consistency_ties_are_those_of_the_pairs(tmp_path: Path) -> None:
     board = build(fill(tmp_path, seeds=tuple(range(4))))
     rows = [row_of(board, name) for name in ("fine", "tracin")]
