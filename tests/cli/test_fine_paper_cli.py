@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import Run  # type: ignore[import-not-found]
+from commands import Run  # type: ignore[import-not-found]
 
 from fine_bench.records import RecordStore
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import SMALL, Run  # type: ignore[import-not-found]
+from commands import SMALL, Run  # type: ignore[import-not-found]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
 TINY = (*SMALL, "estimator=[fine,random]", "seed=0,1", "logger.mode=disabled")

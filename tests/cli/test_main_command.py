@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Run, command, environment  # type: ignore[import-not-found]
+from commands import Run, command, environment  # type: ignore[import-not-found]
 from sklearn.metrics import roc_auc_score
 
 from fine_bench import leaderboard

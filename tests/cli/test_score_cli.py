@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import environment  # type: ignore[import-not-found]
+from commands import environment  # type: ignore[import-not-found]
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from scipy import stats
