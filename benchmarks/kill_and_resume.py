@@ -63,8 +63,11 @@ def start(folder: Path, overrides: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and messages."""
-    _, messages = process.communicate()
+    """Exit status and messages; a script that is interrupted leaves no sweep behind."""
+    try:
+        _, messages = process.communicate()
+    finally:
+        process.kill()
     return process.returncode, messages
 
 
@@ -134,6 +137,8 @@ def kill_once(folder: Path, moment: float, overrides: Sequence[str], expected: P
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
+    finally:
+        process.kill()
     before = state(folder)
     finished = sum(name.startswith("records/") for name in before)
     status, messages = finish(start(folder, overrides))
