@@ -471,6 +471,8 @@ def _consistency(
     if len(finished) < 2:
         return None, ""
     first = next(iter(finished.values()))
+    if first.metrics.get("n_watched") == 0:  # it scores groups, and no single example
+        return None, ""
     row = (first.task, first.setting, first.estimator, first.target)
     if first.target not in SUSPICIOUS_END:
         return None, f"unknown target {first.target!r}, so no consistency"
@@ -490,8 +492,6 @@ def _consistency(
         loaded = {s: store.load_scores(finished[s]) for s in scores}
         if len({_watched_ones(found) for found in loaded.values()}) > 1:
             raise ValueError("its seeds score different examples; set sample_seed to one number")
-        if all(found.watched_values.shape[-1] == 0 for found in loaded.values()):
-            return None, ""  # it scores groups, and no single example
         vectors = {s: suspicion(found.watched_values, end) for s, found in loaded.items()}
         for (a, b), pair in wanted.items():
             if pair not in pairs:
