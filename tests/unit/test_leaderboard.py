@@ -371,7 +371,9 @@ def test_a_single_seed_and_other_columns_carry_their_own_marks(tmp_path: Path) -
 def test_an_estimator_that_scores_groups_alone_is_no_problem(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     for seed in (0, 1):
-        record = replace(finished("fine", "self", seed), metrics={"group/a/mu": 1.0, "n_watched": 0.0})
+        record = replace(
+            finished("fine", "self", seed), metrics={"group/a/mu": 1.0, "n_watched": 0.0}
+        )
         nobody = torch.empty(0, dtype=torch.int64)
         store.save(record, InfluenceScores(torch.zeros(1, N), "fine", "self", watched=nobody))
     board = build(store)
