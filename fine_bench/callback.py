@@ -200,6 +200,7 @@ class FINECallback(pl.Callback):
             loss=loss,
             adapter=adapter,
         )
+        self._state_key = self._generate_state_key(**_distinguishing(self.options))
         self.seconds = 0.0
         self._recorder: LayerRecorder | None = None
         self._schedule: InBatch | Snapshots | None = None
@@ -354,15 +355,7 @@ class FINECallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Callbacks that score differently keep their states apart."""
-        o = self.options
-        named: dict[str, Any] = {}
-        for name, parameter in inspect.signature(FINECallback).parameters.items():
-            value = getattr(o, name)
-            plain = value is None or isinstance(value, str | int | float)
-            if plain and value != parameter.default:
-                named[name] = value
-        always = {"target": o.target, "observable": o.observable, "composition": o.composition}
-        return self._generate_state_key(**(always | named))
+        return self._state_key  # Lightning asks for it around every event: many times a step
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
@@ -385,6 +378,18 @@ class FINECallback(pl.Callback):
             self._recorder = None
         if self._schedule is not None:
             self._schedule.close()
+
+
+def _distinguishing(options: Options) -> dict[str, Any]:
+    """The plain options that differ from their defaults, and those that every state names."""
+    always = {name: getattr(options, name) for name in ("target", "observable", "composition")}
+    named: dict[str, Any] = {}
+    for name, parameter in inspect.signature(FINECallback).parameters.items():
+        value = getattr(options, name)
+        plain = value is None or isinstance(value, str | int | float)
+        if plain and value != parameter.default:
+            named[name] = value
+    return always | named
 
 
 __all__ = ["BatchAdapter", "FINECallback"]

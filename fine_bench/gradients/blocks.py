@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.gradients.directions import BlockDirection, Direction, add_directions
-from fine_bench.gradients.factors import FactorBlock
+from fine_bench.gradients.factors import FactorBlock, group_rows
 from fine_bench.gradients.tokens import TokenBlock
 
 __all__ = [
@@ -55,6 +55,15 @@ class DenseBlock:
         """The tensor that is linear in the gradient: its scale, precision and device."""
         return self.g
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the block is made of, ``(B, …)`` each."""
+        return (self.g,)
+
+    def with_tensors(self, g: Tensor) -> DenseBlock:
+        """Other gradients of the same parameters, from their ``tensors``."""
+        return DenseBlock(self.name, g)
+
     def scaled(self, factor: Tensor) -> DenseBlock:
         """Every example's gradient times its factor, ``(B,)``."""
         return DenseBlock(self.name, self.g * factor[:, None])
@@ -78,6 +87,15 @@ class DenseBlock:
     def gram(self, other: DenseBlock) -> Tensor:
         """Dot products with another batch, ``(B, B')``."""
         return self.g @ other.g.T
+
+    def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
+        """Gram matrices of consecutive groups; see ``FactorBlock.grams``."""
+        g = self.g.reshape(n_groups, -1, self.g.shape[1])
+        return group_rows(g, rows) @ g.mT
+
+    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``."""
+        return self.norm2(), self.g[chosen] @ self.g.T
 
     def contract(self, direction: BlockDirection) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
@@ -149,6 +167,20 @@ class PerExampleGradients:
         pairs = zip(self.blocks, (other or self).blocks, strict=True)
         return _total(_block_gram(x, y) for x, y in pairs)
 
+    def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
+        """Gram matrices of consecutive groups of m examples, ``(groups, m, m)``.
+
+        Args:
+            n_groups: into how many groups of one length the examples fall.
+            rows: positions in each group, ``(groups, r)``; only their rows, ``(groups, r, m)``.
+        """
+        return _total(_block_grams(block, n_groups, rows) for block in self.blocks)
+
+    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``."""
+        parts = [block.own_and_rows(chosen) for block in self.blocks]
+        return _total(own for own, _ in parts), _total(rows for _, rows in parts)
+
     def contract(self, direction: Direction) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
         return _total(x.contract(d) for x, d in zip(self.blocks, direction, strict=True))
@@ -166,6 +198,19 @@ def _block_gram(x: Block, y: Block) -> Tensor:
     if isinstance(x, DenseBlock) and isinstance(y, DenseBlock):
         return x.gram(y)
     raise TypeError(f"blocks {x.name!r} and {y.name!r} are of different kinds: different models?")
+
+
+def _block_grams(block: Block, n_groups: int, rows: Tensor | None) -> Tensor:
+    if isinstance(block, DenseBlock) or (isinstance(block, FactorBlock) and block.a.shape[1] == 1):
+        return block.grams(n_groups, rows)
+    m = len(block) // n_groups
+    groups = [block.rows(slice(k * m, (k + 1) * m)) for k in range(n_groups)]
+    return torch.stack(
+        [
+            _block_gram(group if rows is None else group.rows(rows[k]), group)
+            for k, group in enumerate(groups)
+        ]
+    )
 
 
 def _total(terms: Iterable[Tensor]) -> Tensor:

@@ -63,6 +63,15 @@ class FactorBlock:
         """The tensor that is linear in the gradient: its scale, precision and device."""
         return self.b
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the block is made of, ``(B, …)`` each."""
+        return self.a, self.b
+
+    def with_tensors(self, a: Tensor, b: Tensor) -> FactorBlock:
+        """Other gradients of the same layer, from their ``tensors``."""
+        return FactorBlock(self.name, a, b, self.weight, self.bias)
+
     def scaled(self, factor: Tensor) -> FactorBlock:
         """Every example's gradient times its factor, ``(B,)``."""
         return FactorBlock(
@@ -132,6 +141,42 @@ class FactorBlock:
             else:
                 total = total + self._gram_from_matrices(other)
         return total
+
+    def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
+        """Gram matrices of consecutive groups of m examples, for T = 1, ``(groups, m, m)``.
+
+        Args:
+            n_groups: into how many groups of one length the examples fall.
+            rows: positions in each group, ``(groups, r)``; only their rows, ``(groups, r, m)``.
+        """
+        b = self.b.reshape(n_groups, -1, self.b.shape[2])
+        bb = group_rows(b, rows) @ b.mT
+        if not self.weight:
+            return bb
+        a = self.a.reshape(n_groups, -1, self.a.shape[2])
+        aa = group_rows(a, rows) @ a.mT
+        return aa.add_(1.0).mul_(bb) if self.bias else aa.mul_(bb)
+
+    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``.
+
+        Where both take the gradients themselves, these are formed once.
+        """
+        n, t, n_in = self.a.shape
+        n_out, r = self.b.shape[2], len(chosen)
+        by_factors = min(n * r * t, n * t) * t * (n_in + n_out)
+        if t == 1 or not self.weight or by_factors < n * t * n_in * n_out:
+            return self.norm2(), self.rows(chosen).gram(self)
+        own, rows = self.b.new_zeros(n), self.b.new_zeros(r, n)
+        for units in self.some_units():
+            g = self.unit_gradients(units).flatten(1)
+            own += torch.linalg.vecdot(g, g)
+            rows.addmm_(g[chosen], g.T)
+        if self.bias:
+            b = self.b.sum(1)
+            own += b.square().sum(1)
+            rows.addmm_(b[chosen], b.T)
+        return own, rows
 
     def _gram_from_factors(self, other: FactorBlock) -> Tensor:
         """Σ_st ⟨a_is, a'_jt⟩ ⟨b_is, b'_jt⟩, some examples at a time."""
@@ -215,3 +260,8 @@ class FactorBlock:
         if self.bias:
             bias = weights @ self.b.sum(1)
         return BlockDirection(weight, bias)
+
+
+def group_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows ``(G, r)`` of each group of ``(G, m, K)``; all if None."""
+    return x if rows is None else x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))

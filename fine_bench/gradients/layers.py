@@ -244,7 +244,8 @@ def trained_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_trained(layer: nn.Module, part: str) -> bool:
     """Whether the layer's own weight or bias is trained."""
-    return part in trained_parameters(layer)
+    p = layer._parameters.get(part)
+    return p is not None and p.requires_grad
 
 
 def batch_coupling_reason(layer: nn.Module) -> str:

@@ -7,12 +7,10 @@ at position t of example i
 
 Kept are the tokens (B, T) and δ (B, T, D). In multiplications:
 
-    gram          the cheaper of B B' T T' D (all pairs of positions) and, over the K ≤ V distinct
-                  tokens of both batches, B B' K D
+    gram          Σ_v n_v n'_v D, if token v occurs in n_v examples of one batch, n'_v of the other
     norm2         B T D, once repeated tokens of an example are added up
     contract (R)  R B T D
 
-Shape decides (with K taken as its bound min(V, B T)), so results do not depend on the data.
 Positions that hold the padding token carry δ = 0.
 
 Shapes: B examples, T positions, V tokens in the vocabulary, D width, R rows of a direction.
@@ -69,6 +67,15 @@ class TokenBlock:
         """The gradients in full, as a ``DenseBlock`` has them. Large: for small tables."""
         return self.dense()
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the block is made of, ``(B, …)`` each."""
+        return self.tokens, self.b
+
+    def with_tensors(self, tokens: Tensor, b: Tensor) -> TokenBlock:
+        """Other gradients of the same table, from their ``tensors``."""
+        return TokenBlock(self.name, tokens, b, self.n_tokens)
+
     def scaled(self, factor: Tensor) -> TokenBlock:
         """Every example's gradient times its factor, ``(B,)``."""
         return TokenBlock(self.name, self.tokens, self.b * factor[:, None, None], self.n_tokens)
@@ -109,40 +116,36 @@ class TokenBlock:
         return rows.new_zeros(len(self)).index_add_(0, examples, rows.square().sum(1))
 
     def gram(self, other: TokenBlock) -> Tensor:
-        """Dot products with another batch of the same table, ``(B, B')``."""
-        n, t, _ = self.b.shape
-        m, s, _ = other.b.shape
-        if t * s <= min(self.n_tokens, n * t, m * s):
-            return self._gram_of_pairs(other)
-        return self._gram_of_tokens(other)
+        """Dot products with another batch of the same table, ``(B, B')``.
 
-    def _gram_of_pairs(self, other: TokenBlock) -> Tensor:
-        """All pairs of positions, some examples at a time."""
-        m, s, _ = other.b.shape
-        t = self.b.shape[1]
-        step = max(1, HELD_FLOATS // (t * m * s))
-        right, theirs = other.b.flatten(0, 1).T, other.tokens.flatten()
-        parts = []
-        for b, tokens in zip(
-            torch.split(self.b, step), torch.split(self.tokens, step), strict=True
-        ):
-            products = b.flatten(0, 1) @ right
-            products.mul_(tokens.flatten()[:, None] == theirs)
-            parts.append(products.view(len(b), t, m, s).sum((1, 3)))
-        return torch.cat(parts)
-
-    def _gram_of_tokens(self, other: TokenBlock) -> Tensor:
-        """Rows of the table that occur, as matrices ``(B, K · D)``, some tokens at a time."""
-        total = self.b.new_zeros(len(self), len(other))
-        present = torch.unique(self.tokens)
-        mine = self.summed()
-        theirs = mine if other is self else other.summed()
-        step = max(1, HELD_FLOATS // (max(len(self), len(other)) * self.width))
-        for chunk in torch.split(present, step):
-            left = _matrix(mine, chunk, len(self))
-            right = left if other is self else _matrix(theirs, chunk, len(other))
-            total.addmm_(left, right.T)
+        Only examples that share a token contribute. Tokens are handled together that occur in
+        about as many examples, so that a rare one costs little beside a frequent one.
+        """
+        n, m = len(self), len(other)
+        total = self.b.new_zeros(n, m)
+        mine = _by_token(self.summed())
+        theirs = mine if other is self else _by_token(other.summed())
+        mine, theirs = _shared(mine, theirs)
+        if not len(mine.tokens):
+            return total
+        # tokens whose counts agree up to a factor of two, in both batches
+        kinds = _magnitude(mine.counts) * 64 + _magnitude(theirs.counts)
+        for kind in torch.unique(kinds):
+            which = kinds == kind
+            left_examples, left = mine.padded(which)
+            right_examples, right = theirs.padded(which)
+            widest = left.shape[1] * right.shape[1]
+            step = max(1, HELD_FLOATS // (left[0].numel() + right[0].numel() + widest))
+            for k in range(0, len(left), step):
+                some = slice(k, k + step)
+                where = left_examples[some, :, None] * m + right_examples[some, None, :]
+                products = torch.bmm(left[some], right[some].mT)
+                total.view(-1).index_add_(0, where.flatten(), products.flatten())
         return total
+
+    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``."""
+        return self.norm2(), self.rows(chosen).gram(self)
 
     def contract(self, direction: BlockDirection) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
@@ -168,14 +171,44 @@ class TokenBlock:
         )
 
 
-def _matrix(summed: tuple[Tensor, Tensor, Tensor], chunk: Tensor, n: int) -> Tensor:
-    """Rows of the tokens in ``chunk`` (ascending) side by side, ``(n, len(chunk) · D)``."""
+@dataclass(frozen=True, eq=False)
+class _TokenRows:
+    """Rows ``(U, D)`` and their examples ``(U,)``, sorted by token; where each token's rows are."""
+
+    examples: Tensor
+    rows: Tensor
+    tokens: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    def of(self, which: Tensor) -> _TokenRows:
+        """Some of the tokens, by a mask."""
+        return _TokenRows(
+            self.examples, self.rows, self.tokens[which], self.starts[which], self.counts[which]
+        )
+
+    def padded(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Examples ``(K, c)`` and rows ``(K, c, D)`` of some tokens, filled up with zero rows."""
+        starts, counts = self.starts[which], self.counts[which]
+        place = torch.arange(int(counts.max()), device=starts.device)
+        filled = place < counts[:, None]
+        where = torch.where(filled, starts[:, None] + place, 0)
+        return self.examples[where], torch.where(filled[:, :, None], self.rows[where], 0.0)
+
+
+def _by_token(summed: tuple[Tensor, Tensor, Tensor]) -> _TokenRows:
     examples, tokens, rows = summed
-    start = int(torch.searchsorted(tokens, chunk[0]))
-    stop = int(torch.searchsorted(tokens, chunk[-1], right=True))
-    examples, tokens, rows = examples[start:stop], tokens[start:stop], rows[start:stop]
-    place = torch.searchsorted(chunk, tokens).clamp_max_(len(chunk) - 1)
-    inside = chunk[place] == tokens
-    result = rows.new_zeros(n, len(chunk), rows.shape[1])
-    result[examples[inside], place[inside]] = rows[inside]
-    return result.flatten(1)
+    present, counts = torch.unique_consecutive(tokens, return_counts=True)
+    return _TokenRows(examples, rows, present, counts.cumsum(0) - counts, counts)
+
+
+def _shared(x: _TokenRows, y: _TokenRows) -> tuple[_TokenRows, _TokenRows]:
+    """The tokens that occur in both."""
+    if x is y:
+        return x, y
+    return x.of(torch.isin(x.tokens, y.tokens)), y.of(torch.isin(y.tokens, x.tokens))
+
+
+def _magnitude(counts: Tensor) -> Tensor:
+    """⌈log₂ count⌉."""
+    return torch.log2(counts.double()).ceil().long()

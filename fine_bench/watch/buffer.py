@@ -39,6 +39,7 @@ class Step:
         weight: step size η_t, or the step's weight w_t.
         number: of the step, for reports.
         relative: r_i/ρ of ``watch.window``, ``(m,)``; None for ones.
+        factor: what makes effect and noise from this statistic those of each example's own loss.
     """
 
     index: Tensor
@@ -47,6 +48,7 @@ class Step:
     weight: float
     number: int
     relative: Tensor | None = None
+    factor: float = 1.0
 
 
 class StepBuffer:
@@ -106,6 +108,10 @@ class StepBuffer:
         index = torch.stack([s.index.cpu() for s in steps])
         weight = torch.tensor([s.weight for s in steps], dtype=torch.float64)
         effect, sigma = self._effects(steps)
+        factors = [s.factor for s in steps]
+        if any(factor != 1.0 for factor in factors):
+            factor = effect.new_tensor(factors)[:, None, None]
+            effect, sigma = effect * factor, sigma * factor
         if any(s.relative is not None for s in steps):
             ones = torch.ones(index.shape[1], dtype=torch.float64)
             relative = torch.stack([ones if s.relative is None else s.relative for s in steps])

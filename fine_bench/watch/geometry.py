@@ -52,6 +52,10 @@ class Metric(Protocol):
         """Products of every gradient with itself, ``(B,)``."""
         ...
 
+    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
+        ...
+
     def solve(self, direction: Direction) -> Direction:
         """Directions whose *plain* products with gradients are the products of this geometry."""
         ...
@@ -76,6 +80,10 @@ class Euclidean:
     def norm2(self, x: PerExampleGradients) -> Tensor:
         """‖g_i‖², ``(B,)``."""
         return x.norm2()
+
+    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ of the chosen positions, ``(r, B)``."""
+        return x.own_and_rows(chosen)
 
     def solve(self, direction: Direction) -> Direction:
         """The directions themselves."""
@@ -194,6 +202,10 @@ class Whitened:
         size = max(1, CHUNK_FLOATS // x.n_params)
         parts = [x.rows(slice(i, i + size)) for i in range(0, len(x), size)]
         return torch.cat([self.fitted.quadratic(part) for part in parts])
+
+    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
+        return self.norm2(x), self.gram(x.rows(chosen), x)
 
     def own_and_total(self, x: PerExampleGradients) -> tuple[Tensor, Tensor]:
         """K_ii and Σ_j K_ij over the batch, each ``(B,)``."""

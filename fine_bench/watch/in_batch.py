@@ -4,6 +4,10 @@ The training's own forward and backward pass hold each layer's input and output 
 and noise follow from them by the formulas of ``fine_bench.fine``. Where a step is put together from
 several micro-batches (``fine_bench.watch.window``), their gradients are held until the step, and
 the batch of the formulas is their union: the scores are those of one large batch.
+
+The pass holds gradients of the batch's mean loss, ∇ℓ_i/m. The factor m that makes them those of
+each example's own loss is left to the products: it is one number a product instead of one for each
+number of a gradient. Small steps wait for each other (``fine_bench.watch.held``).
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from fine_bench.watch.batches import (
     refuse_repeats,
 )
 from fine_bench.watch.buffer import Kind, Step, StepBuffer
-from fine_bench.watch.geometry import Whitened
+from fine_bench.watch.geometry import Euclidean, Whitened
+from fine_bench.watch.held import HeldSteps
 from fine_bench.watch.options import Options
 from fine_bench.watch.passes import (
     Passes,
@@ -36,6 +41,7 @@ from fine_bench.watch.passes import (
     direction_state,
     warn_of_gradients,
 )
+from fine_bench.watch.precondition import Preconditioned
 from fine_bench.watch.window import window_weights
 
 
@@ -45,15 +51,33 @@ class MicroBatch:
 
     Attributes:
         index: which training examples, ``(m_k,)``.
-        gradients: of each example's own loss; None in a step too short for a standard deviation.
+        gradients: as the pass has them; None in a step too short for a standard deviation.
+        scale: what makes them those of each example's own loss.
         complement: 1 − p, ``(m_k,)``, where it is needed.
         parts: into how many parts the step's gradient is divided, A · W.
     """
 
     index: Tensor
     gradients: PerExampleGradients | None
+    scale: float
     complement: Tensor | None
     parts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A step whose statistic is still to come; see ``Step``.
+
+    Attributes:
+        scale: what makes its gradients those of each example's own loss.
+    """
+
+    index: Tensor
+    one_minus_p: Tensor | None
+    weight: float
+    number: int
+    relative: Tensor | None
+    scale: float
 
 
 class InBatch:
@@ -82,6 +106,12 @@ class InBatch:
         if options.reference_columns is not None:
             kind = "columns"
         self._buffer = StepBuffer(self.accumulator, options.contrast, kind=kind)
+        self._held = HeldSteps()
+        self._waiting: list[Observation] = []
+        metric = passes.metric
+        plain = isinstance(metric, Euclidean)
+        plain = plain or (isinstance(metric, Preconditioned) and metric.plain)
+        self._holds = plain and passes.processes.count == 1  # others differ from step to step
         self._index: Tensor | None = None
         self._window: list[MicroBatch] = []
         self._direction: Direction | None = None
@@ -94,6 +124,7 @@ class InBatch:
     @property
     def n_not_finite(self) -> int:
         """Steps left out because of NaN or infinite gradients."""
+        self._settle()
         return self._buffer.n_not_finite
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
@@ -131,13 +162,15 @@ class InBatch:
         self._index = None
         m, gradients, complement = len(index), None, None
         n_processes = self.passes.processes.count
+        scale = float(m * accumulates) / loss_scale
         if m >= MIN_BATCH or accumulates * n_processes > 1:
-            scale = float(m * accumulates) / loss_scale
-            gradients = PerExampleGradients(recorder.blocks(m, scale=scale))
+            gradients = PerExampleGradients(recorder.blocks(m))
             if self.options.needs_complement:
                 complement = self._complement(epoch, scale)
         recorder.clear()
-        self._window.append(MicroBatch(index, gradients, complement, accumulates * n_processes))
+        self._window.append(
+            MicroBatch(index, gradients, scale, complement, accumulates * n_processes)
+        )
 
     def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
         """The step's gradient is complete and the parameters are still θ_t: observe.
@@ -159,7 +192,7 @@ class InBatch:
         weights = window_weights(
             numbers([len(b.index) for b in window]), numbers([b.parts for b in window])
         )
-        held = [b.gradients for b in window if b.gradients is not None]
+        held = [b for b in window if b.gradients is not None]
         if weights.m < MIN_BATCH or len(held) < len(window):
             self.accumulator.skip_short_batch()
             return
@@ -167,13 +200,13 @@ class InBatch:
             self.n_without_memory += 1
             return
         index, complement = self._union(window)
-        statistic = self._statistic(stack_examples(held), index, step)
+        gradients, scale = self._together(held)
         weight = lr * weights.rms
         if self.options.step_weight == "uncertainty":
             assert complement is not None
             weight = uncertainty_weight(weight, complement)
         divisor = complement if self.options.divides else None
-        self._buffer.add(Step(index, statistic, divisor, weight, step, weights.relative))
+        self._observe(gradients, Observation(index, divisor, weight, step, weights.relative, scale))
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Nothing: the step was observed before it was taken."""
@@ -183,6 +216,7 @@ class InBatch:
 
     def flush(self) -> None:
         """Bring the sums up to date."""
+        self._settle()
         buffer = self._buffer
         buffer.flush()
         if buffer.first_not_finite is not None and not self._warned:
@@ -239,52 +273,102 @@ class InBatch:
             )
         return index, complement
 
-    def _statistic(self, gradients: PerExampleGradients, index: Tensor, step: int) -> Tensor:
-        """What the buffer takes.
+    def _together(self, window: list[MicroBatch]) -> tuple[PerExampleGradients, float]:
+        """The gradients of this process's examples, and their scale."""
+        parts = [(b.gradients, b.scale) for b in window if b.gradients is not None]
+        if len(parts) == 1 and self.passes.processes.count == 1:
+            return parts[0]
+        return stack_examples([_scaled(gradients, scale) for gradients, scale in parts]), 1.0
+
+    def _observe(self, gradients: PerExampleGradients, observation: Observation) -> None:
+        """Take the statistic of a step, now or with those of the next ones.
 
         Args:
             gradients: of the examples of this process.
-            index: of the examples of all processes, ``(m,)``.
-            step: number of the step.
+            observation: of the global batch.
         """
+        self._look_at_queries(gradients, observation.scale)
+        if self._holds and HeldSteps.serves(gradients):
+            if not self._held.alike(gradients):
+                self._settle()
+            self._held.add(gradients)
+            self._waiting.append(observation)
+            if self._held.full:
+                self._settle()
+            return
+        self._settle()
+        self._buffer.add(self._step(observation, self._statistic(gradients, observation)))
+
+    def _settle(self) -> None:
+        """Take the statistics of the steps that wait."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        gradients, count = self._held.take(), len(waiting)
+        if self._direction is not None:
+            rows = gradients.contract(self._direction)
+            statistics = rows.reshape(len(rows), count, -1).transpose(0, 1)
+        elif self.options.reference_columns is not None:
+            chosen = torch.stack([self._chosen(o.index, o.number) for o in waiting])
+            own = gradients.norm2().reshape(count, -1)
+            columns = gradients.grams(count, chosen)
+            statistics = torch.cat([own[:, None], _mark(own, chosen), columns], 1)
+        else:
+            statistics = gradients.grams(count)
+        for observation, statistic in zip(waiting, statistics, strict=True):
+            self._buffer.add(self._step(observation, statistic))
+
+    def _look_at_queries(self, gradients: PerExampleGradients, scale: float) -> None:
+        """Compute the queries' directions, if it is time."""
         passes = self.passes
         if passes.queries is None:
-            gradients = passes.processes.gradients(gradients)
-            if self.options.model_noise:
-                assert isinstance(passes.metric, Whitened)
-                return torch.stack(passes.metric.own_and_total(gradients))
-            if self.options.reference_columns is not None:
-                return self._columns(gradients, index, step)
-            return passes.metric.gram(gradients)
+            return
         if self._direction is None or self._steps_seen % self.options.refresh_every == 0:
-            reference = passes.processes.gradients(gradients)
+            self._settle()  # what waits saw the old ones
+            reference = passes.processes.gradients(_scaled(gradients, scale))
             with passes.aside():
                 self._direction = passes.directions(reference)
         self._steps_seen += 1
-        return passes.processes.join(gradients.contract(self._direction).T).T
 
-    def _columns(self, gradients: PerExampleGradients, index: Tensor, step: int) -> Tensor:
-        """K_ii, who is a reference example, and the products with these, ``(2 + r, m)``."""
-        assert self.options.reference_columns is not None
-        m = len(index)
+    def _statistic(self, gradients: PerExampleGradients, observation: Observation) -> Tensor:
+        """What the buffer takes, but for its scale."""
+        passes = self.passes
+        if self._direction is not None:
+            return passes.processes.join(gradients.contract(self._direction).T).T
+        gradients = passes.processes.gradients(gradients)
+        if self.options.model_noise:
+            assert isinstance(passes.metric, Whitened)
+            # its noise is a root of its statistic, so the scale cannot wait
+            return torch.stack(passes.metric.own_and_total(gradients)) * observation.scale**2
+        if self.options.reference_columns is not None:
+            chosen = self._chosen(observation.index, observation.number)
+            own, columns = passes.metric.own_and_rows(gradients, chosen)
+            return torch.cat([own[None], _mark(own, chosen), columns])
+        return passes.metric.gram(gradients)
+
+    def _step(self, o: Observation, statistic: Tensor) -> Step:
+        # products of two gradients that lack their scale, or of one with a direction
+        factor = o.scale**2 if self._direction is None else o.scale
+        if self.options.model_noise and self._direction is None:
+            factor = 1.0
+        return Step(o.index, statistic, o.one_minus_p, o.weight, o.number, o.relative, factor)
+
+    def _chosen(self, index: Tensor, step: int) -> Tensor:
+        """Which examples of the batch the others are compared with, ``(r,)``."""
         generator = stream(self.options.seed, f"fine/columns/step {step}")
-        drawn = torch.randperm(m, generator=generator)[: self.options.reference_columns]
+        drawn = torch.randperm(len(index), generator=generator)[: self.options.reference_columns]
         # among the examples by position: the draw does not depend on the order in the batch
-        chosen = index.cpu().argsort()[drawn].sort().values.to(index.device)
-        own = self.passes.metric.norm2(gradients)
-        itself = torch.zeros_like(own)
-        itself[chosen] = 1.0
-        columns = self.passes.metric.gram(gradients.rows(chosen), gradients)
-        return torch.cat([torch.stack([own, itself]), columns])
+        return index.cpu().argsort()[drawn].sort().values.to(index.device)
 
     def _complement(self, epoch: int, scale: float) -> Tensor:
         """1 − p of the batch, from the layer that ran last."""
         call = self.recorder.calls[-1]
         assert call.grad is not None
         precise = call.grad.dtype not in (torch.bfloat16, torch.float16)
-        grad = (call.grad if precise else call.grad.float()) * scale
+        plain = call.grad if precise else call.grad.float()
         # what is not finite is no reason to refuse: such a step is left out and reported
-        if epoch != self._checked_epoch and bool(torch.isfinite(grad).all()):
+        if epoch != self._checked_epoch and bool(torch.isfinite(plain).all()):
+            grad = plain * scale
             self._checked_epoch = epoch
             assert call.output is not None
             eps = torch.finfo(call.grad.dtype).eps
@@ -293,4 +377,14 @@ class InBatch:
             else:
                 option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
                 refuse_other_losses(call.output, grad, option, instead, eps=eps)
-        return complement_from_logit_gradients(grad)
+        return complement_from_logit_gradients(plain) * scale
+
+
+def _scaled(gradients: PerExampleGradients, scale: float) -> PerExampleGradients:
+    values = gradients.blocks[0].values
+    return gradients.scaled(values.new_full((len(gradients),), scale))
+
+
+def _mark(own: Tensor, chosen: Tensor) -> Tensor:
+    """One where an example is chosen ``(…, r)``, zero elsewhere, ``(…, 1, m)`` like ``own``."""
+    return torch.zeros_like(own).scatter_(-1, chosen, 1.0).unsqueeze(-2)

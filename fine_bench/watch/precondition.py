@@ -86,6 +86,10 @@ class Preconditioned:
         """⟨g_i, D⁻¹ g_i⟩, ``(B,)``."""
         return x.norm2() if self.plain else diagonal_norm2(x, self._weights(x))
 
+    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
+        return self.norm2(x), self.gram(x.rows(chosen), x)
+
     def solve(self, direction: Direction) -> Direction:
         """D⁻¹ times directions."""
         if self.plain:

@@ -25,6 +25,7 @@ from fine_bench.gradients import (
 )
 from fine_bench.gradients import factors as factors_module
 from fine_bench.gradients import layers as layers_module
+from fine_bench.gradients.blocks import Block
 from fine_bench.gradients.curvature import Roots, parameter_names, root_gradients
 from fine_bench.gradients.projections import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
@@ -363,7 +364,7 @@ def test_the_cheaper_way_is_taken(
 
 @pytest.mark.parametrize("held", [1, 2**20])
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (4, 4), (3, 9), (20, 20)])
-def test_both_ways_to_a_gram_matrix_of_tokens_agree(
+def test_the_gram_matrix_of_tokens_is_that_of_the_table(
     t: int, s: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fine_bench.gradients.tokens.HELD_FLOATS", held)
@@ -375,11 +376,53 @@ def test_both_ways_to_a_gram_matrix_of_tokens_agree(
         return TokenBlock("x", tokens, b, 12)
 
     x, y = block(3, t, 0), block(6, s, 4)  # tokens of one, of the other and of both
-    for left, right in ((x, y), (y, x), (x, x)):
-        expected = left.dense() @ right.dense().T
-        close(left._gram_of_pairs(right), expected)
-        close(left._gram_of_tokens(right), expected)
-        close(left.gram(right), expected)
+    for left, right in ((x, y), (y, x), (x, x), (x, block(2, t, 4).rows(slice(0, 1)))):
+        close(left.gram(right), left.dense() @ right.dense().T)
+    y.tokens[:] = 11
+    x.tokens[:] = 3
+    close(x.gram(y), torch.zeros(3, 6, dtype=torch.float64))  # no token is in both
+
+
+def each_kind_of_block(n: int) -> dict[str, Block]:
+    """Gradients of n examples as every kind of block, with every kind of contraction."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+
+    blocks: dict[str, Block] = {"dense": DenseBlock("x", normal(7))}
+    for t, n_in, n_out in ((1, 4, 3), (2, 40, 50), (9, 4, 3)):
+        for weight, bias in ((True, True), (True, False), (False, True)):
+            name = f"factors {t} {weight} {bias}"
+            blocks[name] = FactorBlock(name, normal(t, n_in), normal(t, n_out), weight, bias)
+    tokens = torch.randint(5, (n, 4), generator=generator)
+    blocks["tokens"] = TokenBlock("x", tokens, normal(4, 3), 5)
+    return blocks
+
+
+@pytest.mark.parametrize("name", each_kind_of_block(1))
+def test_norms_and_some_rows_of_the_gram_matrix_at_once(name: str) -> None:
+    block = each_kind_of_block(6)[name]
+    g, chosen = block.dense(), torch.tensor([4, 0, 3])
+    own, rows = block.own_and_rows(chosen)
+    close(own, g.square().sum(1))
+    close(rows, g[chosen] @ g.T)
+
+
+@pytest.mark.parametrize("name", each_kind_of_block(1))
+def test_gram_matrices_of_groups(name: str) -> None:
+    gradients = PerExampleGradients([each_kind_of_block(6)[name], each_kind_of_block(6)["dense"]])
+    g = gradients.dense().unflatten(0, (3, 2))
+    close(gradients.grams(3), g @ g.mT)
+    rows = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]])
+    expected = torch.stack([g[k, rows[k]] @ g[k].T for k in range(3)])
+    close(gradients.grams(3, rows), expected)
+
+
+@pytest.mark.parametrize("name", each_kind_of_block(1))
+def test_a_block_from_its_tensors(name: str) -> None:
+    block = each_kind_of_block(6)[name]
+    close(block.with_tensors(*(part[2:4] for part in block.tensors)).dense(), block.dense()[2:4])
 
 
 def test_a_large_vocabulary_is_never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
