@@ -1,0 +1,85 @@
+"""Per-example gradients of several small steps, kept until their products are taken together.
+
+The products of a small step are a few million multiplications, for which the fixed cost of the
+tensor operations around them is several times that of the arithmetic. A product over many steps
+costs as many operations as one over a single step.
+
+The gradients are copied: a training loop may write its next batch into the memory of this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fine_bench.gradients.blocks import PerExampleGradients
+
+CAPACITY = 32
+"""Steps held at most."""
+
+FLOATS = 2**20
+"""Numbers held at most: about what stays in a CPU's cache."""
+
+WORTHWHILE = 3
+"""Steps below which holding them back saves nothing."""
+
+
+class HeldSteps:
+    """Room for the gradients of a few steps with equal shapes."""
+
+    def __init__(self) -> None:
+        self._like: PerExampleGradients | None = None
+        self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._room: list[Tensor] = []
+        self._capacity = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for a further step."""
+        return self._count > 0 and self._count >= self._capacity
+
+    @staticmethod
+    def serves(gradients: PerExampleGradients) -> bool:
+        """Whether these are small enough for several steps to be held."""
+        floats = sum(part.numel() for block in gradients.blocks for part in block.tensors)
+        return floats * WORTHWHILE <= FLOATS
+
+    def alike(self, gradients: PerExampleGradients) -> bool:
+        """Whether what is held, if anything, has the shapes of these."""
+        return not self._count or self._shapes == _shapes(gradients)
+
+    def add(self, gradients: PerExampleGradients) -> None:
+        """Copy one step's gradients; see ``full`` and ``alike``."""
+        parts = [part for block in gradients.blocks for part in block.tensors]
+        shapes = _shapes(gradients)
+        if self._shapes != shapes:
+            assert not self._count
+            floats = sum(part.numel() for part in parts)
+            self._capacity = max(1, min(CAPACITY, FLOATS // floats))
+            self._room = [part.new_empty(self._capacity, *part.shape) for part in parts]
+            self._shapes, self._like = shapes, gradients
+        for room, part in zip(self._room, parts, strict=True):
+            room[self._count] = part
+        self._count += 1
+
+    def take(self) -> PerExampleGradients:
+        """The S steps' gradients, one step after the other, ``(S · m, …)``; nothing stays held.
+
+        They are valid until the next ``add``.
+        """
+        assert self._like is not None
+        count, self._count = self._count, 0
+        rooms = iter(self._room)
+        blocks = []
+        for block in self._like.blocks:
+            parts = [next(rooms)[:count].flatten(0, 1) for _ in block.tensors]
+            blocks.append(block.with_tensors(*parts))
+        return PerExampleGradients(blocks)
+
+
+def _shapes(gradients: PerExampleGradients) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(p.shape, p.dtype, p.device) for block in gradients.blocks for p in block.tensors]
