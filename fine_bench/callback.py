@@ -75,8 +75,8 @@ class FINECallback(pl.Callback):
         queries: dataset of ``(x, y)`` for every target but ``"self"``.
         query_weighting: how queries are weighted in a mean: ``"noise"`` (the spread of each
             query's statistic over the batch or the reference examples), ``"norm"`` or None.
-        refresh_every: in-batch, steps between two computations of the queries' gradients, ≥ 1. A
-            snapshot computes its own.
+        refresh_every: in-batch, observed steps between two computations of the queries' gradients,
+            ≥ 1. A snapshot computes its own.
         every_n_steps: snapshots after every so many steps, ≥ 1.
         n_snapshots: so many snapshots, ≥ 1, equally spaced over the run. Without either of the
             two: one an epoch, at its end.
@@ -84,6 +84,9 @@ class FINECallback(pl.Callback):
         reference_columns: for *self* in-batch: compare each example with so many examples of its
             batch, ≥ 3, drawn anew at every step, instead of with all the others. Cheaper, since
             the Gram matrix has so many columns only, and noisier.
+        observe_every: in-batch: observe one step in so many, ≥ 1, a different one each epoch.
+            Cheaper in that proportion, and noisier; the observed steps stand for the others, so
+            that μ stays that of the whole run.
         watched: positions that snapshots score; None for all.
         refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
             None for one an epoch (before its first step; in snapshots at the epoch's first).
@@ -163,6 +166,7 @@ class FINECallback(pl.Callback):
         n_snapshots: int | None = None,
         n_reference: int = 64,
         reference_columns: int | None = None,
+        observe_every: int = 1,
         watched: Sequence[int] | Tensor | None = None,
         refit_every: int | None = None,
         fit_examples: int = 2000,
@@ -190,6 +194,7 @@ class FINECallback(pl.Callback):
             n_snapshots=n_snapshots,
             n_reference=n_reference,
             reference_columns=reference_columns,
+            observe_every=observe_every,
             watched=watched,
             refit_every=refit_every,
             fit_examples=fit_examples,

@@ -185,6 +185,7 @@ class FineAccumulator:
         # one tensor, so that a step costs one indexed addition; the names are in SUMS
         self._sums = torch.zeros((len(SUMS), n_rows, n_train), dtype=torch.float64)
         self.n_observations = torch.zeros(n_train, dtype=torch.int64)
+        self.n_passed_over = torch.zeros(n_train, dtype=torch.int64)
         self.n_steps = 0
         self.n_short_batches = 0
         self.n_without_noise = 0
@@ -240,6 +241,15 @@ class FineAccumulator:
             effect = torch.where(usable, effect, 0.0)
         return effect, sigma
 
+    def pass_over(self, index: Tensor) -> None:
+        """Note a step that is not observed; the observed ones stand for it.
+
+        Args:
+            index: which training examples were in it, ``(m,)``, no repeats.
+        """
+        index = index.cpu()
+        self.n_passed_over.index_add_(0, index, torch.ones_like(index))
+
     def skip_short_batch(self) -> None:
         """Count a batch that is too short for a standard deviation."""
         self.n_short_batches += 1
@@ -250,7 +260,7 @@ class FineAccumulator:
         The spread is what the run's own blocks show of μ's error (``fine_error``): ``scores``
         inflates it.
         """
-        s, blocks = self.sums, self._blocks()
+        s, blocks = self._whole_run()
         k = self.n_observations.double()
         times = self._times_in_batch()
         tiny = torch.finfo(torch.float64).tiny
@@ -292,12 +302,21 @@ class FineAccumulator:
             method=method,
             target=target,
             version=VERSION,
-            extras={"bound": self.sums["mu2"].sqrt().float()},
+            extras={"bound": self._whole_run()[0]["mu2"].sqrt().float()},
         )
 
     def _times_in_batch(self) -> Tensor:
-        """How often each example was in a batch, as far as observed, ``(n_train,)``."""
-        return self.n_observations.double()
+        """How often each example was in a batch, ``(n_train,)``."""
+        return (self.n_observations + self.n_passed_over).double()
+
+    def _whole_run(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The sums and those over blocks, with the observed steps standing for all."""
+        sums, (squares, cross, variances, blocks) = self.sums, self._blocks()
+        if bool(self.n_passed_over.any()):
+            ratio = self._times_in_batch() / self.n_observations.double().clamp_min(1.0)
+            sums = {name: values * ratio for name, values in sums.items()}
+            squares, cross, variances = (x * ratio**2 for x in (squares, cross, variances))
+        return sums, (squares, cross, variances, blocks)
 
     def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Σ U², Σ U V, Σ V² and the number of blocks; here every observation is a block.
@@ -317,6 +336,7 @@ class FineAccumulator:
         return {
             "sums": self._sums.clone(),
             "n_observations": self.n_observations.clone(),
+            "n_passed_over": self.n_passed_over.clone(),
             "counts": (self.n_steps, self.n_short_batches, self.n_without_noise),
         }
 
@@ -334,4 +354,6 @@ class FineAccumulator:
             )
         self._sums = sums.clone()
         self.n_observations = state["n_observations"].clone()
+        if "n_passed_over" in state:  # states of earlier versions have none
+            self.n_passed_over = state["n_passed_over"].clone()
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]

@@ -117,6 +117,7 @@ class InBatch:
         self._direction: Direction | None = None
         self._steps_seen = 0
         self._checked_epoch = -1
+        self._passes_over = False
         self._warned = False
         self.n_without_backward = 0
         self.n_without_memory = 0
@@ -131,7 +132,14 @@ class InBatch:
         """Note who is in the batch and record its pass."""
         if self._index is not None:
             self.n_without_backward += 1
-        self._index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
+        index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
+        # the epoch moves the pattern on, for loaders that do not shuffle
+        self._passes_over = (step + epoch) % self.options.observe_every != 0
+        if self._passes_over:
+            self._index = None
+            self.accumulator.pass_over(self.passes.processes.join(index))
+            return
+        self._index = index
         if self.passes.fit_if_due(step, epoch):
             self._direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
@@ -150,6 +158,8 @@ class InBatch:
             UnsupportedProblemError: it was the second backward pass of a batch.
         """
         index, recorder = self._index, self.recorder
+        if self._passes_over:
+            return
         if index is None:
             raise UnsupportedProblemError(
                 "there was more than one backward pass on one batch (an optimiser that evaluates "

@@ -51,6 +51,7 @@ class Options:
     n_snapshots: int | None
     n_reference: int
     reference_columns: int | None
+    observe_every: int
     watched: Sequence[int] | Tensor | None
     refit_every: int | None
     fit_examples: int
@@ -108,6 +109,7 @@ class Options:
             ("n_snapshots", 1),
             ("n_reference", MIN_REFERENCE),
             ("reference_columns", MIN_REFERENCE),
+            ("observe_every", 1),
             ("refit_every", 1),
             ("fit_examples", 2),
             ("seed", 0),
@@ -152,6 +154,11 @@ class Options:
             )
         if self.reference_columns is not None:
             self._check_columns()
+        if self.observe_every != 1 and self.schedule != "in_batch":
+            raise ValueError(
+                f"observe_every={self.observe_every} thins out the steps that are observed "
+                f"in-batch, but schedule={self.schedule!r}; use every_n_steps=… or n_snapshots=…"
+            )
         if self.every_n_steps is not None and self.n_snapshots is not None:
             raise ValueError("every_n_steps and n_snapshots both say when: give one of them")
         if self.watched is not None:
