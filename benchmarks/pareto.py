@@ -4,8 +4,8 @@
     python benchmarks/pareto.py figure
 
 ``compute`` trains each seed of ``--experiment`` without anything, then once for every budget of
-f-INE (target *self*, margin, steps weighted by uncertainty): in-batch, and snapshots of all
-examples every so many steps, down to every step. TracIn and TRAK read 1, 3, 5, … of the plain
+f-INE (target *self*, margin, steps weighted by uncertainty): in-batch at one step in 8, 4, 2 and at
+every step, and snapshots of all examples every so many steps, down to every step. TracIn and TRAK read 1, 3, 5, … of the plain
 run's checkpoints, equally spaced up to the last one. Extra cost is time over that of the plain
 training: for f-INE the wall time of the watched run less that of the plain one, for the others
 that of scoring. ``figure`` writes ``pareto.csv`` and draws consistency (mean Spearman correlation
@@ -52,6 +52,7 @@ from fine_bench.run.plan import Job
 from fine_bench.truth import Truth, find, folders
 
 CHECKPOINTS = (1, 3, 5, 15)
+THINNED = (8, 4, 2, 1)
 EVERY = (64, 32, 16, 8, 4, 2, 1)
 FAMILIES = {
     "f-INE in-batch": (BLUE, "o"),
@@ -75,9 +76,9 @@ class Point:
         return f"{self.family}|{self.budget}"
 
     def watcher(self, seed: int) -> FINECallback:
-        """f-INE's callback at this budget: steps between two snapshots, 0 for in-batch."""
-        if not self.budget:
-            return FINECallback("self", step_weight="uncertainty")
+        """f-INE's callback at this budget: steps between two snapshots, or observed steps."""
+        if self.family == "f-INE in-batch":
+            return FINECallback("self", step_weight="uncertainty", observe_every=self.budget)
         return FINECallback(
             "self",
             step_weight="uncertainty",
@@ -105,7 +106,8 @@ def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[
     base = plain.facts["seconds_with_callbacks"]
     found: dict[str, Tensor] = {}
     costs: dict[str, float] = {}
-    for point in [Point("f-INE in-batch", 0), *(Point("f-INE snapshots", k) for k in every)]:
+    points = [Point("f-INE in-batch", k) for k in THINNED]
+    for point in [*points, *(Point("f-INE snapshots", k) for k in every)]:
         watcher = point.watcher(job.config.seed)
         run = training.train(job, [watcher], None)
         start = time.perf_counter()
@@ -202,7 +204,7 @@ def draw(frame: pd.DataFrame, title: str) -> Figure:
                 transform=axis.transAxes, ha="center", va="center", color=GREY,
             )  # fmt: skip
     axes[0].legend(loc="best")
-    figure.suptitle(f"{title}: beside a point, checkpoints read, or steps between snapshots")
+    figure.suptitle(f"{title}: beside a point, checkpoints read, or steps between two observations")
     return figure
 
 

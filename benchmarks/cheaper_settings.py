@@ -1,0 +1,148 @@
+"""What cheaper settings of in-batch f-INE lose: queries refreshed seldom, steps or columns left out.
+
+    FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py [--seeds 0 1 2] [--out results/cheaper]
+
+Every setting watches the same training (``--experiment``, one run a seed), so that its scores differ
+from the full setting's for no other reason than the setting. For each: Spearman's correlation with
+the full setting (``validation``: queries computed anew at every step; ``self``: the exact Gram matrix
+at every step), average precision on the planted flips, consistency (mean Spearman correlation
+between two seeds), and for *self* the fidelity to retraining where a ground truth exists. What each
+setting costs is measured by ``callback_overhead.py``. Writes a CSV and a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from gain import job_of
+from scipy.stats import spearmanr
+from torch.utils.data import TensorDataset
+
+from fine_bench.callback import FINECallback
+from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.run import training
+from fine_bench.truth import find, folders
+from fine_bench.types import SUSPICIOUS_END
+
+REFRESH = (1, 5, 20, 50, 100, 500)
+EVERY = (1, 2, 4, 8)
+COLUMNS = (8, 16, 32)
+
+
+def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINECallback]]:
+    """What is compared, by target and name; the first of a target is the full setting."""
+
+    def watch(target: Any, **options: Any) -> Callable[[], FINECallback]:
+        asked = None if target == "self" else queries
+        return lambda: FINECallback(target, queries=asked, step_weight="uncertainty", **options)
+
+    found = {("self", f"one step in {k}"): watch("self", observe_every=k) for k in EVERY}
+    found |= {
+        ("self", f"{k} reference columns"): watch("self", reference_columns=k) for k in COLUMNS
+    }
+    for k in REFRESH:
+        found["validation", f"queries every {k} steps"] = watch("validation", refresh_every=k)
+    for k in EVERY[1:]:
+        found["validation", f"queries every 20 steps, one step in {k}"] = watch(
+            "validation", refresh_every=max(1, 20 // k), observe_every=k
+        )
+    return found
+
+
+def measure(experiment: str, seeds: Sequence[int], results: Path, work: Path) -> pd.DataFrame:
+    """One line a setting: means over seeds."""
+    scores: dict[tuple[str, str], list[np.ndarray]] = {}
+    detected: dict[tuple[str, str], list[float]] = {}
+    faithful: dict[tuple[str, str], list[float]] = {}
+    full = {
+        "self": ("self", "one step in 1"),
+        "validation": ("validation", "queries every 1 steps"),
+    }
+    for seed in seeds:
+        job = job_of(experiment, seed, [], work)
+        truth = find(folders(results), job.data.sha256, job.setting)
+        watchers = {
+            key: make()
+            for key, make in settings(TensorDataset(job.images.query_x, job.images.query_y)).items()
+        }
+        training.train(job, list(watchers.values()), None)
+        for (target, name), watcher in watchers.items():
+            values = watcher.scores().values
+            key = (target, name)
+            scores.setdefault(key, []).append(values[0].double().numpy())
+            end = SUSPICIOUS_END[watcher.options.target]
+            metrics = detection_metrics(suspicion(values, end), job.data.truth.is_bad)
+            detected.setdefault(key, []).append(metrics["average_precision"])
+            if truth is not None and target == "self":
+                fidelity = truth.metrics(values, target, "published")["fidelity"]
+                faithful.setdefault(key, []).append(fidelity)
+        print(f"seed {seed} done", flush=True)
+    lines = []
+    for key, runs in scores.items():
+        target, name = key
+        with_full = [spearmanr(a, b)[0] for a, b in zip(runs, scores[full[target]], strict=True)]
+        between = [spearmanr(a, b)[0] for a, b in combinations(runs, 2)]
+        lines.append(
+            {
+                "target": target,
+                "setting": name,
+                "seeds": len(runs),
+                "with_full": np.mean(with_full),
+                "average_precision": np.mean(detected[key]),
+                "consistency": np.mean(between) if between else np.nan,
+                "fidelity": np.mean(faithful[key]) if key in faithful else np.nan,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def markdown(frame: pd.DataFrame, command: str) -> str:
+    """The table, with the command that made it."""
+    titles = {
+        "target": "target", "setting": "setting", "seeds": "n", "with_full": "Spearman with full",
+        "average_precision": "avg. precision", "consistency": "between seeds",
+        "fidelity": "fidelity",
+    }  # fmt: skip
+    rows = ["| " + " | ".join(titles.values()) + " |", "| --- | --- |" + " ---: |" * 5]
+    for line in frame.to_dict("records"):
+        cells = [
+            "–" if isinstance(v, float) and np.isnan(v) else f"{v:.3f}" if isinstance(v, float)
+            else str(v) for v in (line[name] for name in titles)
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return (
+        "# What cheaper settings of in-batch f-INE lose\n\n"
+        f"Made by `{command}`. All settings of a seed watched one and the same training; means over "
+        "n seeds. What a setting costs: [overhead](overhead.md).\n\n" + "\n".join(rows) + "\n"
+    )
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiment", default="mnist_mlp")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
+    parser.add_argument("--work", type=Path, default=Path("results/cheaper/work"))
+    parser.add_argument("--out", type=Path, default=Path("results/cheaper"), help="without ending")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    frame = measure(arguments.experiment, arguments.seeds, arguments.results, arguments.work)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.4f")
+    seeds = " ".join(map(str, arguments.seeds))
+    command = f"python benchmarks/cheaper_settings.py --experiment {arguments.experiment}"
+    arguments.out.with_suffix(".md").write_text(markdown(frame, f"{command} --seeds {seeds}"))
+    print(frame.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
