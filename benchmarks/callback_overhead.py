@@ -16,8 +16,8 @@ directions are computed anew every 20, 50 and 100 steps.
 
 Arithmetic bounds the exact Gram matrix from below. For a linear layer with P weights, a batch of B
 sequences of T tokens costs 3 B T P multiplications in training; forming each example's gradient
-costs B T P and the Gram matrix B² P, together (T + B)/(3 T) of it. With 64 images (T = 1) it follows
-from the layers' inputs instead, B² (I + O) for I inputs and O outputs.
+costs B T P and the Gram matrix B² P, together (T + B)/(3 T) of it. With images in a linear layer
+(T = 1) it follows from the layer's inputs instead, B² (I + O) for I inputs and O outputs.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def write(frame: pd.DataFrame, out: Path, command: str, about: str) -> None:
     ]
     for (model, setting), some in frame.groupby(["model", "setting"], sort=False):
         ratio = some.watched / some.plain
+        spread = f"{ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
         rows.append(
-            f"| {model} | {setting} | {ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f}) "
-            f"| {len(some)} | {1e3 * (some.plain / some.steps).median():.2f} |"
+            f"| {model} | {setting} | {spread} | {len(some)} | {1e3 * (some.plain / some.steps).median():.2f} |"
         )
     text = (
         f"# What watching costs\n\nMade by `{command}` ({about}). Medians of paired runs, with the "

@@ -1,11 +1,11 @@
-"""What cheaper settings of in-batch f-INE lose: queries refreshed seldom, steps or columns left out.
+"""What cheaper settings of in-batch f-INE lose: fewer refreshes, steps or columns.
 
     FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py [--seeds 0 1 2] [--out results/cheaper]
 
-Every setting watches the same training (``--experiment``, one run a seed), so that its scores differ
-from the full setting's for no other reason than the setting. For each: Spearman's correlation with
-the full setting (``validation``: queries computed anew at every step; ``self``: the exact Gram matrix
-at every step), average precision on the planted flips, consistency (mean Spearman correlation
+Every setting watches the same training (``--experiment``, one run a seed), so that its scores
+differ from the full setting's for no other reason than the setting. For each: Spearman's
+correlation with the full setting (``validation``: queries computed anew at every step; ``self``:
+the exact Gram matrix at every step), average precision on the planted flips, consistency (mean Spearman correlation
 between two seeds), and for *self* the fidelity to retraining where a ground truth exists. What each
 setting costs is measured by ``callback_overhead.py``. Writes a CSV and a Markdown table.
 """
@@ -34,6 +34,7 @@ from fine_bench.types import SUSPICIOUS_END
 REFRESH = (1, 5, 20, 50, 100, 500)
 EVERY = (1, 2, 4, 8)
 COLUMNS = (8, 16, 32)
+FULL = {"self": "one step in 1", "validation": "queries every 1 steps"}
 
 
 def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINECallback]]:
@@ -61,10 +62,7 @@ def measure(experiment: str, seeds: Sequence[int], results: Path, work: Path) ->
     scores: dict[tuple[str, str], list[np.ndarray]] = {}
     detected: dict[tuple[str, str], list[float]] = {}
     faithful: dict[tuple[str, str], list[float]] = {}
-    full = {
-        "self": ("self", "one step in 1"),
-        "validation": ("validation", "queries every 1 steps"),
-    }
+    full = {target: (target, name) for target, name in FULL.items()}
     for seed in seeds:
         job = job_of(experiment, seed, [], work)
         truth = find(folders(results), job.data.sha256, job.setting)
@@ -119,8 +117,8 @@ def markdown(frame: pd.DataFrame, command: str) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     return (
         "# What cheaper settings of in-batch f-INE lose\n\n"
-        f"Made by `{command}`. All settings of a seed watched one and the same training; means over "
-        "n seeds. What a setting costs: [overhead](overhead.md).\n\n" + "\n".join(rows) + "\n"
+        f"Made by `{command}`. All settings of a seed watched one and the same training; means "
+        "over n seeds. What a setting costs: [overhead](overhead.md).\n\n" + "\n".join(rows) + "\n"
     )
 
 
