@@ -187,7 +187,8 @@ def write(frame: pd.DataFrame, out: Path, command: str, about: str) -> None:
         ratio = some.watched / some.plain
         spread = f"{ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
         rows.append(
-            f"| {model} | {setting} | {spread} | {len(some)} | {1e3 * (some.plain / some.steps).median():.2f} |"
+            f"| {model} | {setting} | {spread} | {len(some)} "
+            f"| {1e3 * (some.plain / some.steps).median():.2f} |"
         )
     text = (
         f"# What watching costs\n\nMade by `{command}` ({about}). Medians of paired runs, with the "

@@ -5,9 +5,10 @@
 Every setting watches the same training (``--experiment``, one run a seed), so that its scores
 differ from the full setting's for no other reason than the setting. For each: Spearman's
 correlation with the full setting (``validation``: queries computed anew at every step; ``self``:
-the exact Gram matrix at every step), average precision on the planted flips, consistency (mean Spearman correlation
-between two seeds), and for *self* the fidelity to retraining where a ground truth exists. What each
-setting costs is measured by ``callback_overhead.py``. Writes a CSV and a Markdown table.
+the exact Gram matrix at every step), average precision on the planted flips, consistency (mean
+Spearman correlation between two seeds), and for *self* the fidelity to retraining where a ground
+truth exists. What each setting costs is measured by ``callback_overhead.py``. Writes a CSV and a
+Markdown table.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@
 ``compute`` trains each seed of ``--experiment`` without anything, then once for every budget of
 f-INE (target *self*, margin, steps weighted by uncertainty): in-batch at one step in 8, 4, 2 and
 at every step, and snapshots of all examples every so many steps, down to every step. TracIn and
-TRAK read 1, 3, 5, … of the plain run's checkpoints, equally spaced up to the last one. Extra cost is time over that of the plain
-training: for f-INE the wall time of the watched run less that of the plain one, for the others
-that of scoring. ``figure`` writes ``pareto.csv`` and draws consistency (mean Spearman correlation
-between the scores of two seeds) and fidelity (Spearman correlation with the true μ by retraining,
-``results/ground_truth``) against it. All points of one seed come from one process, one after the
-other; the median over seeds is drawn.
+TRAK read 1, 3, 5, … of the plain run's checkpoints, equally spaced up to the last one. Extra cost
+is time over that of the plain training: for f-INE the wall time of the watched run less that of
+the plain one, for the others that of scoring. ``figure`` writes ``pareto.csv`` and draws
+consistency (mean Spearman correlation between the scores of two seeds) and fidelity (Spearman
+correlation with the true μ by retraining, ``results/ground_truth``) against it. All points of one
+seed come from one process, one after the other; the median over seeds is drawn.
 """
 
 from __future__ import annotations
