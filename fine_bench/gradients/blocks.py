@@ -56,6 +56,11 @@ class DenseBlock:
         return self.g
 
     @property
+    def n_floats(self) -> int:
+        """Numbers in ``tensors``."""
+        return self.g.numel()
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the block is made of, ``(B, …)`` each."""
         return (self.g,)
@@ -201,7 +206,7 @@ def _block_gram(x: Block, y: Block) -> Tensor:
 
 
 def _block_grams(block: Block, n_groups: int, rows: Tensor | None) -> Tensor:
-    if isinstance(block, DenseBlock) or (isinstance(block, FactorBlock) and block.a.shape[1] == 1):
+    if isinstance(block, DenseBlock) or (isinstance(block, FactorBlock) and block.sizes[1] == 1):
         return block.grams(n_groups, rows)
     m = len(block) // n_groups
     groups = [block.rows(slice(k * m, (k + 1) * m)) for k in range(n_groups)]

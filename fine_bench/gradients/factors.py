@@ -21,6 +21,7 @@ Shapes: B examples, T positions, I inputs, O outputs, R rows of a direction.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +51,30 @@ class FactorBlock:
     bias: bool
 
     def __len__(self) -> int:
-        return self.a.shape[0]
+        return self.b.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, T, I and O."""
+        n, t, n_in = self.a.shape
+        return n, t, n_in, self.b.shape[2]
 
     @property
     def n_params(self) -> int:
         """Number of trained parameters."""
-        n_in, n_out = self.a.shape[2], self.b.shape[2]
+        _, _, n_in, n_out = self.sizes
         return n_out * (n_in * self.weight + self.bias)
 
     @property
     def values(self) -> Tensor:
         """The tensor that is linear in the gradient: its scale, precision and device."""
         return self.b
+
+    @property
+    def n_floats(self) -> int:
+        """Numbers in ``tensors``."""
+        n, t, n_in, n_out = self.sizes
+        return n * t * (n_in + n_out)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -101,8 +114,7 @@ class FactorBlock:
 
     def norm2(self) -> Tensor:
         """Squared norms, ``(B,)``."""
-        n, t, n_in = self.a.shape
-        n_out = self.b.shape[2]
+        n, t, n_in, n_out = self.sizes
         if t == 1:
             a2 = self.a[:, 0].square().sum(1) if self.weight else self.a.new_zeros(n)
             return (a2 + float(self.bias)) * self.b[:, 0].square().sum(1)
@@ -115,14 +127,14 @@ class FactorBlock:
                 bb = torch.bmm(self.b, self.b.transpose(1, 2))
                 total = total + (aa * bb).sum((1, 2))
             else:
-                for units in self.some_units():
-                    total = total + self.unit_gradients(units).square().sum((1, 2))
+                for g in self.formed(self.some_units()):
+                    total = total + torch.linalg.vecdot(g, g)
         return total
 
     def gram(self, other: FactorBlock) -> Tensor:
         """Dot products with another batch of the same layer, ``(B, B')``."""
-        n, t, n_in = self.a.shape
-        m, s, n_out = other.a.shape[0], other.a.shape[1], self.b.shape[2]
+        n, t, n_in, n_out = self.sizes
+        m, s, _, _ = other.sizes
         if t == 1 and s == 1:
             bb = self.b[:, 0] @ other.b[:, 0].T
             if not self.weight:
@@ -162,14 +174,12 @@ class FactorBlock:
 
         Where both take the gradients themselves, these are formed once.
         """
-        n, t, n_in = self.a.shape
-        n_out, r = self.b.shape[2], len(chosen)
+        (n, t, n_in, n_out), r = self.sizes, len(chosen)
         by_factors = min(n * r * t, n * t) * t * (n_in + n_out)
         if t == 1 or not self.weight or by_factors < n * t * n_in * n_out:
             return self.norm2(), self.rows(chosen).gram(self)
         own, rows = self.b.new_zeros(n), self.b.new_zeros(r, n)
-        for units in self.some_units():
-            g = self.unit_gradients(units).flatten(1)
+        for g in self.formed(self.some_units()):
             own += torch.linalg.vecdot(g, g)
             rows.addmm_(g[chosen], g.T)
         if self.bias:
@@ -192,14 +202,30 @@ class FactorBlock:
 
     def _gram_from_matrices(self, other: FactorBlock) -> Tensor:
         """⟨Σ_s b_is a_isᵀ, Σ_t b'_jt a'_jtᵀ⟩, some output units at a time."""
-        larger = self if len(self) > len(other) else other
-        total: Tensor | None = None
-        for units in larger.some_units():
-            left = self.unit_gradients(units).flatten(1)
-            right = left if other is self else other.unit_gradients(units).flatten(1)
-            total = left @ right.T if total is None else total.addmm_(left, right.T)
-        assert total is not None
+        total = self.b.new_zeros(len(self), len(other))
+        units = (self if len(self) > len(other) else other).some_units()
+        if other is self:
+            for g in self.formed(units):
+                total.addmm_(g, g.T)
+            return total
+        if self.alike(other):
+            pairs = zip(self.formed(units), other.formed(units), strict=True)
+        else:
+            pairs = zip(
+                FactorBlock.formed(self, units), FactorBlock.formed(other, units), strict=True
+            )
+        for left, right in pairs:
+            total.addmm_(left, right.T)
         return total
+
+    def alike(self, other: FactorBlock) -> bool:
+        """Whether ``formed`` gives both in one order."""
+        return type(other) is FactorBlock
+
+    def formed(self, units: list[slice]) -> Iterator[Tensor]:
+        """The weight's gradients, some output units at a time, ``(B, …)``."""
+        for some in units:
+            yield self.unit_gradients(some).flatten(1)
 
     def unit_gradients(self, units: slice) -> Tensor:
         """The weight's gradients of some output units, ``(B, units, I)``."""
@@ -207,13 +233,13 @@ class FactorBlock:
 
     def some_units(self) -> list[slice]:
         """All output units, about ``HELD_FLOATS`` of their gradients at a time."""
-        size, step = self.b.shape[2], max(64, HELD_FLOATS // (len(self) * self.a.shape[2]))
+        n, _, n_in, size = self.sizes
+        step = max(64, HELD_FLOATS // (n * n_in))
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
     def contract(self, direction: BlockDirection) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
-        n, t, n_in = self.a.shape
-        n_out = self.b.shape[2]
+        n, t, n_in, n_out = self.sizes
         total: Tensor | None = None
         if self.weight:
             w = direction.weight
@@ -221,9 +247,7 @@ class FactorBlock:
             n_rows = w.shape[0]
             # for one row both cost the same: whichever intermediate result is smaller
             if t > 1 and (n_rows > 1 or n_in < t):
-                total = self.b.new_zeros(n_rows, n)
-                for units in self.some_units():
-                    total.addmm_(w[:, units].flatten(1), self.unit_gradients(units).flatten(1).T)
+                total = self._contract_weight(w)
             else:
                 # Σ_t b_tᵀ W a_t, without the gradient
                 flat_a = self.a.reshape(n * t, n_in)
@@ -238,10 +262,18 @@ class FactorBlock:
         assert total is not None
         return total
 
+    def _contract_weight(self, w: Tensor) -> Tensor:
+        """Products with the weight's part of R directions ``(R, O, I)``, ``(R, B)``."""
+        total = self.b.new_zeros(len(w), len(self))
+        units = self.some_units()
+        for some, g in zip(units, self.formed(units), strict=True):
+            total.addmm_(w[:, some].flatten(1), g.T)
+        return total
+
     def weighted_sum(self, weights: Tensor) -> BlockDirection:
         """Σ_i w_ri g_i for weights ``(R, B)``."""
-        n, t, n_in = self.a.shape
-        n_out, n_rows = self.b.shape[2], weights.shape[0]
+        n, t, n_in, n_out = self.sizes
+        n_rows = weights.shape[0]
         weight = bias = None
         if self.weight:
             if t > 1 and n_rows > 1:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.fields import FieldBlock, Fields
 from fine_bench.types import UnsupportedProblemError
 
 Normalise = Callable[[nn.Module, Tensor], Tensor]
@@ -37,8 +38,10 @@ class LayerKind(ABC):
         return None
 
     @abstractmethod
-    def features(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def features(self, layer: nn.Module, x: Tensor) -> Tensor | Fields:
         """What the gradient needs to know of an input, ``(B, T, ·)``, or ``(B, T)`` of tokens.
+
+        A convolution may leave its receptive fields to be written when they are needed.
 
         Raises:
             UnsupportedProblemError: an input without a dimension for the examples.
@@ -47,6 +50,11 @@ class LayerKind(ABC):
     @abstractmethod
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:
         """The gradient at an output, ``(B, T, O)``."""
+
+    @staticmethod
+    def block_of_fields(name: str, layer: nn.Module, fields: Fields, b: Tensor) -> Block:
+        """``block`` from the receptive fields of a convolution's one call."""
+        return FieldBlock(name, fields, b, is_trained(layer, "weight"), is_trained(layer, "bias"))
 
     @abstractmethod
     def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
@@ -71,10 +79,12 @@ class _Linear(LayerKind):
 
 
 class _Convolution(LayerKind):
-    def features(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def features(self, layer: nn.Module, x: Tensor) -> Tensor | Fields:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
         n_dims = len(layer.kernel_size)
         _require_dimensions(x, n_dims + 2, "(batch, channels, …)", exactly=True)
+        if isinstance(layer, nn.Conv2d) and Fields.serves(layer):
+            return Fields(layer, x)
         return patches(layer, x).transpose(1, 2)
 
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:

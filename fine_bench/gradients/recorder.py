@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fine_bench.gradients.agreement import disagreeing
 from fine_bench.gradients.blocks import Block
+from fine_bench.gradients.fields import Fields
 from fine_bench.gradients.layers import (
     LayerKind,
     batch_coupling_reason,
@@ -41,7 +42,7 @@ class Call:
     output: Tensor | None = None
     edge: GradientEdge | None = None
     grad: Tensor | None = None
-    features: Tensor | None = None
+    features: Tensor | Fields | None = None
 
 
 class LayerRecorder:
@@ -247,12 +248,17 @@ class LayerRecorder:
                 f"layer {name!r} took no part in the loss, so its per-example gradients are "
                 f"unknown; leave it out with layers=[...] or set requires_grad=False"
             )
+        kind, layer = self._kinds[name], self.layers[name]
+        if len(parts) == 1:
+            a, b = parts[0]
+            if isinstance(a, Fields):
+                return kind.block_of_fields(name, layer, a, b)
+            return kind.block(name, layer, a, b)
         # a layer used several times sums its gradients: its uses are further positions
-        a = parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts], 1)
-        b = parts[0][1] if len(parts) == 1 else torch.cat([p[1] for p in parts], 1)
-        return self._kinds[name].block(name, self.layers[name], a, b)
+        features = torch.cat([a.full if isinstance(a, Fields) else a for a, _ in parts], 1)
+        return kind.block(name, layer, features, torch.cat([b for _, b in parts], 1))
 
-    def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Tensor, Tensor]:
+    def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Tensor | Fields, Tensor]:
         """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
         assert call.grad is not None
         x, grad, layer, kind = call.input, call.grad, call.layer, self._kinds[call.name]
@@ -272,13 +278,17 @@ class LayerRecorder:
                 call.features = kind.features(layer, x)
             except UnsupportedProblemError as error:
                 raise UnsupportedProblemError(f"layer {call.name!r}: {error}") from error
-        a = call.features
+        a: Tensor | Fields = call.features
         if self.tap and grad.dtype in (torch.bfloat16, torch.float16):
             grad = grad.float()  # products of a mixed-precision pass are taken in float32
         if scale != 1.0:
             grad = grad * scale
         b = kind.positions(layer, grad)
-        if a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
+        if isinstance(a, Fields):
+            if a.x.dtype != b.dtype:
+                both = torch.promote_types(a.x.dtype, b.dtype)
+                a, b = a.to(both), b.to(both)
+        elif a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
             both = torch.promote_types(a.dtype, b.dtype)
             a, b = a.to(both), b.to(both)
         return a, b

@@ -68,6 +68,11 @@ class TokenBlock:
         return self.dense()
 
     @property
+    def n_floats(self) -> int:
+        """Numbers in ``tensors``."""
+        return self.tokens.numel() + self.b.numel()
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the block is made of, ``(B, …)`` each."""
         return self.tokens, self.b

@@ -45,8 +45,7 @@ class HeldSteps:
     @staticmethod
     def serves(gradients: PerExampleGradients) -> bool:
         """Whether these are small enough for several steps to be held."""
-        floats = sum(part.numel() for block in gradients.blocks for part in block.tensors)
-        return floats * WORTHWHILE <= FLOATS
+        return WORTHWHILE * sum(block.n_floats for block in gradients.blocks) <= FLOATS
 
     def alike(self, gradients: PerExampleGradients) -> bool:
         """Whether what is held, if anything, has the shapes of these."""
@@ -54,11 +53,11 @@ class HeldSteps:
 
     def add(self, gradients: PerExampleGradients) -> None:
         """Copy one step's gradients; see ``full`` and ``alike``."""
-        parts = [part for block in gradients.blocks for part in block.tensors]
+        parts = _parts(gradients)
         shapes = _shapes(gradients)
         if self._shapes != shapes:
             assert not self._count
-            floats = sum(part.numel() for part in parts)
+            floats = sum(block.n_floats for block in gradients.blocks)
             self._capacity = max(1, min(CAPACITY, FLOATS // floats))
             self._room = [part.new_empty(self._capacity, *part.shape) for part in parts]
             self._shapes, self._like = shapes, gradients
@@ -81,5 +80,9 @@ class HeldSteps:
         return PerExampleGradients(blocks)
 
 
+def _parts(gradients: PerExampleGradients) -> list[Tensor]:
+    return [part for block in gradients.blocks for part in block.tensors]
+
+
 def _shapes(gradients: PerExampleGradients) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(p.shape, p.dtype, p.device) for block in gradients.blocks for p in block.tensors]
+    return [(part.shape, part.dtype, part.device) for part in _parts(gradients)]
