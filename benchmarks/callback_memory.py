@@ -75,9 +75,9 @@ def run(n: int, epochs: int, n_query: int, watched: bool) -> None:
     line = f"{'watched' if watched else 'plain':<8} largest memory of the process {peak:.0f} MiB"
     if watched:
         assert callback._schedule is not None
-        kept = callback._schedule.state_dict()["accumulator"]
+        kept = callback._schedule.accumulator
         rows = max(1, n_query)
-        size = kept["sums"].numel() * 8 + kept["n_observations"].numel() * 8
+        size = kept._sums.nbytes + kept.n_observations.nbytes
         line += (
             f"; the callback keeps {size / 2**20:.0f} MiB: {size / n / rows:.1f} bytes for each of "
             f"{n} examples and {rows} rows"

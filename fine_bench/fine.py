@@ -185,7 +185,7 @@ class FineAccumulator:
         # one tensor, so that a step costs one indexed addition; the names are in SUMS
         self._sums = torch.zeros((len(SUMS), n_rows, n_train), dtype=torch.float64)
         self.n_observations = torch.zeros(n_train, dtype=torch.int64)
-        self.n_passed_over = torch.zeros(n_train, dtype=torch.int64)
+        self.n_passed_over: Tensor | None = None  # as n_observations, once a step is passed over
         self.n_steps = 0
         self.n_short_batches = 0
         self.n_without_noise = 0
@@ -248,6 +248,8 @@ class FineAccumulator:
             index: which training examples were in it, ``(m,)``, no repeats.
         """
         index = index.cpu()
+        if self.n_passed_over is None:
+            self.n_passed_over = torch.zeros_like(self.n_observations)
         self.n_passed_over.index_add_(0, index, torch.ones_like(index))
 
     def skip_short_batch(self) -> None:
@@ -307,12 +309,13 @@ class FineAccumulator:
 
     def _times_in_batch(self) -> Tensor:
         """How often each example was in a batch, ``(n_train,)``."""
-        return (self.n_observations + self.n_passed_over).double()
+        passed_over = 0 if self.n_passed_over is None else self.n_passed_over
+        return (self.n_observations + passed_over).double()
 
     def _whole_run(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The sums and those over blocks, with the observed steps standing for all."""
         sums, (squares, cross, variances, blocks) = self.sums, self._blocks()
-        if bool(self.n_passed_over.any()):
+        if self.n_passed_over is not None:
             ratio = self._times_in_batch() / self.n_observations.double().clamp_min(1.0)
             sums = {name: values * ratio for name, values in sums.items()}
             squares, cross, variances = (x * ratio**2 for x in (squares, cross, variances))
@@ -336,7 +339,7 @@ class FineAccumulator:
         return {
             "sums": self._sums.clone(),
             "n_observations": self.n_observations.clone(),
-            "n_passed_over": self.n_passed_over.clone(),
+            "n_passed_over": None if self.n_passed_over is None else self.n_passed_over.clone(),
             "counts": (self.n_steps, self.n_short_batches, self.n_without_noise),
         }
 
@@ -354,6 +357,6 @@ class FineAccumulator:
             )
         self._sums = sums.clone()
         self.n_observations = state["n_observations"].clone()
-        if "n_passed_over" in state:  # states of earlier versions have none
-            self.n_passed_over = state["n_passed_over"].clone()
+        passed_over = state.get("n_passed_over")  # states of earlier versions have none
+        self.n_passed_over = None if passed_over is None else passed_over.clone()
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]
