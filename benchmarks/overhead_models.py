@@ -1,0 +1,141 @@
+"""The trainings whose overhead ``callback_overhead.py`` measures: network, inputs, batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fine_bench.models import cnn, mlp
+
+CLASSES = 10
+
+
+class Attention(nn.Module):
+    """Self-attention from linear layers, whose gradients have factors."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inputs, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.inputs(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.mT / math.sqrt(d // self.heads), -1)
+        result: Tensor = self.output((weights @ v).transpose(1, 2).reshape(n, t, d))
+        return result
+
+
+class Layer(nn.Module):
+    """Attention and two linear layers, each behind a layer norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.inner = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        result: Tensor = x + self.inner(self.second(x))
+        return result
+
+
+class Transformer(nn.Module):
+    """Classes of token sequences, from the mean over positions."""
+
+    def __init__(self, tokens: int, length: int, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(tokens, width)
+        self.places = nn.Embedding(length, width)
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
+        self.last = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one row of places an example: then their table has per-example gradients too
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+        h = self.layers(self.tokens(x) + self.places(places))
+        logits: Tensor = self.last(h.mean(1))
+        return logits
+
+
+class BasicBlock(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut, with group normalisation."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(8, n_out),
+            nn.ReLU(),
+            nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
+            nn.GroupNorm(8, n_out),
+        )
+        same = stride == 1 and n_in == n_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(n_in, n_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet18() -> nn.Module:
+    """Eighteen layers for images of 3 × 32 × 32, 11 million parameters."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.GroupNorm(8, 64), nn.ReLU()
+    ]  # fmt: skip
+    n_in = 64
+    for n_out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out, 1)]
+        n_in = n_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training.
+
+    Attributes:
+        make: a new network.
+        shape: of one input; of tokens if ``tokens``.
+        batch: examples in a batch.
+        steps: of a run, by default.
+        n_query: queries of the target ``validation``.
+        tokens: size of the vocabulary; 0 for images.
+    """
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+    steps: int
+    n_query: int = 500
+    tokens: int = 0
+
+    def inputs(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Random inputs."""
+        if self.tokens:
+            return torch.randint(self.tokens, (n, *self.shape), generator=generator)
+        return torch.randn(n, *self.shape, generator=generator)
+
+
+SMALL = ("mlp", "cnn", "transformer", "transformer-long")
+WORKLOADS = {
+    "mlp": Workload(lambda: mlp((1, 28, 28), CLASSES), (1, 28, 28), 64, 400),
+    "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 100),
+    "transformer": Workload(
+        lambda: Transformer(1000, 32, 64, 4, 4), (32,), 64, 100, tokens=1000
+    ),
+    "transformer-long": Workload(
+        lambda: Transformer(1000, 128, 64, 4, 4), (128,), 16, 100, n_query=128, tokens=1000
+    ),
+    # for a GPU: 11 and 110 million parameters
+    "resnet18": Workload(resnet18, (3, 32, 32), 128, 100),
+    "transformer-100m": Workload(
+        lambda: Transformer(32_000, 512, 768, 12, 12), (512,), 16, 50, n_query=64, tokens=32_000
+    ),
+}  # fmt: skip
