@@ -246,7 +246,7 @@ class FactorBlock:
             assert w is not None
             n_rows = w.shape[0]
             # for one row both cost the same: whichever intermediate result is smaller
-            if t > 1 and (n_rows > 1 or n_in < t):
+            if t > 1 and (n_rows > 1 or n_in < t or type(self) is not FactorBlock):
                 total = self._contract_weight(w)
             else:
                 # Σ_t b_tᵀ W a_t, without the gradient

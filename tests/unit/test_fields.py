@@ -69,14 +69,21 @@ def test_every_contraction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     close(own, plain.norm2())
     close(rows, (plain.dense() @ plain.dense().T)[chosen])
     g = torch.Generator().manual_seed(2)
-    for n_rows in (1, 5):
+    for n_rows in (1, 2, 5):
         direction = BlockDirection(
             torch.randn(n_rows, 70, plain.a.shape[2], generator=g, dtype=torch.float64),
             torch.randn(n_rows, 70, generator=g, dtype=torch.float64),
         )
         close(mine.contract(direction), plain.contract(direction))
-    weights = torch.randn(2, 4, generator=g, dtype=torch.float64)
-    close(mine.weighted_sum(weights).weight, plain.weighted_sum(weights).weight)  # type: ignore[arg-type]
+    for n_rows in (1, 2, 5):
+        weights = torch.randn(n_rows, 4, generator=g, dtype=torch.float64)
+        sums, expected_sums = mine.weighted_sum(weights), plain.weighted_sum(weights)
+        assert sums.weight is not None
+        assert expected_sums.weight is not None
+        close(sums.weight, expected_sums.weight)
+        assert sums.bias is not None
+        assert expected_sums.bias is not None
+        close(sums.bias, expected_sums.bias)
 
 
 def test_some_examples_scaled_and_in_another_precision() -> None:
