@@ -114,7 +114,9 @@ class Fields:
         """Gradient of the weight ``(O, C, k, k)``, summed over examples, for b ``(B, O, T)``."""
         shape = (b.shape[1], self.x.shape[1], *self.kernel)
         grad = b.reshape(*b.shape[:2], *self._output)
-        summed: Tensor = conv2d_weight(self._padded, shape, grad, dilation=self.dilation)
+        summed: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            self._padded, shape, grad, dilation=self.dilation
+        )
         return summed
 
     @cached_property
