@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ from fine_bench.truth import Truth, find, folders
 
 CHECKPOINTS = (1, 3, 5, 15)
 THINNED = (8, 4, 2, 1)
+REPEATS = 3
+"""Runs of plain training and of each in-batch setting, of whose times the median counts."""
+
 EVERY = (64, 32, 16, 8, 4, 2, 1)
 FAMILIES = {
     "f-INE in-batch": (BLUE, "o"),
@@ -102,18 +106,23 @@ def spaced(n: int, wanted: int) -> list[int]:
 
 def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Scores ``(1, n)`` of every point, and its extra cost over plain training."""
-    plain = training.train(job, [], None)
-    base = plain.facts["seconds_with_callbacks"]
+    plains = [training.train(job, [], None) for _ in range(REPEATS)]
+    plain = plains[0]
+    base = statistics.median(run.facts["seconds_with_callbacks"] for run in plains)
     found: dict[str, Tensor] = {}
     costs: dict[str, float] = {}
     points = [Point("f-INE in-batch", k) for k in THINNED]
     for point in [*points, *(Point("f-INE snapshots", k) for k in every)]:
-        watcher = point.watcher(job.config.seed)
-        run = training.train(job, [watcher], None)
-        start = time.perf_counter()
-        found[point.name] = watcher.scores().values
-        finish = time.perf_counter() - start
-        costs[point.name] = (run.facts["seconds_with_callbacks"] + finish) / base - 1.0
+        seconds = []
+        # what costs little must be timed well
+        for _ in range(REPEATS if point.family == "f-INE in-batch" else 1):
+            watcher = point.watcher(job.config.seed)
+            run = training.train(job, [watcher], None)
+            start = time.perf_counter()
+            found[point.name] = watcher.scores().values
+            finish = time.perf_counter() - start
+            seconds.append(run.facts["seconds_with_callbacks"] + finish)
+        costs[point.name] = statistics.median(seconds) / base - 1.0
     problem = problem_of(job, "self", plain.model)
     budgets = sorted({min(k, len(plain.checkpoints)) for k in CHECKPOINTS})
     for family in ("TracIn", "TRAK"):
@@ -185,7 +194,7 @@ def draw(frame: pd.DataFrame, title: str) -> Figure:
     axes = figure.subplots(1, len(MEASURES), sharex=True)
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for family, (colour, marker) in FAMILIES.items():
-            some = frame[frame.family == family].sort_values("extra_cost")
+            some = frame[frame.family == family].sort_values("budget")
             # a free method may come out faster than plain training: shown at the axis' left end
             cost = some.extra_cost.clip(lower=0.01)
             axis.plot(cost, some[measure], color=colour, marker=marker, label=family)
