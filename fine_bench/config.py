@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError
 from fine_bench.records import digest
-from fine_bench.types import TARGETS, LRSchedule, QueryWeighting, UnsupportedProblemError
+from fine_bench.sensitivity.grid import Point, points
+from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting, UnsupportedProblemError
 
 ALWAYS_ALLOWED = ("fine_bench", "baselines")
 
@@ -98,6 +99,9 @@ class RunConfig:
         estimators: by row name, a ``_target_`` and its keyword arguments; filled by the config
             group ``estimator``.
         targets: what is asked of each estimator.
+        sensitivity: by row name, values of its options that are run beside the row, to show how far
+            its numbers move (``fine_bench.sensitivity``); filled by the config group
+            ``sensitivity``.
         query_weighting: weights of the queries in a mean, preset for every method alike.
         results_dir: where records, scores and tables go.
         force: compute finished cells again, as a new revision.
@@ -109,6 +113,7 @@ class RunConfig:
     task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     estimators: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = MISSING
     query_weighting: str | None = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -179,8 +184,39 @@ def check(cfg: DictConfig) -> RunConfig:
     check_call(config.task, "task", "task", packages)
     check_call(config.model, "model", "model", packages)
     for name, options in config.estimators.items():
+        if VARIED in name:
+            raise ConfigError(
+                f"estimators.{name}: {VARIED} marks the configurations of a range (sensitivity); "
+                "call the row otherwise"
+            )
         check_call(options, f"estimators.{name}", "estimators", packages)
+    for row in config.sensitivity:
+        varied(config, row)
     return config
+
+
+def varied(config: RunConfig, row: str) -> list[Point]:
+    """The configurations that are run beside a row to show its sensitivity.
+
+    Raises:
+        ConfigError: a row that is not run, no grid, an unknown option or a value of a wrong type.
+    """
+    where = f"sensitivity.{row}"
+    if row not in config.estimators:
+        chosen = ",".join([*config.estimators, row])
+        raise ConfigError(
+            f"{where}: {row} is not among the estimators of this run; type 'estimator=[{chosen}]'"
+        )
+    packages = (*ALWAYS_ALLOWED, *config.allow_packages)
+    options = config.estimators[row]
+    signature = inspect.signature(target_of(options, f"estimators.{row}", packages))
+    defaults = {
+        p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
+    }
+    found = points(config.sensitivity[row], {**defaults, **options}, where)
+    for point in found:
+        check_call({**options, **point.changes}, where, "estimators", packages)
+    return found
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:

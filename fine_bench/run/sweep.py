@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +36,9 @@ from fine_bench.records import RecordStore
 from fine_bench.run import wandb_log
 from fine_bench.run.cells import execute
 from fine_bench.run.plan import Job, plan, refuse_duplicates
+from fine_bench.sensitivity import files as sensitivity_files
+from fine_bench.sensitivity import view as sensitivity_view
+from fine_bench.sensitivity.bands import spreads
 
 BAD_INPUT = 2
 INCOMPLETE = 1
@@ -100,6 +104,10 @@ def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
         f"lr {config.trainer.lr:g}"
     )
     out.print(f"  estimators  {', '.join(config.estimators)}")
+    ranges = Counter(cell.variation["of"] for cell in first.cells if cell.variation)
+    if ranges:
+        words = ", ".join(f"{row} ({n} cells)" for row, n in ranges.items())
+        out.print(f"  sensitivity {words}")
     out.print(f"  targets     {', '.join(config.targets)}")
     cells = sum(len(job.cells) for job in jobs)
     done = 0
@@ -177,6 +185,10 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     )
     leaderboard_view.show(shown)
     written = leaderboard_view.write(board, root)
+    bands = spreads(store, store.scan())
+    if bands:
+        sensitivity_view.show([band for band in bands if band.setting in settings])
+        written += sensitivity_files.write(bands, root)
     planned = [
         leaderboard.Planned(
             job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed

@@ -72,7 +72,7 @@ def html(complete: Path) -> str:
 def shelf_of(root: Path) -> Shelf:
     store = RecordStore(root)
     board = build(store)
-    (shelf,) = shelves(store, board, store.scan().records)
+    (shelf,) = shelves(store, board, store.scan())
     return shelf
 
 
