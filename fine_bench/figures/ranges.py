@@ -27,6 +27,7 @@ MEASURES = (
 """What gets a panel where there are numbers; every other number stands in the table."""
 
 MOST = 4
+_LONGER = {"consistency_jaccard_corrected": "Jaccard@k, corrected"}
 _NOBODY = Look(GREY, "o", "-", True)
 
 
@@ -91,7 +92,8 @@ def _draw(axes: Axes, spreads: Sequence[Spread], column: Column, looks: Mapping[
     axes.set_ylim(len(spreads) - 0.45, -0.55)
     axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{column.label} ({'higher' if column.higher else 'lower'} is better)")
+    label = _LONGER.get(column.key, column.label)
+    axes.set_xlabel(f"{label} ({'higher' if column.higher else 'lower'} is better)")
 
 
 def draw(shelf: Shelf) -> Figure:

@@ -37,15 +37,13 @@ def ranges(spreads: Sequence[Spread]) -> Safe:
 def _table(spreads: Sequence[Spread], target: str, columns: Sequence[Column]) -> Safe:
     title = TARGET_TITLES.get(target, f"target {target}")
     shown = [c for c in columns if any(c.key in spread.bands for spread in spreads)]
-    heads = ["estimator", "range, its own value first", "seeds", "cells"]
+    heads = ["estimator", "range, its own value first"]
     heads += [f"{c.label} {'↑' if c.higher else '↓'}" for c in shown]
     body = [
         tag(
             "tr",
             tag("th", spread.estimator, scope="row"),
-            tag("td", *(tag("div", line) for line in view.option_lines(spread)), class_="range"),
-            tag("td", ", ".join(map(str, spread.seeds))),
-            tag("td", f"{spread.finished} of {spread.expected}"),
+            tag("td", *(tag("div", line) for line in _about(spread)), class_="range"),
             *(_cell(spread, column) for column in shown),
         )
         for spread in spreads
@@ -64,6 +62,13 @@ def _table(spreads: Sequence[Spread], target: str, columns: Sequence[Column]) ->
         tabindex="0",
         aria_label=f"sensitivity, {title}",
     )
+
+
+def _about(spread: Spread) -> list[str]:
+    """The range, over which seeds, and how much of it is there."""
+    seeds = f"{'seeds' if len(spread.seeds) > 1 else 'seed'} {', '.join(map(str, spread.seeds))}"
+    lines = [f"{line};" for line in view.option_lines(spread)]
+    return [*lines, f"{seeds}; {spread.finished} of {spread.expected} cells"]
 
 
 def _cell(spread: Spread, column: Column) -> Safe:

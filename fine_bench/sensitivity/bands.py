@@ -26,6 +26,8 @@ UNNAMED = "default"
 QUALITY = tuple(c for c in COLUMNS if c.source != "cost" and not c.name.startswith("cure/"))
 """Columns that get a band; what a configuration costs is no question of quality."""
 
+_KEYS = frozenset(column.key for column in QUALITY)
+
 
 @dataclass(frozen=True)
 class Band:
@@ -264,6 +266,13 @@ def _size(value: Any) -> tuple[bool, float, str]:
 
 
 def columns_of(found: Iterable[Spread]) -> list[Column]:
-    """The columns for which one of the spreads has a band, in the leaderboard's order."""
+    """The columns for which one of the spreads has a band, in the leaderboard's order.
+
+    Columns of a block of the leaderboard are there where the block is.
+    """
     known = list(found)
-    return [c for c in QUALITY if any(c.key in spread.bands for spread in known)]
+
+    def there(key: str) -> bool:
+        return any(key in spread.bands for spread in known)
+
+    return [c for c in QUALITY if there(c.key) and (c.needs not in _KEYS or there(c.needs))]
