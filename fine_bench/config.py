@@ -271,9 +271,19 @@ def target_of(options: Mapping[str, Any], where: str, packages: tuple[str, ...])
             f"trust it, type 'allow_packages=[{path.split('.')[0]}]'"
         )
     try:
-        return get_object(path)
+        found = get_object(path)
     except Exception as error:
         raise ConfigError(f"{where}._target_={path} cannot be imported: {error}") from error
+    # a module of ours imports others: fine_bench.records.os.system is not ours to call
+    home = str(getattr(found, "__module__", "") or "").split(".")[0]
+    if home not in packages or not callable(found):
+        raise ConfigError(
+            f"{where}._target_={path} is no function or class of the packages "
+            f"{', '.join(packages)}"
+            + (f"; it comes from {home}, so if you trust it, type 'allow_packages=[{home}]'"
+               if home and home not in packages else "; name one")
+        )  # fmt: skip
+    return found
 
 
 def check_call(

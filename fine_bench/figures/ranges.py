@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from fine_bench.figures.benchmark import TARGET_TITLES, title_of
 from fine_bench.figures.needs import LeftOutError
@@ -91,6 +92,7 @@ def _draw(axes: Axes, spreads: Sequence[Spread], column: Column, looks: Mapping[
     axes.set_yticks(range(len(spreads)), [s.estimator for s in spreads])
     axes.set_ylim(len(spreads) - 0.45, -0.55)
     axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y", visible=False)
     label = _LONGER.get(column.key, column.label)
     axes.set_xlabel(f"{label} ({'higher' if column.higher else 'lower'} is better)")

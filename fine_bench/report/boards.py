@@ -115,8 +115,8 @@ def _name(row: Row) -> Safe:
     return join(
         [
             tag("span", row.estimator, class_="name"),
-            tag("span", notes, class_="variant") if notes else "",
             join([" ", dirty]) if row.dirty else "",
+            tag("span", notes, class_="variant") if notes else "",
         ]
     )
 

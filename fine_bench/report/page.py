@@ -203,7 +203,11 @@ def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
     missing = (
         tag(
             "details",
-            tag("summary", f"{len(left)} figures cannot be drawn from these records"),
+            tag(
+                "summary",
+                f"{len(left)} {'figure' if len(left) == 1 else 'figures'} cannot be drawn from "
+                "these records",
+            ),
             tag("ul", *map(plate, left)),
         )
         if left

@@ -172,11 +172,18 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     """Build, print, write and log the leaderboard.
 
     Returns:
-        0, or 1 if a planned cell failed or is missing.
+        0, or 1 if a planned cell failed or is missing, or a number of these tables cannot be had.
     """
     root = jobs[0].results
     store = RecordStore(root)
-    board = leaderboard.build(store)
+    with bar_on(out) as progress:
+        bar = progress.add_task("reading records", total=None)
+
+        def reading(done: int, total: int, name: str) -> None:
+            progress.update(bar, completed=done, total=total, description=f"comparing {name}")
+
+        board = leaderboard.build(store, reading)
+        bands = spreads(store, store.scan(), reading)
     settings = {job.setting for job in jobs}
     shown = leaderboard.Leaderboard(
         tuple(table for table in board.tables if table.setting in settings),
@@ -185,7 +192,6 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     )
     leaderboard_view.show(shown)
     written = leaderboard_view.write(board, root)
-    bands = spreads(store, store.scan())
     if bands:
         sensitivity_view.show([band for band in bands if band.setting in settings])
         written += sensitivity_files.write(bands, root)
@@ -207,7 +213,12 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
         for cell in bad:
             name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
             out.print(f"  {name} {cell.state}: {escape(cell.reason)}")
-    return INCOMPLETE if bad else 0
+    # a record may be there and its scores damaged: then a number of these tables is missing
+    where = tuple({f"{job.data.name}/{job.setting[:8]}: " for job in jobs})
+    damaged = [line for line in board.problems if line.startswith(where)]
+    for line in damaged:
+        out.print(f"[bold red]problem:[/] {escape(line)}")
+    return INCOMPLETE if bad or damaged else 0
 
 
 class _Cells:

@@ -19,10 +19,10 @@ from fine_bench.leaderboard_view import NONE, WIDTH, markdown_table, one_line, s
 from fine_bench.sensitivity.bands import Band, Spread, columns_of
 
 NOTES = (
-    "Brackets: the lowest and the highest mean over a preset range of the method's options, the "
-    "row's own among them. They are no confidence intervals.",
-    "Each mean is over the run seeds that are named. A configuration that lacks one of them is in "
-    "no bracket, and its cells are named below.",
+    "A number is the mean with the row's own options. Its band goes from the lowest to the highest "
+    "mean over a preset range of options, the row's own among them; it is no confidence interval.",
+    "Every mean is over the run seeds that are named. A configuration that lacks one of them is in "
+    "no band, and its cells are named below.",
     "The ranges were declared before they were run. Nothing is chosen by the truth: the "
     "leaderboard shows each row with its own options only, and no table says which configuration "
     "stands at an end.",
@@ -133,7 +133,7 @@ def to_markdown(found: Sequence[Spread]) -> str:
         lines += [*markdown_table(head, body, left=4), ""]
         gaps = [line for s in mine for line in missing_of(s)]
         if gaps:
-            lines += ["Not in the brackets:", "", *(f"- {line}" for line in gaps), ""]
+            lines += ["Not in the bands:", "", *(f"- {line}" for line in gaps), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

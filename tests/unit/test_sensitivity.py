@@ -331,7 +331,7 @@ def test_the_tables_say_what_a_band_is_and_what_is_missing(
     text = (tmp_path / "sensitivity.md").read_text()
     assert "| self | knn | k 20 \\| 5 \\| 40; kind a \\| b | 2 (0, 1) | 4 | 7/8 |" in text
     assert "0.850 [0.700, 0.970] of 3" in text
-    assert "They are no confidence intervals" in text
+    assert "it is no confidence interval" in text
     # no table says which configuration stands at an end
     assert "kind=b" not in text
     table = pd.read_csv(tmp_path / "sensitivity.csv").set_index("metric")
