@@ -295,6 +295,8 @@ def check_call(
         ConfigError: an unknown key, a missing one or a value of a wrong type.
     """
     target = target_of(options, where, packages)
+    for key, value in options.items():
+        _check_nested(value, f"{where}.{key}", packages)
     passed = RUNNER_PASSES[section]
     signature = inspect.signature(target)
     hints = _hints(target)
@@ -321,6 +323,18 @@ def check_call(
             raise ConfigError(
                 f"{where}.{parameter.name} is missing; type {where}.{parameter.name}=…"
             )
+
+
+def _check_nested(value: Any, where: str, packages: tuple[str, ...]) -> None:
+    """Targets inside of options are limited like those of the sections."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            target_of(value, where, packages)
+        for key, inner in value.items():
+            _check_nested(inner, f"{where}.{key}", packages)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_nested(inner, f"{where}[{number}]", packages)
 
 
 def _hints(target: Callable[..., Any]) -> Mapping[str, Any]:

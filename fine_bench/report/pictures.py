@@ -25,6 +25,7 @@ from fine_bench.llm.task import LanguageTask
 from fine_bench.sequences import IGNORED, PAD
 
 PACKAGES = ("fine_bench.data.", "fine_bench.llm.task.")
+MODELS = "fine_bench.llm.models."
 KINDS = {"TaskData": TaskData, "LanguageTask": LanguageTask}
 
 
@@ -83,8 +84,11 @@ def album(options: Mapping[str, Any], sha256: str) -> Album:
         own = {k: v for k, v in options.items() if k not in ("_target_", "name", "data_dir")}
         if "download" in wanted:
             own["download"] = False
-        if isinstance(own.get("model"), Mapping):
-            own["model"] = {k: v for k, v in own["model"].items() if k != "download"}
+        model = own.get("model")
+        if isinstance(model, Mapping):
+            if not str(model.get("_target_", "")).startswith(MODELS):
+                return Album(None, f"the records name {model.get('_target_')}, which is not called")
+            own["model"] = {k: v for k, v in model.items() if k != "download"}
         data = make(**own)
         if isinstance(data, LanguageTask) and data.sha256 == sha256:
             return Album(None, texts=Texts(data))
