@@ -20,14 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fine_bench.sensitivity",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="How far each method's numbers move over a preset range of its options: "
-        "rebuilt from\nDIR/records, printed, and written to DIR/sensitivity.md and "
-        "DIR/sensitivity.csv. Nothing is\ntrained, and nothing is selected: the leaderboard shows "
+        description="How far each method's numbers move over preset ranges of its options.\n"
+        "Rebuilt from DIR/records, printed, and written to DIR/sensitivity.md and "
+        "DIR/sensitivity.csv. Nothing\nis trained, and nothing is selected: the leaderboard shows "
         "each row with its own options.",
         epilog="The ranges are those of conf/sensitivity, run with\n"
         "  python -m fine_bench +experiment=mnist_mlp 'sensitivity=[fine,trak]' -m seed=0,1,2\n\n"
-        "Exit status: 0 all is there; 1 a cell failed or is missing, or a file cannot be read or "
-        "written\n(each is named); 2 no cells of a range, or an unknown task. Example:\n"
+        "Exit status: 0 all is there; 1 a cell failed or is missing, or a file cannot be read\n"
+        "or written (each is named); 2 no cells of a range, or an unknown task. Example:\n"
         "  python -m fine_bench.sensitivity --task mnist_mlp --format md",
     )
     add = parser.add_argument
