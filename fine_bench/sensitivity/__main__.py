@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fine_bench.sensitivity",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="How far each method's numbers move over preset ranges of its options.\n"
-        "Rebuilt from DIR/records, printed, and written to DIR/sensitivity.md and "
-        "DIR/sensitivity.csv. Nothing\nis trained, and nothing is selected: the leaderboard shows "
+        description="How far each method's numbers move over preset ranges of its options. It is\n"
+        "rebuilt from DIR/records, printed, and written to DIR/sensitivity.md and "
+        "DIR/sensitivity.csv.\nNothing is trained, and nothing is selected: the leaderboard shows "
         "each row with its own options.",
         epilog="The ranges are those of conf/sensitivity, run with\n"
         "  python -m fine_bench +experiment=mnist_mlp 'sensitivity=[fine,trak]' -m seed=0,1,2\n\n"
