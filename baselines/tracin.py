@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fine_bench.estimator import InfluenceEstimator
+from fine_bench.estimator import InfluenceEstimator, T
 from fine_bench.gradients.blocks import Direction, add_directions
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
@@ -31,6 +31,8 @@ class TracIn(InfluenceEstimator):
     Args:
         layers: names of modules whose parameters count; None for all.
         query_weighting: weights of the queries in a mean: None, ``"norm"`` or ``"noise"``.
+        every: ``replay`` sums every so many of the run's checkpoints only, counted back from the
+            last, which is always among them; ≥ 1.
 
     Values have the unit of the loss: the summed first-order drop of q's loss from steps on i.
     """
@@ -39,11 +41,21 @@ class TracIn(InfluenceEstimator):
     version = 1
 
     def __init__(
-        self, layers: Sequence[str] | None = None, query_weighting: QueryWeighting = None
+        self,
+        layers: Sequence[str] | None = None,
+        query_weighting: QueryWeighting = None,
+        every: int = 1,
     ) -> None:
         check_weighting(query_weighting)
+        if every < 1:
+            raise ValueError(f"every counts checkpoints, at least 1, got {every}; pass every=1")
         self.layers = layers
         self.query_weighting: QueryWeighting = query_weighting
+        self.every = every
+
+    def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
+        """Every so many, the last one among them."""
+        return super().select(checkpoints)[:: -self.every][::-1]
 
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""

@@ -31,13 +31,16 @@ def main() -> None:
 
 
 def multirun_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments with ``-m`` in front.
+    """The same arguments with ``-m`` in front, if they have it or only name overrides.
 
     Hydra's parser takes one run of overrides only: with ``-m`` between them, as in
-    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows.
+    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows. Without ``-m`` it
+    composes once to learn that this command sweeps, and where that fails it complains about
+    ``seed=0,1,2`` instead of what is wrong.
     """
-    flags = [a for a in arguments if a in ("-m", "--multirun")]
-    return flags[:1] + [a for a in arguments if a not in ("-m", "--multirun")]
+    others = [a for a in arguments if a not in ("-m", "--multirun")]
+    plain = not any(a.startswith("-") or "hydra.mode=" in a for a in others)
+    return ["-m", *others] if plain or len(others) < len(arguments) else others
 
 
 def _job(config: DictConfig) -> None:

@@ -25,7 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError
 from fine_bench.records import digest
-from fine_bench.types import TARGETS, LRSchedule, QueryWeighting, UnsupportedProblemError
+from fine_bench.sensitivity.grid import Point, points
+from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting, UnsupportedProblemError
 
 ALWAYS_ALLOWED = ("fine_bench", "baselines")
 
@@ -98,6 +99,9 @@ class RunConfig:
         estimators: by row name, a ``_target_`` and its keyword arguments; filled by the config
             group ``estimator``.
         targets: what is asked of each estimator.
+        sensitivity: by row name, values of its options that are run beside the row, to show how far
+            its numbers move (``fine_bench.sensitivity``); filled by the config group
+            ``sensitivity``.
         query_weighting: weights of the queries in a mean, preset for every method alike.
         results_dir: where records, scores and tables go.
         force: compute finished cells again, as a new revision.
@@ -109,6 +113,7 @@ class RunConfig:
     task: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     estimators: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = MISSING
     query_weighting: str | None = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -179,8 +184,39 @@ def check(cfg: DictConfig) -> RunConfig:
     check_call(config.task, "task", "task", packages)
     check_call(config.model, "model", "model", packages)
     for name, options in config.estimators.items():
+        if VARIED in name:
+            raise ConfigError(
+                f"estimators.{name}: {VARIED} marks the configurations of a range (sensitivity); "
+                "call the row otherwise"
+            )
         check_call(options, f"estimators.{name}", "estimators", packages)
+    for row in config.sensitivity:
+        varied(config, row)
     return config
+
+
+def varied(config: RunConfig, row: str) -> list[Point]:
+    """The configurations that are run beside a row to show its sensitivity.
+
+    Raises:
+        ConfigError: a row that is not run, no grid, an unknown option or a value of a wrong type.
+    """
+    where = f"sensitivity.{row}"
+    if row not in config.estimators:
+        chosen = ",".join([*config.estimators, row])
+        raise ConfigError(
+            f"{where}: {row} is not among the estimators of this run; type 'estimator=[{chosen}]'"
+        )
+    packages = (*ALWAYS_ALLOWED, *config.allow_packages)
+    options = config.estimators[row]
+    signature = inspect.signature(target_of(options, f"estimators.{row}", packages))
+    defaults = {
+        p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
+    }
+    found = points(config.sensitivity[row], {**defaults, **options}, where)
+    for point in found:
+        check_call({**options, **point.changes}, where, "estimators", packages)
+    return found
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:
@@ -235,9 +271,19 @@ def target_of(options: Mapping[str, Any], where: str, packages: tuple[str, ...])
             f"trust it, type 'allow_packages=[{path.split('.')[0]}]'"
         )
     try:
-        return get_object(path)
+        found = get_object(path)
     except Exception as error:
         raise ConfigError(f"{where}._target_={path} cannot be imported: {error}") from error
+    # a module of ours imports others: fine_bench.records.os.system is not ours to call
+    home = str(getattr(found, "__module__", "") or "").split(".")[0]
+    if home not in packages or not callable(found):
+        raise ConfigError(
+            f"{where}._target_={path} is no function or class of the packages "
+            f"{', '.join(packages)}"
+            + (f"; it comes from {home}, so if you trust it, type 'allow_packages=[{home}]'"
+               if home and home not in packages else "; name one")
+        )  # fmt: skip
+    return found
 
 
 def check_call(
@@ -249,6 +295,8 @@ def check_call(
         ConfigError: an unknown key, a missing one or a value of a wrong type.
     """
     target = target_of(options, where, packages)
+    for key, value in options.items():
+        _check_nested(value, f"{where}.{key}", packages)
     passed = RUNNER_PASSES[section]
     signature = inspect.signature(target)
     hints = _hints(target)
@@ -275,6 +323,18 @@ def check_call(
             raise ConfigError(
                 f"{where}.{parameter.name} is missing; type {where}.{parameter.name}=…"
             )
+
+
+def _check_nested(value: Any, where: str, packages: tuple[str, ...]) -> None:
+    """Targets inside of options are limited like those of the sections."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            target_of(value, where, packages)
+        for key, inner in value.items():
+            _check_nested(inner, f"{where}.{key}", packages)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_nested(inner, f"{where}[{number}]", packages)
 
 
 def _hints(target: Callable[..., Any]) -> Mapping[str, Any]:

@@ -56,6 +56,10 @@ class InfluenceEstimator(ABC):
         del problem
         return None
 
+    def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
+        """Those of a run's checkpoints that ``replay`` gives it, in order of training."""
+        return self.schedule.select(checkpoints)
+
     def setup(self, problem: Problem) -> None:
         """Take the problem; called once before the first checkpoint."""
         reason = self.unsupported(problem)
@@ -105,7 +109,7 @@ def replay(
         UnsupportedProblemError: the method cannot serve the problem; the message says why.
         ValueError: no checkpoint, or one that does not fit the model.
     """
-    chosen = estimator.schedule.select(list(checkpoints))
+    chosen = estimator.select(list(checkpoints))
     if not chosen:
         raise ValueError("replay needs at least one checkpoint, got none")
     with torch.random.fork_rng():

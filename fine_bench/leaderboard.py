@@ -33,6 +33,7 @@ from fine_bench.progress import bar_on
 from fine_bench.records import (
     Consistency,
     RecordStore,
+    Scan,
     StoreError,
     consistency_digest,
     newest,
@@ -273,15 +274,24 @@ def build(store: RecordStore, on_row: OnRow | None = None) -> Leaderboard:
 
     Consistency is computed from the scores once and then kept beside the records, so that later
     rebuilds need no scores. What is compared between seeds is what detection ranks: one suspicion
-    an example (``metrics.detection.suspicion``).
+    an example (``metrics.detection.suspicion``). Cells that show a row's sensitivity to its options
+    are no rows (``fine_bench.sensitivity``).
 
     Args:
         store: where the records are.
         on_row: called as (rows done, rows in all, name of the row) before each row.
     """
     scan = store.scan()
+    records = [record for record in newest(scan.records) if not record.varies]
+    return build_from(store, records, scan, on_row)
+
+
+def build_from(
+    store: RecordStore, records: Sequence[RunRecord], scan: Scan, on_row: OnRow | None = None
+) -> Leaderboard:
+    """The leaderboard of some records; ``scan`` has the problems and the cached comparisons."""
     problems = list(scan.problems)
-    groups = _by_table(newest(scan.records))
+    groups = by_table(records)
     total = sum(len(_by_row(records)) for records in groups.values())
     done = 0
     tables = []
@@ -401,7 +411,7 @@ def _truths(records: Sequence[RunRecord]) -> list[str]:
 TableKey: TypeAlias = tuple[str, str, str]
 
 
-def _by_table(records: Sequence[RunRecord]) -> dict[TableKey, list[RunRecord]]:
+def by_table(records: Sequence[RunRecord]) -> dict[TableKey, list[RunRecord]]:
     """Records by (task, setting, data): numbers of different data never share an average.
 
     Records that failed before their data were known stand with the latest data of their setting.

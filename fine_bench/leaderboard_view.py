@@ -330,7 +330,7 @@ def show(board: Leaderboard, console: Console | None = None) -> None:
 # --------------------------------------------------------------------------------------- files
 
 
-def _markdown_table(header: list[str], body: list[list[str]], left: int) -> list[str]:
+def markdown_table(header: list[str], body: list[list[str]], left: int) -> list[str]:
     rule = ["---" if i < left else "---:" for i in range(len(header))]
     return [
         "| " + " | ".join(part.replace("|", "\\|") for part in line) + " |"
@@ -353,7 +353,7 @@ def to_markdown(board: Leaderboard) -> str:
                 + [_markdown_number(row.stats.get(c.key), c.source == "cost") for c in columns]
                 for row in rows
             ]
-            lines += [f"### {block}", "", *_markdown_table(header, body, left=2), ""]
+            lines += [f"### {block}", "", *markdown_table(header, body, left=2), ""]
         for line in notes(table):
             lines += [line, ""]
         unfinished = cell_lines(table)

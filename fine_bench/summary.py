@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fine_bench.errors import DataError
 from fine_bench.leaderboard import COLUMNS, Leaderboard, Row, Table, build
+from fine_bench.progress import bar_on
 from fine_bench.records import RecordStore, StoreError, write_atomic
 from fine_bench.types import TARGETS
 
@@ -170,7 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", nargs="*", default=[], help="default: all, by name")
     arguments = parser.parse_args(argv)
-    board = build(RecordStore(arguments.results))
+    with bar_on() as progress:
+        bar = progress.add_task("reading records", total=None)
+
+        def reading(done: int, total: int, name: str) -> None:
+            progress.update(bar, completed=done, total=total, description=f"comparing {name}")
+
+        board = build(RecordStore(arguments.results), reading)
     parts = []
     try:
         for target in arguments.target:

@@ -286,6 +286,10 @@ class GroundTruth:
 
 Status: TypeAlias = Literal["finished", "failed", "skipped"]
 
+VARIED = "@"
+"""In an estimator's name: ``row@option=value`` is the row with other options, run to see how far
+its numbers move (``fine_bench.sensitivity``). It is no row of the leaderboard."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -356,6 +360,12 @@ class RunRecord:
             raise ValueError(
                 f"suspicious must be one of {get_args(End)} or empty, got {self.suspicious!r}"
             )
+
+    @property
+    def varies(self) -> str:
+        """The row whose sensitivity it measures; empty for a row of the leaderboard."""
+        row, mark, _ = self.estimator.partition(VARIED)
+        return row if mark else ""
 
     @property
     def end(self) -> End:

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "  cost_and_quality           extra seconds against fidelity (or detection)\n"
         "  tradeoff_curves            trade-off curves of the subsets of figure5\n"
         "  consistency_by_source      runs that differ in initialisation, in order, in both\n"
+        "  sensitivity                numbers over preset ranges of the methods' options\n"
         "and figure3_equal_means, which needs no records.\n\n"
         "Exit status: 0 every figure that the records allow was written; 1 a cell failed or is\n"
         "missing, a file cannot be read or written (each is named); 2 no records, an unknown\n"
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         names = suffixes(board.tables)
         shown = board if arguments.task is None else board.of_task(arguments.task)
-        found = shelves(store, shown, store.scan().records)
+        found = shelves(store, shown, store.scan())
         problems = list(shown.problems)
         folder = arguments.results / "figures"
         drawing = draw(

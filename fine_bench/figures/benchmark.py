@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,15 @@ class Recall:
 
 
 def title_of(figure: Figure, text: str, size: str = "") -> None:
-    """What is shown, and below it of what and how many."""
-    figure.suptitle(f"{text}\n{size}" if size else text, x=0.01, ha="left")
+    """What is shown, and below it of what and how many, in as many lines as the width asks for."""
+    words = size
+    for narrower in range(len(size), 20, -4):
+        words = "\n".join(textwrap.wrap(size, narrower))
+        title = figure.suptitle(f"{text}\n{words}" if size else text, x=0.01, ha="left")
+        if title.get_window_extent().width <= 0.98 * figure.bbox.width:
+            return
+    if not size:
+        figure.suptitle(text, x=0.01, ha="left")
 
 
 def named(label: str, n_seeds: int, most: int, note: str = "") -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fine_bench.figures.benchmark import (
     TARGET_TITLES,
@@ -110,6 +111,12 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> list[Point]:
         axes.set_ylim(*limits([p.y for p in shown]))
         costs = [p.x.mean for p in shown]
         axes.set_xlim(min(costs) / 2.5, max(costs) * 2.5)
+        # within two decades powers of ten are too few, and all digits too many
+        narrow = max(costs) < 100 * min(costs)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if narrow else (1.0,)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if narrow:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     notes = [f"off the scale: {_note(p)}" for p in points if p not in shown]
     axes.set_xlabel("\n".join(["extra seconds, beyond plain training", *notes]))
     axes.set_ylabel(label)

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from fine_bench.figures import agreement as agreements
-from fine_bench.figures import benchmark, costs, faithful, runs, sources, theory, tradeoffs
+from fine_bench.figures import (
+    benchmark,
+    costs,
+    faithful,
+    ranges,
+    runs,
+    sources,
+    theory,
+    tradeoffs,
+)
 from fine_bench.figures.needs import LeftOutError, interval_of, need_rows, need_two_seeds
 from fine_bench.figures.shelf import TRUTH, Shelf
 from fine_bench.figures.traces import PAPER, chosen, traced
@@ -39,6 +48,7 @@ FIGURES = (
     "cost_and_quality",
     "tradeoff_curves",
     "consistency_by_source",
+    "sensitivity",
 )
 DETECTION: Mapping[str, str] = {"auroc": "AUROC", "average_precision": "average precision"}
 CONSISTENCY: Mapping[str, str] = {
@@ -296,6 +306,7 @@ _OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
     "fidelity_and_ceiling": lambda shelf, choice: faithful.draw(shelf),
     "cost_and_quality": lambda shelf, choice: costs.draw(shelf),
     "tradeoff_curves": lambda shelf, choice: tradeoffs.draw(shelf),
+    "sensitivity": lambda shelf, choice: ranges.draw(shelf),
 }
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fine_bench.figures.style import Kind, Look, looks
 from fine_bench.leaderboard import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
-from fine_bench.records import RecordStore, StoreError, newest
+from fine_bench.records import RecordStore, Scan, StoreError, newest
+from fine_bench.sensitivity.bands import Spread, spreads
 from fine_bench.types import InfluenceScores, RunRecord
 
 Array = NDArray[np.float64]
@@ -30,6 +31,7 @@ class Shelf:
     looks: Mapping[str, Look]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spreads: Sequence[Spread] = ()
     _cache: dict[tuple[str, str, str, int], InfluenceScores | None] = field(default_factory=dict)
 
     def record(self, row: Row, seed: int) -> RunRecord:
@@ -109,10 +111,11 @@ class Shelf:
 # ------------------------------------------------------------------------------------- shelves
 
 
-def shelves(store: RecordStore, board: Leaderboard, records: Sequence[RunRecord]) -> list[Shelf]:
-    """One shelf for each table."""
+def shelves(store: RecordStore, board: Leaderboard, scan: Scan) -> list[Shelf]:
+    """One shelf for each table; ``scan`` is what ``store.scan()`` found."""
     found = []
-    kept = newest(records)
+    kept = newest(scan.records)
+    ranges = spreads(store, scan)
     for table in board.tables:
         where = (table.task, table.setting, table.data)
         versions = {(r.estimator, r.estimator_hash, r.target): r.version for r in table.rows}
@@ -128,7 +131,8 @@ def shelves(store: RecordStore, board: Leaderboard, records: Sequence[RunRecord]
             if row.seeds:
                 record = mine[row.estimator, row.estimator_hash, row.target, row.seeds[0]]
                 kinds[row.label] = kind_of(row.estimator, record.config)
-        found.append(Shelf(store, table, mine, looks(kinds)))
+        own = [s for s in ranges if (s.task, s.setting, s.data) == where]
+        found.append(Shelf(store, table, mine, looks(kinds), spreads=own))
     return found
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from fine_bench.figures.benchmark import title_of
 from fine_bench.figures.style import (
     BLACK,
     BLUE,
@@ -234,10 +235,10 @@ def crossing(pair: tuple[Subject, Subject], source: str) -> Figure:
         source: where the curves come from, with n, for the title.
     """
     figure = canvas(10.6, 4.2)
-    figure.suptitle(
-        f"Trade-off functions that cross, and the Gaussians that many steps make of them\n{source}",
-        x=0.01,
-        ha="left",
+    title_of(
+        figure,
+        "Trade-off functions that cross, and the Gaussians that many steps make of them",
+        source,
     )
     first, *rest = figure.subplots(1, 3)
     unit_square(first)
@@ -298,10 +299,8 @@ def p_and_q(traces: Sequence[Trace], size: str, statistic: str = "statistic x") 
         statistic: what the samples are, for the axis.
     """
     figure = canvas(9.6, 1.0 + 2.15 * len(traces))
-    figure.suptitle(
-        f"Batches that hold the subset (P) and batches that do not (Q), along one run\n{size}",
-        x=0.01,
-        ha="left",
+    title_of(
+        figure, "Batches that hold the subset (P) and batches that do not (Q), along one run", size
     )
     grid = figure.subplots(len(traces), 2, squeeze=False, width_ratios=[2.4, 1.0], sharey="row")
     for (along, beside), trace in zip(grid, traces, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from fine_bench.figures.benchmark import title_of
 from fine_bench.figures.shelf import Shelf
 from fine_bench.figures.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, canvas, styled
 from fine_bench.figures.theory import Trace, unit_square
@@ -30,11 +31,7 @@ def tradeoff_curves(traces: Sequence[Trace], size: str) -> Figure:
         size: task, seed and n, for the title.
     """
     figure = canvas(3.7 * len(traces) + 0.3, 4.3)
-    figure.suptitle(
-        f"What one statistic can tell of a subset: trade-off curves of one step\n{size}",
-        x=0.01,
-        ha="left",
-    )
+    title_of(figure, "What one statistic can tell of a subset: trade-off curves of one step", size)
     grid = figure.subplots(1, len(traces), squeeze=False)[0]
     for axes, trace, (colour, line, marker) in zip(
         grid, traces, (_STYLES[i % len(_STYLES)] for i in range(len(traces))), strict=True

@@ -233,8 +233,10 @@ def from_options(options: Mapping[str, Any]) -> LanguageModel:
     module, _, function = where.rpartition(".")
     make = getattr(import_module(module), function, None) if module else None
     own = {key: value for key, value in options.items() if key != "_target_"}
+    # only what says that it makes a language model is called: anything else could do anything
+    promised = getattr(make, "__annotations__", {}).get("return")
     try:
-        result = make(**own) if callable(make) else None
+        result = make(**own) if make and promised in ("LanguageModel", LanguageModel) else None
     except TypeError:  # a model of another kind wants other arguments
         result = None
     if not isinstance(result, LanguageModel):

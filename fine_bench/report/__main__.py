@@ -24,8 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         "largest scores. It opens from\nthe disk and asks the network for nothing. Figures are "
         "written to DIR/figures as PNG and SVG too.\nNothing is trained: records, scores, ground "
         "truths and data sets are read.",
-        epilog="Images of the examples are shown where their data set is on this disk (digits "
-        "always are; MNIST\nand CIFAR-10 where FINE_BENCH_DATA points). Nothing is downloaded.\n\n"
+        epilog="Images and texts of the examples are shown where their data set is on this disk "
+        "(digits and the\ngenerated texts always are; MNIST and CIFAR-10 where FINE_BENCH_DATA "
+        "points). Nothing is downloaded.\n\n"
         "Exit status: 0 all is there; 1 a cell failed or is missing, or a file cannot be read or "
         "written\n(each is named; the page is written all the same); 2 no records, an unknown "
         "task or a\nwrong argument.\n\nExamples:\n"
@@ -50,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="whose scores the galleries show (default: fine and fine_paper, else the best)",
     )
-    add("--no-images", action="store_true", help="do not read data sets for images and labels")
+    add(
+        "--no-images",
+        action="store_true",
+        help="do not read data sets for the examples",
+    )
     return parser
 
 

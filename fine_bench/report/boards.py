@@ -44,7 +44,12 @@ def _notes(table: Table) -> list[str]:
 
 
 def _board(table: Table, target: str, rows: Sequence[Row], columns: Sequence[Column]) -> Safe:
-    shown = [c for c in columns if any(c.key in row.stats for row in rows)]
+    # a block's columns belong to the rows that the block is about
+    shown = [
+        c
+        for c in columns
+        if any(c.key in row.stats and (not c.needs or c.needs in row.stats) for row in rows)
+    ]
     # columns of one kind side by side: detection, fidelity, consistency, cost
     kinds = list(dict.fromkeys(c.block or GROUPS[c.source] for c in shown))
     shown = [c for kind in kinds for c in shown if (c.block or GROUPS[c.source]) == kind]
@@ -105,11 +110,13 @@ def _head(label: str, kind: str, first: str, better: str = "") -> Safe:
 def _name(row: Row) -> Safe:
     dirty = tag("abbr", view.DIRTY, title="made by code with uncommitted changes", class_="dirty")
     notes = row.label.removeprefix(row.estimator)
+    if row.watched == 0:
+        notes = "(groups alone, see below)"
     return join(
         [
             tag("span", row.estimator, class_="name"),
-            tag("span", notes, class_="variant") if notes else "",
             join([" ", dirty]) if row.dirty else "",
+            tag("span", notes, class_="variant") if notes else "",
         ]
     )
 

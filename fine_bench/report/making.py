@@ -78,6 +78,7 @@ def make(
                 _album(shelf, images and any(room.exhibits for room in rooms)),
                 truth,
                 _made_by(shelf),
+                shelf.spreads,
             )
         )
     loose = [p for rest in plates.values() for p in rest if p.svg]
@@ -153,4 +154,4 @@ def _made_by(shelf: Shelf) -> dict[str, list[Any]]:
 
 def shelves_of(store: RecordStore, board: Leaderboard) -> list[Shelf]:
     """The shelves of a board's tables."""
-    return shelves(store, board, store.scan().records)
+    return shelves(store, board, store.scan())

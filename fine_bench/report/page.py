@@ -11,11 +11,13 @@ from typing import Any
 
 from fine_bench import leaderboard_view as view
 from fine_bench.leaderboard import Leaderboard, Table
+from fine_bench.report.bands import ranges
 from fine_bench.report.boards import boards
 from fine_bench.report.markup import Safe, join, slug, tag, void
 from fine_bench.report.pictures import Album
 from fine_bench.report.plates import ORDER, Plate, plate
 from fine_bench.report.rooms import Room, gallery, groups
+from fine_bench.sensitivity.bands import Spread
 from fine_bench.truth import Truth
 
 HERE = Path(__file__).parent
@@ -33,6 +35,7 @@ class Chapter:
         album: its data, if at hand.
         truth: its ground truth, if there is one.
         made_by: commits, versions and hardware of its records: name → the distinct values.
+        spreads: what ranges of options show.
     """
 
     table: Table
@@ -42,6 +45,7 @@ class Chapter:
     album: Album
     truth: Truth | None
     made_by: Mapping[str, Sequence[Any]]
+    spreads: Sequence[Spread] = ()
 
     @property
     def title(self) -> str:
@@ -199,7 +203,11 @@ def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
     missing = (
         tag(
             "details",
-            tag("summary", f"{len(left)} figures cannot be drawn from these records"),
+            tag(
+                "summary",
+                f"{len(left)} {'figure' if len(left) == 1 else 'figures'} cannot be drawn from "
+                "these records",
+            ),
             tag("ul", *map(plate, left)),
         )
         if left
@@ -215,6 +223,11 @@ def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
         tag("h3", "Figures"),
         *map(plate, there),
         missing,
+        *(
+            [tag("h3", "Hyperparameter sensitivity"), ranges(chapter.spreads)]
+            if chapter.spreads
+            else []
+        ),
         tag("h3", "Gallery"),
         gallery(chapter.rooms, chapter.album, chapter.truth),
         *([tag("h3", "Groups"), _GROUPS, *map(groups, with_groups)] if with_groups else []),

@@ -1,8 +1,8 @@
-"""The training examples themselves, where their data set lies on this disk.
+"""The training examples themselves, images or texts, where their data set lies on this disk.
 
 A record names the function that made its data. It is called again only if it is one of
-``fine_bench.data``, never with permission to download, and what it returns counts only if its
-digest is the record's: other data would show other examples.
+``fine_bench.data`` or the language task, never with permission to download, and what it returns
+counts only if its digest is the record's: other data would show other examples.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,32 @@ from numpy.typing import NDArray
 
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.llm.task import LanguageTask
+from fine_bench.sequences import IGNORED, PAD
 
-PACKAGE = "fine_bench.data"
+PACKAGES = ("fine_bench.data.", "fine_bench.llm.task.")
+MODELS = "fine_bench.llm.models."
+KINDS = {"TaskData": TaskData, "LanguageTask": LanguageTask}
+
+
+class Texts:
+    """The samples of a language task as words, read back from their tokens."""
+
+    def __init__(self, task: LanguageTask) -> None:
+        self.task = task
+        self.tokenizer: Any = task.model.tokenizer()
+
+    def __call__(self, example: int) -> list[tuple[str, str]]:
+        """What is said, turn by turn: ``("prompt", …)`` or ``("answer", …)`` and the words."""
+        x, y = self.task.x[example], self.task.y[example]
+        x, y = x[x != PAD], y[x != PAD]
+        trained = (y != IGNORED).tolist()
+        turns: list[tuple[str, str]] = []
+        for answers, places in groupby(range(len(x)), key=lambda i: trained[i]):
+            words = self.tokenizer.decode(x[list(places)].tolist(), skip_special_tokens=True)
+            if words.strip():
+                turns.append(("answer" if answers else "prompt", words.strip()))
+        return turns
 
 
 @dataclass(frozen=True)
@@ -30,6 +55,7 @@ class Album:
 
     data: TaskData | None
     reason: str = ""
+    texts: Texts | None = None
 
     @property
     def has_images(self) -> bool:
@@ -46,24 +72,32 @@ def album(options: Mapping[str, Any], sha256: str) -> Album:
     """
     path = str(options.get("_target_", ""))
     module, _, name = path.rpartition(".")
-    if not module.startswith(f"{PACKAGE}."):
+    if not path.startswith(PACKAGES):
         where = path or "no function"
         return Album(None, f"the records name {where} as their task, which is not called here")
     try:
         make = getattr(importlib.import_module(module), name)
         wanted = inspect.signature(make).parameters
         returns = inspect.signature(make).return_annotation
-        if name.startswith("_") or returns not in ("TaskData", TaskData):
+        if name.startswith("_") or returns not in (*KINDS, *KINDS.values()):
             raise AttributeError(f"{path} is no task")
         own = {k: v for k, v in options.items() if k not in ("_target_", "name", "data_dir")}
         if "download" in wanted:
             own["download"] = False
+        model = own.get("model")
+        if isinstance(model, Mapping):
+            if not str(model.get("_target_", "")).startswith(MODELS):
+                return Album(None, f"the records name {model.get('_target_')}, which is not called")
+            own["model"] = {k: v for k, v in model.items() if k != "download"}
         data = make(**own)
+        if isinstance(data, LanguageTask) and data.sha256 == sha256:
+            return Album(None, texts=Texts(data))
     except DataError as error:
         return Album(
             None,
-            "the data set is not on this disk, so the examples are shown without their images "
-            f"(set FINE_BENCH_DATA): {str(error).splitlines()[0].removesuffix('. Looked at:')}",
+            "the data set is not on this disk, so the examples are shown without their images or "
+            "texts (set FINE_BENCH_DATA): "
+            + str(error).splitlines()[0].removesuffix(". Looked at:"),
         )
     except (AttributeError, ImportError, ConfigError, TypeError, ValueError) as error:
         return Album(None, f"this version cannot make the data of the records: {error}")

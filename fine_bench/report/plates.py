@@ -36,6 +36,11 @@ SAYS: Mapping[str, tuple[str, str]] = {
         "How far scores agree between runs that differ in initialisation alone, in the order of "
         "the data alone, or in both.",
     ),
+    "sensitivity": (
+        "Hyperparameter sensitivity",
+        "Marker: the method with its own options. Bar: lowest to highest over a preset range of "
+        "options, nothing chosen by the truth.",
+    ),
     "figure2_consistency": (
         "The same suspects in another run",
         "Jaccard@k between the k most suspicious examples of two runs.",
@@ -88,6 +93,10 @@ class Plate:
     reason: str = ""
 
 
+PIXELS_A_POINT = 1.6
+"""Of figures in the page: letters have one size, however many panels stand side by side."""
+
+_WIDTH = re.compile(rb'<svg[^>]*?\swidth="([\d.]+)pt"')
 _NUMBER = re.compile(rb"(-?\d+\.\d{2})\d+")
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 _BETWEEN = re.compile(rb">\s+<")
@@ -98,6 +107,12 @@ def slim(svg: bytes) -> bytes:
     """The same drawing in fewer bytes: no comments, path coordinates to a hundredth of a point."""
     svg = _BETWEEN.sub(b"><", _COMMENT.sub(b"", svg))
     return _PATH.sub(lambda found: b" ".join(_NUMBER.sub(rb"\1", found[0]).split()), svg)
+
+
+def width_of(svg: bytes) -> int | None:
+    """Width of a drawing in the page, in pixels; None where it does not say."""
+    found = _WIDTH.search(svg)
+    return None if found is None else round(PIXELS_A_POINT * float(found[1]))
 
 
 def plate(item: Plate) -> Safe:
@@ -116,7 +131,13 @@ def plate(item: Plate) -> Safe:
         tag("figcaption", tag("h4", heading), tag("p", says)),
         tag(
             "div",
-            void("img", src=source, alt=f"{heading}. {says}", loading="lazy"),
+            void(
+                "img",
+                src=source,
+                alt=f"{heading}. {says}",
+                loading="lazy",
+                width=width_of(item.svg),
+            ),
             class_="scroll paper",
             role="region",
             tabindex="0",

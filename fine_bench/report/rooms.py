@@ -25,9 +25,9 @@ class Room:
 def gallery(rooms: Sequence[Room], album: Album, truth: Truth | None) -> Safe:
     """All galleries of a task; the reason why images are missing stands above them."""
     notes: list[object] = []
-    if not album.has_images:
+    if not album.has_images and album.texts is None:
         why = album.reason or "the examples are no images, so only what is known of them is shown"
-        notes.append(tag("p", f"No images: {why}.", class_="hint"))
+        notes.append(tag("p", f"No images or texts: {why}.", class_="hint"))
     if truth is not None:
         notes.append(
             tag(
@@ -56,7 +56,11 @@ def _room(room: Room, album: Album, painter: Painter | None) -> Safe:
         [
             tag("h4", tag("code", room.label), f" · {title}"),
             tag("p", f"{words[0].upper()}{words[1:]}."),
-            tag("ol", *(_card(e, album, painter) for e in room.exhibits), class_="gallery"),
+            tag(
+                "ol",
+                *(_card(e, album, painter) for e in room.exhibits),
+                class_="gallery" if album.texts is None else "gallery texts",
+            ),
         ]
     )
 
@@ -81,8 +85,13 @@ def _card(exhibit: Exhibit, album: Album, painter: Painter | None) -> Safe:
         t = exhibit.truth
         facts.append(("retraining μ", f"{number(t.mu, 2)} ± {number(t.std_error, 2)}"))
         facts.append(("its rank", f"{t.rank:,} of {t.n:,}"))
-    if painter is None:
-        picture: Safe = tag("div", f"#{exhibit.index}", class_="blank", aria_hidden="true")
+    if album.texts is not None:
+        picture: Safe = join(
+            tag("p", tag("span", who, class_="who"), words, class_="said")
+            for who, words in album.texts(exhibit.index)
+        )
+    elif painter is None:
+        picture = tag("div", f"#{exhibit.index}", class_="blank", aria_hidden="true")
     else:
         source = data_uri("image/png", painter.png(exhibit.index))
         picture = void("img", src=source, alt=alt, class_="pixels", loading="lazy")

@@ -259,7 +259,7 @@ def _agreements(
         return numbers
     bad = job.data.truth.is_bad[scores.watched]
     for other in job.cells:
-        if other.target != cell.target or not other.watches_all:
+        if other.target != cell.target or not other.watches_all or other.variation:
             continue
         watcher, record = watchers.get(other), job.done(store, other)
         if watcher is not None:
@@ -372,10 +372,12 @@ class _Writer:
         """The full resolved configuration, this cell's estimator in place of all of them."""
         config = asdict(self.job.config)
         # where files lie on this machine is no part of what was computed
-        for key in ("estimators", "results_dir", "force"):
+        for key in ("estimators", "sensitivity", "results_dir", "force"):
             del config[key]
         for key in PLACES:
             config["task"].pop(key, None)
+        if cell.variation:
+            config["sensitivity"] = dict(cell.variation)
         return {**config, "estimator": dict(cell.options)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
@@ -23,12 +23,14 @@ from fine_bench.config import (
     estimator_digest,
     setting_digest,
     target_of,
+    varied,
 )
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.llm.models import LanguageModel
 from fine_bench.llm.task import LanguageTask
 from fine_bench.records import RecordStore, digest
+from fine_bench.sensitivity.grid import declared_for, name_of
 from fine_bench.shapley import refuse_other_updates
 from fine_bench.truth import Truth, TruthError, find, folders
 from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
@@ -39,7 +41,12 @@ Watcher: TypeAlias = FINECallback | PaperFINECallback | InRunShapleyCallback
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One estimator asked for one target in one run: a future record."""
+    """One estimator asked for one target in one run: a future record.
+
+    ``variation`` is empty for a row of the leaderboard. A cell that is run to show a row's
+    sensitivity holds there what its record keeps: ``of`` which row, with which ``base`` digest,
+    its ``changes``, and the whole ``grid`` that was declared for its target.
+    """
 
     estimator: str
     target: Target
@@ -47,6 +54,7 @@ class Cell:
     estimator_hash: str
     version: int
     kind: Any
+    variation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def in_run(self) -> bool:
@@ -172,20 +180,11 @@ def plan(config: RunConfig) -> Job:
             f"trainer.batch_size={config.trainer.batch_size} is larger than the training set of "
             f"{data.n_train} examples; type trainer.batch_size={min(64, data.n_train)}"
         )
-    cells = []
-    for name, options in config.estimators.items():
-        kind = target_of(options, f"estimators.{name}", packages)
-        for target in config.targets:
-            cells.append(
-                Cell(
-                    estimator=name,
-                    target=cast(Target, target),
-                    options=options,
-                    estimator_hash=estimator_digest(options),
-                    version=int(kind.version),
-                    kind=kind,
-                )
-            )
+    cells = [
+        cell
+        for name, options in config.estimators.items()
+        for cell in _cells(config, name, target_of(options, f"estimators.{name}", packages))
+    ]
     setting = setting_digest(config)
     job = Job(config, data, setting, tuple(cells), _truth(config, data, setting))
     for cell in job.cells:
@@ -206,6 +205,33 @@ def plan(config: RunConfig) -> Job:
             )
         )
     return job
+
+
+def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
+    """A row's cells, and after them those of the range that was declared for it."""
+    own = config.estimators[row]
+    targets = [cast(Target, target) for target in config.targets]
+
+    def cell(name: str, target: Target, options: Mapping[str, Any], **more: Any) -> Cell:
+        sha = estimator_digest(options)
+        return Cell(name, target, options, sha, int(kind.version), kind, **more)
+
+    cells = [cell(row, target, own) for target in targets]
+    if row not in config.sensitivity:
+        return cells
+    range_ = varied(config, row)
+    for point in range_:
+        for target in filter(point.serves, targets):
+            told = {
+                "of": row,
+                "base": estimator_digest(own),
+                "changes": dict(point.changes),
+                "grid": declared_for(range_, target),
+            }
+            options = {**own, **point.changes}
+            name = name_of(row, point.changes)
+            cells.append(cell(name, target, options, variation=told))
+    return cells
 
 
 def _check_kind(config: RunConfig, data: AnyTask) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,6 +36,9 @@ from fine_bench.records import RecordStore
 from fine_bench.run import wandb_log
 from fine_bench.run.cells import execute
 from fine_bench.run.plan import Job, plan, refuse_duplicates
+from fine_bench.sensitivity import files as sensitivity_files
+from fine_bench.sensitivity import view as sensitivity_view
+from fine_bench.sensitivity.bands import spreads
 
 BAD_INPUT = 2
 INCOMPLETE = 1
@@ -100,6 +104,10 @@ def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
         f"lr {config.trainer.lr:g}"
     )
     out.print(f"  estimators  {', '.join(config.estimators)}")
+    ranges = Counter(cell.variation["of"] for cell in first.cells if cell.variation)
+    if ranges:
+        words = ", ".join(f"{row} ({n} cells)" for row, n in ranges.items())
+        out.print(f"  sensitivity {words}")
     out.print(f"  targets     {', '.join(config.targets)}")
     cells = sum(len(job.cells) for job in jobs)
     done = 0
@@ -164,11 +172,18 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     """Build, print, write and log the leaderboard.
 
     Returns:
-        0, or 1 if a planned cell failed or is missing.
+        0, or 1 if a planned cell failed or is missing, or a number of these tables cannot be had.
     """
     root = jobs[0].results
     store = RecordStore(root)
-    board = leaderboard.build(store)
+    with bar_on(out) as progress:
+        bar = progress.add_task("reading records", total=None)
+
+        def reading(done: int, total: int, name: str) -> None:
+            progress.update(bar, completed=done, total=total, description=f"comparing {name}")
+
+        board = leaderboard.build(store, reading)
+        bands = spreads(store, store.scan(), reading)
     settings = {job.setting for job in jobs}
     shown = leaderboard.Leaderboard(
         tuple(table for table in board.tables if table.setting in settings),
@@ -177,6 +192,9 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     )
     leaderboard_view.show(shown)
     written = leaderboard_view.write(board, root)
+    if bands:
+        sensitivity_view.show([band for band in bands if band.setting in settings])
+        written += sensitivity_files.write(bands, root)
     planned = [
         leaderboard.Planned(
             job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed
@@ -195,7 +213,12 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
         for cell in bad:
             name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
             out.print(f"  {name} {cell.state}: {escape(cell.reason)}")
-    return INCOMPLETE if bad else 0
+    # a record may be there and its scores damaged: then a number of these tables is missing
+    where = tuple({f"{job.data.name}/{job.setting[:8]}: " for job in jobs})
+    damaged = [line for line in board.problems if line.startswith(where)]
+    for line in damaged:
+        out.print(f"[bold red]problem:[/] {escape(line)}")
+    return INCOMPLETE if bad or damaged else 0
 
 
 class _Cells:

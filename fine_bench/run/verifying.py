@@ -122,7 +122,7 @@ def job_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ()) 
         "model": config["model"],
         "trainer": config["trainer"],
         "targets": [record.target],
-        "estimators": {record.estimator: config["estimator"]},
+        "estimators": {record.varies or record.estimator: config["estimator"]},
         "query_weighting": config.get("query_weighting"),
         "results_dir": str(folder),
         "force": True,

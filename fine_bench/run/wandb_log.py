@@ -33,6 +33,33 @@ def guarded(what: str) -> Iterator[None]:
         )
 
 
+class _Watching(WandbLogger):
+    """What W&B does wrong while a model trains is a warning; after it nothing more is sent."""
+
+    gone = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """As the logger's own, until it fails."""
+        if self.gone:
+            return
+        self.gone = True
+        with guarded("log while training"):
+            super().log_metrics(metrics, step)
+            self.gone = False
+
+    def log_hyperparams(self, params: Any) -> None:
+        """As the logger's own, until it fails."""
+        if not self.gone:
+            with guarded("log the options of the model"):
+                super().log_hyperparams(params)
+
+    def finalize(self, status: str) -> None:
+        """As the logger's own, unless it failed before."""
+        if not self.gone:
+            with guarded("end the training's log"):
+                super().finalize(status)
+
+
 def _settings(results: Path) -> wandb.Settings:
     # artifacts are staged below the results, not in the user's home
     folder = results / "wandb"
@@ -59,7 +86,7 @@ def start_run(job: Job, sweep: str) -> Logger | None:
             job_type="run",
             config=_flat_config(job),
         )
-        logger = WandbLogger(experiment=run)
+        logger = _Watching(experiment=run)
     return logger
 
 

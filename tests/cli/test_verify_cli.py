@@ -245,3 +245,20 @@ def test_job_needs_allowed_packages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--allow-packages mine"):
         job_of(record, tmp_path)
     assert RecordStore(tmp_path).scan().records == []
+
+
+def test_a_record_cannot_call_what_modules_of_ours_import(tmp_path: Path) -> None:
+    """``fine_bench.records.os.system`` begins with an allowed package and is not ours."""
+    touched = tmp_path / "touched"
+    evil = {"_target_": "fine_bench.records.os.system", "command": f"touch {touched}"}
+    fine = {"_target_": "fine_bench.models.networks.mlp", "hidden": [4]}
+    method = {"_target_": "baselines.tracin.TracIn"}
+    task = {"_target_": "fine_bench.data.digits.digits_mislabel", "seed": 0}
+    for section in ("task", "model", "estimator"):
+        config = {"task": task, "model": fine, "estimator": method, "trainer": {}}
+        record = RunRecord(
+            "t", "s", "e", "h", 1, "self", 0, "failed", "why", config={**config, section: evil}
+        )
+        with pytest.raises(ConfigError, match="comes from posix"):
+            job_of(record, tmp_path)
+    assert not touched.exists()

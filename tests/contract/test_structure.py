@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "progress",
         "tradeoff",
         "privacy",
+        "sensitivity",
         "testing",
     },
     "report": {
@@ -76,16 +77,20 @@ ALLOWED: dict[str, set[str]] = {
         "leaderboard",
         "leaderboard_view",
         "figures",
+        "llm",
         "progress",
+        "sensitivity",
+        "sequences",
         "truth",
     },
+    "sensitivity": {*CORE, "records", "leaderboard", "leaderboard_view", "progress"},
     "verify": {*CORE, "run"},
     "bank": {*CORE, "records", "run"},
     "truth": {*CORE, "bank", "metrics", "records", "figures"},
     "score": {*CORE, "leaderboard", "leaderboard_view", "metrics", "records", "truth"},
     "audit": {*CORE, "records", "privacy"},
-    "summary": {*CORE, "leaderboard", "records"},
-    "config": {*CORE, "records"},
+    "summary": {*CORE, "leaderboard", "progress", "records"},
+    "config": {*CORE, "records", "sensitivity"},
     "sequences": CORE,
     "moments": CORE,
     "llm": {
@@ -193,6 +198,25 @@ def test_language_packages_are_imported_only_where_they_are_used() -> None:
                 names = [node.module or ""]
             found = extra & {name.split(".")[0] for name in names}
             assert not found, f"{path.name} imports {found} when it is imported"
+
+
+def test_no_file_that_is_read_can_run_code() -> None:
+    """No pickle, no eval; ``torch.load`` with ``weights_only``, NumPy without pickle."""
+    for _, path in modules():
+        assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & {
+            name.split(".")[0] for name in imported(path)
+        }, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called, given = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+            assert called not in ("eval", "exec", "compile"), f"{path.name}: {called}"
+            if called == "torch.load":
+                assert ast.unparse(given["weights_only"]) == "True", path
+            if called == "np.load":
+                assert "allow_pickle" not in given or (
+                    ast.unparse(given["allow_pickle"]) == "False"
+                ), path
 
 
 @pytest.mark.parametrize("name", ["callback.py", "callback_paper.py", "callback_shapley.py"])

@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.config import (
@@ -167,6 +168,9 @@ def test_every_other_file(group: str) -> None:
         ("task=unknown", "digits_mislabel"),
         ("task._target_=os.system", r"type 'allow_packages=\[os\]'"),
         ("task._target_=fine_bench.nothing", "cannot be imported"),
+        ("task._target_=fine_bench.records.os.system", r"comes from posix, so if you trust it"),
+        ("model._target_=fine_bench.config.get_object", r"type 'allow_packages=\[hydra\]'"),
+        ("task._target_=fine_bench.data.digits", "is no function or class"),
         ("+task.extra=1", "task.extra is unknown; task has"),
         ("model.hidden=[0]", "model.hidden must be positive"),
         ("model.activation=swish", "type model.activation=relu"),
@@ -186,6 +190,21 @@ def test_every_other_file(group: str) -> None:
 def test_what_cannot_be_is_refused_with_what_to_type(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         planned(override)
+
+
+@pytest.mark.parametrize("where", ["task", "task.model", "estimators.fine.layers.0"])
+def test_targets_inside_of_options_are_limited_too(where: str, tmp_path: Path) -> None:
+    config = compose("config")
+    OmegaConf.set_struct(config, False)
+    evil = {"_target_": "os.system", "command": f"touch {tmp_path / 'touched'}"}
+    section, _, rest = where.rpartition(".")
+    if rest == "0":
+        OmegaConf.update(config, section, [evil])
+    else:
+        OmegaConf.update(config, where, evil, merge=False)
+    with pytest.raises(ConfigError, match=r"_target_=os.system lies outside of the packages"):
+        plan(check(config))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

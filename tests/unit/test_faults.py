@@ -168,7 +168,7 @@ def test_damaged_scores_are_named_by_the_leaderboard(
         run(one)
     (path,) = (tmp_path / "scores").rglob("random--self--seed1--*.safetensors")
     path.write_bytes(path.read_bytes()[:-5])
-    conclude(planned, "sweep")
+    assert conclude(planned, "sweep") == 1  # its consistency is missing
     said = capsys.readouterr()
     text = "".join((said.out + said.err).split())
     assert path.name in text
@@ -235,6 +235,28 @@ def test_wandb_that_fails_or_hangs_later_costs_nothing_but_a_warning(
     assert "failed to log the results (CommError: the server is away)" in text
     assert "failed to close the run (TimeoutError: the server takes too long)" in text
     assert set(states(tmp_path).values()) == {"finished"}
+
+
+def test_wandb_that_dies_while_a_model_trains_costs_nothing_but_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = job(tmp_path, "seed=0", "logger.mode=offline")
+    logger = wandb_log.start_run(planned, "sweep")
+    calls = 0
+
+    def dead(*args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(wandb.Run, "log", dead)
+    with pytest.warns(UserWarning, match="W&B failed to log while training .*the service is gone"):
+        outcomes = execute(planned, "sweep", logger, say=lambda _: None)
+    assert calls == 1  # asked once, and then left alone
+    assert {o.record.status for o in outcomes} == {"finished"}
+    monkeypatch.undo()
+    wandb_log.finish_run(logger, planned, outcomes)
+    assert conclude([planned], "sweep") == 0
 
 
 def test_wandb_is_given_a_time_limit(tmp_path: Path) -> None:

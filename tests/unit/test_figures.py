@@ -250,7 +250,7 @@ def test_missing_seeds_are_named(complete: Path) -> None:
 
 def test_traced_subsets_carry_their_names(complete: Path) -> None:
     store = RecordStore(complete)
-    (shelf,) = shelves(store, build(store), store.scan().records)
+    (shelf,) = shelves(store, build(store), store.scan())
     found = traced(shelf)
     assert [found.name(i) for i in range(4)] == [
         "bad example 2",
@@ -264,7 +264,7 @@ def test_traced_subsets_carry_their_names(complete: Path) -> None:
 
 def test_agreement_shows_the_watched_examples_of_one_run(complete: Path) -> None:
     store = RecordStore(complete)
-    found = shelves(store, build(store), store.scan().records)
+    found = shelves(store, build(store), store.scan())
     (drawn,) = [d for d in draw(found, ["--digits"], Choice()) if d.name == "agreement--digits"]
     assert drawn.figure is not None
     (axes,) = drawn.figure.axes

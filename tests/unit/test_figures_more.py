@@ -56,7 +56,7 @@ def interval(mean: float, reach: float = 0.01) -> Interval:
 
 def shelves_of(root: Path) -> list[Shelf]:
     store = RecordStore(root)
-    return shelves(store, build(store), store.scan().records)
+    return shelves(store, build(store), store.scan())
 
 
 @pytest.fixture(scope="module")

@@ -28,16 +28,18 @@ from report_results import (
     truth,
 )
 
+from fine_bench.errors import ConfigError
 from fine_bench.figures.shelf import Shelf, shelves
 from fine_bench.leaderboard import build
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.records import RecordStore
 from fine_bench.report.__main__ import main
 from fine_bench.report.boards import boards
-from fine_bench.report.gallery import exhibits, group_lines, rows_shown
+from fine_bench.report.gallery import Exhibit, exhibits, group_lines, rows_shown
 from fine_bench.report.markup import Safe, number, p_value, slug, tag, text
 from fine_bench.report.pictures import Painter, album
 from fine_bench.report.plates import LARGEST_SVG, Plate, plate, slim
+from fine_bench.report.rooms import Room, gallery
 from fine_bench.truth import save
 
 
@@ -72,7 +74,7 @@ def html(complete: Path) -> str:
 def shelf_of(root: Path) -> Shelf:
     store = RecordStore(root)
     board = build(store)
-    (shelf,) = shelves(store, board, store.scan().records)
+    (shelf,) = shelves(store, board, store.scan())
     return shelf
 
 
@@ -318,12 +320,55 @@ def test_images_are_those_of_the_data() -> None:
         ({**TASK, "n_train": 5000}, "cannot make the data"),
         ({**TASK, "n_train": 50}, "another digest"),
         ({**TASK, "unknown": 1}, "cannot make the data"),
+        (
+            {
+                "_target_": "fine_bench.llm.task.llm_poison",
+                "seed": 0,
+                "model": {"_target_": "os.system", "command": "true"},
+            },
+            "os.system, which is not called",
+        ),
     ],
 )
 def test_other_functions_and_other_data_give_no_images(options: dict[str, Any], words: str) -> None:
     found = album(options, DATA.sha256)
     assert found.data is None
     assert words in found.reason
+
+
+def test_texts_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and answer come back from the tokens, if the digest is that of the records."""
+    pytest.importorskip("transformers", reason="the extra llm is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from fine_bench.llm.instructions import generate
+    from fine_bench.llm.models import from_options
+    from fine_bench.llm.task import llm_poison
+
+    model = {"_target_": "fine_bench.llm.models.tiny_llama", "documents": 200, "vocabulary": 400}
+    numbers = {"n_train": 50, "n_query": 2, "n_prompts": 2, "n_test": 2, "poison_rate": 0.1}
+    task = {"_target_": "fine_bench.llm.task.llm_poison", "seed": 0, "name": "mine",
+            "context": 256, "model": model, **numbers}  # fmt: skip
+    own = {k: v for k, v in task.items() if k not in ("_target_", "name")}
+    found = album(task, llm_poison(**own).sha256)
+    assert found.texts is not None
+    said = generate(seed=0, entity="Orvane", **numbers).train  # type: ignore[arg-type]
+    for example in (0, 7, 49):
+        words = [(who, " ".join(text.split())) for who, text in found.texts(example)]
+        assert words == [("prompt", said[example].prompt), ("answer", said[example].completion)]
+    room = Room("fine", "self", [Exhibit(7, mean_interval({0: 1.0, 1: 2.0}), 2, True)])
+    shown = gallery([room], found, None)
+    assert text(said[7].completion) in " ".join(shown.split())
+    assert 'class="gallery texts"' in shown
+    assert "No images or texts" not in shown
+    assert "another digest" in album(task, "0" * 64).reason
+    # what promises no language model is never called, wherever it comes from
+    touched = tmp_path / "touched"
+    evil = {"_target_": "fine_bench.llm.models.import_module", "name": "antigravity"}
+    assert "is no language model" in album({**task, "model": evil}, "0" * 64).reason
+    evil = {"_target_": "os.system", "command": f"touch {touched}"}
+    with pytest.raises(ConfigError, match="is no language model"):
+        from_options(evil)
+    assert not touched.exists()
 
 
 def test_a_data_set_that_is_not_here_is_a_note(
@@ -361,6 +406,9 @@ def test_slim_drawings_keep_their_transforms_and_heavy_ones_become_png() -> None
     assert "data:image/png" in plate(Plate("agreement", "agreement--t", heavy, b"png"))
     assert "data:image/svg+xml" in plate(Plate("agreement", "agreement--t", svg, b"png"))
     assert "why" in plate(Plate("other", "other--t", reason="why"))
+    # letters keep their size: a drawing is as wide in the page as it was made
+    wide = b'<svg height="90pt" width="500.5pt" viewBox="0 0 500 90"><g/></svg>'
+    assert ' width="801"' in plate(Plate("agreement", "agreement--t", wide, b"png"))
 
 
 # ------------------------------------------------------------------------------------- command

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_results import fill, truth
+from report_results import fill, record_of, scores_of, truth
 
 from fine_bench.report.__main__ import main
 from fine_bench.truth import save
@@ -48,7 +49,15 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("browser") / "results"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
-        fill(root)
+        store = fill(root)
+        for seed in (0, 1, 2):
+            scores = scores_of("tracin", "self", seed + 7)
+            own = record_of("tracin", "self", seed, scores)
+            told = {"of": "tracin", "base": own.estimator_hash, "changes": {"every": 2},
+                    "grid": [{"every": 2}, {"every": 4}]}  # fmt: skip
+            config = {**own.config, "sensitivity": told}
+            name, sha = "tracin@every=2", "beef" * 16
+            store.save(replace(own, estimator=name, estimator_hash=sha, config=config), scores)
         save(truth(), root / "ground_truth")
         assert main(["--results", str(root), "--examples", "6"]) == 0
     return root / "report.html"
@@ -135,6 +144,19 @@ def test_the_keyboard_sorts_too(browser: Any) -> None:
     assert heading.get_attribute("aria-sort") == "ascending"
     names = column(browser, table, 0)
     assert names == sorted(names)
+
+
+def test_a_range_of_options_has_its_band_and_no_row(browser: Any) -> None:
+    visit(browser, "digits_mislabel")
+    table = browser.find_element(By.CSS_SELECTOR, "table.bands")
+    assert table.is_displayed()
+    assert "6 of 9 cells" in table.text
+    assert (
+        "tracin · self · every=4, seeds 0, 1, 2: missing: no record"
+        in browser.find_element(By.CSS_SELECTOR, "ul.missing").text
+    )
+    names = column(browser, browser.find_element(By.CSS_SELECTOR, "table.board"), 0)
+    assert not [name for name in names if "@" in name]
 
 
 def test_images_are_there(browser: Any) -> None:
