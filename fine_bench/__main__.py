@@ -26,7 +26,13 @@ def main() -> None:
     try:
         run(_job)()
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-        sweep.refuse(error)
+        if not sweep.running():
+            sweep.refuse(error)
+        sys.exit(sweep.cut_short(error))
+    except Exception as error:
+        if not sweep.running():
+            raise
+        sys.exit(sweep.cut_short(error))
     sys.exit(sweep.exit_status())
 
 
