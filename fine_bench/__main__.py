@@ -37,13 +37,17 @@ def main() -> None:
 
 
 def multirun_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments with ``-m`` in front.
+    """The same arguments with ``-m`` in front, and with it where nothing speaks against it.
 
     Hydra's parser takes one run of overrides only: with ``-m`` between them, as in
-    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows.
+    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows. Without it Hydra asks the
+    configuration for the mode, which is the same one; but where that has a mistake, it complains
+    about the commas of ``seed=0,1,2`` and not about the mistake.
     """
-    flags = [a for a in arguments if a in ("-m", "--multirun")]
-    return flags[:1] + [a for a in arguments if a not in ("-m", "--multirun")]
+    rest = [a for a in arguments if a not in ("-m", "--multirun")]
+    given = len(rest) < len(arguments)
+    free = not any(a.startswith(("-", "hydra.mode=")) for a in rest)
+    return ["-m", *rest] if given or free else rest
 
 
 def _job(config: DictConfig) -> None:

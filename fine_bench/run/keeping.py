@@ -73,9 +73,9 @@ def read(folder: Path, whole: Callable[[], bool], load: Callable[[dict[str, Any]
         facts = json.loads(text)
     except ValueError:
         return None
-    if not whole():
-        return None
     try:
+        if not whole():
+            return None
         found = load(facts)
     except FileNotFoundError:
         return None
