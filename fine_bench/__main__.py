@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fine_bench.config import config_folder, register
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.run import sweep
+from fine_bench.run.hydra_help import narrow
 
 
 def main() -> None:
@@ -24,7 +25,8 @@ def main() -> None:
     register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     try:
-        run(_job)()
+        with narrow(sys.argv[1:]):
+            run(_job)()
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
         if not sweep.running():
             sweep.refuse(error)

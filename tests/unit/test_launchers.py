@@ -287,7 +287,9 @@ def test_a_sweep_cut_short_shows_what_there_is(
     (planned,) = announced.jobs
     execute(replace(planned, cells=planned.cells[:1]), "now", say=lambda _: None)
     assert sweep.running()
-    assert sweep.cut_short(error) == 1
+    with pytest.raises(type(error)) as caught:
+        raise error
+    assert sweep.cut_short(caught.value) == 1
     assert not sweep.running()
     shown = capsys.readouterr()
     assert said in shown.err
