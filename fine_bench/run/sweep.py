@@ -139,7 +139,7 @@ def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
         )
     out.print(f"  to compute  {cells - done} of {cells} cells ({done} finished earlier)")
     if launcher != launchers.BASIC:
-        out.print(f"  launcher    {launcher}: {len(jobs)} jobs, in processes of their own")
+        out.print(f"  launcher    {launcher}: {len(jobs)} job(s), in processes of their own")
     out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})")
     out.print()
 

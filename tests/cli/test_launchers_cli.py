@@ -74,7 +74,7 @@ def test_the_results_are_those_of_one_process(
     done = cli(folder, *TINY, *BROKEN, *launched(launcher))
     assert script.differences(folder, reference, {}) == [], done.stderr
     assert done.returncode == 1, done.stderr
-    assert f"{launcher}: 2 jobs, in processes of their own" in done.stderr
+    assert f"{launcher}: 2 job(s), in processes of their own" in done.stderr
     assert "broken/self seed 1 failed: RuntimeError: the disk is on [fire]" in done.stderr
     assert "seed 1: broken               self        failed" in done.stderr
     # each finished cell is named once, by the command or not at all
