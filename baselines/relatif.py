@@ -42,9 +42,10 @@ class RelatIF(InfluenceFunction):
 
     Args:
         relative: ``"theta"`` (θ-relative) or ``"loss"`` (ℓ-relative).
-        solver, curvature, damping, relative_damping, layers, query_weighting, tol, max_iter,
-            n_samples, seed, scale, depth, repeats, sample_size, krylov: as for
-            ``InfluenceFunction``. ``"cg"`` and ``"lissa"`` solve one system a training example.
+        solver: as for ``InfluenceFunction``, as all that follow; ``"cg"`` and ``"lissa"`` solve
+            one system a training example.
+        curvature, damping, relative_damping, layers, query_weighting, tol, max_iter: as there.
+        n_samples, seed, scale, depth, repeats, sample_size, krylov: as there.
 
     Values: θ-relative, loss per unit length of the parameters' move; ℓ-relative, the square root of
     a loss. ``extras`` are those of ``InfluenceFunction``.

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fine_bench.config import config_folder, register
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.run import sweep
+from fine_bench.run.hydra_help import narrow
 
 
 def main() -> None:
@@ -24,23 +25,31 @@ def main() -> None:
     register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     try:
-        run(_job)()
+        with narrow(sys.argv[1:]):
+            run(_job)()
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-        sweep.refuse(error)
+        if not sweep.running():
+            sweep.refuse(error)
+        sys.exit(sweep.cut_short(error))
+    except Exception as error:
+        if not sweep.running():
+            raise
+        sys.exit(sweep.cut_short(error))
     sys.exit(sweep.exit_status())
 
 
 def multirun_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments with ``-m`` in front, if they have it or only name overrides.
+    """The same arguments with ``-m`` in front, and with it where nothing speaks against it.
 
     Hydra's parser takes one run of overrides only: with ``-m`` between them, as in
-    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows. Without ``-m`` it
-    composes once to learn that this command sweeps, and where that fails it complains about
-    ``seed=0,1,2`` instead of what is wrong.
+    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows. Without it Hydra asks the
+    configuration for the mode, which is the same one; but where that has a mistake, it complains
+    about the commas of ``seed=0,1,2`` and not about the mistake.
     """
-    others = [a for a in arguments if a not in ("-m", "--multirun")]
-    plain = not any(a.startswith("-") or "hydra.mode=" in a for a in others)
-    return ["-m", *others] if plain or len(others) < len(arguments) else others
+    rest = [a for a in arguments if a not in ("-m", "--multirun")]
+    given = len(rest) < len(arguments)
+    free = not any(a.startswith(("-", "hydra.mode=")) for a in rest)
+    return ["-m", *rest] if given or free else rest
 
 
 def _job(config: DictConfig) -> None:

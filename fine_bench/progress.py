@@ -6,6 +6,10 @@ that is piped or kept in a file never holds any of it.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,6 +19,25 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_hidden = False
+
+
+@contextmanager
+def hidden(hide: bool = True) -> Iterator[None]:
+    """No bars of this process meanwhile, where other processes write to the same terminal."""
+    global _hidden
+    before = _hidden
+    _hidden = before or hide
+    try:
+        yield
+    finally:
+        _hidden = before
+
+
+def shown() -> bool:
+    """Whether bars belong on the error stream: it is a terminal, and this process's alone."""
+    return sys.stderr.isatty() and not _hidden
 
 
 def bar_on(console: Console | None = None) -> Progress:
@@ -33,7 +56,7 @@ def bar_on(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=_hidden or not console.is_terminal,
         # a step may take minutes: the speed of the last half hour counts
         speed_estimate_period=1800,
     )

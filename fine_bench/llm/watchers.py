@@ -23,8 +23,8 @@ class SequenceFINE(FINECallback):
     """f-INE for every sample; see ``FINECallback``.
 
     Args:
-        target, composition, schedule, contrast, queries, query_weighting, refresh_every,
-            every_n_steps, n_snapshots: as there.
+        target, composition, schedule, contrast: as there.
+        queries, query_weighting, refresh_every, every_n_steps, n_snapshots: as there.
         loss: the training loss: the ``mean`` or the ``sum`` over a sample's tokens.
     """
 
@@ -64,8 +64,9 @@ class SequencePaperFINE(PaperFINECallback):
 
     Args:
         target: ``"validation"`` only: what sources are asked about is the query set.
-        queries, subsets, sample, sample_seed, every_n_steps, batch_size, members, selection,
-            auxiliary, query_weighting, refresh_every, seed: see ``PaperFINECallback``.
+        queries, subsets, sample, sample_seed, every_n_steps: see ``PaperFINECallback``.
+        batch_size, members, selection, auxiliary: see there.
+        query_weighting, refresh_every, seed: see there.
         loss: the training loss: the ``mean`` or the ``sum`` over a sample's tokens.
 
     Raises:

@@ -45,6 +45,7 @@ from fine_bench.metrics.retraining import models_for_counts, retraining_mu
 from fine_bench.records import StoreError
 from fine_bench.run import bank_config
 from fine_bench.run.bank_config import BankConfig, MakeNetwork
+from fine_bench.run.hydra_help import narrow
 from fine_bench.run.plan import plan
 from fine_bench.types import UnsupportedProblemError
 
@@ -66,7 +67,7 @@ def main() -> None:
         _end("a bank is one job, whose models get seeds of their own; leave out -m", BAD_INPUT)
     bank_config.register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="bank")
-    with _explained():
+    with _explained(), narrow(sys.argv[1:]):
         run(_job)()
 
 

@@ -138,7 +138,7 @@ def _execute(
             except Exception as error:
                 outcome = writer.write(cell, "failed", f"{type(error).__name__}: {error}")
         outcomes.append(outcome)
-        say(describe(outcome))
+        say(describe(outcome.record))
         for line in describe_groups(outcome):
             say(line)
     return outcomes
@@ -149,9 +149,8 @@ def _without_name(reason: str) -> str:
     return re.sub(r"^\w+: ", "", reason)
 
 
-def describe(outcome: Outcome) -> str:
+def describe(record: RunRecord) -> str:
     """One line for the terminal."""
-    record = outcome.record
     name = f"{record.estimator:<20} {record.target:<11}"
     if record.status != "finished":
         return f"{name} {record.status}: {record.reason}"

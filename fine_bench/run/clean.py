@@ -190,7 +190,3 @@ def _report(
         f"written: {arguments.out}, {kind} (suggested labels are suggestions)", markup=False,
         soft_wrap=True,
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -213,7 +213,3 @@ def _write(
     for path, content in files.items():
         write_atomic(path, content)
         print(f"written: {path}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

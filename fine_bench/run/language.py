@@ -8,10 +8,7 @@ steering rates says whether there is anything to detect.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
+from fine_bench import progress as bars
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import Steering, answers
 from fine_bench.llm.task import LanguageTask
@@ -30,11 +28,11 @@ from fine_bench.llm.tuner import EpochCheckpoints, Tuner, kept_epochs, read_chec
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.top import top_metrics
 from fine_bench.records import write_atomic
+from fine_bench.run import keeping
 from fine_bench.run.plan import Job, Watcher
 from fine_bench.run.training import (
     TrainedRun,
     _quiet,
-    _remove_leftovers,
     detected,
     folder_of,
     reseeded,
@@ -68,14 +66,11 @@ def _build(job: Job) -> CausalNet:
 def stored(job: Job) -> TrainedRun | None:
     """The finished run of an earlier call, if its checkpoints are all there."""
     folder = folder_of(job)
-    try:
-        facts = json.loads((folder / "training.json").read_text())
-    except (OSError, ValueError):
-        return None
-    paths = sorted(folder.glob("*.safetensors"))
-    if len(paths) != len(_epochs(job)):
-        return None
-    return _trained(_build(job), folder, facts)
+    return keeping.read(
+        folder,
+        whole=lambda: len(list(folder.glob("*.safetensors"))) == len(_epochs(job)),
+        load=lambda facts: _trained(_build(job), folder, facts),
+    )
 
 
 def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
@@ -86,10 +81,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     """
     task = _task(job)
     folder = folder_of(job)
-    _remove_leftovers(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with keeping.scratch(folder) as temporary:
         keep = EpochCheckpoints(temporary, _epochs(job))
         tuner, seconds, steps = _fit(job, task.x, task.y, [*callbacks, keep], logger)
         facts: dict[str, Any] = {
@@ -107,14 +99,10 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         if steering is not None:
             facts |= _facts(steering)
         facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        write_atomic(temporary / "training.json", json.dumps(facts, indent=1).encode())
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return _trained(net, folder, facts)
+        write_atomic(temporary / keeping.FACTS, json.dumps(facts, indent=1).encode())
+        run = _trained(net, temporary, facts)
+        keeping.publish(temporary, folder)
+    return run
 
 
 def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
@@ -142,7 +130,7 @@ def _fit(
     )
     seed = job.config.seed if config.order_seed is None else config.order_seed
     loader = token_loader(x, y, batch_size=config.batch_size, generator=stream(seed, "order"))
-    progress = config.progress and logger is not None and sys.stderr.isatty()
+    progress = config.progress and logger is not None and bars.shown()
     extra = [TQDMProgressBar(refresh_rate=25)] if progress else []
     with _quiet():
         pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)

@@ -31,10 +31,11 @@ from rich.progress import TaskID
 from fine_bench import leaderboard, leaderboard_view
 from fine_bench.config import check, explain
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.progress import bar_on
+from fine_bench.progress import bar_on, hidden
 from fine_bench.records import RecordStore
-from fine_bench.run import wandb_log
-from fine_bench.run.cells import execute
+from fine_bench.run import launchers, wandb_log
+from fine_bench.run.cells import describe, execute
+from fine_bench.run.following import Follower
 from fine_bench.run.plan import Job, plan, refuse_duplicates
 from fine_bench.sensitivity import files as sensitivity_files
 from fine_bench.sensitivity import view as sensitivity_view
@@ -44,6 +45,7 @@ BAD_INPUT = 2
 INCOMPLETE = 1
 
 _exit_status = 0
+_running: SweepHook | None = None
 
 out = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -55,8 +57,34 @@ def exit_status() -> int:
 
 def refuse(error: Exception) -> NoReturn:
     """Say what is wrong with the input and end the process."""
-    out.print(f"[bold red]error:[/] {escape(explain(error))}")
+    out.print(f"[bold red]error:[/] {escape(launchers.explain(error) or explain(error))}")
     raise SystemExit(BAD_INPUT)
+
+
+def running() -> bool:
+    """Whether a sweep has been announced and has not ended."""
+    return _running is not None
+
+
+def cut_short(error: Exception) -> int:
+    """End a sweep whose launcher, or one of whose jobs, raised: say why, show what there is.
+
+    Returns:
+        the exit status, 1.
+    """
+    assert _running is not None
+    if launchers.of_launcher(error):
+        out.print(
+            "[bold red]error:[/] the process of a job ended before its work "
+            f"({type(error).__name__}): {escape(str(error).strip())}\nOut of memory or of time is "
+            "what this is mostly. The same command computes what is missing, and nothing else"
+        )
+    elif isinstance(error, ConfigError | DataError | HydraException | OmegaConfBaseException):
+        out.print(f"[bold red]error:[/] a job could not start: {escape(explain(error))}")
+    else:
+        traceback.print_exception(error)
+    _running.end()
+    return INCOMPLETE
 
 
 def expand(config: DictConfig) -> list[DictConfig]:
@@ -85,7 +113,7 @@ def prepare(configs: Sequence[DictConfig]) -> list[Job]:
     return jobs
 
 
-def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
+def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
     """Say what will run and where results go."""
     first = jobs[0]
     config = first.config
@@ -118,6 +146,8 @@ def announce(jobs: Sequence[Job], sweep_folder: Path) -> None:
             for cell in job.cells
         )
     out.print(f"  to compute  {cells - done} of {cells} cells ({done} finished earlier)")
+    if launcher != launchers.BASIC:
+        out.print(f"  launcher    {launcher}: {len(jobs)} job(s), in processes of their own")
     out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})")
     out.print()
 
@@ -127,24 +157,35 @@ class SweepHook(Callback):
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.folder = Path()
+        self.follower: Follower | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Launchers send callbacks to the processes of the jobs: without data and threads."""
+        return vars(SweepHook())
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check and announce."""
-        self._start(lambda: expand(config), Path(config.hydra.sweep.dir))
+        launcher = launchers.name_of(config.hydra)
+        self._start(lambda: expand(config), Path(config.hydra.sweep.dir), launcher)
+        if launcher != launchers.BASIC:
+            self.follower = Follower(self.jobs, self.folder.name, describe, out)
+            self.follower.start()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """The same for a single job (``hydra.mode=RUN``)."""
-        self._start(lambda: [config], Path(config.hydra.run.dir))
+        self._start(lambda: [config], Path(config.hydra.run.dir), launchers.BASIC)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaderboard and exit status."""
-        self._end(Path(config.hydra.sweep.dir))
+        self.end()
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """The same for a single job."""
-        self._end(Path(config.hydra.run.dir))
+        self.end()
 
-    def _start(self, configs: Any, folder: Path) -> None:
+    def _start(self, configs: Any, folder: Path, launcher: str) -> None:
+        global _running
         try:
             self.jobs = prepare(configs())
         except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
@@ -153,18 +194,24 @@ class SweepHook(Callback):
             # Hydra would turn it into a warning and go on without a plan
             traceback.print_exc()
             raise SystemExit(INCOMPLETE) from None
-        announce(self.jobs, folder)
+        announce(self.jobs, folder, launcher)
+        self.folder = folder
+        _running = self
 
-    def _end(self, folder: Path) -> None:
+    def end(self) -> None:
+        """Show the leaderboard and keep the exit status; never raises."""
+        global _exit_status, _running
+        _running = None
+        if self.follower is not None:
+            self.follower.stop()
         # Hydra turns an exception in here into a warning and the exit status 0
         try:
-            status = conclude(self.jobs, folder.name)
+            status = conclude(self.jobs, self.folder.name)
         except Exception as error:
             out.print(
                 f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
             )
             status = INCOMPLETE
-        global _exit_status
         _exit_status = status
 
 
@@ -260,11 +307,17 @@ def run_job(config: DictConfig) -> None:
     sweep = folder.name
     store = RecordStore(job.results)
     todo = [c for c in job.cells if job.config.force or job.done(store, c) is None]
-    out.print(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(todo)} cells to compute")
+    silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
+
+    def say(line: str) -> None:
+        if not silent:
+            out.print(line)
+
+    say(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(todo)} cells to compute")
     if not todo:
         return
     logger = wandb_log.start_run(job, sweep)
-    with closing(_Cells(len(todo))) as cells:
-        outcomes = execute(job, sweep, logger, lambda line: out.print("  " + escape(line)), cells)
+    with hidden(silent), closing(_Cells(len(todo))) as cells:
+        outcomes = execute(job, sweep, logger, lambda line: say("  " + escape(line)), cells)
     wandb_log.finish_run(logger, job, outcomes)
     sys.stderr.flush()

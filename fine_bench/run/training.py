@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
-import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,11 +20,13 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
+from fine_bench import progress as bars
 from fine_bench.config import build
 from fine_bench.data.task import TaskData, loader
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.models.classifier import Classifier
 from fine_bench.records import write_atomic
+from fine_bench.run import keeping
 from fine_bench.run.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
@@ -116,14 +115,13 @@ def folder_of(job: Job) -> Path:
 def stored(job: Job) -> TrainedRun | None:
     """The finished run of an earlier call, if its checkpoints are all there."""
     folder = folder_of(job)
-    try:
-        facts = json.loads((folder / "training.json").read_text())
-    except (OSError, ValueError):
-        return None
     trainer = job.config.trainer
-    if len(list(folder.glob("*.ckpt"))) != -(-trainer.max_epochs // trainer.checkpoint_every):
-        return None
-    return _trained(job, folder, facts)
+    expected = -(-trainer.max_epochs // trainer.checkpoint_every)
+    return keeping.read(
+        folder,
+        whole=lambda: len(list(folder.glob("*.ckpt"))) == expected,
+        load=lambda facts: _trained(job, folder, facts),
+    )
 
 
 def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
@@ -136,18 +134,15 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     """
     trainer_config = job.config.trainer
     folder = folder_of(job)
-    _remove_leftovers(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir(parents=True)
     module = build_model(job)
     test = loader(job.data.test_x, job.data.test_y, batch_size=_EVALUATION_BATCH, shuffle=False)
     # only one progress line a run, and none in a log file
-    progress = trainer_config.progress and sys.stderr.isatty()
+    progress = trainer_config.progress and bars.shown()
     curves = Curves()
     extra: list[pl.Callback] = [curves]
     if progress:
         extra.append(TQDMProgressBar(refresh_rate=25))
-    try:
+    with keeping.scratch(folder) as temporary:
         with _quiet():
             pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
             trainer = pl.Trainer(
@@ -191,14 +186,10 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
             if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
                 path.unlink()
-        write_atomic(temporary / "training.json", json.dumps(facts, indent=1).encode())
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return _trained(job, folder, facts)
+        write_atomic(temporary / keeping.FACTS, json.dumps(facts, indent=1).encode())
+        run = _trained(job, temporary, facts)
+        keeping.publish(temporary, folder)
+    return run
 
 
 def reseeded(job: Job) -> Job:
@@ -328,21 +319,6 @@ def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
     net = build_model(job).net
     net.load_state_dict(dict(checkpoints[-1].params))
     return TrainedRun(net, checkpoints, facts)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left; a living process keeps its folder."""
-    for path in folder.parent.glob(f"{folder.name}.tmp-*"):
-        owner = int(path.name.rsplit("-", 1)[1])
-        try:
-            os.kill(owner, 0)
-            alive = owner != os.getpid()
-        except ProcessLookupError:
-            alive = False
-        except PermissionError:
-            alive = True
-        if not alive:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

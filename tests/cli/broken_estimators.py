@@ -35,3 +35,15 @@ class KillsOnce(RandomScores):
                 file.write("killed")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().compute()
+
+
+class NotesItsParent(RandomScores):
+    """Leaves the number of its process's parent in the folder ``$NOTES``, one file a seed."""
+
+    name = "noting"
+
+    def compute(self) -> InfluenceScores:
+        if "NOTES" in os.environ:
+            with open(os.path.join(os.environ["NOTES"], str(self.seed)), "w") as file:
+                file.write(str(os.getppid()))
+        return super().compute()

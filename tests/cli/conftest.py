@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from commands import Run, command, environment  # type: ignore[import-not-found]
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """``benchmarks/kill_and_resume.py``, which compares results folders."""
+    spec = importlib.util.spec_from_file_location("kill_and_resume", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

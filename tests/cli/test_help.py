@@ -5,40 +5,46 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 import fine_bench
 
-# modules that are commands: fine_bench/<name>.py with a main, or fine_bench/<name>/__main__.py;
-# those of Hydra (the runner and the bank) are asked in their own tests
-HYDRA = {"__main__", "bank"}
+# the commands of Hydra, whose help is the configuration itself
+HYDRA = {"", "bank"}
 ROOT = Path(fine_bench.__file__).parent
 
 
 def commands() -> list[str]:
-    found = {path.parent.name for path in ROOT.glob("*/__main__.py")}
-    found |= {
-        path.stem for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
-    }
-    return sorted(found - HYDRA)
+    """What may stand behind ``python -m fine_bench.``; "" is the package itself."""
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        if 'if __name__ == "__main__"' in path.read_text():
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.add(".".join(parts[:-1] if parts[-1] == "__main__" else parts))
+    return sorted(found)
 
 
 def test_all_commands_are_found() -> None:
     wanted = {"leaderboard", "figures", "report", "audit", "score", "clean", "cure", "truth",
-              "verify"}  # fmt: skip
+              "verify", "summary"} | HYDRA  # fmt: skip
     assert wanted <= set(commands())
 
 
-@pytest.mark.parametrize("name", commands())
+def module_of(name: str) -> ModuleType:
+    path = ROOT.joinpath(*name.split("."), "__main__.py")
+    module = ".".join(filter(None, ("fine_bench", name)))
+    return importlib.import_module(f"{module}.__main__" if path.is_file() else module)
+
+
+@pytest.mark.parametrize("name", sorted(set(commands()) - HYDRA))
 def test_help_is_useful(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    path = ROOT / name / "__main__.py"
-    module = importlib.import_module(
-        f"fine_bench.{name}.__main__" if path.is_file() else f"fine_bench.{name}"
-    )
+    module = module_of(name)
     monkeypatch.setattr(sys, "argv", [f"python -m fine_bench.{name}", "--help"])
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])
@@ -47,4 +53,26 @@ def test_help_is_useful(
     assert f"usage: python -m fine_bench.{name}" in text
     assert "Exit status" in text
     assert f"python -m fine_bench.{name}" in text.split("usage:", 1)[1].split("options:")[1]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", sorted(HYDRA))
+def test_help_of_a_hydra_command_is_useful(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"python -m fine_bench.{name}", "--help"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            sys.exit(module_of(name).main())
+        assert not end.value.code
+    finally:
+        GlobalHydra.instance().clear()
+    text = capsys.readouterr().out
+    call = f"python -m fine_bench.{name}".rstrip(".")
+    assert text.startswith(call)
+    assert "Exit status" in text
+    assert text.count(f"  {call} ") >= 2
+    assert "Configuration groups" in text
+    assert "launcher: basic, joblib" in text
+    assert "experiment: cifar10n, " in text
     assert max(map(len, text.splitlines())) <= 100

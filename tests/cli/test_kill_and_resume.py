@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from commands import SMALL, Run  # type: ignore[import-not-found]
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
 TINY = (*SMALL, "estimator=[fine,random]", "seed=0,1", "logger.mode=disabled")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kill_and_resume", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_two_kills(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

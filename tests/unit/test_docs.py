@@ -15,6 +15,18 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
+# public modules that the API pages leave out, with what is below them, and why
+INTERNAL = {
+    "fine_bench.run": "the runner: people meet it as commands and their configuration",
+    "fine_bench.watch": "what is behind the callbacks, whose own pages say what it does",
+    "fine_bench.figures": "drawing, for a command: python -m fine_bench.figures",
+    "fine_bench.report": "the page of a command: python -m fine_bench.report",
+    "fine_bench.clean": "a command, see its --help",
+    "fine_bench.cure": "a command, see its --help",
+    "fine_bench.verify": "a command, with a page of its own",
+    "fine_bench.progress": "the progress bar of the commands",
+}
+
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +51,36 @@ def test_every_page_is_in_the_navigation() -> None:
     assert named == {page.name for page in PAGES}
 
 
+def modules() -> set[str]:
+    """Every module that is not empty and has no part that begins with an underscore."""
+    found = set()
+    for package in ("fine_bench", "baselines"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            if path.read_text().strip() and not any(part.startswith("_") for part in parts):
+                found.add(".".join(parts))
+    return found
+
+
+def test_every_public_module_is_documented_or_internal() -> None:
+    named = [
+        name
+        for page in PAGES
+        if page.stem.startswith("api")
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(named) == len(set(named))
+    internal = {
+        module
+        for module in modules()
+        if any(module == name or module.startswith(f"{name}.") for name in INTERNAL)
+    }
+    assert set(INTERNAL) <= modules()
+    assert not internal & set(named)
+    assert modules() - internal == set(named)
+
+
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site is built where the extra dev is installed")
     pytest.importorskip("mkdocstrings")
@@ -52,3 +94,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api.html").read_text()
     assert "fine_bench.callback.FINECallback" in api
+    for page, name in (
+        ("api_methods", "baselines.tracin.TracIn"),
+        ("api_gradients", "fine_bench.gradients.engine.GradientEngine"),
+        ("api_data", "fine_bench.data.task.TaskData"),
+        ("api_results", "fine_bench.records.RecordStore"),
+    ):
+        assert f'id="{name}"' in (tmp_path / f"{page}.html").read_text()

@@ -124,14 +124,16 @@ def test_a_full_disk_at_the_end_is_a_failure_too(
     monkeypatch.setattr(records_module, "_write_whole", full)
     hook = sweep.SweepHook()
     hook.jobs = [planned]
-    hook._end(tmp_path)
+    hook.folder = tmp_path
+    hook.end()
     assert sweep.exit_status() == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "the leaderboard could not be made: could not write" in said
     assert "leaderboard" in said
     assert "No space left on device" in said
     monkeypatch.undo()
-    hook._end(tmp_path)
+    hook.folder = tmp_path
+    hook.end()
     assert sweep.exit_status() == 0
 
 
