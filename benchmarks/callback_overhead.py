@@ -1,7 +1,7 @@
 """What watching costs: f-INE in-batch against plain Lightning training, paired.
 
     python benchmarks/callback_overhead.py [--model mlp|cnn|transformer|transformer-long|all|…]
-        [--steps N] [--pairs 7] [--threads 2] [--accelerator cpu] [--settings NAME …]
+        [--steps N] [--pairs N] [--threads 2] [--accelerator cpu] [--settings NAME …]
         [--out results/overhead]
 
 Each pair trains the same steps plainly and watched, in alternating order, in this one process;
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=(*WORKLOADS, "all"), default="mlp")
     parser.add_argument("--steps", type=int, help="of a run; by default the workload's own number")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, help="by default the workload's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--settings", nargs="*", help="names, or their beginnings; all by default")
@@ -149,13 +149,14 @@ def main() -> None:
     for model in SMALL if arguments.model == "all" else (arguments.model,):
         load = WORKLOADS[model]
         steps = arguments.steps or load.steps
+        pairs = arguments.pairs or load.pairs
         size = f"batch {load.batch}, {steps} steps"
-        print(f"{model}, {size}, {arguments.pairs} pairs, {about}", flush=True)
+        print(f"{model}, {size}, {pairs} pairs, {about}", flush=True)
         seconds(load, min(50, steps), [FINECallback("self")], arguments.accelerator)  # warm up
         for name, make in settings(load).items():
             if arguments.settings and not name.startswith(tuple(arguments.settings)):
                 continue
-            times = measure(load, steps, arguments.pairs, make, arguments.accelerator)
+            times = measure(load, steps, pairs, make, arguments.accelerator)
             plain, watched = times[::2], times[1::2]
             ratios = [w / p for p, w in zip(plain, watched, strict=True)]
             step = 1e3 * statistics.median(plain) / steps
@@ -170,7 +171,9 @@ def main() -> None:
                 )
     if arguments.out is not None:
         command = "python benchmarks/callback_overhead.py"
-        command += f" --model {arguments.model} --pairs {arguments.pairs}"
+        command += f" --model {arguments.model}"
+        if arguments.pairs:
+            command += f" --pairs {arguments.pairs}"
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write(pd.DataFrame(lines), arguments.out, command, about)
 

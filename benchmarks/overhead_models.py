@@ -113,6 +113,7 @@ class Workload:
     shape: tuple[int, ...]
     batch: int
     steps: int
+    pairs: int = 3
     n_query: int = 500
     tokens: int = 0
 
@@ -125,8 +126,8 @@ class Workload:
 
 SMALL = ("mlp", "cnn", "transformer", "transformer-long")
 WORKLOADS = {
-    "mlp": Workload(lambda: mlp((1, 28, 28), CLASSES), (1, 28, 28), 64, 400),
-    "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 100),
+    "mlp": Workload(lambda: mlp((1, 28, 28), CLASSES), (1, 28, 28), 64, 400, pairs=9),
+    "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 100, pairs=7),
     "transformer": Workload(
         lambda: Transformer(1000, 32, 64, 4, 4), (32,), 64, 100, tokens=1000
     ),
