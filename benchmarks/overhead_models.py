@@ -104,7 +104,7 @@ class Workload:
         make: a new network.
         shape: of one input; of tokens if ``tokens``.
         batch: examples in a batch.
-        steps: of a run, by default.
+        steps, pairs: of a run, and of runs, by default.
         n_query: queries of the target ``validation``.
         tokens: size of the vocabulary; 0 for images.
     """
