@@ -65,7 +65,7 @@ from baselines.inverses import (
 )
 from baselines.lissa import Apply, Lissa
 from baselines.tracin import reference_batches
-from fine_bench.estimator import InfluenceEstimator, Schedule, digest_of
+from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks import (
     Direction,
     PerExampleGradients,
@@ -295,10 +295,9 @@ class InfluenceFunction(InfluenceEstimator):
         roots = Roots(self.curvature, self.problem.loss, self._uniforms)
         layers = None if self.layers is None else tuple(self.layers)
         sampled = (self.n_samples, self.seed) if self.curvature == "fisher" else ()
-        # what the fit depends on besides the model's kind, the loss and the training examples
-        key = ("ekfac", self.curvature, layers, sampled, digest_of(self.model))
+        what = ("ekfac", self.curvature, layers, sampled)
         fitted = self.shared_value(
-            key, lambda: fit_ekfac(self.engine, self._batches, roots, self.problem.n_train)
+            what, lambda: fit_ekfac(self.engine, self._batches, roots, self.problem.n_train)
         ).copy()
         fitted.damp(self.damping, self.relative_damping)
         self.gradient_evaluations += 2 * self.problem.n_train

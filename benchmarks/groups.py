@@ -21,7 +21,7 @@ import pandas as pd
 from torch import Tensor
 
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.metrics.groups import between_runs, group_influence, standing
+from fine_bench.metrics.groups import between_runs, group_influence, refuse_overlaps, standing
 from fine_bench.records import RecordStore, StoreError, newest, write_atomic
 from fine_bench.run.retraining import job_of
 from fine_bench.types import End, InfluenceScores, RunRecord
@@ -75,7 +75,7 @@ def measure(store: RecordStore, records: Sequence[RunRecord], task: str) -> list
     """All methods of a task on target validation.
 
     Raises:
-        ValueError: no scores, or no groups.
+        ValueError: no scores, no groups, or groups that overlap.
     """
     mine = [
         r
@@ -96,6 +96,7 @@ def measure(store: RecordStore, records: Sequence[RunRecord], task: str) -> list
         job = job_of(by_key[key][0])
         if not job.images.groups:
             raise ValueError(f"task {task} has no groups; try mnist_backdoor or mnist_duplicates")
+        refuse_overlaps(job.images.groups, job.data.n_train)
         found += rows_of(store, by_key[key], job.images.groups, job.end("validation"))
     return found
 

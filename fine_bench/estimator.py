@@ -119,17 +119,17 @@ class InfluenceEstimator(ABC):
         self.n_updates = 0
         self.saved_seconds = 0.0
 
-    def shared_value(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returns, taken from another estimator of the run where it has it.
+    def shared_value(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns at the loaded parameters, from another estimator that has it.
 
         Args:
-            key: everything that the value depends on besides model class, loss and training data;
-                ``digest_of(self.model)`` for the parameters.
+            what: everything that the value depends on besides parameters, model class, loss and
+                training data.
             make: computes it; the value must not be changed afterwards.
         """
         if self._shared is None or not self._shared.serves(self.problem):
             return make()
-        value, saved = self._shared.get(key, make)
+        value, saved = self._shared.get((what, digest_of(self.model)), make)
         self.saved_seconds += saved
         return value
 

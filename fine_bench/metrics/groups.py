@@ -29,7 +29,7 @@ does to another's is in no stored score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,26 @@ def members_of(members: Tensor | Sequence[int], n: int) -> NDArray[np.int64]:
     if len(found) == n:
         raise ValueError("a group of all examples leaves nothing to compare it with")
     return found.astype(np.int64)
+
+
+def refuse_overlaps(groups: Mapping[str, Tensor | Sequence[int]], n: int) -> None:
+    """Refuse groups that share examples: they cannot be told apart by what they do.
+
+    Raises:
+        ValueError: two of them overlap, by name and number; or one is no group of n examples.
+    """
+    owner = np.full(n, -1)
+    for number, (name, members) in enumerate(groups.items()):
+        rows = members_of(members, n)
+        taken = owner[rows][owner[rows] >= 0]
+        if len(taken):
+            other = list(groups)[int(taken[0])]
+            common = int((taken == taken[0]).sum())
+            raise ValueError(
+                f"groups {other!r} and {name!r} overlap in {common} of {len(rows)} examples, so "
+                "what these do would count for both; compare groups that have no example in common"
+            )
+        owner[rows] = number
 
 
 def group_influence(

@@ -16,7 +16,13 @@ import torch
 from fine_bench import InfluenceScores
 from fine_bench.data.backdoor import backdoor
 from fine_bench.fine import FineAccumulator, direction_effects
-from fine_bench.metrics.groups import between_runs, group_influence, members_of, standing
+from fine_bench.metrics.groups import (
+    between_runs,
+    group_influence,
+    members_of,
+    refuse_overlaps,
+    standing,
+)
 from fine_bench.records import PENDING, RecordStore
 from fine_bench.types import RunRecord
 
@@ -142,6 +148,9 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="finite"):
         standing(np.array([1.0, np.nan]), [0], "high")
     assert members_of(torch.tensor([2, 0]), 3).tolist() == [2, 0]
+    refuse_overlaps({"a": torch.tensor([0, 1]), "b": [2, 3]}, 5)
+    with pytest.raises(ValueError, match="groups 'a' and 'c' overlap in 2 of 3 examples"):
+        refuse_overlaps({"a": [0, 1], "b": [2, 3], "c": [0, 1, 4]}, 5)
 
 
 # ---------------------------------------------------------------------------------- the table

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import baselines.influence_functions as module
+from baselines.controls import MeanTrainingLoss
 from baselines.influence_functions import InfluenceFunction
+from baselines.trajectory_controls import AUM, EL2N, FinalLoss, ForgettingEvents
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.estimator import Shared, digest_of
 from fine_bench.gradients import batching
@@ -88,6 +90,25 @@ def test_other_parameters_or_options_share_nothing(fits: list[int]) -> None:
     assert len(fits) == 8
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     assert digest_of(one) == digest_of(one) != digest_of(other)
+
+
+def test_controls_share_one_pass_a_checkpoint() -> None:
+    task = problem()
+    state = task.model.state_dict()
+    checkpoints = [
+        Checkpoint({k: v + c for k, v in state.items()}, lr=0.1) for c in (0.0, 0.1, 0.2)
+    ]
+    passes: list[int] = []
+    # the estimators copy the model, hooks included
+    task.model.register_forward_hook(lambda *_: passes.append(1))
+    methods = (MeanTrainingLoss, FinalLoss, AUM, EL2N, ForgettingEvents)
+    alone = [replay(method(), task, checkpoints).values for method in methods]
+    assert len(passes) == 3 + 1 + 3 + 3 + 3
+    passes.clear()
+    shared = Shared(task)
+    for method, expected in zip(methods, alone, strict=True):
+        assert torch.equal(replay(method(), task, checkpoints, shared).values, expected)
+    assert len(passes) == 2 * 3
 
 
 def test_other_data_share_nothing(fits: list[int]) -> None:
