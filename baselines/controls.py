@@ -84,6 +84,19 @@ class _SelfControl(_Control):
             return "looks at each example alone and has no notion of a query"
         return None
 
+    def _losses(self) -> Tensor:
+        """Each training example's own loss at the loaded checkpoint, ``(n_train,)``."""
+
+        def read() -> Tensor:
+            with torch.no_grad():
+                parts = [
+                    per_example_loss(self.problem.loss, self.model(x), y)
+                    for _, x, y in self.problem.batches("train")
+                ]
+            return torch.cat(parts)
+
+        return self.shared_value("losses", read)
+
 
 class MeanTrainingLoss(_SelfControl):
     """Mean over the checkpoints of each example's own loss, in the loss's unit (nats)."""
@@ -98,9 +111,7 @@ class MeanTrainingLoss(_SelfControl):
     def update(self, checkpoint: Checkpoint) -> None:
         """Add one checkpoint's losses."""
         self.load(checkpoint)
-        with torch.no_grad():
-            for rows, x, y in self.problem.batches("train"):
-                self._total[rows] += per_example_loss(self.problem.loss, self.model(x), y).double()
+        self._total += self._losses().double()
 
     def compute(self) -> InfluenceScores:
         """The mean over the checkpoints so far."""

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from baselines.influence_functions import noise_weights
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks import (
     Block,
@@ -34,7 +33,12 @@ from fine_bench.gradients.blocks import (
 )
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import check_weighting, query_groups, reference_rows
+from fine_bench.weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    reference_rows,
+)
 
 HELD_FLOATS = 2**27
 """Gradients that are held instead of being computed again: half a gigabyte in float32."""

@@ -64,9 +64,9 @@ from baselines.inverses import (
     cholesky,
 )
 from baselines.lissa import Apply, Lissa
+from baselines.tracin import reference_batches
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks import (
-    DenseBlock,
     Direction,
     PerExampleGradients,
     add_directions,
@@ -81,6 +81,7 @@ from fine_bench.gradients.curvature import (
     parameter_names,
     sum_of_squares_trace,
 )
+from fine_bench.gradients.directions import concatenated
 from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.seeds import stream
@@ -90,7 +91,13 @@ from fine_bench.types import (
     Problem,
     QueryWeighting,
 )
-from fine_bench.weighting import check_weighting, query_groups, query_weights, reference_rows
+from fine_bench.weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    query_weights,
+    reference_rows,
+)
 
 Solver: TypeAlias = Literal["exact", "cg", "lissa", "arnoldi", "ekfac"]
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
@@ -286,7 +293,12 @@ class InfluenceFunction(InfluenceEstimator):
 
     def _ekfac(self) -> EKFAC:
         roots = Roots(self.curvature, self.problem.loss, self._uniforms)
-        fitted = fit_ekfac(self.engine, self._batches, roots, self.problem.n_train)
+        layers = None if self.layers is None else tuple(self.layers)
+        sampled = (self.n_samples, self.seed) if self.curvature == "fisher" else ()
+        what = ("ekfac", self.curvature, layers, sampled)
+        fitted = self.shared_value(
+            what, lambda: fit_ekfac(self.engine, self._batches, roots, self.problem.n_train)
+        ).copy()
         fitted.damp(self.damping, self.relative_damping)
         self.gradient_evaluations += 2 * self.problem.n_train
         return fitted
@@ -425,10 +437,21 @@ class InfluenceFunction(InfluenceEstimator):
         size = max(1, min(QUERY_FLOATS // self._n_params, self.problem.n_query))
         bands = []
         for _, x, y in self.problem.batches("queries", size):
-            prepared = inverse.prepare(self._gradients(self._cast(x), self._cast(y)))
+            prepared = self._prepared(inverse, self._cast(x), self._cast(y))
             rows = [inverse.view(self._gradients(x, y)).contract(prepared) for _, x, y in train()]
             bands.append(torch.cat(rows, 1))
         return torch.cat(bands)
+
+    def _prepared(self, inverse: Inverse, x: Tensor, y: Tensor) -> Direction:
+        """(C + λI)⁻¹g of these queries; a closed form takes as many at a time as suit it."""
+        if self.solver != "ekfac":
+            return inverse.prepare(self._gradients(x, y))
+        size = self.problem.batch_size
+        parts = [
+            inverse.prepare(self._gradients(some_x, some_y))
+            for some_x, some_y in zip(torch.split(x, size), torch.split(y, size), strict=True)
+        ]
+        return concatenated(parts)
 
     def _query_direction(self, inverse: Inverse) -> Direction:
         """Σ_v w_v g_v for each row of the reduction."""
@@ -454,14 +477,9 @@ class InfluenceFunction(InfluenceEstimator):
         return self._pairwise(inverse, self._reference)
 
     def _reference(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The reference examples among the training batches; positions are theirs."""
-        chosen = reference_rows(self.problem.n_train)
-        for which, x, y in self._batches():
-            inside = (chosen >= which.start) & (chosen < which.stop)
-            here = chosen[inside] - which.start
-            if len(here):
-                start = int(torch.nonzero(inside)[0])
-                yield slice(start, start + len(here)), x[here], y[here]
+        """The reference examples, in the precision of the solver; positions are among them."""
+        for rows, x, y in reference_batches(self.problem):
+            yield rows, self._cast(x), self._cast(y)
 
     def _dual_values(self) -> Tensor:
         """``exact`` in the n × n dual of the empirical Fisher.
@@ -548,17 +566,3 @@ def examples(problem: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
     )
     x, y, *_ = next(iter(loader))
     return x, y
-
-
-def noise_weights(statistic: Tensor) -> Tensor:
-    """1/std of each query's statistic over reference examples, ``(V, R)`` → ``(V,)``.
-
-    The shared rule, told that a query's dot products with the reference *are* the statistic: in
-    the coordinates of the reference examples these are the unit vectors.
-    """
-    unit = torch.eye(statistic.shape[1], dtype=statistic.dtype)
-    return query_weights(
-        PerExampleGradients([DenseBlock("statistic", statistic)]),
-        PerExampleGradients([DenseBlock("reference", unit)]),
-        "noise",
-    )

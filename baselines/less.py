@@ -26,7 +26,6 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from baselines.influence_functions import noise_weights
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
 from fine_bench.gradients.engine import GradientEngine
@@ -39,7 +38,12 @@ from fine_bench.types import (
     QueryWeighting,
     UnsupportedProblemError,
 )
-from fine_bench.weighting import check_weighting, query_groups, reference_rows
+from fine_bench.weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    reference_rows,
+)
 
 LessProjection: TypeAlias = Literal["gaussian", "rademacher", "sjlt"] | None
 

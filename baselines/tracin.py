@@ -13,16 +13,33 @@ n × n matrix (⟨g_i, g_i⟩ from factors), a mean over queries is one directio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, T
-from fine_bench.gradients.blocks import Direction, add_directions
+from fine_bench.gradients.blocks import (
+    Block,
+    DenseBlock,
+    Direction,
+    FactorBlock,
+    PerExampleGradients,
+    add_directions,
+)
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.projection_blocks import joined
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import check_weighting, query_groups, query_weights, reference_rows
+from fine_bench.weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    query_weights,
+    reference_rows,
+)
+
+FORMED_FLOATS = 2**27
+"""Numbers that the gradients of all queries may take where they are formed in full: 0.5 GiB."""
 
 
 class TracIn(InfluenceEstimator):
@@ -84,32 +101,58 @@ class TracIn(InfluenceEstimator):
         return torch.cat(parts, 1)
 
     def _pairwise(self) -> Tensor:
-        queries = [self.engine(x, y) for _, x, y in self.problem.batches("queries")]
+        queries = self._queries()
         parts = []
         for _, x, y in self.problem.batches("train"):
-            gradients = self.engine(x, y)
+            gradients = self._comparable(self.engine(x, y))
             parts.append(torch.cat([q.gram(gradients) for q in queries]))
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         return torch.cat(parts, 1)
 
+    def _queries(self) -> list[PerExampleGradients]:
+        """The gradients of all queries, as they are compared with others.
+
+        A layer with many positions forms a query's gradient for every batch that it meets, unless
+        it is formed here once and for all, which needs memory: small models only.
+        """
+        self._form = False
+        found: list[PerExampleGradients] = []
+        for _, x, y in self.problem.batches("queries"):
+            gradients = self.engine(x, y)
+            self._form = gradients.n_params * self.problem.n_query <= FORMED_FLOATS
+            found.append(self._comparable(gradients))
+        return [joined(found)] if self._form else found
+
+    def _comparable(self, gradients: PerExampleGradients) -> PerExampleGradients:
+        return formed(gradients) if self._form else gradients
+
     def _query_direction(self) -> Direction:
         """Σ_v w_v g_v for each row of the reduction."""
         problem = self.problem
-        reference = None
-        if self.query_weighting == "noise":
-            rows = reference_rows(problem.n_train)
-            x, y = gather(problem, rows)
-            reference = self.engine(x, y)
-            self.gradient_evaluations += len(rows)
+        noise = self._noise() if self.query_weighting == "noise" else None
         groups = query_groups(problem.labels("queries"), problem.reduce)
         direction: Direction | None = None
         for which, x, y in problem.batches("queries"):
             queries = self.engine(x, y)
-            weights = query_weights(queries, reference, self.query_weighting)
+            if noise is None:
+                weights = query_weights(queries, None, self.query_weighting)
+            else:
+                weights = noise[which]
             part = queries.weighted_sum(groups[:, which].to(weights) * weights)
             direction = part if direction is None else add_directions(direction, part)
         assert direction is not None
         return direction
+
+    def _noise(self) -> Tensor:
+        """1/σ_v of each query's dot products with the reference examples, ``(V,)``."""
+        queries = self._queries()
+        parts = []
+        for _, x, y in reference_batches(self.problem):
+            reference = self._comparable(self.engine(x, y))
+            parts.append(torch.cat([q.gram(reference) for q in queries]))
+            self.gradient_evaluations += len(y)
+        self.gradient_evaluations += self.problem.n_query
+        return noise_weights(torch.cat(parts, 1))
 
     def compute(self) -> InfluenceScores:
         """The sum over the checkpoints so far."""
@@ -122,6 +165,27 @@ class TracIn(InfluenceEstimator):
             target=self.problem.target,
             version=self.version,
         )
+
+
+def formed(gradients: PerExampleGradients) -> PerExampleGradients:
+    """The same with the gradients of layers with several positions in full, ``(B, P)``."""
+    blocks: list[Block] = []
+    for block in gradients.blocks:
+        if isinstance(block, FactorBlock) and block.a.shape[1] > 1:
+            only_weight = block.weight and not block.bias
+            g = block.weight_gradients().flatten(1) if only_weight else block.dense()
+            blocks.append(DenseBlock(block.name, g))
+        else:
+            blocks.append(block)
+    return PerExampleGradients(blocks, gradients.loss, gradients.one_minus_p)
+
+
+def reference_batches(problem: Problem) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """``(positions among them, x, y)`` of the reference examples, batch by batch."""
+    x, y = gather(problem, reference_rows(problem.n_train))
+    for start in range(0, len(y), problem.batch_size):
+        rows = slice(start, min(start + problem.batch_size, len(y)))
+        yield rows, x[rows], y[rows]
 
 
 def gather(problem: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from baselines.controls import _SelfControl
 from fine_bench.estimator import Schedule
 from fine_bench.gradients.classification import classification_reason
-from fine_bench.gradients.engine import per_example_loss
 from fine_bench.types import Checkpoint, InfluenceScores, Problem
+
+_ROWS = 4096
+"""Examples whose logits are read at a time."""
 
 
 class _LogitControl(_SelfControl):
@@ -38,9 +40,22 @@ class _LogitControl(_SelfControl):
     def update(self, checkpoint: Checkpoint) -> None:
         """Read one checkpoint."""
         self.load(checkpoint)
+        logits = self.shared_value("logits", self._logits)
+        start = 0
+        for part in torch.split(logits, _ROWS):
+            rows = slice(start, start + len(part))
+            self.read(rows, part.double(), self.labels[rows])
+            start = rows.stop
+
+    def setup(self, problem: Problem) -> None:
+        """Prepare the copy of the model, and the labels."""
+        super().setup(problem)
+        self.labels = problem.labels("train")
+
+    def _logits(self) -> Tensor:
+        """``(n_train, classes)`` at the loaded checkpoint, in the model's precision."""
         with torch.no_grad():
-            for rows, x, y in self.problem.batches("train"):
-                self.read(rows, self.model(x).double(), y)
+            return torch.cat([self.model(x) for _, x, _ in self.problem.batches("train")])
 
     @abstractmethod
     def read(self, rows: slice, logits: Tensor, y: Tensor) -> None:
@@ -60,12 +75,7 @@ class FinalLoss(_SelfControl):
     def update(self, checkpoint: Checkpoint) -> None:
         """Losses at this checkpoint; the last one counts."""
         self.load(checkpoint)
-        with torch.no_grad():
-            parts = [
-                per_example_loss(self.problem.loss, self.model(x), y)
-                for _, x, y in self.problem.batches("train")
-            ]
-        self._values = torch.cat(parts)[None]
+        self._values = self._losses()[None]
 
     def compute(self) -> InfluenceScores:
         """The losses."""

@@ -1,6 +1,6 @@
 """Does the error rate hold? Trusted sets drawn again and again, against planted truth.
 
-    python benchmarks/error_rate.py [--results results] [--task NAME] [--trusted 200 500]
+    python benchmarks/error_rate.py [--results results] [--task NAME …] [--trusted 200 500]
         [--levels 0.05 0.1] [--draws 20]
 
 Reads finished records and their scores, trains nothing, and writes error_rate.csv and
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,12 +159,12 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
-def markdown(lines: Sequence[Line], left_out: Sequence[str]) -> str:
-    """The tables with what is to be known about them."""
+def markdown(lines: Sequence[Line], left_out: Sequence[str], command: str) -> str:
+    """The tables with what is to be known about them, and the command that made them."""
     text = [
         "# Error rate for deleting data",
         "",
-        "Rebuilt from records and scores by `python benchmarks/error_rate.py`.",
+        f"Rebuilt from records and scores by `{command}`.",
         "",
         "Conformal p-values against the trusted examples, then Benjamini–Hochberg at the level. "
         "*False share*: share of the flagged examples that are good, 0 when nothing is flagged; "
@@ -190,14 +191,15 @@ def markdown(lines: Sequence[Line], left_out: Sequence[str]) -> str:
                 -e.rate.power, e.estimator, e.estimator_hash,
             )
         )  # fmt: skip
-        twice = len({(e.estimator, e.estimator_hash) for e in mine}) > len(
-            {e.estimator for e in mine}
-        )
+        hashes: dict[tuple[str, str, str], set[str]] = {}
+        for e in mine:
+            hashes.setdefault((e.task, e.setting, e.estimator), set()).add(e.estimator_hash)
         for line in mine:
             rate, share = line.rate, line.rate.false_share
             number = f"{share.mean:.3f}" if not rate.exceeded else f"**{share.mean:.3f}**"
             jaccard = "–" if math.isnan(rate.jaccard) else f"{rate.jaccard:.2f}"
-            name = f"{line.estimator} ({line.estimator_hash})" if twice else line.estimator
+            several = len(hashes[line.task, line.setting, line.estimator]) > 1
+            name = f"{line.estimator} ({line.estimator_hash})" if several else line.estimator
             text.append(
                 f"| {line.task} ({line.setting}) | {line.target} | {name} | {rate.n_trusted} | "
                 f"{rate.level:g} | {rate.flagged:.0f} | {number} [{share.lower:.3f}, "
@@ -217,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "random; 1 it did not, or scores could not be read; 2 bad input.",
     )
     parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
-    parser.add_argument("--task", metavar="NAME", help="this task only")
+    parser.add_argument("--task", metavar="NAME", nargs="+", help="these tasks only")
     parser.add_argument(
         "--trusted", metavar="N", type=int, nargs="+", default=[200, 500], help="default: 200 500"
     )
@@ -227,15 +229,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--draws", metavar="N", type=int, default=MIN_DRAWS, help=f"at least {MIN_DRAWS}"
     )
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_args(given)
+    command = shlex.join(["python", "benchmarks/error_rate.py", *given])
     store = RecordStore(arguments.results)
     records = [
-        r for r in newest(store.scan().records) if arguments.task in (None, r.task)
+        r
+        for r in newest(store.scan().records)
+        if arguments.task is None or r.task in arguments.task
     ]  # skipped and failed cells have no scores
     found = list(groups(records))
-    if not found:
+    missing = sorted(set(arguments.task or ()) - {group[0].task for group in found})
+    if not found or missing:
         print(
-            f"no finished records{' of ' + arguments.task if arguments.task else ''} below "
+            f"no finished records{' of ' + ', '.join(missing) if missing else ''} below "
             f"{store.records}; make some with `python -m fine_bench`, or name the folder with "
             "--results",
             file=sys.stderr,
@@ -259,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             left_out += reasons
     for name, content in (
         ("error_rate.csv", frame(lines).to_csv(index=False, lineterminator="\n")),
-        ("error_rate.md", markdown(lines, left_out)),
+        ("error_rate.md", markdown(lines, left_out, command)),
     ):
         write_atomic(arguments.results / name, content.encode())
         print(f"written: {arguments.results / name}")

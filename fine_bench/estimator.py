@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, UnsupportedProblemError
 
@@ -28,6 +31,52 @@ class Schedule(Enum):
         return checkpoints[-1:] if self is Schedule.LAST else checkpoints
 
 
+class Shared:
+    """What several estimators of one run would compute alike, kept while the run is studied.
+
+    A curvature fitted for one target serves the next. Only problems about the same model, loss and
+    training examples may share, whatever their queries. Everything is released with this object.
+
+    Args:
+        problem: any one of them.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._values: dict[Hashable, tuple[Any, float]] = {}
+
+    def serves(self, problem: Problem) -> bool:
+        """Whether a problem differs from the first one in its queries only."""
+        mine = self._problem
+        same = problem.train is mine.train
+        if isinstance(problem.train, TensorDataset) and isinstance(mine.train, TensorDataset):
+            pairs = zip(problem.train.tensors, mine.train.tensors, strict=False)
+            same = len(problem.train.tensors) == len(mine.train.tensors) and all(
+                x is y for x, y in pairs
+            )
+        return same and problem.model is mine.model and problem.loss is mine.loss
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> tuple[T, float]:
+        """The value of a key, made at most once, and the seconds of work that this call saved."""
+        if key in self._values:
+            value, seconds = self._values[key]
+            return value, seconds
+        start = time.perf_counter()
+        value = make()
+        self._values[key] = (value, time.perf_counter() - start)
+        return value, 0.0
+
+
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, to tell checkpoints apart by content."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        array = value.detach().cpu().contiguous()
+        found.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        found.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 class InfluenceEstimator(ABC):
     """A method that reads checkpoints after training: ``setup``, ``update`` …, ``compute``.
 
@@ -39,6 +88,7 @@ class InfluenceEstimator(ABC):
         gradient_evaluations: per-example gradients taken so far; the method's own account of its
             cost, counted in examples.
         runs: with ``Schedule.RUNS``, models that the benchmark's runner trains for it.
+        saved_seconds: of its work that another estimator of the run had done already.
     """
 
     name: ClassVar[str]
@@ -50,6 +100,8 @@ class InfluenceEstimator(ABC):
     gradient_evaluations: int = 0
     n_updates: int = 0
     runs: int = 1
+    saved_seconds: float = 0.0
+    _shared: Shared | None = None
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this method cannot serve the problem, or None if it can."""
@@ -69,6 +121,21 @@ class InfluenceEstimator(ABC):
         self.model = copy.deepcopy(problem.model).eval()
         self.gradient_evaluations = 0
         self.n_updates = 0
+        self.saved_seconds = 0.0
+
+    def shared_value(self, what: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns at the loaded parameters, from another estimator that has it.
+
+        Args:
+            what: everything that the value depends on besides parameters, model class, loss and
+                training data.
+            make: computes it; the value must not be changed afterwards.
+        """
+        if self._shared is None or not self._shared.serves(self.problem):
+            return make()
+        value, saved = self._shared.get((what, digest_of(self.model)), make)
+        self.saved_seconds += saved
+        return value
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put the checkpoint's parameters into the copy of the model.
@@ -99,11 +166,20 @@ class InfluenceEstimator(ABC):
 
 
 def replay(
-    estimator: InfluenceEstimator, problem: Problem, checkpoints: Iterable[Checkpoint]
+    estimator: InfluenceEstimator,
+    problem: Problem,
+    checkpoints: Iterable[Checkpoint],
+    shared: Shared | None = None,
 ) -> InfluenceScores:
     """Run a post-hoc method over the checkpoints of a run.
 
     The global random state is left as it was found.
+
+    Args:
+        estimator: the method.
+        problem: model, loss, training examples and queries.
+        checkpoints: in order of training.
+        shared: what other estimators of the same run have left; scores do not depend on it.
 
     Raises:
         UnsupportedProblemError: the method cannot serve the problem; the message says why.
@@ -112,8 +188,12 @@ def replay(
     chosen = estimator.select(list(checkpoints))
     if not chosen:
         raise ValueError("replay needs at least one checkpoint, got none")
-    with torch.random.fork_rng():
-        estimator.setup(problem)
-        for checkpoint in chosen:
-            estimator.update(checkpoint)
-        return estimator.compute()
+    estimator._shared = shared
+    try:
+        with torch.random.fork_rng():
+            estimator.setup(problem)
+            for checkpoint in chosen:
+                estimator.update(checkpoint)
+            return estimator.compute()
+    finally:
+        estimator._shared = None

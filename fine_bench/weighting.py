@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.blocks import PerExampleGradients
+from fine_bench.gradients.blocks import DenseBlock, PerExampleGradients
 from fine_bench.seeds import stream
 from fine_bench.types import QueryWeighting, Reduce
 
@@ -51,6 +51,25 @@ def query_weights(
             raise ValueError('query_weighting="noise" needs at least two reference examples')
         scale = reference.gram(queries).std(0)
     return torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+
+
+def noise_weights(statistic: Tensor) -> Tensor:
+    """The weights of ``"noise"`` from each query's statistic over reference examples.
+
+    ``(V, R)`` → ``(V,)``: 1/std (n − 1 in the variance), 0 where there is no spread. The statistic
+    is whatever the method compares a query and an example by.
+
+    Raises:
+        ValueError: fewer than two reference examples.
+    """
+    # the shared rule, told that a query's dot products with the reference *are* the statistic: in
+    # the coordinates of the reference examples these are the unit vectors
+    unit = torch.eye(statistic.shape[1], dtype=statistic.dtype)
+    return query_weights(
+        PerExampleGradients([DenseBlock("statistic", statistic)]),
+        PerExampleGradients([DenseBlock("reference", unit)]),
+        "noise",
+    )
 
 
 def query_groups(labels: Tensor, reduce: Reduce) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,4 +34,17 @@ def add_directions(x: Direction, y: Direction) -> Direction:
     return [
         BlockDirection(add(p.weight, q.weight), add(p.bias, q.bias))
         for p, q in zip(x, y, strict=True)
+    ]
+
+
+def concatenated(parts: Sequence[Direction]) -> Direction:
+    """The rows of several directions, one after the other."""
+
+    def join(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.cat(known) if len(known) == len(values) else None
+
+    return [
+        BlockDirection(join([d.weight for d in blocks]), join([d.bias for d in blocks]))
+        for blocks in zip(*parts, strict=True)
     ]

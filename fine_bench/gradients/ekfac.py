@@ -55,6 +55,9 @@ GRAM_FLOATS = 2**18
 DENSE_FLOATS = 2**24
 """Numbers of the rotated gradients that ``gram`` forms at a time where T > 1."""
 
+SQUARE_FLOATS = 2**19
+"""Numbers of the rotated gradients whose squares are summed at a time: they stay in the cache."""
+
 
 @dataclass(eq=False)
 class LayerCurvature:
@@ -335,6 +338,10 @@ class EKFAC:
         """(C + λ)⁻¹ times directions in the model's own coordinates."""
         return [mine.solve(d) for mine, d in zip(self.blocks, direction, strict=True)]
 
+    def copy(self) -> EKFAC:
+        """The same eigenvectors and eigenvalues, to be damped in its own way."""
+        return EKFAC([replace(block) for block in self.blocks], self.damping)
+
     def mapped(self, function: Callable[[Tensor, float], Tensor]) -> EKFAC:
         """The same eigenvectors with function(s, λ) ≥ 0 in the place of 1/(s + λ).
 
@@ -409,10 +416,10 @@ def fit_ekfac(engine: GradientEngine, batches: Batches, roots: Roots, n: int) ->
                         b2 = b[:, 0].square_()
                         squares[index] = b2 if index not in squares else squares[index].add_(b2)
                         continue
-                    g = torch.bmm(b.transpose(1, 2), a)
+                    _add(moments, index, _sum_of_squares(a, b))
                 else:
                     g = rotated(block, basis.q_in, basis.q_out)
-                _add(moments, index, g.square_().sum(0))
+                    _add(moments, index, g.square_().sum(0))
         for index, b2 in squares.items():
             _add(moments, index, b2.T @ rotated_inputs[index][:, 0].square_())
     for index, total in moments.items():
@@ -475,6 +482,15 @@ def _add(totals: dict[int, Tensor], index: int, term: Tensor) -> None:
         totals[index] += term
     else:
         totals[index] = term.double()
+
+
+def _sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_i (Σ_t b_it a_itᵀ)², entry by entry: ``(B, T, I)``, ``(B, T, O)`` → ``(O, I)``."""
+    size = max(1, SQUARE_FLOATS // (a.shape[2] * b.shape[2]))
+    total = b.new_zeros(b.shape[2], a.shape[2])
+    for left, right in zip(torch.split(b, size), torch.split(a, size), strict=True):
+        total += torch.bmm(left.transpose(1, 2), right).square_().sum(0)
+    return total
 
 
 def inputs(block: FactorBlock) -> Tensor:

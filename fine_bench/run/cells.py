@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback_paper import PaperFINECallback
 from fine_bench.config import PLACES
-from fine_bench.estimator import Schedule, replay
+from fine_bench.estimator import Schedule, Shared, replay
+from fine_bench.gradients.batching import suitable_batch_size
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.records import RecordStore, StoreError, environment, scores_digest
@@ -111,6 +112,7 @@ def _execute(
         return [writer.write(cell, "failed", reason) for cell in todo]
     writer.facts = run.facts
     say(backend.describe(run.facts))
+    shared = Shared(problem_of(job, "self", run.model))
     with busy("auxiliary run"):
         auxiliary = _Auxiliary(job, watchers, say)
     for number, cell in enumerate(todo, 1):
@@ -132,7 +134,7 @@ def _execute(
                         metrics |= _agreements(job, store, watchers, cell, scores)
                     outcome = writer.finish(cell, scores, auxiliary.add_to(cost, cell), metrics)
                 else:
-                    outcome = writer.finish(cell, *_replayed(job, cell, run))
+                    outcome = writer.finish(cell, *_replayed(job, cell, run, shared))
             except UnsupportedProblemError as error:
                 outcome = writer.write(cell, "skipped", _without_name(str(error)))
             except Exception as error:
@@ -284,12 +286,20 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
         train=TensorDataset(data.x, data.y),
         queries="self" if target == "self" else TensorDataset(data.query_x, data.query_y),
         reduce=_REDUCE[target],
-        batch_size=data.batch_size,
+        batch_size=batch_size_of(job, model),
     )
 
 
+def batch_size_of(job: Job, model: torch.nn.Module) -> int:
+    """Examples that post-hoc methods take at a time: the task's, or fewer where layers are wide."""
+    data = job.data
+    if data.kind != "images":
+        return data.batch_size
+    return suitable_batch_size(model, data.loss, data.x, data.y, data.batch_size)
+
+
 def _replayed(
-    job: Job, cell: Cell, run: training.TrainedRun
+    job: Job, cell: Cell, run: training.TrainedRun, shared: Shared
 ) -> tuple[InfluenceScores, dict[str, float]]:
     estimator = job.estimator(cell)
     problem = problem_of(job, cell.target, run.model)
@@ -300,8 +310,12 @@ def _replayed(
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
     start = time.perf_counter()
-    scores = replay(estimator, problem, checkpoints)
+    scores = replay(estimator, problem, checkpoints, shared)
     cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
+    if estimator.saved_seconds:
+        # in the cost of each cell that needs it, also where another cell had done the work
+        cost["shared_seconds"] = estimator.saved_seconds
+        cost["seconds"] += estimator.saved_seconds
     cost["gradient_evaluations"] = float(estimator.gradient_evaluations)
     return scores, cost
 

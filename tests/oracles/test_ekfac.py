@@ -388,6 +388,12 @@ def test_queries_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -
     close(scores(task).values, expected, 1e-12)
 
 
+@pytest.mark.parametrize("name", ["cnn", "tokens"])
+def test_squares_summed_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fine_bench.gradients.ekfac.SQUARE_FLOATS", 40)
+    close(scores(problem(name)).values, twin(problem(name), "fisher"))
+
+
 @pytest.mark.parametrize("name", ["relu", "tanh no bias", "cnn", "table"])
 def test_float32_agrees_with_float64(name: str) -> None:
     task = problem(name)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, Problem, replay
+from fine_bench.weighting import reference_rows
 
 N, V, CLASSES = 23, 9, 4
 
@@ -145,6 +146,28 @@ def test_query_weightings(name: str, reduce: str, weighting: Any) -> None:
     close(values, twin(problem, checkpoints, weighting=weighting))
     plain = replay(TracIn(), problem, checkpoints).values
     assert float((values / values.norm() - plain / plain.norm()).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("limit", [0, 2**27], ids=["factors", "formed"])
+@pytest.mark.parametrize("weighting", [None, "noise"])
+def test_formed_and_factored_queries_agree_with_the_formula(
+    limit: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baselines.tracin.FORMED_FLOATS", limit)
+    monkeypatch.setattr("fine_bench.weighting.N_REFERENCE", 11)
+    rows = reference_rows(N)
+    assert len(rows) == 11
+    problem, checkpoints = make("cnn", batch_size=4)
+    every = [twin(problem, [Checkpoint(params=c.params, lr=1.0)]) for c in checkpoints]
+    close(replay(TracIn(), problem, checkpoints).values, twin(problem, checkpoints))
+    mean, _ = make("cnn", reduce="mean", batch_size=4)
+    values = replay(TracIn(query_weighting=weighting), mean, checkpoints).values
+    expected = sum(
+        c.lr * (k / (k[:, rows].std(1, keepdim=True) if weighting else 1.0)).mean(0, keepdim=True)
+        for c, k in zip(checkpoints, every, strict=True)
+    )
+    assert isinstance(expected, Tensor)
+    close(values, expected)
 
 
 @pytest.mark.parametrize("layers", [["0"], ["3"], ["0", "3"]], ids=str)

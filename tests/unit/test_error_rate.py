@@ -304,6 +304,7 @@ def test_the_table(command: ModuleType, results: Path, capsys: pytest.CaptureFix
     assert good["n_seeds"] == 2
     assert at.loc[("idle", "random", 90, 0.2)]["power"] < 0.05
     text = (results / "error_rate.md").read_text()
+    assert "--trusted 60 90 --levels 0.1 0.2`" in text  # the command stands beside its table
     assert "drawn at random from the good ones" in text
     assert "**" in text.split("less suspicious half")[1]  # easy sets break the rate
     before = (results / "error_rate.md").read_bytes()
@@ -316,5 +317,8 @@ def test_the_table_refuses(
 ) -> None:
     assert command.main(["--results", str(results), "--task", "other"]) == 2
     assert "no finished records of other" in capsys.readouterr().err
+    both = ["--results", str(results), "--task", "digits_mislabel", "absent"]
+    assert command.main(both) == 2
+    assert "no finished records of absent" in capsys.readouterr().err
     assert command.main(["--results", str(results), "--draws", "3", "--trusted", "60"]) == 2
     assert "at least 20" in capsys.readouterr().err

@@ -419,7 +419,7 @@ def test_a_run_writes_the_range_beside_the_row_and_verifies(
         "sensitivity=tracin", "+sensitivity.fine={observable: [loss]}",
     )  # fmt: skip
     jobs = [planned(*small, f"seed={seed}") for seed in (0, 1)]
-    announce(jobs, tmp_path)
+    announce(jobs, tmp_path, "basic")
     assert "sensitivity tracin (3 cells), fine (1 cells)" in capsys.readouterr().err
     for job in jobs:
         execute(job, "sweep", say=lambda _: None)
