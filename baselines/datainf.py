@@ -32,7 +32,7 @@ from fine_bench.gradients.blocks import (
     PerExampleGradients,
     add_directions,
 )
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 from fine_bench.weighting import check_weighting, query_groups, reference_rows
 
@@ -78,7 +78,7 @@ class DataInf(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._values: Tensor | None = None
         self._held: list[PerExampleGradients] | None = None
 

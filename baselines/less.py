@@ -29,7 +29,7 @@ from torch import Tensor
 from baselines.influence_functions import noise_weights
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
 from fine_bench.gradients.projections import make_projection
 from fine_bench.moments import AdamCheckpoint, adam_direction
 from fine_bench.types import (
@@ -93,7 +93,7 @@ class LESS(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._groups = query_groups(problem.labels("queries"), problem.reduce)
         self._total = torch.zeros(len(self._groups), problem.n_train, dtype=torch.float64)
         self._preconditioned: list[bool] = []

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
-from fine_bench.gradients.blocks import Direction, add_directions
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.blocks import Direction, PerExampleGradients, add_directions
+from fine_bench.gradients.memory import engine_of
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 from fine_bench.weighting import check_weighting, query_groups, query_weights, reference_rows
 
@@ -48,7 +48,7 @@ class TracIn(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._total: Tensor | None = None
 
     def update(self, checkpoint: Checkpoint) -> None:
@@ -58,24 +58,30 @@ class TracIn(InfluenceEstimator):
         term = checkpoint.lr * values.double()
         self._total = term if self._total is None else self._total + term
 
+    def gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
+        """What dot products are taken of."""
+        return self.engine(x, y)
+
     def values_now(self) -> Tensor:
         """⟨g_q, g_i⟩ at the loaded checkpoint, rows reduced as the problem asks."""
         if isinstance(self.problem.queries, str):
-            parts = [self.engine(x, y).norm2() for _, x, y in self.problem.batches("train")]
+            parts = [self.gradients(x, y).norm2() for _, x, y in self.problem.batches("train")]
             self.gradient_evaluations += self.problem.n_train
             return torch.cat(parts)[None]
         if self.problem.reduce is None:
             return self._pairwise()
         direction = self._query_direction()
-        parts = [self.engine(x, y).contract(direction) for _, x, y in self.problem.batches("train")]
+        parts = [
+            self.gradients(x, y).contract(direction) for _, x, y in self.problem.batches("train")
+        ]
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         return torch.cat(parts, 1)
 
     def _pairwise(self) -> Tensor:
-        queries = [self.engine(x, y) for _, x, y in self.problem.batches("queries")]
+        queries = [self.gradients(x, y) for _, x, y in self.problem.batches("queries")]
         parts = []
         for _, x, y in self.problem.batches("train"):
-            gradients = self.engine(x, y)
+            gradients = self.gradients(x, y)
             parts.append(torch.cat([q.gram(gradients) for q in queries]))
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         return torch.cat(parts, 1)
@@ -87,12 +93,12 @@ class TracIn(InfluenceEstimator):
         if self.query_weighting == "noise":
             rows = reference_rows(problem.n_train)
             x, y = gather(problem, rows)
-            reference = self.engine(x, y)
+            reference = self.gradients(x, y)
             self.gradient_evaluations += len(rows)
         groups = query_groups(problem.labels("queries"), problem.reduce)
         direction: Direction | None = None
         for which, x, y in problem.batches("queries"):
-            queries = self.engine(x, y)
+            queries = self.gradients(x, y)
             weights = query_weights(queries, reference, self.query_weighting)
             part = queries.weighted_sum(groups[:, which].to(weights) * weights)
             direction = part if direction is None else add_directions(direction, part)

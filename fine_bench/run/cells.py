@@ -300,9 +300,15 @@ def _replayed(
         checkpoints = [member.checkpoints[-1] for member in members]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
+    memory = getattr(run.model, "memory", None)
+    before = 0.0 if memory is None else memory.saved
     start = time.perf_counter()
     scores = replay(estimator, problem, checkpoints)
     cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
+    if memory is not None:
+        # gradients that an earlier method left: part of the cost of each method that needs them
+        cost["shared_seconds"] = memory.saved - before
+        cost["seconds"] += cost["shared_seconds"]
     cost["gradient_evaluations"] = float(estimator.gradient_evaluations)
     return scores, cost
 

@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
+from fine_bench.gradients.memory import GradientMemory
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import Steering, answers
 from fine_bench.llm.task import LanguageTask
@@ -168,6 +169,7 @@ def _fit(
 def _trained(net: CausalNet, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
     checkpoints = [read_checkpoint(path) for path in sorted(folder.glob("*.safetensors"))]
     net.load_state_dict(dict(checkpoints[-1].params))
+    net.memory = GradientMemory()
     return TrainedRun(net.eval(), checkpoints, facts)
 
 
@@ -193,9 +195,9 @@ def _token_scores(net: CausalNet, x: Tensor, y: Tensor, size: int) -> tuple[floa
     loss, right, total = 0.0, 0, 0
     for start in range(0, len(x), size):
         rows = slice(start, start + size)
-        logits = net(x[rows])
-        loss += float(mean_token_loss(logits, y[rows]).sum())
-        z, target = targets(logits, y[rows])
+        logits, labels = net.labelled(x[rows], y[rows])
+        loss += float(mean_token_loss(logits, labels).sum())
+        z, target = targets(logits, labels)
         labelled = target != IGNORED
         right += int((z.argmax(2) == target)[labelled].sum())
         total += int(labelled.sum())
