@@ -100,7 +100,16 @@ class MeanTrainingLoss(_SelfControl):
         self.load(checkpoint)
         with torch.no_grad():
             for rows, x, y in self.problem.batches("train"):
-                self._total[rows] += per_example_loss(self.problem.loss, self.model(x), y).double()
+                logits, labels = self._logits(x, y)
+                self._total[rows] += per_example_loss(self.problem.loss, logits, labels).double()
+
+    def _logits(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels: those of labelled tokens alone, if the model offers that."""
+        labelled = getattr(self.model, "labelled", None)
+        if not callable(labelled):
+            return self.model(x), y
+        logits, labels = labelled(x, y)
+        return logits, labels
 
     def compute(self) -> InfluenceScores:
         """The mean over the checkpoints so far."""

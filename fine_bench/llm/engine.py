@@ -21,16 +21,19 @@ from torch import Tensor
 
 from fine_bench.gradients.blocks import DenseBlock, PerExampleGradients
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.memory import fingerprint
+from fine_bench.gradients.memory import GradientMemory, fingerprint
 from fine_bench.llm.net import CausalNet, labelled_positions
 from fine_bench.sequences import lengths, mean_complement
-from fine_bench.types import Loss
+from fine_bench.types import Loss, UnsupportedProblemError
 
 DENSE_PARAMETERS = 2**18
 """Up to so many trained parameters, gradients are formed in full: 1 MiB a sample in float32."""
 
 PIECE = 32
 """Samples of a piece."""
+
+CHUNK = 128
+"""Samples that are kept under one name: as many as the task's methods take at once by default."""
 
 
 class SequenceEngine(GradientEngine):
@@ -72,11 +75,21 @@ class SequenceEngine(GradientEngine):
             x, y: ids and labels, ``(B, T)``.
             observable: ``"loss"``; sequences have no margin of their own.
         """
+        if observable != "loss":
+            raise UnsupportedProblemError('token sequences have no margin; use observable="loss"')
         if not self.dense:
-            return self._pass(x, y, observable)
-        memory = self.net.memory
-        if memory is None or observable != "loss":
-            return self._in_pieces(x, y, observable)
+            return self._pass(x, y)
+        if self.net.memory is None:
+            return self._in_pieces(x, y)
+        # whoever asks for more samples at once finds them too
+        return _beside(
+            [
+                self._remembered(self.net.memory, x[i : i + CHUNK], y[i : i + CHUNK])
+                for i in range(0, len(x), CHUNK)
+            ]
+        )
+
+    def _remembered(self, memory: GradientMemory, x: Tensor, y: Tensor) -> PerExampleGradients:
         loss = f"{getattr(self.loss, '__module__', '')}.{getattr(self.loss, '__qualname__', '')}"
         key = fingerprint(
             [x, y, *self.net.trained().values()],
@@ -85,34 +98,19 @@ class SequenceEngine(GradientEngine):
             self.complement,
             next(self.net.parameters()).dtype,
         )
-        return memory(key, lambda: self._in_pieces(x, y, observable))
+        return memory(key, lambda: self._in_pieces(x, y))
 
-    def _in_pieces(
-        self, x: Tensor, y: Tensor, observable: Literal["loss", "margin"]
-    ) -> PerExampleGradients:
+    def _in_pieces(self, x: Tensor, y: Tensor) -> PerExampleGradients:
         """The batch by length, in full, and in its own order again."""
         order = lengths(x).argsort(stable=True)
-        parts = [_full(self._pass(x[i], y[i], observable)) for i in torch.split(order, PIECE)]
-        back = order.argsort()
-        blocks = [
-            DenseBlock(
-                same[0].name, torch.cat([block.g for block in same])[back.to(same[0].g.device)]
-            )
-            for same in zip(*(part.blocks for part in parts), strict=True)
-        ]
-        return PerExampleGradients(
-            blocks,
-            _joined([part.loss for part in parts], back),
-            _joined([part.one_minus_p for part in parts], back),
-        )
+        parts = [_full(self._pass(x[i], y[i])) for i in torch.split(order, PIECE)]
+        return _beside(parts).rows(order.argsort().to(parts[0].blocks[0].values.device))
 
-    def _pass(
-        self, x: Tensor, y: Tensor, observable: Literal["loss", "margin"]
-    ) -> PerExampleGradients:
+    def _pass(self, x: Tensor, y: Tensor) -> PerExampleGradients:
         """One pass over the whole batch."""
         positions, labels = labelled_positions(y)
         try:
-            gradients = super().__call__((x, positions), labels, observable)
+            gradients = super().__call__((x, positions), labels)
             if not self.complement:
                 return gradients
             assert self._kept is not None
@@ -133,6 +131,20 @@ def _full(gradients: PerExampleGradients) -> PerExampleGradients:
     )
 
 
-def _joined(parts: Sequence[Tensor | None], order: Tensor) -> Tensor | None:
+def _beside(parts: Sequence[PerExampleGradients]) -> PerExampleGradients:
+    """Gradients in full of several batches as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    return PerExampleGradients(
+        [
+            DenseBlock(same[0].name, torch.cat([block.dense() for block in same]))
+            for same in zip(*(part.blocks for part in parts), strict=True)
+        ],
+        _joined([part.loss for part in parts]),
+        _joined([part.one_minus_p for part in parts]),
+    )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
-    return torch.cat(found)[order.to(found[0].device)] if found else None
+    return torch.cat(found) if found else None
