@@ -131,6 +131,9 @@ def test_detection_is_reported_where_the_poison_took(
     text = text_of(tmp_path)
     assert "recall in top 20 % ↑" in text
     assert "of them bad ↑" in text
+    assert "the oracle's ↓" in text
+    assert record.metrics["cure/oracle_test_loss"] > 0
+    assert record.training["cure_oracle_bad_removed"] == 5
     assert "it did in 2 of 2 seeds." in text
     assert "No detection is reported" not in text
     board = leaderboard.build(RecordStore(tmp_path))
