@@ -63,9 +63,10 @@ class CausalNet(nn.Module):
             lambda _, inputs: (_taken(inputs[0], positions), *inputs[1:])
         )
         try:
-            return self(ids)
+            logits: Tensor = self(ids)
         finally:
             hook.remove()
+        return logits
 
     def labelled(self, ids: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Logits that predict labelled tokens, and these, as sequences of their own.

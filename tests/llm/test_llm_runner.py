@@ -94,6 +94,12 @@ def test_a_poisoning_experiment_that_fails_says_so(
     assert finished == {(n, "validation") for n in everything | asks} | {
         (n, "self") for n in everything | alone
     }
+    # gradients that LESS left count as if TracIn had computed them
+    costs = {(o.record.estimator, o.record.target): o.record.cost for o in outcomes}
+    assert costs["less", "validation"]["shared_seconds"] == 0.0
+    for target in ("self", "validation"):
+        cost = costs["tracin", target]
+        assert 0.0 < cost["shared_seconds"] < cost["seconds"]
     # two epochs of a model that knows nothing: nothing is steered, and nothing is detected
     assert "the poison did not take" in said[0]
     assert all("auroc" not in o.record.metrics for o in outcomes)
