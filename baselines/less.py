@@ -21,6 +21,7 @@ short sequences, whose gradients are large, from winning by their norm. Positive
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -108,8 +109,10 @@ class LESS(InfluenceEstimator):
                 "under SGD"
             )
         self.load(checkpoint)
-        queries = _units(self._features("queries", None))
-        train = _units(self._features("train", checkpoint))
+        # P is drawn once for both
+        directions = chain(self._directions("queries", None), self._directions("train", checkpoint))
+        features = _units(self.projection.project_all(directions))
+        queries, train = features[: self.problem.n_query], features[self.problem.n_query :]
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         rows = (queries @ train.T).double().cpu()
         weights = self._groups
@@ -130,13 +133,10 @@ class LESS(InfluenceEstimator):
             extras={"preconditioned": torch.tensor(self._preconditioned)},
         )
 
-    def _features(self, which: Literal["train", "queries"], state: Checkpoint | None) -> Tensor:
-        """Pᵀg of the queries or PᵀΓ(g) of the training examples, ``(n, dim)``."""
-        return self.projection.project_all(self._directions(which, state))
-
     def _directions(
         self, which: Literal["train", "queries"], state: Checkpoint | None
     ) -> Iterator[PerExampleGradients]:
+        """g of the queries or Γ(g) of the training examples."""
         for _, x, y in self.problem.batches(which):
             gradients = self.engine(x, y)
             if isinstance(state, AdamCheckpoint):
