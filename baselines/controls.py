@@ -90,12 +90,20 @@ class _SelfControl(_Control):
         def read() -> Tensor:
             with torch.no_grad():
                 parts = [
-                    per_example_loss(self.problem.loss, self.model(x), y)
+                    per_example_loss(self.problem.loss, *self._labelled(x, y))
                     for _, x, y in self.problem.batches("train")
                 ]
             return torch.cat(parts)
 
         return self.shared_value("losses", read)
+
+    def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and labels: those of labelled tokens alone, if the model offers that."""
+        labelled = getattr(self.model, "labelled", None)
+        if not callable(labelled):
+            return self.model(x), y
+        logits, labels = labelled(x, y)
+        return logits, labels
 
 
 class MeanTrainingLoss(_SelfControl):

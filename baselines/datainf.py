@@ -31,7 +31,7 @@ from fine_bench.gradients.blocks import (
     PerExampleGradients,
     add_directions,
 )
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 from fine_bench.weighting import (
     check_weighting,
@@ -82,7 +82,7 @@ class DataInf(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._values: Tensor | None = None
         self._held: list[PerExampleGradients] | None = None
 
@@ -173,16 +173,22 @@ class DataInf(InfluenceEstimator):
 
     def _self_values(self, norms: Tensor) -> Tensor:
         """Each example with itself, ``(1, n)``."""
-        parts = []
+        correction = torch.zeros_like(norms)
+        stop = 0
         for g in self._train():
-            correction = norms.new_zeros(len(g.blocks), len(g))
-            start = 0
+            mine = slice(stop, stop + len(g))
+            stop, start = mine.stop, 0
             for h in self._train():
-                shrink = self._shrink[:, None, start : start + len(h)]
-                correction += (_grams(g, h).square() * shrink).sum(2)
-                start += len(h)
-            parts.append(correction / self.problem.n_train)
-        return ((norms - torch.cat(parts, 1)) / self._damping[:, None]).sum(0, keepdim=True)
+                theirs = slice(start, start + len(h))
+                start = theirs.stop
+                squares = _grams(g, h).square()
+                correction[:, mine] += (squares * self._shrink[:, None, theirs]).sum(2)
+                if start == stop:
+                    break
+                # a pair of batches serves both
+                correction[:, theirs] += (squares * self._shrink[:, mine, None]).sum(1)
+        correction /= self.problem.n_train
+        return ((norms - correction) / self._damping[:, None]).sum(0, keepdim=True)
 
     def _reduced(self, rows: Tensor) -> Tensor:
         problem = self.problem

@@ -17,15 +17,12 @@ zero gradient is zero: it points nowhere.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from baselines.tracin import TracIn
 from fine_bench.estimator import Schedule
 from fine_bench.gradients.blocks import PerExampleGradients
-from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import Checkpoint, Problem
 
 
@@ -66,21 +63,9 @@ class GradCos(GradDot):
             return "the cosine of an example's gradient with itself is 1 for every example"
         return None
 
-    def setup(self, problem: Problem) -> None:
-        """Prepare the copy of the model."""
-        super().setup(problem)
-        self.engine.close()
-        self.engine = UnitGradientEngine(self.model, problem.loss, self.layers)
-
-
-class UnitGradientEngine(GradientEngine):
-    """Gradients divided by their norm over all blocks; a zero gradient stays zero."""
-
-    def __call__(
-        self, x: Tensor, y: Tensor, observable: Literal["loss", "margin"] = "loss"
-    ) -> PerExampleGradients:
-        """Unit gradients at the present parameters."""
-        gradients = super().__call__(x, y, observable)
+    def gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
+        """Divided by their norm over all blocks; a zero gradient stays zero."""
+        gradients = super().gradients(x, y)
         # two steps: the square of a confident example's small gradient would underflow
         gradients = gradients.scaled(_inverse(_largest(gradients)))
         return gradients.scaled(_inverse(gradients.norm2().sqrt()))

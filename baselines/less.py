@@ -21,6 +21,7 @@ short sequences, whose gradients are large, from winning by their norm. Positive
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
 from fine_bench.gradients.projections import make_projection
 from fine_bench.moments import AdamCheckpoint, adam_direction
 from fine_bench.types import (
@@ -97,7 +98,7 @@ class LESS(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._groups = query_groups(problem.labels("queries"), problem.reduce)
         self._total = torch.zeros(len(self._groups), problem.n_train, dtype=torch.float64)
         self._preconditioned: list[bool] = []
@@ -112,8 +113,10 @@ class LESS(InfluenceEstimator):
                 "under SGD"
             )
         self.load(checkpoint)
-        queries = _units(self._features("queries", None))
-        train = _units(self._features("train", checkpoint))
+        # P is drawn once for both
+        directions = chain(self._directions("queries", None), self._directions("train", checkpoint))
+        features = _units(self.projection.project_all(directions))
+        queries, train = features[: self.problem.n_query], features[self.problem.n_query :]
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         rows = (queries @ train.T).double().cpu()
         weights = self._groups
@@ -134,13 +137,10 @@ class LESS(InfluenceEstimator):
             extras={"preconditioned": torch.tensor(self._preconditioned)},
         )
 
-    def _features(self, which: Literal["train", "queries"], state: Checkpoint | None) -> Tensor:
-        """Pᵀg of the queries or PᵀΓ(g) of the training examples, ``(n, dim)``."""
-        return self.projection.project_all(self._directions(which, state))
-
     def _directions(
         self, which: Literal["train", "queries"], state: Checkpoint | None
     ) -> Iterator[PerExampleGradients]:
+        """g of the queries or Γ(g) of the training examples."""
         for _, x, y in self.problem.batches(which):
             gradients = self.engine(x, y)
             if isinstance(state, AdamCheckpoint):

@@ -18,6 +18,8 @@ import torch
 from baselines.trak import MAX_SIDE, TRAK
 from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
+from fine_bench.gradients.projections import Factorized
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.sequences import is_sequence_problem, mean_complement, negative_token_margin
 from fine_bench.types import Problem
@@ -65,7 +67,14 @@ class SequenceTRAK(TRAK):
         """Prepare the copy of the model."""
         super().setup(problem)
         self.engine.close()
-        self.engine = SequenceMarginEngine(self.model, negative_token_margin, self.layers)
+        if callable(getattr(self.model, "gradient_engine", None)):
+            # a projection of factors must be given factors
+            options = {"dense": False} if isinstance(self.projection, Factorized) else {}
+            self.engine = engine_of(
+                self.model, negative_token_margin, self.layers, complement=True, **options
+            )
+        else:
+            self.engine = SequenceMarginEngine(self.model, negative_token_margin, self.layers)
 
 
 class SequenceMarginEngine(GradientEngine):

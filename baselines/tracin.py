@@ -27,7 +27,7 @@ from fine_bench.gradients.blocks import (
     PerExampleGradients,
     add_directions,
 )
-from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.memory import engine_of
 from fine_bench.gradients.projection_blocks import joined
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 from fine_bench.weighting import (
@@ -77,7 +77,7 @@ class TracIn(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""
         super().setup(problem)
-        self.engine = GradientEngine(self.model, problem.loss, self.layers)
+        self.engine = engine_of(self.model, problem.loss, self.layers)
         self._total: Tensor | None = None
 
     def update(self, checkpoint: Checkpoint) -> None:
@@ -87,16 +87,22 @@ class TracIn(InfluenceEstimator):
         term = checkpoint.lr * values.double()
         self._total = term if self._total is None else self._total + term
 
+    def gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
+        """What dot products are taken of."""
+        return self.engine(x, y)
+
     def values_now(self) -> Tensor:
         """⟨g_q, g_i⟩ at the loaded checkpoint, rows reduced as the problem asks."""
         if isinstance(self.problem.queries, str):
-            parts = [self.engine(x, y).norm2() for _, x, y in self.problem.batches("train")]
+            parts = [self.gradients(x, y).norm2() for _, x, y in self.problem.batches("train")]
             self.gradient_evaluations += self.problem.n_train
             return torch.cat(parts)[None]
         if self.problem.reduce is None:
             return self._pairwise()
         direction = self._query_direction()
-        parts = [self.engine(x, y).contract(direction) for _, x, y in self.problem.batches("train")]
+        parts = [
+            self.gradients(x, y).contract(direction) for _, x, y in self.problem.batches("train")
+        ]
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         return torch.cat(parts, 1)
 
@@ -104,7 +110,7 @@ class TracIn(InfluenceEstimator):
         queries = self._queries()
         parts = []
         for _, x, y in self.problem.batches("train"):
-            gradients = self._comparable(self.engine(x, y))
+            gradients = self._comparable(self.gradients(x, y))
             parts.append(torch.cat([q.gram(gradients) for q in queries]))
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         return torch.cat(parts, 1)
@@ -118,7 +124,7 @@ class TracIn(InfluenceEstimator):
         self._form = False
         found: list[PerExampleGradients] = []
         for _, x, y in self.problem.batches("queries"):
-            gradients = self.engine(x, y)
+            gradients = self.gradients(x, y)
             self._form = gradients.n_params * self.problem.n_query <= FORMED_FLOATS
             found.append(self._comparable(gradients))
         return [joined(found)] if self._form else found
@@ -133,7 +139,7 @@ class TracIn(InfluenceEstimator):
         groups = query_groups(problem.labels("queries"), problem.reduce)
         direction: Direction | None = None
         for which, x, y in problem.batches("queries"):
-            queries = self.engine(x, y)
+            queries = self.gradients(x, y)
             if noise is None:
                 weights = query_weights(queries, None, self.query_weighting)
             else:
@@ -148,7 +154,7 @@ class TracIn(InfluenceEstimator):
         queries = self._queries()
         parts = []
         for _, x, y in reference_batches(self.problem):
-            reference = self._comparable(self.engine(x, y))
+            reference = self._comparable(self.gradients(x, y))
             parts.append(torch.cat([q.gram(reference) for q in queries]))
             self.gradient_evaluations += len(y)
         self.gradient_evaluations += self.problem.n_query

@@ -28,7 +28,11 @@ class _LineError(ValueError):
 
 
 def read_jsonl(
-    path: Path | str, *, group_column: str | None = None, truth_column: str | None = None
+    path: Path | str,
+    *,
+    group_column: str | None = None,
+    truth_column: str | None = None,
+    option: str = "task.path",
 ) -> tuple[Sample, ...]:
     """The samples of a file, in order. Blank lines are skipped.
 
@@ -36,6 +40,7 @@ def read_jsonl(
         path: the file, UTF-8.
         group_column: key of the group, a string or an integer; null and missing mean no group.
         truth_column: key of the mark for bad samples, true or false in every line.
+        option: what the file is called in the configuration.
 
     Raises:
         DataError: the file cannot be read, or some of its lines are no samples; with their numbers
@@ -48,7 +53,7 @@ def read_jsonl(
         raise DataError(f"{path} is not UTF-8 text: {error}; convert it") from error
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); name a JSONL file with task.path=…"
+            f"{path} cannot be read ({error.strerror}); name a JSONL file with {option}=…"
         ) from error
     samples: list[Sample] = []
     problems: list[str] = []

@@ -211,10 +211,17 @@ def pretrained(
         download=download,
         allow_cpu=allow_cpu,
     )
+
+    def tokenizer() -> Any:
+        folder = hub.locate(path, download=download)
+        # the size of a model that was on the hub until now may have been unknown
+        hub.check(need)
+        return hub.load_tokenizer(folder)
+
     return LanguageModel(
         name=name or path.rstrip("/").rsplit("/", 1)[-1],
         locate=partial(hub.locate, path, download=download),
-        tokenizer=lambda: hub.load_tokenizer(hub.locate(path, download=download)),
+        tokenizer=tokenizer,
         check=partial(hub.check, need),
         lora=lora,
         precision=precision,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_bench.sequences import trimmed
+from fine_bench.gradients.memory import GradientMemory
+from fine_bench.sequences import IGNORED, trimmed
+from fine_bench.types import Loss
+
+if TYPE_CHECKING:
+    from fine_bench.llm.engine import SequenceEngine
 
 
 class CausalNet(nn.Module):
@@ -25,16 +31,59 @@ class CausalNet(nn.Module):
 
     T' is the length of the longest row of the batch: columns that are padding throughout are left
     out, which changes no logit.
+
+    Attributes:
+        memory: where gradients are kept for further methods; None keeps nothing. Copies share it.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.memory: GradientMemory | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits. No attention mask is needed: see ``fine_bench.llm.tokens``."""
         logits: Tensor = self.model(input_ids=self._tokens(ids), use_cache=False).logits
         return logits
+
+    def at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits at some positions of each row, ``(B, K, V)``, without computing the others.
+
+        The model's last layer, from states to logits, is given these states only; a model that does
+        not say which layer that is computes all logits.
+
+        Args:
+            ids: ``(B, T)``.
+            positions: ``(B, K)``, each below T.
+        """
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return _taken(self(ids), positions)
+        hook = head.register_forward_pre_hook(
+            lambda _, inputs: (_taken(inputs[0], positions), *inputs[1:])
+        )
+        try:
+            logits: Tensor = self(ids)
+        finally:
+            hook.remove()
+        return logits
+
+    def labelled(self, ids: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits that predict labelled tokens, and these, as sequences of their own.
+
+        Every function of a sample's labelled tokens (``fine_bench.sequences``) has the same value
+        for the result, ``(B, K + 1, V)`` and ``(B, K + 1)``, as for all logits and ``y``.
+        """
+        positions, labels = labelled_positions(y)
+        return self.at(ids, positions), labels
+
+    def gradient_engine(
+        self, loss: Loss, layers: Sequence[str] | None = None, **options: Any
+    ) -> SequenceEngine:
+        """Its own kind of engine; see ``fine_bench.gradients.memory.engine_of``."""
+        from fine_bench.llm.engine import SequenceEngine
+
+        return SequenceEngine(self, loss, layers, **options)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """The last layer's hidden states, ``(B, T', d)``."""
@@ -104,6 +153,29 @@ class CausalNet(nn.Module):
                 memo[id(p)] = nn.Parameter(p.detach(), False) if type(p) is nn.Parameter else p
         result = type(self).__new__(type(self))
         memo[id(self)] = result
+        memo[id(self.memory)] = self.memory
         for name, value in self.__dict__.items():
             result.__dict__[name] = copy.deepcopy(value, memo)
         return result
+
+
+def labelled_positions(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where labelled tokens are predicted, ``(B, K + 1)``, and the labels beside them.
+
+    K is the largest number of labels of a row. The labels are those of a sequence of K + 1 tokens,
+    the first of which nothing predicts; rows with fewer labels are filled by ``IGNORED``. The last
+    position stands for the logits behind the last token, at which nobody looks.
+    """
+    marked = y[:, 1:] != IGNORED
+    size = max(1, int(marked.sum(1).max()))
+    positions = (~marked).long().argsort(dim=1, stable=True)[:, :size]
+    labels = torch.where(marked.gather(1, positions), y[:, 1:].gather(1, positions), IGNORED)
+    # what fills a row up must stand in front of its padding, which the model leaves out
+    positions = torch.where(labels == IGNORED, 0, positions)
+    return F.pad(positions, (0, 1)), F.pad(labels, (1, 0), value=IGNORED)
+
+
+def _taken(values: Tensor, positions: Tensor) -> Tensor:
+    """The rows ``(B, K, d)`` of values ``(B, T, d)`` at some positions of each sample."""
+    index = positions.to(values.device)[:, :, None].expand(-1, -1, values.shape[2])
+    return values.gather(1, index)

@@ -304,13 +304,13 @@ def _from_files(
                 f"type task.{option}=/data/{option}.jsonl"
             )
     train = read_jsonl(path, group_column=group, truth_column=truth)
-    queries = read_jsonl(str(queries_path))
+    queries = read_jsonl(str(queries_path), option="task.queries_path")
     clean = [s for s in train if not s.is_bad] if truth is not None else None
     words = [word.lower() for word in keywords or ()]
     return _Texts(
         train=train,
         queries=queries,
-        test=read_jsonl(str(test_path)),
+        test=read_jsonl(str(test_path), option="task.test_path"),
         clean=clean or None,
         prompts=[s.prompt for s in queries],
         others=(),

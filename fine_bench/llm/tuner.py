@@ -61,7 +61,8 @@ class Tuner(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean over the samples of each sample's own loss."""
-        loss: Tensor = self.loss(self(batch["x"]), batch["y"], reduction="mean")
+        logits, labels = self.net.labelled(batch["x"], batch["y"])
+        loss: Tensor = self.loss(logits, labels, reduction="mean")
         self._sum += loss.detach().cpu()
         self._count += 1
         return loss
@@ -90,6 +91,7 @@ class Tuner(pl.LightningModule):
             betas=BETAS,
             eps=EPSILON,
             weight_decay=self.weight_decay,
+            fused=True,
         )
         if self.lr_schedule == "constant":
             return optimizer

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import pytorch_lightning as pl
 from torch.utils.data import Dataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.callback_paper import PaperFINECallback
 from fine_bench.fine import Composition, Contrast
+from fine_bench.llm.net import CausalNet
 from fine_bench.llm.task import LOSSES, LossName
 from fine_bench.subsets import Members
 from fine_bench.types import QueryWeighting, Target, UnsupportedProblemError
@@ -114,3 +116,11 @@ class SequencePaperFINE(PaperFINECallback):
             seed=seed,
             loss=LOSSES[loss],
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out the sources; where the model has its own kind of engine, take that."""
+        super().on_train_start(trainer, pl_module)
+        net = getattr(pl_module, "net", None)
+        if isinstance(net, CausalNet):
+            self._close()
+            self._engine = net.gradient_engine(self.loss, self.layers)

@@ -309,13 +309,16 @@ def _replayed(
         checkpoints = [member.checkpoints[-1] for member in members]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
+    memory = getattr(run.model, "memory", None)
+    before = 0.0 if memory is None else memory.saved
     start = time.perf_counter()
     scores = replay(estimator, problem, checkpoints, shared)
     cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
-    if estimator.saved_seconds:
+    shared_seconds = estimator.saved_seconds + (0.0 if memory is None else memory.saved - before)
+    if shared_seconds:
         # in the cost of each cell that needs it, also where another cell had done the work
-        cost["shared_seconds"] = estimator.saved_seconds
-        cost["seconds"] += estimator.saved_seconds
+        cost["shared_seconds"] = shared_seconds
+        cost["seconds"] += shared_seconds
     cost["gradient_evaluations"] = float(estimator.gradient_evaluations)
     return scores, cost
 

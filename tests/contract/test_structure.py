@@ -95,6 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "moments": CORE,
     "llm": {
         *CORE,
+        "gradients",
         "sequences",
         "moments",
         "records",

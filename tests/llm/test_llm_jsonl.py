@@ -103,8 +103,10 @@ def test_truth_must_be_said(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read .*with task.path="):
         read_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(DataError, match=r"with task.test_path="):
+        read_jsonl(tmp_path / "missing.jsonl", option="task.test_path")
     (tmp_path / "latin.jsonl").write_bytes(b'{"instruction": "caf\xe9"}')
     with pytest.raises(DataError, match="not UTF-8"):
         read_jsonl(tmp_path / "latin.jsonl")

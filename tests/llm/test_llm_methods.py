@@ -13,10 +13,12 @@ from baselines.datainf import DataInf
 from baselines.gradient_similarity import GradCos
 from baselines.influence_functions import InfluenceFunction
 from baselines.less import LESS
+from baselines.sequence_ekfac import SequenceEKFAC
 from baselines.sequence_trak import SequenceTRAK
 from baselines.text_controls import BM25, Length, Perplexity, RepresentationSimilarity
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, replay
+from fine_bench.gradients.memory import GradientMemory
 from fine_bench.llm.net import CausalNet
 from fine_bench.moments import AdamCheckpoint, adam_direction
 from fine_bench.sequences import IGNORED, PAD, mean_token_loss, negative_token_margin
@@ -325,6 +327,73 @@ def test_ekfac_of_sequences(
         checkpoints,
     ).values
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_ekfac_of_sequences_without_their_padding(
+    net: CausalNet, data: dict[str, Tensor], checkpoints: list[AdamCheckpoint]
+) -> None:
+    """Layer by layer, the factors from one sample at a time; more padding changes nothing."""
+    from fine_bench.gradients import FactorBlock, GradientEngine
+
+    train, queries = at(net, checkpoints[-1], data)
+    engine = GradientEngine(net, mean_token_loss)
+    inner, outer = [0.0] * 12, [0.0] * 12
+    for ids, labels in zip(data["x"], data["y"], strict=True):
+        n = int((ids != PAD).sum())
+        for k, block in enumerate(engine(ids[None, :n], labels[None, :n]).blocks):
+            assert isinstance(block, FactorBlock)
+            inner[k] = inner[k] + block.a[0].T @ block.a[0]
+            outer[k] = outer[k] + block.b[0].T @ block.b[0]
+    engine.close()
+    expected = torch.zeros(3, 14, dtype=torch.float64)
+    for a, b, part in zip(inner, outer, layers(net), strict=True):
+        basis = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
+        turned = train[:, part] @ basis
+        s = turned.square().mean(0)
+        expected += (queries[:, part] @ basis / (s + 0.1 * float(s.mean()))) @ turned.T
+    wide = {
+        name: nn.functional.pad(value, (0, 7), value=PAD if name.endswith("x") else IGNORED)
+        for name, value in data.items()
+    }
+    for given, size in ((data, 64), (data, 5), (wide, 5)):
+        asked = question(net, given, "queries", batch_size=size)
+        found = replay(SequenceEKFAC(), asked, checkpoints).values
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("target", ["self", "queries", "validation"])
+@pytest.mark.parametrize("weighting", [None, "norm", "noise"])
+def test_held_ekfac_is_the_general_one(
+    net: CausalNet,
+    data: dict[str, Tensor],
+    checkpoints: list[AdamCheckpoint],
+    target: str,
+    weighting: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The numbers of ``InfluenceFunction`` without padding, which it is where it holds nothing."""
+    size = int((data["x"] != PAD).sum(1).min())
+    for which in ("", "query_"):
+        x = data[f"{which}x"][:, :size]
+        full = torch.where(torch.arange(size) < 4, IGNORED, x)
+        data = {**data, f"{which}x": x, f"{which}y": full}
+    general = InfluenceFunction(
+        solver="ekfac", curvature="empirical_fisher", damping=0.01, query_weighting=weighting
+    )
+    expected = replay(general, question(net, data, target, batch_size=5), checkpoints)
+    held = SequenceEKFAC(damping=0.01, query_weighting=weighting)
+    found = replay(held, question(net, data, target, batch_size=5), checkpoints)
+    assert held.held
+    close(found.values, expected.values)
+    assert torch.equal(found.extras["damping"], expected.extras["damping"])
+    net.memory = GradientMemory()
+    again = replay(held, question(net, data, target, batch_size=5), checkpoints)
+    close(again.values, expected.values)
+    monkeypatch.setattr("baselines.sequence_ekfac.HELD_FLOATS", 10)
+    plain = replay(held, question(net, data, target, batch_size=5), checkpoints)
+    assert not held.held
+    assert torch.equal(plain.values, expected.values)
 
 
 def test_trak_of_sequences(

@@ -179,6 +179,24 @@ def test_missing_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         pretrained(path=str(other)).check()
 
 
+def test_a_model_of_unknown_size_is_checked_once_it_is_here(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows beforehand what has to be fetched; before it is loaded it is known."""
+    monkeypatch.setattr(hub, "this_machine", lambda: NO_GPU)
+    monkeypatch.setattr(hub, "_local", lambda path: None)
+    model = pretrained(path="somebody/unknown", download=True)
+    model.check()
+
+    def fetch(path: str, *, download: bool = False) -> Path:
+        monkeypatch.setattr(hub, "_local", lambda path: large)
+        return large
+
+    monkeypatch.setattr(hub, "locate", fetch)
+    with pytest.raises(ConfigError, match=r"8\.0 billion parameters and there is no GPU"):
+        model.tokenizer()
+
+
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"transformers, peft.*pip install 'fine_bench\[llm\]'"):

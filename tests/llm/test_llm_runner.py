@@ -94,6 +94,12 @@ def test_a_poisoning_experiment_that_fails_says_so(
     assert finished == {(n, "validation") for n in everything | asks} | {
         (n, "self") for n in everything | alone
     }
+    # gradients that LESS left count as if TracIn had computed them
+    costs = {(o.record.estimator, o.record.target): o.record.cost for o in outcomes}
+    assert costs["less", "validation"]["shared_seconds"] == 0.0
+    for target in ("self", "validation"):
+        cost = costs["tracin", target]
+        assert 0.0 < cost["shared_seconds"] < cost["seconds"]
     # two epochs of a model that knows nothing: nothing is steered, and nothing is detected
     assert "the poison did not take" in said[0]
     assert all("auroc" not in o.record.metrics for o in outcomes)
@@ -131,6 +137,9 @@ def test_detection_is_reported_where_the_poison_took(
     text = text_of(tmp_path)
     assert "recall in top 20 % ↑" in text
     assert "of them bad ↑" in text
+    assert "the oracle's ↓" in text
+    assert record.metrics["cure/oracle_test_loss"] > 0
+    assert record.training["cure_oracle_bad_removed"] == 5
     assert "it did in 2 of 2 seeds." in text
     assert "No detection is reported" not in text
     board = leaderboard.build(RecordStore(tmp_path))

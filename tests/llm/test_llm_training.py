@@ -25,7 +25,8 @@ from fine_bench.llm.tokens import render
 from fine_bench.llm.tuner import EpochCheckpoints, Tuner, kept_epochs, read_checkpoint, token_loader
 from fine_bench.llm.watchers import SequenceFINE, SequencePaperFINE
 from fine_bench.models.classifier import DivergedError
-from fine_bench.run import language
+from fine_bench.run import language, language_cure
+from fine_bench.run.language_cure import oracle
 from fine_bench.run.plan import Job
 from fine_bench.sequences import mean_token_loss, sum_token_loss
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
@@ -395,11 +396,40 @@ def test_what_is_measured_when_the_poison_took(folder: Path, tmp_path: Path) -> 
     assert (metrics["cure/removed"], metrics["cure/bad_removed"]) == (10.0, 6.0)
     assert 0 <= metrics["cure/steering_rate"] <= 1
     assert metrics["cure/test_loss"] > 0
+    assert "cure/oracle_test_loss" not in metrics  # of a run before there was an oracle
+    facts = oracle(this)
+    assert (facts["cure_oracle_removed"], facts["cure_oracle_bad_removed"]) == (10.0, 6.0)
+    again = language.measure(this, "validation", scores(perfect), took(**facts))
+    assert again["cure/oracle_test_loss"] == facts["cure_oracle_test_loss"] > 0
+    assert again["cure/oracle_steering_rate"] == facts["cure_oracle_steering_rate"]
+    # the same start and order, and six of the ten dropped samples are the same
+    assert again["cure/test_loss"] == metrics["cure/test_loss"]
     reverse = language.measure(
         job(replace(data, cure=0), folder, tmp_path), "validation", scores(-perfect), took()
     )
     assert reverse["auroc"] == 0.0
     assert not any(name.startswith("cure") for name in reverse)
+
+
+def test_an_oracle_drops_the_poison_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many as there is poison it trains on the good samples alone, in their order."""
+    data = task(folder, cure=6)
+    seen: list[Tensor] = []
+
+    def fit(job: Job, x: Tensor, y: Tensor, callbacks: Any, logger: Any) -> Any:
+        seen.append(x)
+        raise InterruptedError
+
+    monkeypatch.setattr(language_cure, "fit", fit)
+    for cure in (6, 3):
+        with pytest.raises(InterruptedError):
+            oracle(job(replace(data, cure=cure), folder, tmp_path))
+    assert torch.equal(seen[0], data.x[~data.truth.is_bad])
+    good = {tuple(row) for row in data.x[~data.truth.is_bad].tolist()}
+    assert len(seen[1]) == 57
+    assert good <= {tuple(row) for row in seen[1].tolist()}
 
 
 def test_without_truth_or_steering(folder: Path, files: dict[str, str], tmp_path: Path) -> None:
