@@ -315,7 +315,7 @@ def _replayed(
     scores = replay(estimator, problem, checkpoints, shared)
     cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
     shared_seconds = estimator.saved_seconds + (0.0 if memory is None else memory.saved - before)
-    if shared_seconds:
+    if shared_seconds or memory is not None:
         # in the cost of each cell that needs it, also where another cell had done the work
         cost["shared_seconds"] = shared_seconds
         cost["seconds"] += shared_seconds
