@@ -129,12 +129,12 @@ def step_size(optimizer: Any) -> float:
 
 
 def complement_from_logit_gradients(grad: Tensor) -> Tensor:
-    """1 − p_i from the cross-entropy's gradient at the logits ``(m, classes)``, ``(m,)``.
+    """1 − p_i from the cross-entropy's gradient at the logits ``(…, m, classes)``, ``(…, m)``.
 
     That gradient is p − onehot(y), so its positive entries sum to Σ_{k≠y} p_k = 1 − p_y: a sum of
     positive numbers, without cancellation.
     """
-    return grad.clamp_min(0.0).sum(1)
+    return grad.clamp_min(0.0).sum(-1)
 
 
 def refuse_other_losses(

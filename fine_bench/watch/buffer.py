@@ -51,6 +51,28 @@ class Step:
     factor: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Several steps with batches of one size, side by side; see ``Step``.
+
+    Attributes:
+        index: ``(S, m)``.
+        statistic: ``(S, …)``.
+        one_minus_p: ``(S, m)`` or None.
+        weight, factor: ``(S,)`` in float64.
+        numbers: of the steps.
+        relative: ``(S, m)`` or None.
+    """
+
+    index: Tensor
+    statistic: Tensor
+    one_minus_p: Tensor | None
+    weight: Tensor
+    factor: Tensor
+    numbers: list[int]
+    relative: Tensor | None = None
+
+
 class StepBuffer:
     """Collects the statistics of a few steps and turns them into effects together.
 
@@ -106,20 +128,35 @@ class StepBuffer:
             return
         steps, self._steps = self._steps, []
         index = torch.stack([s.index.cpu() for s in steps])
-        weight = torch.tensor([s.weight for s in steps], dtype=torch.float64)
-        effect, sigma = self._effects(steps)
-        factors = [s.factor for s in steps]
-        if any(factor != 1.0 for factor in factors):
-            factor = effect.new_tensor(factors)[:, None, None]
-            effect, sigma = effect * factor, sigma * factor
+        complements = [s.one_minus_p for s in steps if s.one_minus_p is not None]
+        relative = None
         if any(s.relative is not None for s in steps):
             ones = torch.ones(index.shape[1], dtype=torch.float64)
             relative = torch.stack([ones if s.relative is None else s.relative for s in steps])
-            effect = effect * relative[:, None].to(effect.device)
+        self.take(
+            Steps(
+                index,
+                torch.stack([s.statistic for s in steps]),
+                torch.stack(complements) if complements else None,
+                torch.tensor([s.weight for s in steps], dtype=torch.float64),
+                torch.tensor([s.factor for s in steps], dtype=torch.float64),
+                [s.number for s in steps],
+                relative,
+            )
+        )
+
+    def take(self, steps: Steps) -> None:
+        """Hand steps to the accumulator that are side by side already."""
+        index, weight = steps.index.cpu(), steps.weight
+        effect, sigma = self._effects(steps)
+        factor = steps.factor.to(effect)[:, None, None]
+        effect, sigma = effect * factor, sigma * factor
+        if steps.relative is not None:
+            effect = effect * steps.relative[:, None].to(effect.device)
         finite = (torch.isfinite(effect) & torch.isfinite(sigma)).flatten(1).all(1).cpu()
         if not bool(finite.all()):
             if self.first_not_finite is None:
-                self.first_not_finite = steps[int((~finite).nonzero()[0])].number
+                self.first_not_finite = steps.numbers[int((~finite).nonzero()[0])]
             self.n_not_finite += int((~finite).sum())
             index, effect, sigma = index[finite], effect[finite], sigma[finite]
             weight = weight[finite]
@@ -127,13 +164,11 @@ class StepBuffer:
                 return
         self.accumulator.observe_steps(index, effect, sigma, weight)
 
-    def _effects(self, steps: list[Step]) -> tuple[Tensor, Tensor]:
+    def _effects(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Effect and σ, each ``(S, R, m)``."""
-        statistic = torch.stack([s.statistic for s in steps])
+        statistic, complement = steps.statistic, steps.one_minus_p
         if self.kind == "directions":
             return direction_effects(statistic, self.contrast)
-        complements = [s.one_minus_p for s in steps if s.one_minus_p is not None]
-        complement = torch.stack(complements) if complements else None
         if self.kind == "gram":
             effect, sigma = self_effects(statistic, complement, self.contrast)
         elif self.kind == "diagonal":

@@ -42,9 +42,10 @@ class HeldSteps:
         """Whether there is no room for a further step."""
         return self._count > 0 and self._count >= self._capacity
 
-    @staticmethod
-    def serves(gradients: PerExampleGradients) -> bool:
+    def serves(self, gradients: PerExampleGradients) -> bool:
         """Whether these are small enough for several steps to be held."""
+        if self._count:
+            return True  # what is held is of the same layers; see ``alike``
         return WORTHWHILE * sum(block.n_floats for block in gradients.blocks) <= FLOATS
 
     def alike(self, gradients: PerExampleGradients) -> bool:

@@ -31,7 +31,7 @@ from fine_bench.watch.batches import (
     refuse_other_losses,
     refuse_repeats,
 )
-from fine_bench.watch.buffer import Kind, Step, StepBuffer
+from fine_bench.watch.buffer import Kind, Step, StepBuffer, Steps
 from fine_bench.watch.geometry import Euclidean, Whitened
 from fine_bench.watch.held import HeldSteps
 from fine_bench.watch.options import Options
@@ -53,31 +53,39 @@ class MicroBatch:
         index: which training examples, ``(m_k,)``.
         gradients: as the pass has them; None in a step too short for a standard deviation.
         scale: what makes them those of each example's own loss.
-        complement: 1 − p, ``(m_k,)``, where it is needed.
+        logit_gradients: of the loss at the logits, ``(m_k, classes)``, as the pass has them, where
+            1 − p is needed.
         parts: into how many parts the step's gradient is divided, A · W.
     """
 
     index: Tensor
     gradients: PerExampleGradients | None
     scale: float
-    complement: Tensor | None
+    logit_gradients: Tensor | None
     parts: int
+
+    @property
+    def complement(self) -> Tensor | None:
+        """1 − p, ``(m_k,)``."""
+        grad = self.logit_gradients
+        return None if grad is None else complement_from_logit_gradients(grad) * self.scale
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """A step whose statistic is still to come; see ``Step``.
+    """A step whose statistic is still to come.
 
     Attributes:
-        scale: what makes its gradients those of each example's own loss.
+        window: what it is put together from.
+        lr: η_t ρ of ``watch.window``.
+        number: of the step, for reports.
+        relative: see ``Step``.
     """
 
-    index: Tensor
-    one_minus_p: Tensor | None
-    weight: float
+    window: list[MicroBatch]
+    lr: float
     number: int
     relative: Tensor | None
-    scale: float
 
 
 class InBatch:
@@ -170,16 +178,16 @@ class InBatch:
             )
         recorder.stop()
         self._index = None
-        m, gradients, complement = len(index), None, None
+        m, gradients, logit_gradients = len(index), None, None
         n_processes = self.passes.processes.count
         scale = float(m * accumulates) / loss_scale
         if m >= MIN_BATCH or accumulates * n_processes > 1:
             gradients = PerExampleGradients(recorder.blocks(m))
             if self.options.needs_complement:
-                complement = self._complement(epoch, scale)
+                logit_gradients = self._logit_gradients(epoch, scale)
         recorder.clear()
         self._window.append(
-            MicroBatch(index, gradients, scale, complement, accumulates * n_processes)
+            MicroBatch(index, gradients, scale, logit_gradients, accumulates * n_processes)
         )
 
     def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
@@ -209,14 +217,7 @@ class InBatch:
         if not self.passes.ready():
             self.n_without_memory += 1
             return
-        index, complement = self._union(window)
-        gradients, scale = self._together(held)
-        weight = lr * weights.rms
-        if self.options.step_weight == "uncertainty":
-            assert complement is not None
-            weight = uncertainty_weight(weight, complement)
-        divisor = complement if self.options.divides else None
-        self._observe(gradients, Observation(index, divisor, weight, step, weights.relative, scale))
+        self._observe(Observation(window, lr * weights.rms, step, weights.relative))
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Nothing: the step was observed before it was taken."""
@@ -290,15 +291,11 @@ class InBatch:
             return parts[0]
         return stack_examples([_scaled(gradients, scale) for gradients, scale in parts]), 1.0
 
-    def _observe(self, gradients: PerExampleGradients, observation: Observation) -> None:
-        """Take the statistic of a step, now or with those of the next ones.
-
-        Args:
-            gradients: of the examples of this process.
-            observation: of the global batch.
-        """
-        self._look_at_queries(gradients, observation.scale)
-        if self._holds and HeldSteps.serves(gradients):
+    def _observe(self, observation: Observation) -> None:
+        """Take the statistic of a step, now or with those of the next ones."""
+        gradients, scale = self._together(observation.window)
+        self._look_at_queries(gradients, scale)
+        if self._holds and len(observation.window) == 1 and self._held.serves(gradients):
             if not self._held.alike(gradients):
                 self._settle()
             self._held.add(gradients)
@@ -307,26 +304,73 @@ class InBatch:
                 self._settle()
             return
         self._settle()
-        self._buffer.add(self._step(observation, self._statistic(gradients, observation)))
+        index, complement = self._union(observation.window)
+        weight = observation.lr
+        if self.options.step_weight == "uncertainty":
+            assert complement is not None
+            weight = uncertainty_weight(weight, complement)
+        self._buffer.add(
+            Step(
+                index,
+                self._statistic(gradients, scale, index, observation.number),
+                complement if self.options.divides else None,
+                weight,
+                observation.number,
+                observation.relative,
+                self._factor(scale),
+            )
+        )
 
     def _settle(self) -> None:
         """Take the statistics of the steps that wait."""
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        gradients, count = self._held.take(), len(waiting)
+        self._buffer.flush()
+        batches = [o.window[0] for o in waiting]
+        index = torch.stack([b.index for b in batches])
+        statistics = self._statistics(self._held.take(), index, [o.number for o in waiting])
+        scales = torch.tensor([b.scale for b in batches], dtype=torch.float64)
+        weight = torch.tensor([o.lr for o in waiting], dtype=torch.float64)
+        grads = [b.logit_gradients for b in batches if b.logit_gradients is not None]
+        complement = None
+        if grads:
+            complement = complement_from_logit_gradients(torch.stack(grads))
+            complement = complement * scales.to(complement)[:, None]
+            if self.options.step_weight == "uncertainty":
+                weight = weight * complement.double().mean(1).cpu()
+        factor = torch.tensor([self._factor(b.scale) for b in batches], dtype=torch.float64)
+        self._buffer.take(
+            Steps(
+                index,
+                statistics,
+                complement if self.options.divides else None,
+                weight,
+                factor,
+                [o.number for o in waiting],
+            )
+        )
+
+    def _statistics(
+        self, gradients: PerExampleGradients, index: Tensor, numbers: list[int]
+    ) -> Tensor:
+        """What the buffer takes of S steps, but for its scale, ``(S, …)``.
+
+        Args:
+            gradients: of one step after the other, ``(S · m, …)``.
+            index: ``(S, m)``.
+            numbers: of the steps.
+        """
+        count = len(index)
         if self._direction is not None:
             rows = gradients.contract(self._direction)
-            statistics = rows.reshape(len(rows), count, -1).transpose(0, 1)
-        elif self.options.reference_columns is not None:
-            chosen = torch.stack([self._chosen(o.index, o.number) for o in waiting])
-            own = gradients.norm2().reshape(count, -1)
-            columns = gradients.grams(count, chosen)
-            statistics = torch.cat([own[:, None], _mark(own, chosen), columns], 1)
-        else:
-            statistics = gradients.grams(count)
-        for observation, statistic in zip(waiting, statistics, strict=True):
-            self._buffer.add(self._step(observation, statistic))
+            return rows.reshape(len(rows), count, -1).transpose(0, 1)
+        if self.options.reference_columns is None:
+            return gradients.grams(count)
+        chosen = torch.stack([self._chosen(*pair) for pair in zip(index, numbers, strict=True)])
+        own = gradients.norm2().reshape(count, -1)
+        columns = gradients.grams(count, chosen.to(own.device))
+        return torch.cat([own[:, None], _mark(own, chosen.to(own.device)), columns], 1)
 
     def _look_at_queries(self, gradients: PerExampleGradients, scale: float) -> None:
         """Compute the queries' directions, if it is time."""
@@ -340,8 +384,16 @@ class InBatch:
                 self._direction = passes.directions(reference)
         self._steps_seen += 1
 
-    def _statistic(self, gradients: PerExampleGradients, observation: Observation) -> Tensor:
-        """What the buffer takes, but for its scale."""
+    def _statistic(
+        self, gradients: PerExampleGradients, scale: float, index: Tensor, number: int
+    ) -> Tensor:
+        """What the buffer takes of one step, but for its scale.
+
+        Args:
+            gradients: of the examples of this process, which lack the factor ``scale``.
+            index: of the examples of all processes, ``(m,)``.
+            number: of the step.
+        """
         passes = self.passes
         if self._direction is not None:
             return passes.processes.join(gradients.contract(self._direction).T).T
@@ -349,19 +401,18 @@ class InBatch:
         if self.options.model_noise:
             assert isinstance(passes.metric, Whitened)
             # its noise is a root of its statistic, so the scale cannot wait
-            return torch.stack(passes.metric.own_and_total(gradients)) * observation.scale**2
+            return torch.stack(passes.metric.own_and_total(gradients)) * scale**2
         if self.options.reference_columns is not None:
-            chosen = self._chosen(observation.index, observation.number)
+            chosen = self._chosen(index, number)
             own, columns = passes.metric.own_and_rows(gradients, chosen)
             return torch.cat([own[None], _mark(own, chosen), columns])
         return passes.metric.gram(gradients)
 
-    def _step(self, o: Observation, statistic: Tensor) -> Step:
-        # products of two gradients that lack their scale, or of one with a direction
-        factor = o.scale**2 if self._direction is None else o.scale
-        if self.options.model_noise and self._direction is None:
-            factor = 1.0
-        return Step(o.index, statistic, o.one_minus_p, o.weight, o.number, o.relative, factor)
+    def _factor(self, scale: float) -> float:
+        """The scale of effects: of products of two gradients that lack it, or of one."""
+        if self._direction is not None:
+            return scale
+        return 1.0 if self.options.model_noise else scale**2
 
     def _chosen(self, index: Tensor, step: int) -> Tensor:
         """Which examples of the batch the others are compared with, ``(r,)``."""
@@ -370,8 +421,8 @@ class InBatch:
         # among the examples by position: the draw does not depend on the order in the batch
         return index.cpu().argsort()[drawn].sort().values.to(index.device)
 
-    def _complement(self, epoch: int, scale: float) -> Tensor:
-        """1 − p of the batch, from the layer that ran last."""
+    def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
+        """The gradient at the output of the layer that ran last, looked at once an epoch."""
         call = self.recorder.calls[-1]
         assert call.grad is not None
         precise = call.grad.dtype not in (torch.bfloat16, torch.float16)
@@ -387,7 +438,7 @@ class InBatch:
             else:
                 option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
                 refuse_other_losses(call.output, grad, option, instead, eps=eps)
-        return complement_from_logit_gradients(plain) * scale
+        return plain
 
 
 def _scaled(gradients: PerExampleGradients, scale: float) -> PerExampleGradients:
