@@ -367,10 +367,10 @@ class InBatch:
             return rows.reshape(len(rows), count, -1).transpose(0, 1)
         if self.options.reference_columns is None:
             return gradients.grams(count)
-        chosen = torch.stack([self._chosen(*pair) for pair in zip(index, numbers, strict=True)])
+        chosen = self._chosen(index, numbers)
         own = gradients.norm2().reshape(count, -1)
-        columns = gradients.grams(count, chosen.to(own.device))
-        return torch.cat([own[:, None], _mark(own, chosen.to(own.device)), columns], 1)
+        columns = gradients.grams(count, chosen)
+        return torch.cat([own[:, None], _mark(own, chosen), columns], 1)
 
     def _look_at_queries(self, gradients: PerExampleGradients, scale: float) -> None:
         """Compute the queries' directions, if it is time."""
@@ -403,7 +403,7 @@ class InBatch:
             # its noise is a root of its statistic, so the scale cannot wait
             return torch.stack(passes.metric.own_and_total(gradients)) * scale**2
         if self.options.reference_columns is not None:
-            chosen = self._chosen(index, number)
+            chosen = self._chosen(index[None], [number])[0]
             own, columns = passes.metric.own_and_rows(gradients, chosen)
             return torch.cat([own[None], _mark(own, chosen), columns])
         return passes.metric.gram(gradients)
@@ -414,12 +414,23 @@ class InBatch:
             return scale
         return 1.0 if self.options.model_noise else scale**2
 
-    def _chosen(self, index: Tensor, step: int) -> Tensor:
-        """Which examples of the batch the others are compared with, ``(r,)``."""
-        generator = stream(self.options.seed, f"fine/columns/step {step}")
-        drawn = torch.randperm(len(index), generator=generator)[: self.options.reference_columns]
+    def _chosen(self, index: Tensor, numbers: list[int]) -> Tensor:
+        """Which examples of each batch the others are compared with, ``(S, r)``.
+
+        Args:
+            index: ``(S, m)``.
+            numbers: of the steps.
+        """
+        m, seed = index.shape[1], self.options.seed
+        drawn = torch.stack(
+            [
+                torch.randperm(m, generator=stream(seed, f"fine/columns/step {number}"))
+                for number in numbers
+            ]
+        )[:, : self.options.reference_columns]
         # among the examples by position: the draw does not depend on the order in the batch
-        return index.cpu().argsort()[drawn].sort().values.to(index.device)
+        chosen = index.cpu().argsort(1).gather(1, drawn)
+        return chosen.sort(1).values.to(index.device)
 
     def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
         """The gradient at the output of the layer that ran last, looked at once an epoch."""
