@@ -324,6 +324,8 @@ def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background jobs ignore the signal, and hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 300
     while not list(tmp_path.rglob("[!.]*.safetensors")):
@@ -340,12 +342,16 @@ def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["banks"]
 
 
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["bank", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        command.main()
-    GlobalHydra.instance().clear()
-    said = capsys.readouterr().out
+def test_help() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "fine_bench.bank", "--help"],
+        env=environment() | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout
     assert said.startswith("python -m fine_bench.bank: train the models of a retraining bank")
     for part in ("bank.definition.singles=100", "task: ", "seeds_per_subset: 5"):
         assert part in said
