@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
+from fine_bench.fine_error import INFLATION
 from fine_bench.models import Classifier
 
 N, BATCH, EPOCHS, LR, CLASSES = 48, 12, 6, 0.2, 3
@@ -81,6 +82,7 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
 
     shift, variance, total, squares = (torch.zeros(N).double() for _ in range(4))
     seen, times = torch.zeros(N).double(), torch.zeros(N).double()
+    blocks: list[list[tuple[float, float]]] = [[] for _ in range(N)]
     for t, (params, index, epoch) in enumerate(diary.steps):
         times[index] += 1
         if (t + epoch) % every:
@@ -90,6 +92,7 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
         for row, i in enumerate(index.tolist()):
             others = torch.cat([gram[row, :row], gram[row, row + 1 :]])
             effect, sigma = gram[row, row] - others.mean(), others.std()
+            blocks[i].append((float(LR * effect), float((LR * sigma) ** 2)))
             shift[i] += LR * effect
             variance[i] += (LR * sigma) ** 2
             total[i] += effect / (BATCH**0.5 * sigma)
@@ -105,6 +108,17 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
     assert torch.equal(scores.n_observations, seen.long())
     assert 0 < float(seen.sum()) < EPOCHS * N
     torch.testing.assert_close(scores.values[0].double(), expected, rtol=1e-4, atol=1e-5)
+    if composition == "accumulated":
+        # the linear jackknife over an example's observations, each standing for ``ratio`` of them
+        for i in range(N):
+            k, found = len(blocks[i]), float(scores.std_error[0, i])
+            if k < 2:
+                assert found == float("inf")
+                continue
+            u, v = (ratio[i] * torch.tensor(part).double() for part in zip(*blocks[i], strict=True))
+            z = u / (N * v.sum()).sqrt() - expected[i] * v / (2 * v.sum())
+            error = INFLATION * float((k / (k - 1) * (z - z.mean()).square().sum()).sqrt())
+            assert abs(found - error) <= 1e-3 * error + 1e-4
     bound = (ratio * squares).sqrt()
     torch.testing.assert_close(scores.extras["bound"][0].double(), bound, rtol=1e-4, atol=1e-5)
 
