@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -370,12 +370,9 @@ class FINECallback(pl.Callback):
         """Go on after an interruption."""
         self._saved = state_dict or None
 
-    @contextmanager
-    def _timed(self) -> Iterator[InBatch | Snapshots]:
-        assert self._schedule is not None
-        start = time.perf_counter()
-        yield self._schedule
-        self.seconds += time.perf_counter() - start
+    def _timed(self) -> _Timed:
+        """The schedule, in a context that adds its time to ``seconds``."""
+        return _Timed(self)
 
     def _close(self) -> None:
         if self._recorder is not None:
@@ -383,6 +380,25 @@ class FINECallback(pl.Callback):
             self._recorder = None
         if self._schedule is not None:
             self._schedule.close()
+
+
+class _Timed:
+    """See ``FINECallback._timed``. It is entered several times a step; a generator costs more."""
+
+    __slots__ = ("callback", "start")
+
+    def __init__(self, callback: FINECallback) -> None:
+        self.callback = callback
+
+    def __enter__(self) -> InBatch | Snapshots:
+        schedule = self.callback._schedule
+        assert schedule is not None
+        self.start = time.perf_counter()
+        return schedule
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.callback.seconds += time.perf_counter() - self.start
 
 
 def _distinguishing(options: Options) -> dict[str, Any]:

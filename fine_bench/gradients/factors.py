@@ -296,4 +296,10 @@ class FactorBlock:
 
 def group_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     """Rows ``(G, r)`` of each group of ``(G, m, K)``; all if None."""
-    return x if rows is None else x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+    if rows is None:
+        return x
+    groups, m, width = x.shape
+    first = m * torch.arange(groups, device=x.device)[:, None]
+    # whole rows are copied, where ``gather`` would look up every number
+    found = x.reshape(groups * m, width).index_select(0, (first + rows).flatten())
+    return found.view(groups, -1, width)

@@ -17,8 +17,8 @@ from fine_bench.gradients.blocks import PerExampleGradients
 CAPACITY = 32
 """Steps held at most."""
 
-FLOATS = 2**20
-"""Numbers held at most: about what stays in a CPU's cache."""
+FLOATS = 2**21
+"""Numbers held at most: about what stays in a CPU's last cache."""
 
 WORTHWHILE = 3
 """Steps below which holding them back saves nothing."""
@@ -31,7 +31,7 @@ class HeldSteps:
         self._like: PerExampleGradients | None = None
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         self._room: list[Tensor] = []
-        self._capacity = 0
+        self._places: list[tuple[Tensor, ...]] = []  # of each step in the room
         self._count = 0
 
     def __len__(self) -> int:
@@ -40,31 +40,35 @@ class HeldSteps:
     @property
     def full(self) -> bool:
         """Whether there is no room for a further step."""
-        return self._count > 0 and self._count >= self._capacity
+        return self._count > 0 and self._count >= len(self._places)
 
     def serves(self, gradients: PerExampleGradients) -> bool:
         """Whether these are small enough for several steps to be held."""
         if self._count:
-            return True  # what is held is of the same layers; see ``alike``
+            return True  # what is held is of the same layers; see ``add``
         return WORTHWHILE * sum(block.n_floats for block in gradients.blocks) <= FLOATS
 
-    def alike(self, gradients: PerExampleGradients) -> bool:
-        """Whether what is held, if anything, has the shapes of these."""
-        return not self._count or self._shapes == _shapes(gradients)
+    def add(self, gradients: PerExampleGradients) -> bool:
+        """Copy one step's gradients; see ``full``.
 
-    def add(self, gradients: PerExampleGradients) -> None:
-        """Copy one step's gradients; see ``full`` and ``alike``."""
-        parts = _parts(gradients)
-        shapes = _shapes(gradients)
+        Returns:
+            whether they are held: they are not where what is held has other shapes.
+        """
+        parts = [part for block in gradients.blocks for part in block.tensors]
+        shapes = [(part.shape, part.dtype, part.device) for part in parts]
         if self._shapes != shapes:
-            assert not self._count
+            if self._count:
+                return False
             floats = sum(block.n_floats for block in gradients.blocks)
-            self._capacity = max(1, min(CAPACITY, FLOATS // floats))
-            self._room = [part.new_empty(self._capacity, *part.shape) for part in parts]
+            capacity = max(1, min(CAPACITY, FLOATS // floats))
+            self._room = [part.new_empty(capacity, *part.shape) for part in parts]
+            # views of all places are made once: indexing costs more than copying a small step
+            self._places = list(zip(*(room.unbind() for room in self._room), strict=True))
             self._shapes, self._like = shapes, gradients
-        for room, part in zip(self._room, parts, strict=True):
-            room[self._count] = part
+        for place, part in zip(self._places[self._count], parts, strict=True):
+            place.copy_(part)
         self._count += 1
+        return True
 
     def take(self) -> PerExampleGradients:
         """The S steps' gradients, one step after the other, ``(S · m, …)``; nothing stays held.
@@ -79,11 +83,3 @@ class HeldSteps:
             parts = [next(rooms)[:count].flatten(0, 1) for _ in block.tensors]
             blocks.append(block.with_tensors(*parts))
         return PerExampleGradients(blocks)
-
-
-def _parts(gradients: PerExampleGradients) -> list[Tensor]:
-    return [part for block in gradients.blocks for part in block.tensors]
-
-
-def _shapes(gradients: PerExampleGradients) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-    return [(part.shape, part.dtype, part.device) for part in _parts(gradients)]

@@ -296,9 +296,9 @@ class InBatch:
         gradients, scale = self._together(observation.window)
         self._look_at_queries(gradients, scale)
         if self._holds and len(observation.window) == 1 and self._held.serves(gradients):
-            if not self._held.alike(gradients):
+            if not self._held.add(gradients):
                 self._settle()
-            self._held.add(gradients)
+                self._held.add(gradients)
             self._waiting.append(observation)
             if self._held.full:
                 self._settle()

@@ -49,6 +49,8 @@ def window_weights(sizes: Sequence[int], parts: Sequence[int]) -> WindowWeights:
         sizes: m_k, the number of examples of each micro-batch of each process, ≥ 1.
         parts: A · W for each of them: into how many equal parts the step's gradient is divided.
     """
+    if len(sizes) == 1:  # nearly every step: plain numbers
+        return WindowWeights(sizes[0], 1.0 / parts[0], 1.0 / parts[0], None)
     m = sum(sizes)
     r = [m / (size * part) for size, part in zip(sizes, parts, strict=True)]
     if all(value == r[0] for value in r):
