@@ -85,6 +85,8 @@ def settings(load: Workload) -> dict[str, Callable[[], FINECallback]]:
         f"self, {columns} reference columns": lambda: FINECallback(
             "self", reference_columns=columns
         ),
+        "self, sketch of 16": lambda: FINECallback("self", sketch=16),
+        "self, sketch of 8": lambda: FINECallback("self", sketch=8),
         "self, exact Gram, every 4th step": lambda: FINECallback("self", observe_every=4),
         **{f"validation, refreshed every {k} steps": validation(k) for k in (20, 50, 100)},
     }

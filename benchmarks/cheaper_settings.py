@@ -35,6 +35,7 @@ from fine_bench.types import SUSPICIOUS_END
 REFRESH = (1, 5, 20, 50, 100, 500)
 EVERY = (1, 2, 4, 8)
 COLUMNS = (8, 16, 32)
+SKETCH = (8, 16, 32, 64)
 FULL = {"self": "one step in 1", "validation": "queries every 1 steps"}
 
 
@@ -49,6 +50,7 @@ def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINEC
     found |= {
         ("self", f"{k} reference columns"): watch("self", reference_columns=k) for k in COLUMNS
     }
+    found |= {("self", f"sketch of {k}"): watch("self", sketch=k) for k in SKETCH}
     for k in REFRESH:
         found["validation", f"queries every {k} steps"] = watch("validation", refresh_every=k)
     for k in EVERY[1:]:

@@ -87,6 +87,10 @@ class FINECallback(pl.Callback):
         observe_every: in-batch: observe one step in so many, ≥ 1, a different one each epoch.
             Cheaper in that proportion, and noisier; the observed steps stand for the others, so
             that μ stays that of the whole run.
+        sketch: for *self* in-batch: estimate products of gradients from so many random
+            combinations of each layer's inputs and of its output gradients, ≥ 2, instead of taking
+            them exactly (``fine_bench.gradients.sketch``). Much cheaper for layers that are wide
+            or are applied at many positions, and noisier.
         watched: positions that snapshots score; None for all.
         refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
             None for one an epoch (before its first step; in snapshots at the epoch's first).
@@ -167,6 +171,7 @@ class FINECallback(pl.Callback):
         n_reference: int = 64,
         reference_columns: int | None = None,
         observe_every: int = 1,
+        sketch: int | None = None,
         watched: Sequence[int] | Tensor | None = None,
         refit_every: int | None = None,
         fit_examples: int = 2000,
@@ -195,6 +200,7 @@ class FINECallback(pl.Callback):
             n_reference=n_reference,
             reference_columns=reference_columns,
             observe_every=observe_every,
+            sketch=sketch,
             watched=watched,
             refit_every=refit_every,
             fit_examples=fit_examples,

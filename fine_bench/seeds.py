@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive(seed: int, name: str) -> int:
@@ -23,3 +25,11 @@ def derive(seed: int, name: str) -> int:
 def stream(seed: int, name: str) -> torch.Generator:
     """A CPU generator for the stream ``name`` of ``seed``."""
     return torch.Generator().manual_seed(derive(seed, name))
+
+
+def random_signs(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Independent ±1, ``(rows, columns)`` float32, one random bit each."""
+    count = rows * columns
+    octets = torch.empty((count + 7) // 8, dtype=torch.uint8).random_(0, 256, generator=generator)
+    bits = torch.from_numpy(np.unpackbits(octets.numpy(), count=count))
+    return bits.view(rows, columns).float().mul_(2.0).sub_(1.0)

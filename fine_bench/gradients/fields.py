@@ -110,6 +110,11 @@ class Fields:
         """The convolution's output for another weight ``(O, C, k, k)``, ``(B, O, H', W')``."""
         return F.conv2d(self._padded, weight, dilation=self.dilation)
 
+    def combined(self, matrix: Tensor) -> Tensor:
+        """Combinations of all fields by a matrix ``(K, C · k²)``, ``(B, T, K)``."""
+        weight = matrix.view(-1, self.x.shape[1], *self.kernel)
+        return self.convolved(weight).flatten(2).transpose(1, 2)
+
     def weight_gradient(self, b: Tensor) -> Tensor:
         """Gradient of the weight ``(O, C, k, k)``, summed over examples, for b ``(B, O, T)``."""
         shape = (b.shape[1], self.x.shape[1], *self.kernel)

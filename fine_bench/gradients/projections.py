@@ -37,7 +37,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +57,7 @@ from fine_bench.gradients.projection_blocks import (
     shapes,
     token_rows,
 )
-from fine_bench.seeds import stream
+from fine_bench.seeds import random_signs, stream
 
 ProjectionKind: TypeAlias = Literal["none", "gaussian", "rademacher", "sjlt", "factorized"]
 
@@ -229,10 +228,7 @@ class Rademacher(_DenseRows):
     """Independent ±1/√dim, one random bit each."""
 
     def _portion(self, generator: torch.Generator) -> Tensor:
-        n_bytes = (PORTION * self.dim + 7) // 8
-        octets = torch.empty(n_bytes, dtype=torch.uint8).random_(0, 256, generator=generator)
-        bits = torch.from_numpy(np.unpackbits(octets.numpy(), count=PORTION * self.dim))
-        return bits.view(PORTION, self.dim).float().mul_(2.0).sub_(1.0)
+        return random_signs(PORTION, self.dim, generator)
 
 
 class SparseJL(_Unstructured):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +32,30 @@ OTHER_PARAMETERS = "other parameters"
 """Name of the block of trained parameters that belong to no recorded layer."""
 
 
+class Reduce(Protocol):
+    """Makes of a block what is wanted of it, as soon as its layer's gradient is there."""
+
+    def __call__(self, block: Block) -> Block:
+        """What to keep of one application of a layer; linear in the gradient."""
+        ...
+
+    def sum(self, blocks: Sequence[Block]) -> Block:
+        """The gradient of a layer's several applications, from what was kept of each."""
+        ...
+
+
 @dataclass(eq=False)
 class Call:
     """One application of a layer during a forward pass."""
 
     name: str
     layer: nn.Module
-    input: Tensor
+    input: Tensor | None
     output: Tensor | None = None
     edge: GradientEdge | None = None
     grad: Tensor | None = None
     features: Tensor | Fields | None = None
+    reduced: Block | None = None
 
 
 class LayerRecorder:
@@ -62,6 +75,9 @@ class LayerRecorder:
         layers: the recorded layers by name.
         leftover: names of trained parameters that no recorded layer covers.
         keep_outputs: whether a tapped pass also keeps the layers' outputs.
+        reduce: what is made of the block of one application of a layer, as soon as its gradient is
+            there; it must be linear in the gradient. The last layer's gradient at the output is
+            kept beside it.
 
     Raises:
         UnsupportedProblemError: nothing is trained, or a layer that cannot be watched is.
@@ -78,6 +94,8 @@ class LayerRecorder:
         self.calls: list[Call] = []
         self.armed = False
         self.keep_outputs = False
+        self.reduce: Reduce | None = None
+        self._batch_size: int | None = None
         self._handles: list[RemovableHandle] = []
         self.model = model
         chosen = _select(model, layers)
@@ -134,9 +152,14 @@ class LayerRecorder:
             found[OTHER_PARAMETERS] = [named[name] for name in self.leftover]
         return found
 
-    def start(self) -> None:
-        """Forget the last pass and record the next one."""
+    def start(self, batch_size: int | None = None) -> None:
+        """Forget the last pass and record the next one.
+
+        Args:
+            batch_size: number of its examples, where it is known; needed to ``reduce`` early.
+        """
         self.calls = []
+        self._batch_size = batch_size
         self.armed = True
         self._totals.clear()
         if self._unchecked and not self._total_handles:
@@ -179,11 +202,31 @@ class LayerRecorder:
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
-            output.register_hook(partial(_keep, call))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
             if self.keep_outputs:
                 call.output = output.detach()
         else:
             call.edge = get_gradient_edge(output)
+
+    def _keep(self, call: Call, grad: Tensor) -> None:
+        if call.reduced is not None:
+            return
+        call.grad = grad.detach()
+        early = self.reduce is not None and not self._unchecked and call.grad is not None
+        if early and self._batch_size is not None and self.armed:
+            self._reduce(call, self._batch_size, 1.0)
+            # what the pass goes on to use is still in the cache; what it is done with, it may free
+            call.input = call.features = None
+            if call is not self.calls[-1]:
+                call.grad = None
+
+    def _reduce(self, call: Call, batch_size: int, scale: float) -> Block:
+        assert self.reduce is not None
+        if call.reduced is None:
+            with torch.no_grad():
+                block = self._block_of(call.name, *self._factors(call, batch_size, scale))
+                call.reduced = self.reduce(block)
+        return call.reduced
 
     def _keep_total(self, key: int, grad: Tensor) -> None:
         if self.armed and LayerRecorder._exclusive in (None, self):
@@ -227,10 +270,13 @@ class LayerRecorder:
         by_layer: dict[str, list[Call]] = {name: [] for name in self.layers}
         for call in self.calls:
             by_layer[call.name].append(call)
-        blocks = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
         if self._unchecked and self._totals:
-            self._check(blocks, scale)
-        return blocks
+            whole = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
+            self._check(whole, scale)
+            if self.reduce is None:
+                return whole
+        make = self._block if self.reduce is None else self._reduced
+        return [make(name, by_layer[name], batch_size, scale) for name in self.layers]
 
     def block(self, name: str, batch_size: int) -> Block:
         """The block of one layer.
@@ -244,23 +290,41 @@ class LayerRecorder:
     def _block(self, name: str, calls: list[Call], batch_size: int, scale: float) -> Block:
         parts = [self._factors(c, batch_size, scale) for c in calls if c.grad is not None]
         if not parts:
-            raise UnsupportedProblemError(
-                f"layer {name!r} took no part in the loss, so its per-example gradients are "
-                f"unknown; leave it out with layers=[...] or set requires_grad=False"
-            )
-        kind, layer = self._kinds[name], self.layers[name]
+            raise self._no_part(name)
         if len(parts) == 1:
-            a, b = parts[0]
-            if isinstance(a, Fields):
-                return kind.block_of_fields(name, layer, a, b)
-            return kind.block(name, layer, a, b)
+            return self._block_of(name, *parts[0])
         # a layer used several times sums its gradients: its uses are further positions
         features = torch.cat([a.full if isinstance(a, Fields) else a for a, _ in parts], 1)
-        return kind.block(name, layer, features, torch.cat([b for _, b in parts], 1))
+        return self._block_of(name, features, torch.cat([b for _, b in parts], 1))
+
+    def _reduced(self, name: str, calls: list[Call], batch_size: int, scale: float) -> Block:
+        assert self.reduce is not None
+        parts = [
+            self._reduce(c, batch_size, scale)
+            for c in calls
+            if c.grad is not None or c.reduced is not None
+        ]
+        if not parts:
+            raise self._no_part(name)
+        return parts[0] if len(parts) == 1 else self.reduce.sum(parts)
+
+    def _block_of(self, name: str, a: Tensor | Fields, b: Tensor) -> Block:
+        kind, layer = self._kinds[name], self.layers[name]
+        if isinstance(a, Fields):
+            return kind.block_of_fields(name, layer, a, b)
+        return kind.block(name, layer, a, b)
+
+    @staticmethod
+    def _no_part(name: str) -> UnsupportedProblemError:
+        return UnsupportedProblemError(
+            f"layer {name!r} took no part in the loss, so its per-example gradients are "
+            f"unknown; leave it out with layers=[...] or set requires_grad=False"
+        )
 
     def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Tensor | Fields, Tensor]:
         """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
         assert call.grad is not None
+        assert call.input is not None
         x, grad, layer, kind = call.input, call.grad, call.layer, self._kinds[call.name]
         if x.ndim == 0 or x.shape[0] != batch_size or self._counts_positions(x, layer):
             advice = ""
@@ -346,10 +410,6 @@ def refuse_batch_coupling(model: nn.Module) -> None:
             module.training or module.running_mean is None
         ):
             raise UnsupportedProblemError(f"{name}: {batch_coupling_reason(module)}")
-
-
-def _keep(call: Call, grad: Tensor) -> None:
-    call.grad = grad.detach()
 
 
 def _select(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:

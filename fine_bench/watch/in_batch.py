@@ -22,6 +22,7 @@ from torch import Tensor
 from fine_bench.fine import MIN_BATCH, FineAccumulator, uncertainty_weight
 from fine_bench.gradients.blocks import Direction, PerExampleGradients
 from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.gradients.sketch import Sketch
 from fine_bench.gradients.stacking import stack_examples
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
@@ -114,6 +115,8 @@ class InBatch:
         if options.reference_columns is not None:
             kind = "columns"
         self._buffer = StepBuffer(self.accumulator, options.contrast, kind=kind)
+        self._sketch = None if options.sketch is None else Sketch(options.sketch, options.seed)
+        recorder.reduce = self._sketch
         self._held = HeldSteps()
         self._waiting: list[Observation] = []
         metric = passes.metric
@@ -148,11 +151,13 @@ class InBatch:
             self.accumulator.pass_over(self.passes.processes.join(index))
             return
         self._index = index
+        if self._sketch is not None:
+            self._sketch.at_step(step)
         if self.passes.fit_if_due(step, epoch):
             self._direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
         self.recorder.keep_outputs = self.options.needs_complement and epoch != self._checked_epoch
-        self.recorder.start()
+        self.recorder.start(len(index))
 
     def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
         """The gradients of a micro-batch are there.

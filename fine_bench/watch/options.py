@@ -52,6 +52,7 @@ class Options:
     n_reference: int
     reference_columns: int | None
     observe_every: int
+    sketch: int | None
     watched: Sequence[int] | Tensor | None
     refit_every: int | None
     fit_examples: int
@@ -110,6 +111,7 @@ class Options:
             ("n_reference", MIN_REFERENCE),
             ("reference_columns", MIN_REFERENCE),
             ("observe_every", 1),
+            ("sketch", 2),
             ("refit_every", 1),
             ("fit_examples", 2),
             ("seed", 0),
@@ -154,6 +156,8 @@ class Options:
             )
         if self.reference_columns is not None:
             self._check_columns()
+        if self.sketch is not None:
+            self._check_sketch()
         if self.observe_every != 1 and self.schedule != "in_batch":
             raise ValueError(
                 f"observe_every={self.observe_every} thins out the steps that are observed "
@@ -176,6 +180,23 @@ class Options:
             raise ValueError(
                 f"reference_columns={self.reference_columns} chooses columns of the Gram matrix "
                 f"of a batch, for the target self; but {wrong}: leave it out"
+            )
+
+    def _check_sketch(self) -> None:
+        wrong = None
+        if self.schedule != "in_batch":
+            wrong = f"schedule={self.schedule!r} takes few passes and exact products"
+        elif self.target != "self":
+            wrong = (
+                f"for target={self.target!r} the products are small beside the gradients, and "
+                "the sketch's error is not"
+            )
+        elif self.geometry != "euclidean" or self.preconditioner is not None:
+            wrong = "other geometries than the Euclidean one weigh the gradients' own coordinates"
+        if wrong is not None:
+            raise ValueError(
+                f"sketch={self.sketch} estimates the Gram matrix of a batch, for the target self; "
+                f"but {wrong}: leave it out"
             )
 
     @property
