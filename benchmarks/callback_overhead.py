@@ -13,8 +13,9 @@ random numbers and tokens (time does not depend on their values); networks and b
 and a Markdown table of the ratios.
 
 Settings: ``self`` with the exact Gram matrix of the batch (margin, and loss), with 16 reference
-columns of it (8 in batches of 16), and with the exact one at every fourth step; ``validation`` with
-500 queries (128 and 64 for the long transformers) whose directions are computed anew every 20, 50
+columns of it (8 in batches of 16), and with the exact one at every fourth step; from sketches of 16 (of
+layers that are applied at several positions; the ``mlp`` has none), at every step and every second
+one; ``validation`` with 500 queries (128 and 64 for the long transformers) whose directions are computed anew every 20, 50
 and 100 steps.
 
 Arithmetic bounds the exact Gram matrix from below. For a linear layer with P weights, a batch of B
@@ -86,7 +87,9 @@ def settings(load: Workload) -> dict[str, Callable[[], FINECallback]]:
             "self", reference_columns=columns
         ),
         "self, sketch of 16": lambda: FINECallback("self", sketch=16),
-        "self, sketch of 8": lambda: FINECallback("self", sketch=8),
+        "self, sketch of 16, every 2nd step": lambda: FINECallback(
+            "self", sketch=16, observe_every=2
+        ),
         "self, exact Gram, every 4th step": lambda: FINECallback("self", observe_every=4),
         **{f"validation, refreshed every {k} steps": validation(k) for k in (20, 50, 100)},
     }

@@ -51,6 +51,7 @@ def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINEC
         ("self", f"{k} reference columns"): watch("self", reference_columns=k) for k in COLUMNS
     }
     found |= {("self", f"sketch of {k}"): watch("self", sketch=k) for k in SKETCH}
+    found["self", "sketch of 16, one step in 2"] = watch("self", sketch=16, observe_every=2)
     for k in REFRESH:
         found["validation", f"queries every {k} steps"] = watch("validation", refresh_every=k)
     for k in EVERY[1:]:
