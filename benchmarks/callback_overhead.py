@@ -13,15 +13,16 @@ random numbers and tokens (time does not depend on their values); networks and b
 and a Markdown table of the ratios.
 
 Settings: ``self`` with the exact Gram matrix of the batch (margin, and loss), with 16 reference
-columns of it (8 in batches of 16), and with the exact one at every fourth step; from sketches of 16 (of
-layers that are applied at several positions; the ``mlp`` has none), at every step and every second
-one; ``validation`` with 500 queries (128 and 64 for the long transformers) whose directions are computed anew every 20, 50
+columns of it (8 in batches of 16), and with the exact one at every fourth step; from sketches of 16
+at every step and every second one (the ``mlp`` has no layer that is sketched); ``validation`` with
+500 queries (128 and 64 for the long transformers) whose directions are computed anew every 20, 50
 and 100 steps.
 
 Arithmetic bounds the exact Gram matrix from below. For a linear layer with P weights, a batch of B
 sequences of T tokens costs 3 B T P multiplications in training; forming each example's gradient
 costs B T P and the Gram matrix B² P, together (T + B)/(3 T) of it. With images in a linear layer
-(T = 1) it follows from the layer's inputs instead, B² (I + O) for I inputs and O outputs.
+(T = 1) it follows from the layer's inputs instead, B² (I + O) for I inputs and O outputs. A sketch
+of k takes B T k (I + O + k).
 """
 
 from __future__ import annotations

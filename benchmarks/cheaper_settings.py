@@ -1,6 +1,10 @@
-"""What cheaper settings of in-batch f-INE lose: fewer refreshes, steps or columns.
+"""What cheaper settings of in-batch f-INE lose: fewer refreshes, steps or columns, and sketches.
 
     FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py [--seeds 0 1 2] [--out results/cheaper]
+    FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py --targets self --overrides model=cnn
+        --out results/cheaper--cnn
+
+Sketches are for layers that are applied at several positions, so of the second form only.
 
 Every setting watches the same training (``--experiment``, one run a seed), so that its scores
 differ from the full setting's for no other reason than the setting. For each: Spearman's
@@ -39,7 +43,9 @@ SKETCH = (8, 16, 32, 64)
 FULL = {"self": "one step in 1", "validation": "queries every 1 steps"}
 
 
-def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINECallback]]:
+def settings(
+    queries: TensorDataset, targets: Sequence[str], *, sketches: bool
+) -> dict[tuple[str, str], Callable[[], FINECallback]]:
     """What is compared, by target and name; the first of a target is the full setting."""
 
     def watch(target: Any, **options: Any) -> Callable[[], FINECallback]:
@@ -50,30 +56,32 @@ def settings(queries: TensorDataset) -> dict[tuple[str, str], Callable[[], FINEC
     found |= {
         ("self", f"{k} reference columns"): watch("self", reference_columns=k) for k in COLUMNS
     }
-    found |= {("self", f"sketch of {k}"): watch("self", sketch=k) for k in SKETCH}
-    found["self", "sketch of 16, one step in 2"] = watch("self", sketch=16, observe_every=2)
+    if sketches:
+        found |= {("self", f"sketch of {k}"): watch("self", sketch=k) for k in SKETCH}
+        found["self", "sketch of 16, one step in 2"] = watch("self", sketch=16, observe_every=2)
     for k in REFRESH:
         found["validation", f"queries every {k} steps"] = watch("validation", refresh_every=k)
     for k in EVERY[1:]:
         found["validation", f"queries every 20 steps, one step in {k}"] = watch(
             "validation", refresh_every=max(1, 20 // k), observe_every=k
         )
-    return found
+    return {key: make for key, make in found.items() if key[0] in targets}
 
 
-def measure(experiment: str, seeds: Sequence[int], results: Path, work: Path) -> pd.DataFrame:
+def measure(arguments: argparse.Namespace) -> pd.DataFrame:
     """One line a setting: means over seeds."""
+    results = arguments.results
     scores: dict[tuple[str, str], list[np.ndarray]] = {}
     detected: dict[tuple[str, str], list[float]] = {}
     faithful: dict[tuple[str, str], list[float]] = {}
     full = {target: (target, name) for target, name in FULL.items()}
-    for seed in seeds:
-        job = job_of(experiment, seed, [], work)
+    for seed in arguments.seeds:
+        job = job_of(arguments.experiment, seed, arguments.overrides, arguments.work)
         truth = find(folders(results), job.data.sha256, job.setting)
-        watchers = {
-            key: make()
-            for key, make in settings(TensorDataset(job.images.query_x, job.images.query_y)).items()
-        }
+        queries = TensorDataset(job.images.query_x, job.images.query_y)
+        sketches = job.model.name != "mlp"
+        makers = settings(queries, arguments.targets, sketches=sketches)
+        watchers = {key: make() for key, make in makers.items()}
         training.train(job, list(watchers.values()), None)
         for (target, name), watcher in watchers.items():
             values = watcher.scores().values
@@ -130,6 +138,8 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", default="mnist_mlp")
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the experiment, as in Hydra")
+    parser.add_argument("--targets", nargs="+", default=list(FULL), choices=list(FULL))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
@@ -137,11 +147,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/cheaper"), help="without ending")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    frame = measure(arguments.experiment, arguments.seeds, arguments.results, arguments.work)
+    frame = measure(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.4f")
     seeds = " ".join(map(str, arguments.seeds))
     command = f"python benchmarks/cheaper_settings.py --experiment {arguments.experiment}"
+    if arguments.targets != list(FULL):
+        command += f" --targets {' '.join(arguments.targets)}"
+    if arguments.overrides:
+        command += f" --overrides {' '.join(arguments.overrides)}"
     arguments.out.with_suffix(".md").write_text(markdown(frame, f"{command} --seeds {seeds}"))
     print(frame.to_string(index=False))
 

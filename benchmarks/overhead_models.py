@@ -127,7 +127,7 @@ class Workload:
 SMALL = ("mlp", "cnn", "transformer", "transformer-long")
 WORKLOADS = {
     "mlp": Workload(lambda: mlp((1, 28, 28), CLASSES), (1, 28, 28), 64, 400, pairs=9),
-    "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 100, pairs=7),
+    "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 200, pairs=7),
     "transformer": Workload(
         lambda: Transformer(1000, 32, 64, 4, 4), (32,), 64, 100, tokens=1000
     ),

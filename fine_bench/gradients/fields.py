@@ -31,6 +31,10 @@ from fine_bench.gradients.factors import FactorBlock
 FEW_ROWS = 2
 """Directions up to which convolutions with them cost less than the gradients."""
 
+FEW_INPUTS = 1 / 16
+"""Inputs C · k², as a share of the positions, up to which gradients cost less all the same: they
+are small then, and a convolution's output is not."""
+
 
 class Fields:
     """The receptive fields of one application of a convolution.
@@ -195,7 +199,7 @@ class FieldBlock(FactorBlock):
         """
         n_rows, n_out, _ = w.shape
         k_h, k_w = self.fields.kernel
-        if n_rows <= FEW_ROWS:
+        if self._convolves(n_rows):
             b = self.b.transpose(1, 2)
             outputs = [self.fields.convolved(row.view(n_out, -1, k_h, k_w)) for row in w]
             return torch.stack([(output.flatten(2) * b).sum((1, 2)) for output in outputs])
@@ -211,11 +215,29 @@ class FieldBlock(FactorBlock):
 
     def weighted_sum(self, weights: Tensor) -> BlockDirection:
         """Σ_i w_ri g_i for weights ``(R, B)``: few of them as a convolution's own gradient."""
-        if not self.weight or len(weights) > FEW_ROWS:
+        if not self.weight:
             return super().weighted_sum(weights)
+        if not self._convolves(len(weights)):
+            return self._sum_of_formed(weights)
         b = self.b.transpose(1, 2)
         rows = [self.fields.weight_gradient(b * w[:, None, None]).flatten(1) for w in weights]
         return BlockDirection(torch.stack(rows), weights @ self.b.sum(1) if self.bias else None)
+
+    def _convolves(self, n_rows: int) -> bool:
+        """Whether convolutions with so many directions cost less than the gradients."""
+        _, t, n_in, _ = self.sizes
+        return n_rows <= FEW_ROWS and n_in > FEW_INPUTS * t
+
+    def _sum_of_formed(self, weights: Tensor) -> BlockDirection:
+        n_rows, (k_h, k_w) = len(weights), self.fields.kernel
+        units = self.some_units()
+        parts, summed = iter(self.formed(units)), []
+        for some in units:
+            n_units = self.b[:, :, some].shape[2]
+            # (R, C · k, units) for each kernel row
+            by_row = [(weights @ next(parts)).view(n_rows, -1, k_w, n_units) for _ in range(k_h)]
+            summed.append(torch.stack(by_row, 2).permute(0, 4, 1, 2, 3).flatten(2))
+        return BlockDirection(torch.cat(summed, 1), weights @ self.b.sum(1) if self.bias else None)
 
     def _with(self, fields: Fields, b: Tensor) -> FieldBlock:
         return FieldBlock(self.name, fields, b, self.weight, self.bias)

@@ -50,8 +50,10 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("few_inputs", [0.0, 1e9], ids=["convolved", "formed"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_contraction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contraction(name: str, few_inputs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fine_bench.gradients.fields.FEW_INPUTS", few_inputs)
     monkeypatch.setattr("fine_bench.gradients.factors.HELD_FLOATS", 1)  # several runs of units
     (mine, plain), (theirs, their_plain) = blocks(name, 4), blocks(name, 6, seed=1)
     # the products below must come from gradients that were formed, not from factors
