@@ -16,7 +16,6 @@ mean μ of the others? It writes ``results/interval_coverage.md`` and ``.csv``.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,11 +35,19 @@ from fine_bench.run import training
 
 COMPUTE = "python benchmarks/interval_coverage.py compute --experiment TASK --seeds 0 1 … 9"
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
-RECIPES: dict[str, dict[str, str]] = {
+RECIPES: dict[str, dict[str, str | int]] = {
     "fine": {"step_weight": "uncertainty"},
     "fine_plain": {},
     "fine_snapshot": {"schedule": "snapshot"},
+    "fine_standardised": {"composition": "standardised"},
+    "fine_ekfac": {"geometry": "ekfac", "noise": "model", "step_weight": "uncertainty"},
+    "fine_sketch": {"step_weight": "uncertainty", "sketch": 16},
 }
+TARGETS = {"fine": ("self", "validation", "queries"), "fine_sketch": ("self",)}
+"""Targets of a recipe; *self* and *validation* where it is not named."""
+PAIRS = [(r, t) for r in RECIPES for t in TARGETS.get(r, ("self", "validation"))]
+N_QUERIES = 10
+"""Single queries under *queries*, the first of the task."""
 
 
 def naive(sums: FineAccumulator) -> Tensor:
@@ -49,6 +56,12 @@ def naive(sums: FineAccumulator) -> Tensor:
     squares = s["shift2"] - s["shift"].square() / k.clamp_min(1)
     error = (squares.clamp_min(0.0) * k / (k - 1).clamp_min(1)).sqrt()
     return error / (sums.n_train * s["variance"]).sqrt()
+
+
+def has_naive(recipe: str) -> bool:
+    """Whether the naive error exists: of single observations of an accumulated shift."""
+    options = RECIPES[recipe]
+    return "schedule" not in options and "composition" not in options
 
 
 def compute(arguments: argparse.Namespace) -> None:
@@ -63,15 +76,16 @@ def compute(arguments: argparse.Namespace) -> None:
             continue
         job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
         queries = TensorDataset(job.data.query_x, job.data.query_y)
+        single = TensorDataset(*(part[:N_QUERIES] for part in queries.tensors))
+        asked = {"self": None, "validation": queries, "queries": single}
         watchers = {
             (recipe, target): FINECallback(
                 target,  # type: ignore[arg-type]
-                queries=None if target == "self" else queries,
-                **options,  # type: ignore[arg-type]
+                queries=asked[target],
+                **RECIPES[recipe],  # type: ignore[arg-type]
             )
-            for recipe, options in RECIPES.items()
-            for target in ("self", "validation")
-            if not (target == "validation" and arguments.self_only)
+            for recipe, target in PAIRS
+            if recipe in arguments.recipes and (target == "self" or not arguments.self_only)
         }
         run = training.train(job, list(watchers.values()), None)
         found: dict[str, Tensor] = {}
@@ -80,7 +94,7 @@ def compute(arguments: argparse.Namespace) -> None:
             assert watcher._schedule is not None
             sums = watcher._schedule.accumulator
             found["|".join((*key, "mu"))] = scores.values
-            if watcher.options.schedule == "in_batch":
+            if has_naive(recipe=key[0]):
                 found["|".join((*key, "naive"))] = naive(sums)
             found["|".join((*key, "jackknife"))] = sums.mu()[1]
         facts = {key: f"{run.facts[key]:.4f}" for key in ("test_accuracy", "train_accuracy")}
@@ -102,8 +116,8 @@ def load(work: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
 
 
 def stacked(runs: Mapping[int, Mapping[str, Tensor]], seeds: Sequence[int], name: str) -> Tensor:
-    """One array of several seeds, ``(S, n)``."""
-    return torch.stack([runs[seed][name][0].double() for seed in seeds])
+    """One array of several seeds, ``(S, rows · n)``."""
+    return torch.stack([runs[seed][name].flatten().double() for seed in seeds])
 
 
 def learnt(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
@@ -113,7 +127,7 @@ def learnt(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
     if missing:
         raise SystemExit(f"seeds {sorted(missing)} of {arguments.learn_from} are not computed")
     factors = {}
-    for recipe, target in itertools.product(RECIPES, ("self", "validation")):
+    for recipe, target in PAIRS:
         prefix = f"{recipe}|{target}"
         if f"{prefix}|mu" in runs[arguments.learn_seeds[0]]:
             mu = stacked(runs, arguments.learn_seeds, f"{prefix}|mu")
@@ -143,22 +157,21 @@ def rows(arguments: argparse.Namespace) -> pd.DataFrame:
     for task, runs in load(arguments.work).items():
         learnt_from = arguments.learn_seeds if task == arguments.learn_from else []
         seeds = [seed for seed in runs if seed not in learnt_from]
-        for recipe, target in itertools.product(RECIPES, ("self", "validation")):
+        for recipe, target in PAIRS:
             prefix = f"{recipe}|{target}"
             if f"{prefix}|mu" not in runs[seeds[0]]:
                 continue
             mu = stacked(runs, seeds, f"{prefix}|mu")
             jackknife = stacked(runs, seeds, f"{prefix}|jackknife")
-            # snapshots keep their squares by epoch, which is the jackknife's business
-            in_batch = recipe != "fine_snapshot"
-            plain = stacked(runs, seeds, f"{prefix}|naive") if in_batch else jackknife * torch.nan
+            known = has_naive(recipe)
+            plain = stacked(runs, seeds, f"{prefix}|naive") if known else jackknife * torch.nan
             gap = (mu - (mu.sum(0) - mu) / (len(seeds) - 1)).abs()
             size = mu.abs().mean(0).argsort().argsort() * 5 // mu.shape[1]
             for level in LEVELS:
                 line = {
                     "task": task, "recipe": recipe, "target": target, "seeds": len(seeds),
                     "examples": mu.shape[1], "level": level,
-                    "naive": coverage(gap, plain, level) if in_batch else float("nan"),
+                    "naive": coverage(gap, plain, level) if known else float("nan"),
                     "jackknife": coverage(gap, jackknife, level),
                     "ours": coverage(gap, INFLATION * jackknife, level),
                 }  # fmt: skip
@@ -195,7 +208,8 @@ def table(arguments: argparse.Namespace) -> None:
         f"{', '.join(map(str, arguments.learn_seeds))} of {arguments.learn_from}, which are not "
         "among the seeds below; no truth and no flag of a bad example was used. *factor*: what "
         "the task would have asked for at that level. Fifths: of the examples by mean |μ|. "
-        "*width*: median of ours over naive, which there is in-batch only. First, for each task: "
+        "*width*: median of ours over naive, which there is for accumulated in-batch scores. *queries*: "
+        f"the first {N_QUERIES} of the task, a row each. First, for each task: "
         f"`{COMPUTE}`, and the seeds that are learnt from.",
         "",
         "| task | recipe | target | seeds | nominal | naive | jackknife | ours | lowest fifth | "
@@ -223,6 +237,7 @@ def main() -> None:
     one.add_argument("--experiment", required=True)
     one.add_argument("--name", help="of the task in the table; that of the experiment by default")
     one.add_argument("--seeds", type=int, nargs="+", required=True)
+    one.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     one.add_argument("--self-only", action="store_true", help="leave out the validation target")
     one.add_argument("--override", nargs="*", default=[], help="Hydra overrides, as model=cnn")
     one.set_defaults(call=compute)
