@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> pd.DataFrame:
         job = job_of(arguments.experiment, seed, arguments.overrides, arguments.work)
         truth = find(folders(results), job.data.sha256, job.setting)
         queries = TensorDataset(job.images.query_x, job.images.query_y)
-        sketches = job.model.name != "mlp"
+        sketches = not str(job.config.model["_target_"]).endswith(".mlp")
         makers = settings(queries, arguments.targets, sketches=sketches)
         watchers = {key: make() for key, make in makers.items()}
         training.train(job, list(watchers.values()), None)

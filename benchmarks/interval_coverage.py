@@ -208,7 +208,7 @@ def table(arguments: argparse.Namespace) -> None:
         f"{', '.join(map(str, arguments.learn_seeds))} of {arguments.learn_from}, which are not "
         "among the seeds below; no truth and no flag of a bad example was used. *factor*: what "
         "the task would have asked for at that level. Fifths: of the examples by mean |μ|. "
-        "*width*: median of ours over naive, which there is for accumulated in-batch scores. *queries*: "
+        "*width*: median of ours over naive, where that exists (accumulated, in-batch). *queries*: "
         f"the first {N_QUERIES} of the task, a row each. First, for each task: "
         f"`{COMPUTE}`, and the seeds that are learnt from.",
         "",

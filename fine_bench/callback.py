@@ -27,6 +27,7 @@ from fine_bench.callback_trainer import (
     refuse_optimizers,
     refuse_strategy,
     step_is_taken,
+    training_set,
 )
 from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -257,18 +258,11 @@ class FINECallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the training data and the queries, and lay out the sums."""
         refuse_optimizers(trainer)
-        loader = trainer.train_dataloader
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise ValueError(
-                "FINECallback needs one DataLoader over a map-style dataset as the training data, "
-                f"got {type(loader).__name__}"
-            )
         assert self._recorder is not None
         options, recorder, device = self.options, self._recorder, pl_module.device
         data = TrainingData(
-            dataset,
-            getattr(loader, "collate_fn", None),
+            training_set(trainer, "FINECallback"),
+            getattr(trainer.train_dataloader, "collate_fn", None),
             device=device,
             dtype=parameter_dtype(pl_module),
             adapter=options.adapter,

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fine_bench import fine_paper
+from fine_bench.callback_trainer import beside_training, parameter_dtype, training_set
 from fine_bench.fine import Observable, choose
 from fine_bench.fine_paper import (
     Auxiliary,
@@ -58,6 +58,7 @@ from fine_bench.types import (
     UnsupportedProblemError,
     dataset_size,
 )
+from fine_bench.watch.batches import TrainingData
 from fine_bench.weighting import check_weighting, query_groups, query_weights
 
 _READ_AT_ONCE = 4096
@@ -198,13 +199,15 @@ class PaperFINECallback(pl.Callback):
         self.layers = layers
         self.forward = forward or (lambda module, x: module(x))
         self.loss = loss
+        self._state_key = self._generate_state_key(
+            target=target, observable=observable, sample=sample, subsets=sorted(subsets or {})
+        )
         self.seconds = 0.0
         self.gradient_evaluations = 0
         self._accumulator: PaperAccumulator | None = None
         self._saved: Mapping[str, Any] | None = None
         self._engine: GradientEngine | None = None
-        self._dataset: Dataset[Any] | None = None
-        self._collate: Callable[[Any], Any] = default_collate
+        self._data: TrainingData | None = None
         self._query_batch: tuple[Tensor, Tensor] | None = None
         self._direction: Direction | None = None
         self._refreshed = 0
@@ -292,16 +295,14 @@ class PaperFINECallback(pl.Callback):
                 f"training on {trainer.world_size} processes is not supported yet; use devices=1"
             )
         self._close()
-        loader = trainer.train_dataloader
-        dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise ValueError(
-                "PaperFINECallback needs one DataLoader over a map-style dataset as the training "
-                f"data, got {type(loader).__name__}"
-            )
+        loader, dataset = trainer.train_dataloader, training_set(trainer, "PaperFINECallback")
         n = dataset_size(dataset, "the training set")
-        self._dataset = dataset
-        self._collate = getattr(loader, "collate_fn", None) or default_collate
+        self._data = TrainingData(
+            dataset,
+            getattr(loader, "collate_fn", None),
+            device=pl_module.device,
+            dtype=parameter_dtype(pl_module),
+        )
         size = self.batch_size or getattr(loader, "batch_size", None)
         if size is None:
             raise ValueError(
@@ -345,8 +346,8 @@ class PaperFINECallback(pl.Callback):
         if step % self.every_n_steps:
             return
         start = time.perf_counter()
-        with isolate_rng(), _evaluation(pl_module):
-            samples = self._samples(step, pl_module.device)
+        with beside_training(pl_module):
+            samples = self._samples(step)
         if not accumulator.observe(step, samples) and accumulator.n_not_finite == 1:
             warnings.warn(
                 f"NaN or infinite gradients at step {step}: this step and later ones like it are "
@@ -368,12 +369,7 @@ class PaperFINECallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Callbacks of different targets or subsets keep their states apart."""
-        return self._generate_state_key(
-            target=self.target,
-            observable=self.observable,
-            sample=self.sample,
-            subsets=sorted(self.subsets or {}),
-        )
+        return self._state_key  # Lightning asks for it around every event: many times a step
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
@@ -397,14 +393,14 @@ class PaperFINECallback(pl.Callback):
             target_members=self.target_members if self.target == "self" else 0,
         )
 
-    def _samples(self, step: int, device: torch.device) -> Tensor:
+    def _samples(self, step: int) -> Tensor:
         draw = self._draw(step)
         if self.target == "self":
-            batch = self._gradients(draw.batch_ids, device)
-            h = self._gradients(draw.target_ids, device, self.observable)
+            batch = self._gradients(draw.batch_ids)
+            h = self._gradients(draw.target_ids, self.observable)
             products = fine_paper.self_products(batch, h, draw, self.observable)
         else:
-            gradients = self._gradients(torch.cat([draw.batch_ids, draw.singles]), device)
+            gradients = self._gradients(torch.cat([draw.batch_ids, draw.singles]))
             if self._direction is None or step - self._refreshed >= self.refresh_every:
                 self._refresh(gradients.rows(slice(0, len(draw.pool))))
                 self._refreshed = step
@@ -412,13 +408,12 @@ class PaperFINECallback(pl.Callback):
             products = fine_paper.direction_products(gradients, self._direction, draw)
         return fine_paper.samples(*products, draw)
 
-    def _gradients(
-        self, ids: Tensor, device: torch.device, observable: Observable = "loss"
-    ) -> PerExampleGradients:
+    def _gradients(self, ids: Tensor, observable: Observable = "loss") -> PerExampleGradients:
         assert self._engine is not None
-        x, y = self._read(ids)
+        assert self._data is not None
         self.gradient_evaluations += len(ids)
-        return self._engine(x.to(device), y.to(device), observable)
+        x, y = self._data.read(ids)
+        return self._engine(x, y, observable)
 
     def _refresh(self, reference: PerExampleGradients) -> None:
         """The queries' direction at the present parameters."""
@@ -430,48 +425,15 @@ class PaperFINECallback(pl.Callback):
         groups = query_groups(self._query_batch[1], "mean")
         self._direction = queries.weighted_sum(groups.to(weights) * weights)
 
-    def _read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The examples at these positions, collated as the training loader does it."""
-        positions = ids.tolist()
-        dataset: Any = self._dataset
-        whole = getattr(dataset, "__getitems__", None)
-        batch = self._collate(whole(positions) if whole else [dataset[i] for i in positions])
-        if isinstance(batch, Mapping):
-            x, y, index = batch.get("x"), batch.get("y"), batch.get("index")
-        else:
-            x, y, index = (*batch, None, None, None)[:3]
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise ValueError(
-                'the training set must yield (x, y, …) or a mapping with "x" and "y", got '
-                f"{type(batch).__name__}"
-            )
-        if index is not None and not torch.equal(torch.as_tensor(index).cpu(), ids):
-            raise ValueError(
-                "the index that the training set yields is not the position it was asked for; "
-                "subsets are positions in that set"
-            )
-        return x, y
-
     def _labels(self, n: int) -> Tensor:
+        assert self._data is not None
         parts = [torch.arange(i, min(i + _READ_AT_ONCE, n)) for i in range(0, n, _READ_AT_ONCE)]
-        return torch.cat([self._read(part)[1].cpu() for part in parts])
+        return torch.cat([self._data.read(part)[1].cpu() for part in parts])
 
     def _close(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-
-@contextmanager
-def _evaluation(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every part's own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 __all__ = ["PaperFINECallback"]

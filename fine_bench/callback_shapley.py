@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from fine_bench import shapley
+from fine_bench.callback_trainer import beside_training, training_set
 from fine_bench.gradients.blocks import PerExampleGradients
 from fine_bench.gradients.curvature import parameter_names
 from fine_bench.gradients.directions import Direction
@@ -92,6 +91,7 @@ class InRunShapleyCallback(pl.Callback):
         self.order: Order = order
         self.forward = forward or (lambda module, x: module(x))
         self.loss = loss
+        self._state_key = self._generate_state_key(target=target, order=order)
         self.seconds = 0.0
         self.gradient_evaluations = 0
         self._recorder: LayerRecorder | None = None
@@ -168,16 +168,10 @@ class InRunShapleyCallback(pl.Callback):
             raise UnsupportedProblemError(
                 f"{len(trainer.optimizers)} optimisers: in-run Shapley needs one step a batch"
             )
-        dataset = getattr(trainer.train_dataloader, "dataset", None)
-        if dataset is None:
-            raise ValueError(
-                "InRunShapleyCallback needs one DataLoader over a map-style dataset as the "
-                f"training data, got {type(trainer.train_dataloader).__name__}"
-            )
         x, y, *_ = default_collate([self.queries[i] for i in range(self._n_query)])
         self._x, self._y = x.to(pl_module.device), y.to(pl_module.device)
         self._weights = query_groups(self._y.cpu(), _REDUCE[self.target])
-        n_train = dataset_size(dataset, "the training set")
+        n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
         self._accumulator = ShapleyAccumulator(n_train, len(self._weights))
         self._engine = GradientEngine(
             pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
@@ -232,7 +226,7 @@ class InRunShapleyCallback(pl.Callback):
     @property
     def state_key(self) -> str:
         """Callbacks that ask something else keep their states apart."""
-        return self._generate_state_key(target=self.target, order=self.order)
+        return self._state_key  # Lightning asks for it around every event: many times a step
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
@@ -250,7 +244,7 @@ class InRunShapleyCallback(pl.Callback):
         assert engine is not None
         self.gradient_evaluations += self._n_query * self.order
         if self.target == "queries":
-            with _evaluation(module):
+            with beside_training(module):
                 return shapley.query_values(shares, engine(self._x, self._y), lr)
         if self._like is None:
             self._like = shares.weighted_sum(shares.blocks[0].values.new_ones(1, len(shares)))
@@ -263,7 +257,7 @@ class InRunShapleyCallback(pl.Callback):
                 for name, p in watched.items()
             }
         # other callbacks may be recording the training step of the same model
-        with _evaluation(module), engine.recorder.alone():
+        with beside_training(module), engine.recorder.alone():
             gradient, product = shapley.loss_derivatives(
                 lambda values: engine.functional(values, self._x),
                 self.loss,
@@ -279,19 +273,6 @@ class InRunShapleyCallback(pl.Callback):
             if part is not None:
                 part.close()
         self._recorder = self._engine = None
-
-
-@contextmanager
-def _evaluation(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within; every random state and mode as before afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with isolate_rng():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 __all__ = ["InRunShapleyCallback"]

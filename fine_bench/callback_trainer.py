@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from fine_bench.types import UnsupportedProblemError
 
@@ -72,6 +74,25 @@ def refuse_optimizers(trainer: pl.Trainer) -> None:
         )
 
 
+def training_set(trainer: pl.Trainer, who: str) -> Dataset[Any]:
+    """The data set behind the training loader.
+
+    Args:
+        who: the callback's name, for the error.
+
+    Raises:
+        ValueError: there are several loaders, or one without a data set.
+    """
+    loader = trainer.train_dataloader
+    dataset: Dataset[Any] | None = getattr(loader, "dataset", None)
+    if dataset is None:
+        raise ValueError(
+            f"{who} needs one DataLoader over a map-style dataset as the training data, got "
+            f"{type(loader).__name__}"
+        )
+    return dataset
+
+
 def loss_scale(trainer: pl.Trainer) -> float:
     """The factor by which 16-bit precision multiplies the loss before the backward pass."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -115,4 +136,5 @@ __all__ = [
     "refuse_optimizers",
     "refuse_strategy",
     "step_is_taken",
+    "training_set",
 ]
