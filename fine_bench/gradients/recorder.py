@@ -212,10 +212,10 @@ class LayerRecorder:
         if call.reduced is not None:
             return
         call.grad = grad.detach()
-        early = self.reduce is not None and not self._unchecked and call.grad is not None
-        if early and self._batch_size is not None and self.armed:
+        early = self.reduce is not None and not self._unchecked and self.armed
+        if early and self._batch_size is not None:
+            # now the tensors are in the cache, and afterwards the pass may free them
             self._reduce(call, self._batch_size, 1.0)
-            # what the pass goes on to use is still in the cache; what it is done with, it may free
             call.input = call.features = None
             if call is not self.calls[-1]:
                 call.grad = None

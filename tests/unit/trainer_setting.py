@@ -73,6 +73,7 @@ def watchers(dtype: torch.dtype = torch.float64) -> dict[str, FINECallback]:
         "self": FINECallback(),
         "loss": FINECallback(observable="loss", composition="standardised"),
         "columns": FINECallback(reference_columns=4),
+        "sketch": FINECallback(sketch=2),
         "uncertainty": FINECallback(step_weight="uncertainty"),
         "optimiser": FINECallback(preconditioner="optimiser"),
         "ekfac": FINECallback(geometry="ekfac", noise="model"),
