@@ -14,7 +14,14 @@ from torch.utils.data import Dataset
 
 from fine_bench.fine import Composition, Contrast, Noise, Observable, StepWeight, choose
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.types import Loss, QueryWeighting, Reduce, Target, dataset_size
+from fine_bench.types import (
+    Loss,
+    QueryWeighting,
+    Reduce,
+    Target,
+    UnsupportedProblemError,
+    dataset_size,
+)
 from fine_bench.watch.adapter import BatchAdapter
 from fine_bench.watch.geometry import Euclidean, Geometry, Metric, Whitened
 from fine_bench.watch.precondition import Preconditioned
@@ -183,20 +190,21 @@ class Options:
             )
 
     def _check_sketch(self) -> None:
+        if self.target != "self":
+            raise UnsupportedProblemError(
+                f"sketch={self.sketch} serves the target self only: for target={self.target!r} "
+                "products of gradients are small beside the gradients, and a sketch's error is "
+                "not; use refresh_every=… or observe_every=…"
+            )
         wrong = None
         if self.schedule != "in_batch":
             wrong = f"schedule={self.schedule!r} takes few passes and exact products"
-        elif self.target != "self":
-            wrong = (
-                f"for target={self.target!r} the products are small beside the gradients, and "
-                "the sketch's error is not"
-            )
         elif self.geometry != "euclidean" or self.preconditioner is not None:
             wrong = "other geometries than the Euclidean one weigh the gradients' own coordinates"
         if wrong is not None:
             raise ValueError(
-                f"sketch={self.sketch} estimates the Gram matrix of a batch, for the target self; "
-                f"but {wrong}: leave it out"
+                f"sketch={self.sketch} estimates the Gram matrix of a batch, but {wrong}: leave "
+                "it out"
             )
 
     @property

@@ -16,6 +16,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, TokenBlock
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.gradients.sketch import REDRAW, Sketch
+from fine_bench.types import UnsupportedProblemError
 
 CLASSES, N, BATCH, EPOCHS, LR, K = 3, 24, 6, 5, 0.2, 3
 QUIET: dict[str, Any] = {
@@ -293,7 +294,7 @@ def test_bad_values_are_refused() -> None:
         FINECallback(sketch=16, schedule="snapshot")
     with pytest.raises(ValueError, match=r"sketch=16 .* other geometries"):
         FINECallback(sketch=16, geometry="ekfac")
-    with pytest.raises(ValueError, match=r"sketch=16 .* target='validation'"):
+    with pytest.raises(UnsupportedProblemError, match=r"sketch=16 .* target='validation'"):
         FINECallback("validation", queries=queries, sketch=16)
     with pytest.raises(ValueError, match="size of a sketch must be at least 1, got 0"):
         Sketch(0, 0)
