@@ -1,7 +1,7 @@
 """What cheaper settings of in-batch f-INE lose: fewer refreshes, steps or columns, and sketches.
 
     FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py [--seeds 0 1 2] [--out results/cheaper]
-    FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py --targets self --overrides model=cnn
+    FINE_BENCH_DATA=… python benchmarks/cheaper_settings.py --experiment mnist_cnn --targets self
         --out results/cheaper--cnn
 
 Sketches are for layers that are applied at several positions, so of the second form only.
