@@ -283,7 +283,7 @@ class FineAccumulator:
             several = k > 1
         return values, torch.where(several & known & torch.isfinite(error), error, float("inf"))
 
-    def scores(self, method: str, target: Target) -> InfluenceScores:
+    def scores(self, method: str, target: Target, inflation: float = INFLATION) -> InfluenceScores:
         """The scores so far.
 
         Values are μ, dimensionless and signed; with another ``step_weight`` than ``"lr"`` they are
@@ -291,7 +291,7 @@ class FineAccumulator:
 
         ``std_error`` accounts for other seeds: values ± 1.96 ``std_error`` is meant to cover the
         mean over other runs of the same training in 95 % of the examples. It is the run's own
-        spread over epochs times ``fine_error.INFLATION``; that module says how often it did. An
+        spread over epochs times ``inflation`` (``fine_error.inflation`` says how often it did). An
         example with fewer than two observations has an infinite one; without any observation its
         value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
         weights.
@@ -299,7 +299,7 @@ class FineAccumulator:
         values, error = self.mu()
         return InfluenceScores(
             values=values.float(),
-            std_error=(INFLATION * error).float(),
+            std_error=(inflation * error).float(),
             n_observations=self.n_observations.clone(),
             method=method,
             target=target,

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine import Composition, Contrast, FineAccumulator
+from fine_bench.fine_error import INFLATION
 from fine_bench.types import InfluenceScores, Target
 
 MIN_REFERENCE = 3
@@ -218,9 +219,9 @@ class SnapshotAccumulator(FineAccumulator):
         self._epochs += interval.examples / n
         self.n_steps += interval.steps
 
-    def scores(self, method: str, target: Target) -> InfluenceScores:
+    def scores(self, method: str, target: Target, inflation: float = INFLATION) -> InfluenceScores:
         """The scores so far; see ``FineAccumulator.scores``."""
-        return replace(super().scores(method, target), watched=self.watched)
+        return replace(super().scores(method, target, inflation), watched=self.watched)
 
     def _close(self) -> None:
         """End the block that is going on."""

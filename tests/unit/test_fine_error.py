@@ -6,11 +6,15 @@ import math
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from fine_bench.callback import FINECallback
 from fine_bench.fine import FineAccumulator
-from fine_bench.fine_error import INFLATION, learn_inflation
+from fine_bench.fine_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
+from fine_bench.models import Classifier
 from fine_bench.watch.snapshot import Interval, SnapshotAccumulator
 
 N, EPOCHS = 6, 9
@@ -160,3 +164,39 @@ def test_states_of_earlier_versions_go_on_with_an_unknown_error(snapshot: bool) 
     feed(rest, range(4, EPOCHS))
     assert torch.equal(rest.mu()[0], whole.mu()[0])
     assert torch.isinf(rest.mu()[1]).all()
+
+
+def test_single_queries_and_whitened_directions_get_wider_intervals() -> None:
+    assert inflation("self", "euclidean") == inflation("self", "ekfac") == INFLATION
+    assert inflation("validation", "euclidean") == INFLATION
+    for target, geometry in (
+        ("queries", "euclidean"),
+        ("queries", "ekfac"),
+        ("validation", "ekfac"),
+        ("validation_per_class", "ekfac"),
+    ):
+        assert inflation(target, geometry) == WIDE_INFLATION  # type: ignore[arg-type]
+
+
+def test_the_callback_widens_what_it_reports() -> None:
+    g = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(24, 4, generator=g), torch.randint(3, (24,), generator=g), torch.arange(24)
+    )
+    queries = TensorDataset(*(part[:5] for part in data.tensors[:2]))
+    callbacks = [FINECallback("self"), FINECallback("queries", queries=queries)]
+    pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks],
+    ).fit(Classifier(nn.Linear(4, 3), 3, lr=0.1), DataLoader(data, batch_size=8, shuffle=True))
+    for callback, factor in zip(callbacks, (INFLATION, WIDE_INFLATION), strict=True):
+        error = callback.scores().std_error
+        assert error is not None
+        assert callback._schedule is not None
+        _, own = callback._schedule.accumulator.mu()
+        torch.testing.assert_close(error, (factor * own).float())
