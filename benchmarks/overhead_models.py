@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,59 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fine_bench.models import cnn, mlp
+from fine_bench.models.transformer import token_transformer
 
 CLASSES = 10
-
-
-class Attention(nn.Module):
-    """Self-attention from linear layers, whose gradients have factors."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.inputs, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.inputs(x).view(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        weights = torch.softmax(q @ k.mT / math.sqrt(d // self.heads), -1)
-        result: Tensor = self.output((weights @ v).transpose(1, 2).reshape(n, t, d))
-        return result
-
-
-class Layer(nn.Module):
-    """Attention and two linear layers, each behind a layer norm and beside a shortcut."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.inner = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.first(x))
-        result: Tensor = x + self.inner(self.second(x))
-        return result
-
-
-class Transformer(nn.Module):
-    """Classes of token sequences, from the mean over positions."""
-
-    def __init__(self, tokens: int, length: int, width: int, heads: int, depth: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(tokens, width)
-        self.places = nn.Embedding(length, width)
-        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(depth)))
-        self.last = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # one row of places an example: then their table has per-example gradients too
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape)
-        h = self.layers(self.tokens(x) + self.places(places))
-        logits: Tensor = self.last(h.mean(1))
-        return logits
 
 
 class BasicBlock(nn.Module):
@@ -129,14 +78,15 @@ WORKLOADS = {
     "mlp": Workload(lambda: mlp((1, 28, 28), CLASSES), (1, 28, 28), 64, 400, pairs=9),
     "cnn": Workload(lambda: cnn((1, 28, 28), CLASSES), (1, 28, 28), 64, 200, pairs=7),
     "transformer": Workload(
-        lambda: Transformer(1000, 32, 64, 4, 4), (32,), 64, 100, tokens=1000
+        lambda: token_transformer(1000, 32, CLASSES), (32,), 64, 100, tokens=1000
     ),
     "transformer-long": Workload(
-        lambda: Transformer(1000, 128, 64, 4, 4), (128,), 16, 100, n_query=128, tokens=1000
+        lambda: token_transformer(1000, 128, CLASSES), (128,), 16, 100, n_query=128, tokens=1000
     ),
     # for a GPU: 11 and 110 million parameters
     "resnet18": Workload(resnet18, (3, 32, 32), 128, 100),
     "transformer-100m": Workload(
-        lambda: Transformer(32_000, 512, 768, 12, 12), (512,), 16, 50, n_query=64, tokens=32_000
+        lambda: token_transformer(32_000, 512, CLASSES, width=768, heads=12, depth=12),
+        (512,), 16, 50, n_query=64, tokens=32_000,
     ),
 }  # fmt: skip

@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.models.networks import Residual, cnn, gn_cnn, mlp, resnet9
+from fine_bench.models.transformer import row_transformer, token_transformer
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "gn_cnn": gn_cnn,
     "resnet9": lambda shape, n, **options: resnet9(shape, n, width=8, **options),
+    "row_transformer": lambda shape, n: row_transformer(shape, n, width=12, depth=2),
 }
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 9, 11)]
 
@@ -58,6 +61,27 @@ def test_only_modules_whose_gradients_have_factors(name: str) -> None:
         assert not own or isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm)
         assert not getattr(module, "inplace", False)
         assert not list(module.buffers(recurse=False))
+
+
+def test_rows_are_the_tokens_of_an_image() -> None:
+    net = row_transformer((2, 3, 4), 5, width=8, heads=2, depth=1)
+    x = torch.randn(6, 2, 3, 4)
+    rows = net.embed[0](x)  # type: ignore[union-attr, index, operator]
+    assert rows.shape == (6, 3, 8)
+    assert torch.equal(rows[4, 1], torch.cat([x[4, 0, 1], x[4, 1, 1]]))
+    # without places, the mean over positions would not see their order
+    assert not torch.allclose(net(x), net(x.flip(2)), atol=1e-4)
+
+
+def test_tokens() -> None:
+    net = token_transformer(11, 7, 5, width=8, heads=2, depth=1)
+    x = torch.randint(11, (6, 4))  # shorter than the longest
+    assert net(x).shape == (6, 5)
+
+
+def test_every_layer_of_a_transformer_has_factors() -> None:
+    for net in (token_transformer(11, 7, 5, width=8), row_transformer((1, 5, 4), 5, width=8)):
+        assert not LayerRecorder(net).leftover
 
 
 def test_sizes() -> None:
@@ -109,6 +133,8 @@ def test_a_small_set_is_learned() -> None:
         (gn_cnn, (1, 2, 2), {"halving": ["pool"] * 3}, "3 halvings leave nothing of a 2×2"),
         (resnet9, (1, 7, 8), {}, "three poolings leave nothing of a 7×8 image"),
         (resnet9, (1, 8, 8), {"width": 0}, "must be positive numbers"),
+        (row_transformer, (1, 8, 8), {"depth": 0}, r"model\.depth must be a positive number"),
+        (row_transformer, (1, 8, 8), {"heads": 3}, r"model\.heads=3 must divide .* got 64"),
         (resnet9, (1, 8, 8), {"width": 12}, r"model\.groups=8 must divide .* got 12"),
     ],
 )
