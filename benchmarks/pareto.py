@@ -55,6 +55,8 @@ from fine_bench.truth import Truth, find, folders
 CHECKPOINTS = (1, 3, 5, 15)
 THINNED = (8, 4, 2, 1)
 REPEATS = 3
+CHEAP = 16
+"""Steps between two snapshots from which they are timed ``REPEATS`` times, as in-batch is."""
 """Runs of plain training and of each in-batch setting, of whose times the median counts."""
 
 EVERY = (64, 32, 16, 8, 4, 2, 1)
@@ -115,7 +117,8 @@ def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[
     for point in [*points, *(Point("f-INE snapshots", k) for k in every)]:
         seconds = []
         # what costs little must be timed well
-        for _ in range(REPEATS if point.family == "f-INE in-batch" else 1):
+        cheap = point.family == "f-INE in-batch" or point.budget >= CHEAP
+        for _ in range(REPEATS if cheap else 1):
             watcher = point.watcher(job.config.seed)
             run = training.train(job, [watcher], None)
             start = time.perf_counter()
