@@ -3,12 +3,13 @@
     FINE_BENCH_DATA=… python benchmarks/pareto.py compute --seeds 0 1 2
     python benchmarks/pareto.py figure
 
-``compute`` trains each seed of ``--experiment`` without anything, then once for every budget of
-f-INE (target *self*, margin, steps weighted by uncertainty): in-batch at one step in 8, 4, 2 and
-at every step, and snapshots of all examples every so many steps, down to every step. TracIn and
-TRAK read 1, 3, 5, … of the plain run's checkpoints, equally spaced up to the last one. Extra cost
-is time over that of the plain training: for f-INE the wall time of the watched run less that of
-the plain one, for the others that of scoring. ``figure`` writes ``pareto.csv`` and draws
+``compute`` trains each seed of ``--experiment`` in pairs, without anything and watched, for every
+budget of f-INE (target *self*, margin, steps weighted by uncertainty): in-batch at one step in 8,
+4, 2 and at every step, and snapshots of all examples every so many steps, down to every step.
+TracIn and TRAK read 1, 3, 5, … of the plain run's checkpoints, equally spaced up to the last one.
+Extra cost is time over that of the plain training: for f-INE the wall time of the watched run less
+that of the plain one beside it (the median of several pairs where it is small), for the others
+that of scoring. ``figure`` writes ``pareto.csv`` and draws
 consistency (mean Spearman correlation between the scores of two seeds) and fidelity (Spearman
 correlation with the true μ by retraining, ``results/ground_truth``) against it. All points of one
 seed come from one process, one after the other; the median over seeds is drawn.
@@ -54,10 +55,10 @@ from fine_bench.truth import Truth, find, folders
 
 CHECKPOINTS = (1, 3, 5, 15)
 THINNED = (8, 4, 2, 1)
-REPEATS = 3
+REPEATS = 5
+"""Pairs of plain and watched trainings, of whose ratios the median counts."""
 CHEAP = 16
-"""Steps between two snapshots from which they are timed ``REPEATS`` times, as in-batch is."""
-"""Runs of plain training and of each in-batch setting, of whose times the median counts."""
+"""Steps between two snapshots below which one pair is enough: they cost several trainings."""
 
 EVERY = (64, 32, 16, 8, 4, 2, 1)
 FAMILIES = {
@@ -108,24 +109,24 @@ def spaced(n: int, wanted: int) -> list[int]:
 
 def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Scores ``(1, n)`` of every point, and its extra cost over plain training."""
-    plains = [training.train(job, [], None) for _ in range(REPEATS)]
-    plain = plains[0]
-    base = statistics.median(run.facts["seconds_with_callbacks"] for run in plains)
     found: dict[str, Tensor] = {}
     costs: dict[str, float] = {}
+    bases: list[float] = []
     points = [Point("f-INE in-batch", k) for k in THINNED]
     for point in [*points, *(Point("f-INE snapshots", k) for k in every)]:
-        seconds = []
-        # what costs little must be timed well
         cheap = point.family == "f-INE in-batch" or point.budget >= CHEAP
+        ratios = []
         for _ in range(REPEATS if cheap else 1):
+            plain = training.train(job, [], None)
+            bases.append(plain.facts["seconds_with_callbacks"])
             watcher = point.watcher(job.config.seed)
             run = training.train(job, [watcher], None)
             start = time.perf_counter()
             found[point.name] = watcher.scores().values
             finish = time.perf_counter() - start
-            seconds.append(run.facts["seconds_with_callbacks"] + finish)
-        costs[point.name] = statistics.median(seconds) / base - 1.0
+            ratios.append((run.facts["seconds_with_callbacks"] + finish) / bases[-1])
+        costs[point.name] = statistics.median(ratios) - 1.0
+    base = statistics.median(bases)
     problem = problem_of(job, "self", plain.model)
     budgets = sorted({min(k, len(plain.checkpoints)) for k in CHECKPOINTS})
     for family in ("TracIn", "TRAK"):
