@@ -305,6 +305,8 @@ class FINECallback(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a batch, or of a micro-batch, are there."""
+        if self._recorder is not None:  # what its hooks did within the backward pass
+            self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
         with self._timed() as schedule:
             schedule.backward_ends(
                 trainer.current_epoch,

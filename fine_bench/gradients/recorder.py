@@ -5,6 +5,7 @@ Recording reads what the forward and the backward pass hold anyway; it changes n
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ class LayerRecorder:
         reduce: what is made of the block of one application of a layer, as soon as its gradient is
             there; it must be linear in the gradient. The last layer's gradient at the output is
             kept beside it.
+        seconds: time spent in ``reduce`` during the passes.
 
     Raises:
         UnsupportedProblemError: nothing is trained, or a layer that cannot be watched is.
@@ -95,6 +97,7 @@ class LayerRecorder:
         self.armed = False
         self.keep_outputs = False
         self.reduce: Reduce | None = None
+        self.seconds = 0.0
         self._batch_size: int | None = None
         self._handles: list[RemovableHandle] = []
         self.model = model
@@ -214,8 +217,10 @@ class LayerRecorder:
         call.grad = grad.detach()
         early = self.reduce is not None and not self._unchecked and self.armed
         if early and self._batch_size is not None:
+            start = time.perf_counter()
             # now the tensors are in the cache, and afterwards the pass may free them
             self._reduce(call, self._batch_size, 1.0)
+            self.seconds += time.perf_counter() - start
             call.input = call.features = None
             if call is not self.calls[-1]:
                 call.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -284,6 +285,21 @@ def test_a_resumed_run_draws_alike(tmp_path: Any) -> None:
     go(first, 1, None)  # four steps: in the middle of a draw
     go(second, 4, str(tmp_path / "run.ckpt"))
     assert torch.equal(mu(whole), mu(second))
+
+
+def test_what_happens_within_the_backward_pass_is_counted(monkeypatch: Any) -> None:
+    once = Sketch.__call__
+
+    def slow(self: Sketch, block: Block) -> Block:
+        time.sleep(0.01)
+        return once(self, block)
+
+    monkeypatch.setattr(Sketch, "__call__", slow)
+    callback = FINECallback(sketch=K)
+    fit("images", callback, max_epochs=2)
+    steps, layers = 2 * N // BATCH, 6
+    assert callback.seconds > 0.01 * steps * layers
+    assert callback.seconds < 10 * 0.01 * steps * layers
 
 
 def test_bad_values_are_refused() -> None:
