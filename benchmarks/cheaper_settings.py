@@ -81,7 +81,12 @@ def measure(arguments: argparse.Namespace) -> pd.DataFrame:
         queries = TensorDataset(job.images.query_x, job.images.query_y)
         sketches = not str(job.config.model["_target_"]).endswith(".mlp")
         makers = settings(queries, arguments.targets, sketches=sketches)
-        watchers = {key: make() for key, make in makers.items()}
+        wanted = tuple(arguments.settings)
+        watchers = {
+            key: make()
+            for key, make in makers.items()
+            if not wanted or key[1].startswith(wanted) or key[1] == FULL[key[0]]
+        }
         training.train(job, list(watchers.values()), None)
         for (target, name), watcher in watchers.items():
             values = watcher.scores().values
@@ -140,6 +145,7 @@ def main() -> None:
     parser.add_argument("--experiment", default="mnist_mlp")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the experiment, as in Hydra")
     parser.add_argument("--targets", nargs="+", default=list(FULL), choices=list(FULL))
+    parser.add_argument("--settings", nargs="*", default=[], help="names' beginnings; else all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
@@ -156,6 +162,8 @@ def main() -> None:
         command += f" --targets {' '.join(arguments.targets)}"
     if arguments.overrides:
         command += f" --overrides {' '.join(arguments.overrides)}"
+    if arguments.settings:
+        command += " --settings " + " ".join(f'"{name}"' for name in arguments.settings)
     arguments.out.with_suffix(".md").write_text(markdown(frame, f"{command} --seeds {seeds}"))
     print(frame.to_string(index=False))
 
