@@ -91,8 +91,8 @@ class FINECallback(pl.Callback):
             that μ stays that of the whole run.
         sketch: for *self* in-batch: estimate products of gradients from so many random
             combinations of each layer's inputs and of its output gradients, ≥ 2, instead of taking
-            them exactly (``fine_bench.gradients.sketch``). Much cheaper for layers that are wide
-            or are applied at many positions, and noisier.
+            them exactly (``fine_bench.gradients.sketch``). Cheaper, and noisier, for layers that
+            are applied at several positions of an example (tokens, pixels); others stay exact.
         watched: positions that snapshots score; None for all.
         refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
             None for one an epoch (before its first step; in snapshots at the epoch's first).
