@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError
 from fine_bench.records import digest
+from fine_bench.run import addresses
 from fine_bench.sensitivity.grid import Point, points
 from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting, UnsupportedProblemError
 
@@ -271,7 +272,7 @@ def target_of(options: Mapping[str, Any], where: str, packages: tuple[str, ...])
             f"trust it, type 'allow_packages=[{path.split('.')[0]}]'"
         )
     try:
-        found = get_object(path)
+        found = get_object(addresses.today(path))
     except Exception as error:
         raise ConfigError(f"{where}._target_={path} cannot be imported: {error}") from error
     # a module of ours imports others: fine_bench.records.os.system is not ours to call
@@ -404,8 +405,12 @@ def setting_of(config: RunConfig) -> dict[str, Any]:
     # a language task is told its model, whose tokenizer it needs: one copy is enough
     twice = {"model"} if config.task.get("model") == config.model else set()
     return {
-        "task": {k: v for k, v in config.task.items() if k not in PLACES | twice},
-        "model": {k: v for k, v in config.model.items() if k not in ("download", "allow_cpu")},
+        "task": addresses.recorded(
+            {k: v for k, v in config.task.items() if k not in PLACES | twice}
+        ),
+        "model": addresses.recorded(
+            {k: v for k, v in config.model.items() if k not in ("download", "allow_cpu")}
+        ),
         "trainer": trainer,
         "training_version": TRAINING_VERSION,
     }
@@ -418,7 +423,7 @@ def setting_digest(config: RunConfig) -> str:
 
 def estimator_digest(options: Mapping[str, Any]) -> str:
     """Digest of an estimator's own options. ``seed: null`` stands for the run seed in them."""
-    return digest(dict(options))
+    return digest(addresses.recorded(options))
 
 
 def build(

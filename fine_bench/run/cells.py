@@ -20,7 +20,7 @@ from fine_bench.gradients.batching import suitable_batch_size
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.records import RecordStore, StoreError, environment, scores_digest
-from fine_bench.run import training
+from fine_bench.run import addresses, training
 from fine_bench.run.backend import backend_of
 from fine_bench.run.plan import Cell, Job, Watcher
 from fine_bench.types import (
@@ -394,7 +394,8 @@ class _Writer:
             config["task"].pop(key, None)
         if cell.variation:
             config["sensitivity"] = dict(cell.variation)
-        return {**config, "estimator": dict(cell.options)}
+        config = addresses.recorded(config)
+        return {**config, "estimator": addresses.recorded(cell.options)}
 
 
 @contextmanager
