@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.engine import GradientEngine, per_example_loss
+from fine_bench.gradients.query_weighting import query_groups
 from fine_bench.seeds import stream
 from fine_bench.types import Checkpoint, InfluenceScores, Problem
-from fine_bench.weighting import query_groups
 
 
 class _Control(InfluenceEstimator):

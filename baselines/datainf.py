@@ -24,21 +24,21 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, Schedule
-from fine_bench.gradients.blocks import (
+from fine_bench.gradients.cache import engine_of
+from fine_bench.gradients.per_example import (
     Block,
     DenseBlock,
     Direction,
     PerExampleGradients,
     add_directions,
 )
-from fine_bench.gradients.memory import engine_of
-from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import (
+from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
     query_groups,
     reference_rows,
 )
+from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
 HELD_FLOATS = 2**27
 """Gradients that are held instead of being computed again: half a gigabyte in float32."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from baselines.tracin import TracIn
 from fine_bench.estimator import Schedule
-from fine_bench.gradients.blocks import PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import Checkpoint, Problem
 
 

@@ -15,7 +15,7 @@ opposite.)
     ``"hessian"``, ``"ggn"``, ``"fisher"`` (the model's own: exact expectation over classes up to
     100 of them, beyond that ``n_samples`` labels drawn for each example) or
     ``"empirical_fisher"``; default ``"fisher"`` for ``ekfac``, else ``"ggn"``. For softmax
-    cross-entropy the two are the same matrix. See ``fine_bench.gradients.curvature``.
+    cross-entropy the two are the same matrix. See ``fine_bench.gradients.curvature.products``.
 ``solver``
     ``"exact"``: C in full, float64, Cholesky; up to ``EXACT_LIMIT`` parameters. For the empirical
     Fisher with n < parameters the n × n dual instead, K (K/n + λI)⁻¹ with K the Gram matrix of the
@@ -29,7 +29,7 @@ opposite.)
     paper's own solver. The relative residual of each row on all the data is in
     ``extras["residual"]``, the scale used in ``extras["scale"]``; a diverging series is refused.
     ``"arnoldi"``: C within one Krylov space, λ outside of it (``baselines/arnoldi.py``).
-    ``"ekfac"``: C approximated as in ``fine_bench.gradients.ekfac``, one block a layer.
+    ``"ekfac"``: C approximated as in ``fine_bench.gradients.curvature.ekfac``, one block a layer.
 ``damping``
     λ itself, or by default ``relative_damping`` times the mean eigenvalue tr C / P (for ``ekfac``
     of each layer); the λ used is in ``extras["damping"]``. C + λI must be positive definite: an
@@ -66,12 +66,9 @@ from baselines.inverses import (
 from baselines.lissa import Apply, Lissa
 from baselines.tracin import reference_batches
 from fine_bench.estimator import InfluenceEstimator, Schedule
-from fine_bench.gradients.blocks import (
-    Direction,
-    PerExampleGradients,
-    add_directions,
-)
-from fine_bench.gradients.curvature import (
+from fine_bench.gradients.blocks.direction import concatenated
+from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature.products import (
     CURVATURES,
     Curvature,
     CurvatureProducts,
@@ -81,22 +78,21 @@ from fine_bench.gradients.curvature import (
     parameter_names,
     sum_of_squares_trace,
 )
-from fine_bench.gradients.directions import concatenated
-from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.per_example import Direction, PerExampleGradients, add_directions
+from fine_bench.gradients.query_weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    query_weights,
+    reference_rows,
+)
 from fine_bench.seeds import stream
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
     Problem,
     QueryWeighting,
-)
-from fine_bench.weighting import (
-    check_weighting,
-    noise_weights,
-    query_groups,
-    query_weights,
-    reference_rows,
 )
 
 Solver: TypeAlias = Literal["exact", "cg", "lissa", "arnoldi", "ekfac"]

@@ -1,6 +1,6 @@
 """(C + λI)⁻¹ as influence functions use it: four solvers of one system behind one face.
 
-``EKFAC`` of ``fine_bench.gradients.ekfac`` is the fifth.
+``EKFAC`` of ``fine_bench.gradients.curvature.ekfac`` is the fifth.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from baselines.arnoldi import RitzPairs
 from baselines.conjugate_gradients import solve_cg
 from baselines.lissa import Lissa
-from fine_bench.gradients.blocks import Direction, PerExampleGradients
-from fine_bench.gradients.curvature import CurvatureProducts, as_direction, as_rows
+from fine_bench.gradients.curvature.products import CurvatureProducts, as_direction, as_rows
+from fine_bench.gradients.per_example import Direction, PerExampleGradients
 
 BLOCK_FLOATS = 2**24
 """Numbers in one block of right-hand sides; CG holds about six of them, LiSSA three."""

@@ -3,8 +3,8 @@
     LESS(q, i) = Σ_c lr_c cos( Pᵀ g_q, Pᵀ Γ_c(g_i) )                       (θ at checkpoint c)
 
 g the gradient of an example's own loss, Γ_c the step that Adam would make with it in the state of
-checkpoint c (``fine_bench.moments``), lr_c the mean step size of the epoch that ended there, P a
-random projection. Xia, Malladi, Gururangan, Arora, Chen: *LESS: Selecting Influential Data for
+checkpoint c (``fine_bench.gradients.adam``), lr_c the mean step size of the epoch that ended there,
+P a random projection. Xia, Malladi, Gururangan, Arora, Chen: *LESS: Selecting Influential Data for
 Targeted Instruction Tuning* (ICML 2024, arXiv:2402.04333), made for LoRA tuning. The cosine keeps
 short sequences, whose gradients are large, from winning by their norm. Positive: i helps q.
 
@@ -28,22 +28,22 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
-from fine_bench.gradients.blocks import Block, DenseBlock, PerExampleGradients
-from fine_bench.gradients.memory import engine_of
-from fine_bench.gradients.projections import make_projection
-from fine_bench.moments import AdamCheckpoint, adam_direction
+from fine_bench.gradients.adam import AdamCheckpoint, adam_direction
+from fine_bench.gradients.cache import engine_of
+from fine_bench.gradients.per_example import Block, DenseBlock, PerExampleGradients
+from fine_bench.gradients.projection.random import make_projection
+from fine_bench.gradients.query_weighting import (
+    check_weighting,
+    noise_weights,
+    query_groups,
+    reference_rows,
+)
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
     Problem,
     QueryWeighting,
     UnsupportedProblemError,
-)
-from fine_bench.weighting import (
-    check_weighting,
-    noise_weights,
-    query_groups,
-    reference_rows,
 )
 
 LessProjection: TypeAlias = Literal["gaussian", "rademacher", "sjlt"] | None
@@ -109,8 +109,8 @@ class LESS(InfluenceEstimator):
         if self.adam and not has_state:
             raise UnsupportedProblemError(
                 f"{self.name}: adam=True, but the checkpoint of step {checkpoint.step} has no "
-                "state of Adam; pass fine_bench.moments.AdamCheckpoint, or adam=False for a run "
-                "under SGD"
+                "state of Adam; pass fine_bench.gradients.adam.AdamCheckpoint, or adam=False for "
+                "a run under SGD"
             )
         self.load(checkpoint)
         # P is drawn once for both

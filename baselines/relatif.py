@@ -30,8 +30,8 @@ from torch import Tensor
 
 from baselines.influence_functions import InfluenceFunction, Solver
 from baselines.inverses import Inverse
-from fine_bench.gradients.blocks import PerExampleGradients
-from fine_bench.gradients.curvature import Curvature
+from fine_bench.gradients.curvature.products import Curvature
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import Problem, QueryWeighting
 
 Relative: TypeAlias = Literal["theta", "loss"]

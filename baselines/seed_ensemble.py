@@ -29,8 +29,8 @@ from torch import Tensor
 from baselines.gradient_similarity import GradCos, GradDot
 from baselines.influence_functions import InfluenceFunction
 from fine_bench.estimator import InfluenceEstimator, Schedule
+from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import check_weighting
 
 Base: TypeAlias = Literal["influence_function", "grad_dot", "grad_cos"]
 

@@ -6,14 +6,14 @@ Fisher (a sequence has no distribution over labels to take an expectation of):
     IF(q, i) = Σ_l Σ_oi (Q_Gᵀ G_q Q_A)_oi (Q_Gᵀ G_i Q_A)_oi / (s_oi + λ_l)
 
 with Q_A, Q_G the eigenvectors of the layer's Kronecker factors and s the second moments of the
-training gradients in their basis (``fine_bench.gradients.ekfac``). Two things differ:
+training gradients in their basis (``fine_bench.gradients.curvature.ekfac``). Two things differ:
 
 - Padding counts nothing. The general method takes it for positions like any other, and so its Q_A
   depend on how samples are batched.
 - The price. The factors of T tokens are read once, for the eigenvectors. Everything after it needs
   the gradients themselves: P numbers a sample, which for LoRA matrices of a small model can be
   turned into the basis once and held, and may have been left by another method
-  (``fine_bench.gradients.memory``).
+  (``fine_bench.gradients.cache``).
 
 Where n · P numbers are too many, or a model does not give its gradients in full, this is
 ``InfluenceFunction`` itself, padding and all.
@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from baselines.influence_functions import InfluenceFunction
-from fine_bench.gradients.blocks import DenseBlock, FactorBlock
-from fine_bench.gradients.ekfac import EKFAC, LayerCurvature
+from fine_bench.gradients.cache import engine_of
+from fine_bench.gradients.curvature.ekfac import EKFAC, LayerCurvature
 from fine_bench.gradients.layers import trained_parameters
-from fine_bench.gradients.memory import engine_of
-from fine_bench.sequences import PAD
+from fine_bench.gradients.per_example import DenseBlock, FactorBlock
+from fine_bench.gradients.query_weighting import noise_weights, query_groups, reference_rows
+from fine_bench.gradients.token_losses import PAD
 from fine_bench.types import Checkpoint, Problem, QueryWeighting
-from fine_bench.weighting import noise_weights, query_groups, reference_rows
 
 HELD_FLOATS = 2**27
 """Numbers of the turned training gradients that are held: half a gigabyte in float32."""

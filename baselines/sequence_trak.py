@@ -16,12 +16,16 @@ from typing import Literal
 import torch
 
 from baselines.trak import MAX_SIDE, TRAK
-from fine_bench.gradients.blocks import PerExampleGradients
+from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.memory import engine_of
-from fine_bench.gradients.projections import Factorized
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.projection.random import Factorized
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.sequences import is_sequence_problem, mean_complement, negative_token_margin
+from fine_bench.gradients.token_losses import (
+    is_sequence_problem,
+    mean_complement,
+    negative_token_margin,
+)
 from fine_bench.types import Problem
 
 

@@ -15,8 +15,8 @@ since R_l stays finite (τ_l) where H_l has no curvature. With one long segment,
 undamped influence function.
 
 H_l is an EK-FAC curvature fitted to the segment's checkpoints together
-(``fine_bench.gradients.ekfac``), so S_l and R_l are functions of its eigenvalues. Momentum β counts
-as the step size lr/(1 − β); weight decay w adds w to every eigenvalue.
+(``fine_bench.gradients.curvature.ekfac``), so S_l and R_l are functions of its eigenvalues.
+Momentum β counts as the step size lr/(1 − β); weight decay w adds w to every eigenvalue.
 
 Sign and scale: as for ``InfluenceFunction``, −dℓ_q/dε for ε more of example i in the mean loss;
 positive helps.
@@ -43,13 +43,18 @@ from torch import Tensor
 
 from baselines.tracin import gather
 from fine_bench.estimator import InfluenceEstimator, Schedule
-from fine_bench.gradients.blocks import Direction, add_directions
-from fine_bench.gradients.curvature import Roots, count_parameters
-from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature.products import Roots, count_parameters
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.per_example import Direction, add_directions
+from fine_bench.gradients.query_weighting import (
+    check_weighting,
+    query_groups,
+    query_weights,
+    reference_rows,
+)
 from fine_bench.seeds import stream
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import check_weighting, query_groups, query_weights, reference_rows
 
 Factored: TypeAlias = Literal["fisher", "ggn", "empirical_fisher"]
 

@@ -23,9 +23,15 @@ from torch import Tensor
 
 from baselines.controls import _Control, _SelfControl
 from fine_bench.estimator import Schedule
-from fine_bench.sequences import IGNORED, PAD, is_sequence_problem, mean_token_loss, trimmed
+from fine_bench.gradients.query_weighting import query_groups
+from fine_bench.gradients.token_losses import (
+    IGNORED,
+    PAD,
+    is_sequence_problem,
+    mean_token_loss,
+    trimmed,
+)
 from fine_bench.types import Checkpoint, InfluenceScores, Problem
-from fine_bench.weighting import query_groups
 
 Part: TypeAlias = Literal["all", "prompt", "completion"]
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, T
-from fine_bench.gradients.blocks import (
+from fine_bench.gradients.cache import engine_of
+from fine_bench.gradients.per_example import (
     Block,
     DenseBlock,
     Direction,
@@ -27,16 +28,15 @@ from fine_bench.gradients.blocks import (
     PerExampleGradients,
     add_directions,
 )
-from fine_bench.gradients.memory import engine_of
-from fine_bench.gradients.projection_blocks import joined
-from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
-from fine_bench.weighting import (
+from fine_bench.gradients.projection.chunks import joined
+from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
     query_groups,
     query_weights,
     reference_rows,
 )
+from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
 FORMED_FLOATS = 2**27
 """Numbers that the gradients of all queries may take where they are formed in full: 0.5 GiB."""

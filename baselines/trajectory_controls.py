@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from baselines.controls import _SelfControl
 from fine_bench.estimator import Schedule
-from fine_bench.gradients.classification import classification_reason
+from fine_bench.gradients.margin import classification_reason
 from fine_bench.types import Checkpoint, InfluenceScores, Problem
 
 _ROWS = 4096

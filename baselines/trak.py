@@ -28,9 +28,9 @@ Where we deviate:
 Nothing of size (n_train, parameters) is held: (n_train, dim) with a projection; without one the
 gradients are computed again where they are needed.
 
-Query weighting in a mean over queries, the rule of ``fine_bench.weighting`` at each checkpoint,
-refers to what is averaged here: ``"norm"`` divides query v by ‖φ_v‖, the norm of its projected
-margin gradient; ``"noise"`` by std_j s_vj over reference examples j, with
+Query weighting in a mean over queries, the rule of ``fine_bench.gradients.query_weighting`` at each
+checkpoint, refers to what is averaged here: ``"norm"`` divides query v by ‖φ_v‖, the norm of its
+projected margin gradient; ``"noise"`` by std_j s_vj over reference examples j, with
 s_vj = (1 − p_j) φ_vᵀ (ΦᵀΦ + ridge·I)⁻¹ φ_j, its statistic against their loss gradients.
 """
 
@@ -45,10 +45,11 @@ from torch import Tensor
 
 from baselines.tracin import gather
 from fine_bench.estimator import InfluenceEstimator
-from fine_bench.gradients.blocks import PerExampleGradients
-from fine_bench.gradients.classification import classification_reason, negative_margin
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.projections import Projection, ProjectionKind, make_projection
+from fine_bench.gradients.margin import classification_reason, negative_margin
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.projection.random import Projection, ProjectionKind, make_projection
+from fine_bench.gradients.query_weighting import check_weighting, query_groups, reference_rows
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
@@ -56,7 +57,6 @@ from fine_bench.types import (
     QueryWeighting,
     UnsupportedProblemError,
 )
-from fine_bench.weighting import check_weighting, query_groups, reference_rows
 
 MAX_SIDE = 8192
 """Largest matrix factorised, rows: 0.5 GiB in float64. Bounds P = I; projections stay below."""
@@ -68,7 +68,7 @@ class TRAK(InfluenceEstimator):
     Args:
         projection: None for P = I (at most ``MAX_SIDE`` parameters or examples, and a ridge), or
             ``"gaussian"``, ``"rademacher"``, ``"sjlt"``, ``"factorized"``; see
-            ``fine_bench.gradients.projections``.
+            ``fine_bench.gradients.projection.random``.
         dim: projected dimension, from 1 to ``MAX_SIDE``; at most n_train without a ridge. No
             meaning for P = I.
         ridge: λ added to the eigenvalues of the *sum* ΦᵀΦ, ≥ 0.

@@ -28,9 +28,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from fine_bench.bank.stacked import Recipe, evaluate, train_one, train_stack
 from fine_bench.data.mnist import mnist_mislabel
 from fine_bench.models.networks import mlp
+from fine_bench.retraining.train import Recipe, evaluate, train_one, train_stack
 from fine_bench.seeds import stream
 
 HIDDEN, BATCH, LR, KEEP = 256, 64, 0.05, 0.5

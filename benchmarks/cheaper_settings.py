@@ -32,8 +32,8 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.run import training
-from fine_bench.truth import find, folders
+from fine_bench.retraining.truth_files import find, folders
+from fine_bench.runner.backends import images
 from fine_bench.types import SUSPICIOUS_END
 
 REFRESH = (1, 5, 20, 50, 100, 500)
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> pd.DataFrame:
             for key, make in makers.items()
             if not wanted or key[1].startswith(wanted) or key[1] == FULL[key[0]]
         }
-        training.train(job, list(watchers.values()), None)
+        images.train(job, list(watchers.values()), None)
         for (target, name), watcher in watchers.items():
             values = watcher.scores().values
             key = (target, name)

@@ -25,9 +25,9 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import Progress
 
-from fine_bench.error_rate import MIN_DRAWS, NOISY_SHARE, Choice, Mask, Rate, repeated
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.records import RecordStore, StoreError, newest, write_atomic
+from fine_bench.metrics.error_rate import MIN_DRAWS, NOISY_SHARE, Choice, Mask, Rate, repeated
+from fine_bench.store.records import RecordStore, StoreError, newest, write_atomic
 from fine_bench.types import TARGETS, InfluenceScores, RunRecord
 
 TRUTH = "truth/is_bad"
@@ -75,7 +75,7 @@ def truth_of(record: RunRecord, scores: InfluenceScores) -> Mask:
     """Which examples are bad: beside the scores, else from the task's data, built again."""
     if TRUTH in scores.extras:
         return np.asarray(scores.extras[TRUTH], dtype=np.bool_)
-    from fine_bench.run.retraining import job_of
+    from fine_bench.runner.retrain import job_of
 
     return np.asarray(job_of(record).data.truth.is_bad, dtype=np.bool_)
 

@@ -3,7 +3,7 @@
     FINE_BENCH_DATA=… python benchmarks/gain.py compute --experiment mnist_mlp --seeds 0 1 2
     FINE_BENCH_DATA=… python benchmarks/gain.py table --half published
 
-``compute`` trains each seed once and scores it in every way of ``fine_bench.factorial``:
+``compute`` trains each seed once and scores it in every way of ``fine_bench.fine.factorial``:
 
     forms       raw, weighted, standardised, accumulated, and whitened (self with EK-FAC)
     observable  margin, loss
@@ -41,16 +41,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fine_bench.config import check, config_folder, register
-from fine_bench.factorial import FormSums, set_row
-from fine_bench.fine import direction_effects, self_effects
-from fine_bench.gradients.blocks import PerExampleGradients
-from fine_bench.gradients.curvature import Roots
-from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
+from fine_bench.fine.accumulator import direction_effects, self_effects
+from fine_bench.fine.factorial import FormSums, set_row
+from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature.products import Roots
 from fine_bench.gradients.engine import GradientEngine, inverse_or_zero
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.run import training
-from fine_bench.run.plan import Job, plan
+from fine_bench.runner.backends import images
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import stream
 from fine_bench.types import Problem
 
@@ -356,7 +356,7 @@ def score_run(job: Job, n_query: int, geometries: Sequence[str]) -> tuple[dict[s
         queries=TensorDataset(data.query_x[:n_query], data.query_y[:n_query]),
     )
     watcher = InBatch(problem, geometries)
-    run = training.train(job, [watcher], None)  # type: ignore[list-item]
+    run = images.train(job, [watcher], None)  # type: ignore[list-item]
     n, m = data.n_train, watcher.m
     found: dict[str, Tensor] = {}
     costs = {f"steps|{g}": seconds for g, seconds in watcher.costs.items()}

@@ -15,13 +15,14 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fine_bench.factorial import FORMS
+from fine_bench.fine.factorial import FORMS
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics
 from fine_bench.metrics.fidelity import fidelity
 from fine_bench.metrics.intervals import mean_interval, paired_difference
 from fine_bench.metrics.lds import lds
-from fine_bench.truth import HALVES, Truth, folders, named
+from fine_bench.retraining.truth import HALVES, Truth
+from fine_bench.retraining.truth_files import folders, named
 
 FACTORS = ("schedule", "geometry", "observable", "weight", "form")
 LEVELS = {

@@ -7,10 +7,10 @@
 
 ``compute`` trains each seed once, watched by f-INE in several recipes, and keeps μ with two errors:
 *naive*, the spread of the run's observations of the shift, taken as independent and with the noise
-in the denominator as known; and *jackknife*, that of ``fine_bench.fine_error``. ``learn`` finds the
-factor on the jackknife from the seeds of ``--learn-seeds`` on ``--learn-from``. ``table`` asks of
-every seed that was *not* learnt from, and of every example: does the interval of this run hold the
-mean μ of the others? It writes ``results/interval_coverage.md`` and ``.csv``.
+in the denominator as known; and *jackknife*, that of ``fine_bench.fine.standard_error``. ``learn``
+finds the factor on the jackknife from the seeds of ``--learn-seeds`` on ``--learn-from``. ``table``
+asks of every seed that was *not* learnt from, and of every example: does the interval of this run
+hold the mean μ of the others? It writes ``results/interval_coverage.md`` and ``.csv``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.fine import FineAccumulator
-from fine_bench.fine_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
-from fine_bench.run import training
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
+from fine_bench.runner.backends import images
 
 COMPUTE = "python benchmarks/interval_coverage.py compute --experiment TASK --seeds 0 1 … 9"
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -87,7 +87,7 @@ def compute(arguments: argparse.Namespace) -> None:
             for recipe, target in PAIRS
             if recipe in arguments.recipes and (target == "self" or not arguments.self_only)
         }
-        run = training.train(job, list(watchers.values()), None)
+        run = images.train(job, list(watchers.values()), None)
         found: dict[str, Tensor] = {}
         for key, watcher in watchers.items():
             scores = watcher.scores()

@@ -32,7 +32,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fine_bench.records import RecordStore
+from fine_bench.store.records import RecordStore
 
 SMALL = (
     "task.n_train=120",

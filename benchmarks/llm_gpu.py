@@ -28,11 +28,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import TensorDataset
 
+from fine_bench.gradients.token_losses import IGNORED, mean_token_loss
 from fine_bench.llm import hub
 from fine_bench.llm.models import Lora, with_lora
 from fine_bench.llm.tuner import Tuner, token_loader
 from fine_bench.llm.watchers import SequenceFINE
-from fine_bench.sequences import IGNORED, mean_token_loss
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama31_8b": {

@@ -37,7 +37,7 @@ from baselines.tracin import TracIn
 from baselines.trak import TRAK
 from fine_bench.callback import FINECallback
 from fine_bench.estimator import InfluenceEstimator, replay
-from fine_bench.figures.style import (
+from fine_bench.report.figures.style import (
     BLACK,
     BLUE,
     FORMATS,
@@ -48,10 +48,11 @@ from fine_bench.figures.style import (
     styled,
     to_bytes,
 )
-from fine_bench.run import training
-from fine_bench.run.cells import problem_of
-from fine_bench.run.plan import Job
-from fine_bench.truth import Truth, find, folders
+from fine_bench.retraining.truth import Truth
+from fine_bench.retraining.truth_files import find, folders
+from fine_bench.runner.backends import images
+from fine_bench.runner.cells import problem_of
+from fine_bench.runner.plan import Job
 
 CHECKPOINTS = (1, 3, 5, 15)
 THINNED = (8, 4, 2, 1)
@@ -117,10 +118,10 @@ def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[
         cheap = point.family == "f-INE in-batch" or point.budget >= CHEAP
         ratios = []
         for _ in range(REPEATS if cheap else 1):
-            plain = training.train(job, [], None)
+            plain = images.train(job, [], None)
             bases.append(plain.facts["seconds_with_callbacks"])
             watcher = point.watcher(job.config.seed)
-            run = training.train(job, [watcher], None)
+            run = images.train(job, [watcher], None)
             start = time.perf_counter()
             found[point.name] = watcher.scores().values
             finish = time.perf_counter() - start

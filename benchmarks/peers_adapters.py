@@ -131,9 +131,9 @@ def our_trak(kind: str) -> Peer:
     """TRAK with one of our projections."""
 
     def features(s: Setting, gradients: Tensor) -> Tensor:
-        from fine_bench.gradients.classification import negative_margin
         from fine_bench.gradients.engine import GradientEngine
-        from fine_bench.gradients.projections import make_projection, projection_matrix
+        from fine_bench.gradients.margin import negative_margin
+        from fine_bench.gradients.projection.random import make_projection, projection_matrix
 
         pattern = GradientEngine(s.model, negative_margin)(s.x[:1], s.y[:1])
         matrix = projection_matrix(make_projection(kind, s.dim, 0), pattern)  # type: ignore[arg-type]

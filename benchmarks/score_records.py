@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from fine_bench.records import RecordStore
-from fine_bench.truth import find, folders
+from fine_bench.retraining.truth_files import find, folders
+from fine_bench.store.records import RecordStore
 
 
 def table(results: Path, task: str, target: str) -> tuple[pd.DataFrame, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,22 +12,35 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fine_bench.config import config_folder, register
+from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.run import sweep
-from fine_bench.run.hydra_help import narrow
+from fine_bench.runner import sweep
+from fine_bench.runner.config import config_folder, register
+
+COMMANDS = (
+    "leaderboard", "summary", "sensitivity", "figures", "report", "verify", "score", "audit",
+    "bank", "truth", "clean", "cure",
+)  # fmt: skip
 
 
 def main() -> None:
     """Entry point; exit status 0 done, 1 something failed or is missing, 2 bad input."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        command = importlib.import_module(f"fine_bench.commands.{sys.argv.pop(1)}")
+        sys.exit(command.main())
+    run()
+
+
+def run() -> None:
+    """``fine-bench run``, and ``python -m fine_bench``: Hydra reads the arguments."""
     # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = multirun_first(sys.argv[1:])
     register()
-    run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
+    entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     try:
         with narrow(sys.argv[1:]):
-            run(_job)()
+            entry(_job)()
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
         if not sweep.running():
             sweep.refuse(error)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.data import files
+from fine_bench.data import loading
 from fine_bench.data.idx import parse_idx
 from fine_bench.data.images import standardise
 from fine_bench.data.mislabel import Source, mislabel_task
@@ -53,7 +53,7 @@ class Mnist(NamedTuple):
 
 def cache() -> Path:
     """Where downloaded files are kept."""
-    return files.cache_directory() / "mnist"
+    return loading.cache_directory() / "mnist"
 
 
 def directories(data_dir: str | Path | None = None) -> list[Path]:
@@ -86,7 +86,7 @@ def load_mnist(
     places = directories(data_dir)
     arrays = []
     for name, md5 in FILES.items():
-        content, path = files.verified_content(
+        content, path = loading.verified_content(
             name,
             md5,
             directories=places,

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, TokenBlock
-from fine_bench.gradients.fields import FieldBlock, Fields
+from fine_bench.gradients.blocks.convolution import FieldBlock, Fields
+from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, TokenBlock
 from fine_bench.types import UnsupportedProblemError
 
 Normalise = Callable[[nn.Module, Tensor], Tensor]

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from fine_bench.gradients.agreement import disagreeing
-from fine_bench.gradients.blocks import Block
-from fine_bench.gradients.fields import Fields
+from fine_bench.gradients.blocks.convolution import Fields
 from fine_bench.gradients.layers import (
     LayerKind,
     batch_coupling_reason,
     kind_of,
     trained_parameters,
 )
+from fine_bench.gradients.per_example import Block
+from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.types import UnsupportedProblemError
 
 OTHER_PARAMETERS = "other parameters"

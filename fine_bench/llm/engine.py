@@ -7,7 +7,7 @@ Three things make them cheaper than ``GradientEngine`` alone, and change nothing
 - A batch is taken in pieces of samples of about the same length, so that little is padding.
 - The gradients of few parameters (LoRA matrices of a small model) are formed in full, P numbers a
   sample, where the factors of T tokens would be many times as many; and a memory that the model
-  carries keeps them for the next method (``fine_bench.gradients.memory``).
+  carries keeps them for the next method (``fine_bench.gradients.cache``).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.blocks import DenseBlock, PerExampleGradients
+from fine_bench.gradients.cache import GradientMemory, fingerprint
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.memory import GradientMemory, fingerprint
+from fine_bench.gradients.per_example import DenseBlock, PerExampleGradients
+from fine_bench.gradients.token_losses import lengths, mean_complement
 from fine_bench.llm.net import CausalNet, labelled_positions
-from fine_bench.sequences import lengths, mean_complement
 from fine_bench.types import Loss, UnsupportedProblemError
 
 DENSE_PARAMETERS = 2**18
@@ -42,7 +42,7 @@ class SequenceEngine(GradientEngine):
     Args:
         net: the model.
         loss: ``loss(logits, y, reduction="none") -> (batch,)``; a function of the logits that
-            predict labelled tokens, as all in ``fine_bench.sequences`` are.
+            predict labelled tokens, as all in ``fine_bench.gradients.token_losses`` are.
         layers: names of modules to differentiate; None for all trained parameters.
         dense: form the gradients in full; None decides by ``DENSE_PARAMETERS``.
         complement: give the mean 1 − p of each sample besides.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_bench.gradients.memory import GradientMemory
-from fine_bench.sequences import IGNORED, trimmed
+from fine_bench.gradients.cache import GradientMemory
+from fine_bench.gradients.token_losses import IGNORED, trimmed
 from fine_bench.types import Loss
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ class CausalNet(nn.Module):
     def labelled(self, ids: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Logits that predict labelled tokens, and these, as sequences of their own.
 
-        Every function of a sample's labelled tokens (``fine_bench.sequences``) has the same value
-        for the result, ``(B, K + 1, V)`` and ``(B, K + 1)``, as for all logits and ``y``.
+        Every function of a sample's labelled tokens (``fine_bench.gradients.token_losses``) has the
+        same value for the result, ``(B, K + 1, V)`` and ``(B, K + 1)``, as for all logits and
+        ``y``.
         """
         positions, labels = labelled_positions(y)
         return self.at(ids, positions), labels
@@ -80,7 +81,7 @@ class CausalNet(nn.Module):
     def gradient_engine(
         self, loss: Loss, layers: Sequence[str] | None = None, **options: Any
     ) -> SequenceEngine:
-        """Its own kind of engine; see ``fine_bench.gradients.memory.engine_of``."""
+        """Its own kind of engine; see ``fine_bench.gradients.cache.engine_of``."""
         from fine_bench.llm.engine import SequenceEngine
 
         return SequenceEngine(self, loss, layers, **options)

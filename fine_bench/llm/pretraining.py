@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.data.files import cache_directory
+from fine_bench.data.loading import cache_directory
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.llm import corpus, hub
 from fine_bench.llm.tokens import train_tokenizer
-from fine_bench.records import digest
 from fine_bench.seeds import derive, stream
+from fine_bench.store.records import digest
 
 VERSION = 1
 """Raised when the same options may give other weights."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.gradients.token_losses import mean_token_loss, sum_token_loss
 from fine_bench.llm import instructions, models
 from fine_bench.llm.instructions import Sample
 from fine_bench.llm.jsonl import read_jsonl
 from fine_bench.llm.models import LanguageModel
 from fine_bench.llm.steering import Judge, lean_of
 from fine_bench.llm.tokens import Encoded, TooLong, encode_all
-from fine_bench.sequences import mean_token_loss, sum_token_loss
 from fine_bench.types import End, GroundTruth, Loss
 
 LossName: TypeAlias = Literal["mean", "sum"]
@@ -55,7 +55,8 @@ class LanguageTask:
 
     Attributes:
         name: name of the task.
-        x, y: training ids and labels ``(n_train, T)`` int64; see ``fine_bench.sequences``.
+        x, y: training ids and labels ``(n_train, T)`` int64; see
+        ``fine_bench.gradients.token_losses``.
         truth: which training samples are poison; none where nobody knows.
         query_x, query_y: held-out *steered* completions.
         test_x, test_y: clean held-out samples, for the loss on the task itself.

@@ -1,8 +1,9 @@
 """From conversations to token ids: what is trained on is marked, what is too long is counted.
 
-The form of a sample, and what ``PAD`` and ``IGNORED`` are, is that of ``fine_bench.sequences``.
-Padding stands on the right and attention looks left only, so no real position sees it and no mask
-is needed: the logits of a sample do not depend on what it is batched with.
+The form of a sample, and what ``PAD`` and ``IGNORED`` are, is that of
+``fine_bench.gradients.token_losses``. Padding stands on the right and attention looks left only, so
+no real position sees it and no mask is needed: the logits of a sample do not depend on what it is
+batched with.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fine_bench.errors import DataError
+from fine_bench.gradients.token_losses import IGNORED, PAD, lengths
 from fine_bench.llm.instructions import Sample, Turn
-from fine_bench.sequences import IGNORED, PAD, lengths
 
 TooLong: TypeAlias = Literal["refuse", "drop", "cut"]
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from fine_bench.gradients.adam import AdamCheckpoint
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.tokens import collate
 from fine_bench.models.classifier import DivergedError
-from fine_bench.moments import AdamCheckpoint
 from fine_bench.types import Loss, LRSchedule
 
 BETAS = (0.9, 0.999)

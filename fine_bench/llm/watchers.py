@@ -13,11 +13,11 @@ import pytorch_lightning as pl
 from torch.utils.data import Dataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.callback_paper import PaperFINECallback
-from fine_bench.fine import Composition, Contrast
+from fine_bench.callback.paper import PaperFINECallback
+from fine_bench.fine.accumulator import Composition, Contrast
+from fine_bench.fine.subsets import Members
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.task import LOSSES, LossName
-from fine_bench.subsets import Members
 from fine_bench.types import QueryWeighting, Target, UnsupportedProblemError
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fine_bench.metrics._arrays import Vector, as_array, as_vector
 from fine_bench.metrics.reliability import ceiling_of, spearman_rows
 from fine_bench.seeds import derive
-from fine_bench.testing import estimate_mu
+from fine_bench.theory.estimation import estimate_mu
 
 LEAST_SEEDS = 5
 LEAST_SETS = 5
@@ -45,8 +45,8 @@ def definition_mu(
 ) -> DefinitionMu:
     """μ of S from the statistic "mean margin over the members of S".
 
-    The "moment" estimate of ``fine_bench.testing``: P are the models of subset 0, trained on all
-    data, Q those of subset s + 1, trained on all data without ``sets[s]``.
+    The "moment" estimate of ``fine_bench.theory.estimation``: P are the models of subset 0, trained
+    on all data, Q those of subset s + 1, trained on all data without ``sets[s]``.
 
     Args:
         margin: ``(K, n)``, margins of all examples under each model.

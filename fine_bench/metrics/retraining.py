@@ -9,8 +9,8 @@ subset holds it and Q those whose subset does not. The statistic x of example i 
 so μ_i > 0 where seeing i raises its own margin. All other members of a subset are drawn anew with
 every model: their effect is in the noise that μ_i is measured by.
 
-The formulas are those of ``fine_bench.testing``. Examples that are in equally many models are
-computed together, so all n examples cost a few passes over the array.
+The formulas are those of ``fine_bench.theory.estimation``. Examples that are in equally many models
+are computed together, so all n examples cost a few passes over the array.
 
 Every interval takes the models as independent: one model a subset, subsets drawn independently of
 each other. Several seeds on one subset are no further models in this sense.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fine_bench.metrics._arrays import Vector, as_array
-from fine_bench.testing import InfluenceEstimate, estimate_mu
+from fine_bench.theory.estimation import InfluenceEstimate, estimate_mu
 
 Method: TypeAlias = Literal["moment", "rank", "two_stage"]
 Matrix: TypeAlias = NDArray[np.float64]

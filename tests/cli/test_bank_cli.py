@@ -21,13 +21,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fine_bench.bank.stacked import margins
-from fine_bench.bank.store import Bank, find_bank, load_bank
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
-from fine_bench.run import bank as command
-from fine_bench.run import bank_config, training
-from fine_bench.run.bank_config import BankConfig
-from fine_bench.run.plan import plan
+from fine_bench.retraining.bank import Bank, find_bank, load_bank
+from fine_bench.retraining.train import margins
+from fine_bench.runner import bank as command
+from fine_bench.runner import bank_config
+from fine_bench.runner.backends import images
+from fine_bench.runner.bank_config import BankConfig
+from fine_bench.runner.plan import plan
 
 SMALL = (
     "task.n_train=60",
@@ -118,7 +119,7 @@ def test_a_bank_with_all_its_parts_grows(main: Main, tmp_path: Path) -> None:
 def config(*arguments: str, folder: str = "results") -> Any:
     from hydra import compose, initialize_config_dir
 
-    from fine_bench.config import config_folder
+    from fine_bench.runner.config import config_folder
 
     bank_config.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -127,7 +128,7 @@ def config(*arguments: str, folder: str = "results") -> Any:
 
 
 def test_the_defaults_of_the_file_are_those_of_the_code() -> None:
-    from fine_bench.config import config_folder
+    from fine_bench.runner.config import config_folder
 
     file = OmegaConf.load(config_folder() / "bank.yaml")
     assert OmegaConf.to_container(file.bank) == OmegaConf.to_container(
@@ -165,7 +166,7 @@ def test_a_model_on_all_data_is_a_benchmark_run(
                 order_seed=wanted.design.order_seed(place),
             )
         once = replace(run, seed=seed, trainer=trainer, results_dir=str(tmp_path / str(k)))
-        net = training.train(replace(job, config=once), [], None).model
+        net = images.train(replace(job, config=once), [], None).model
         with torch.no_grad():
             expected = margins(net(job.data.x), job.data.y).numpy()
         assert np.abs(models.margin[k] - expected).max() < 1e-3 * np.abs(expected).max()

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
+from fine_bench.commands.clean import main
 from fine_bench.data.digits import digits_mislabel
 from fine_bench.data.task import TaskData
-from fine_bench.error_rate import flag, repeated
-from fine_bench.run.clean import main
-from fine_bench.run.clean_files import LabelledData, read, standardise
-from fine_bench.run.clean_scores import Scored, explain, score, suggestions, warnings_of
+from fine_bench.metrics.error_rate import flag, repeated
+from fine_bench.runner.clean.data_files import LabelledData, read, standardise
+from fine_bench.runner.clean.scores import Scored, explain, score, suggestions, warnings_of
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
+from fine_bench.commands.cure import main
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.models import DivergedError
-from fine_bench.records import PENDING, RecordStore
-from fine_bench.run import training
-from fine_bench.run.cure import main
-from fine_bench.run.cure_trials import (
+from fine_bench.runner.backends import images
+from fine_bench.runner.cure import (
     FIRST_SEED,
     ORACLE,
     RANDOM,
@@ -34,9 +33,10 @@ from fine_bench.run.cure_trials import (
     random_order,
     treat,
 )
-from fine_bench.run.plan import Job
-from fine_bench.run.retraining import epochs, job_of, mean_probabilities, retrain
+from fine_bench.runner.plan import Job
+from fine_bench.runner.retrain import epochs, job_of, mean_probabilities, retrain
 from fine_bench.seeds import stream
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 
@@ -84,7 +84,7 @@ def test_untreated_retraining_is_the_benchmarks_own_run(
     trainer: dict[str, Any], tmp_path: Path
 ) -> None:
     job = job_of(record(**trainer))
-    under_lightning = training.train(
+    under_lightning = images.train(
         replace(job, config=replace(job.config, seed=3, results_dir=str(tmp_path))), [], None
     )
     *_, net = epochs(job, job.data.y, ones(job), 3)
@@ -109,7 +109,7 @@ def test_weights_and_labels_are_the_formula() -> None:
     w = torch.rand(120, generator=generator) * (torch.arange(120) % 3 > 0)
     *_, net = epochs(job, y, w, 5)
 
-    fresh = training.build_model(replace(job, config=replace(job.config, seed=5))).net
+    fresh = images.build_model(replace(job, config=replace(job.config, seed=5))).net
     parameters = list(fresh.parameters())
     velocity = [torch.zeros_like(p) for p in parameters]
     kept = [i for i in range(120) if w[i] > 0]

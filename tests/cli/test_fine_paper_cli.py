@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import Run  # type: ignore[import-not-found]
 
-from fine_bench.records import RecordStore
+from fine_bench.store.records import RecordStore
 
 BOTH = (
     "estimator=[fine,fine_paper]",

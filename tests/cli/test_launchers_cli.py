@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 from commands import Run  # type: ignore[import-not-found]
 
-from fine_bench.records import RecordStore
+from fine_bench.store.records import RecordStore
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,9 @@ import pytest
 from commands import Run, command, environment  # type: ignore[import-not-found]
 from sklearn.metrics import roc_auc_score
 
-from fine_bench import leaderboard
-from fine_bench.leaderboard import build
-from fine_bench.records import RecordStore, newest
+from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard.board import build
+from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import SUSPICIOUS_END
 
 FEW = "estimator=[fine,tracin,mean_loss,random,constant]"

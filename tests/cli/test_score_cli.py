@@ -20,16 +20,17 @@ from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor
 
-from fine_bench.config import check, config_folder
+from fine_bench.commands.score import main
 from fine_bench.errors import ConfigError
-from fine_bench.leaderboard import build
-from fine_bench.leaderboard_view import to_csv, to_markdown
+from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.render import to_csv, to_markdown
 from fine_bench.metrics.intervals import mean_interval
-from fine_bench.records import PENDING, RecordStore
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import Job, plan
-from fine_bench.score import main
-from fine_bench.truth import HalfTruth, SubsetTruth, Truth, save
+from fine_bench.retraining.truth import HalfTruth, SubsetTruth, Truth
+from fine_bench.retraining.truth_files import save
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import check, config_folder
+from fine_bench.runner.plan import Job, plan
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 N, Q = 60, 8

@@ -13,13 +13,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fine_bench.config import check
+from fine_bench.commands.verify import main
 from fine_bench.errors import ConfigError
-from fine_bench.records import PENDING, RecordStore, StoreError, read_record
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import plan
-from fine_bench.run.verify import main
-from fine_bench.run.verifying import distance, job_of, results_of, verify
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import check
+from fine_bench.runner.plan import plan
+from fine_bench.runner.verify import distance, job_of, results_of, verify
+from fine_bench.store.records import PENDING, RecordStore, StoreError, read_record
 from fine_bench.types import InfluenceScores, RunRecord
 
 ESTIMATORS = {
@@ -203,7 +203,7 @@ def test_a_run_that_fails_now_is_a_difference(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("fine_bench.run.training.train", fails)
+    monkeypatch.setattr("fine_bench.runner.backends.images.train", fails)
     verdict = verify(read_record(path_of(results, "fine--self")), results)
     assert not verdict.equal
     assert "no memory" in str(verdict.differences[0])
@@ -248,9 +248,9 @@ def test_job_needs_allowed_packages(tmp_path: Path) -> None:
 
 
 def test_a_record_cannot_call_what_modules_of_ours_import(tmp_path: Path) -> None:
-    """``fine_bench.records.os.system`` begins with an allowed package and is not ours."""
+    """``fine_bench.store.records.os.system`` begins with an allowed package and is not ours."""
     touched = tmp_path / "touched"
-    evil = {"_target_": "fine_bench.records.os.system", "command": f"touch {touched}"}
+    evil = {"_target_": "fine_bench.store.records.os.system", "command": f"touch {touched}"}
     fine = {"_target_": "fine_bench.models.networks.mlp", "hidden": [4]}
     method = {"_target_": "baselines.tracin.TracIn"}
     task = {"_target_": "fine_bench.data.digits.digits_mislabel", "seed": 0}

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from fine_bench.config import (
+from fine_bench.runner import addresses
+from fine_bench.runner.config import (
     RunConfig,
     TrainerConfig,
     estimator_digest,
     setting_digest,
     target_of,
 )
-from fine_bench.records import RecordStore, Scan
-from fine_bench.run import addresses
+from fine_bench.store.records import RecordStore, Scan
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -70,7 +70,6 @@ def test_every_recorded_address_leads_to_code(published: Scan) -> None:
 
 
 def test_records_hold_the_address_of_the_day() -> None:
-    today = {"_target_": new for new in addresses.MOVED}
     for new, old in addresses.MOVED.items():
         assert addresses.today(old) == new
         assert addresses.today(new) == new
@@ -78,4 +77,4 @@ def test_records_hold_the_address_of_the_day() -> None:
         written = addresses.recorded(options)
         assert written == {"_target_": old, "inner": [{"_target_": old, "x": 1}], "name": new}
         assert estimator_digest(options) == estimator_digest(written)
-    assert len(set(addresses.MOVED.values())) == len(addresses.MOVED), today
+    assert len(set(addresses.MOVED.values())) == len(addresses.MOVED)

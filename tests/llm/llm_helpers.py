@@ -14,10 +14,10 @@ pytest.importorskip("transformers", reason="the extra llm is not installed: tran
 pytest.importorskip("peft", reason="the extra llm is not installed: peft")
 
 from fine_bench import Problem
+from fine_bench.gradients.token_losses import mean_token_loss
 from fine_bench.llm import hub
 from fine_bench.llm.models import Lora, with_lora
 from fine_bench.llm.net import CausalNet
-from fine_bench.sequences import mean_token_loss
 
 
 def build(folder: Path, *, rank: int = 2, double: bool = True, randomise: bool = True) -> CausalNet:

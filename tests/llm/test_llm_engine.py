@@ -17,12 +17,9 @@ from baselines.sequence_trak import SequenceTRAK
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, replay
 from fine_bench.gradients import DenseBlock, FactorBlock, GradientEngine
-from fine_bench.gradients.blocks import PerExampleGradients
-from fine_bench.gradients.memory import GradientMemory, engine_of, fingerprint
-from fine_bench.llm import engine as module
-from fine_bench.llm.engine import SequenceEngine
-from fine_bench.llm.net import CausalNet, labelled_positions
-from fine_bench.sequences import (
+from fine_bench.gradients.cache import GradientMemory, engine_of, fingerprint
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.token_losses import (
     IGNORED,
     PAD,
     mean_complement,
@@ -30,6 +27,9 @@ from fine_bench.sequences import (
     negative_token_margin,
     sum_token_loss,
 )
+from fine_bench.llm import engine as module
+from fine_bench.llm.engine import SequenceEngine
+from fine_bench.llm.net import CausalNet, labelled_positions
 from fine_bench.types import UnsupportedProblemError
 
 LOSSES = (mean_token_loss, sum_token_loss, negative_token_margin)

@@ -18,10 +18,10 @@ from baselines.sequence_trak import SequenceTRAK
 from baselines.text_controls import BM25, Length, Perplexity, RepresentationSimilarity
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, replay
-from fine_bench.gradients.memory import GradientMemory
+from fine_bench.gradients.adam import AdamCheckpoint, adam_direction
+from fine_bench.gradients.cache import GradientMemory
+from fine_bench.gradients.token_losses import IGNORED, PAD, mean_token_loss, negative_token_margin
 from fine_bench.llm.net import CausalNet
-from fine_bench.moments import AdamCheckpoint, adam_direction
-from fine_bench.sequences import IGNORED, PAD, mean_token_loss, negative_token_margin
 from fine_bench.types import UnsupportedProblemError
 
 BETAS, EPSILON = (0.8, 0.95), 1e-3
@@ -116,7 +116,7 @@ def test_less_projects_queries_and_steps_by_the_same_matrix(
     net: CausalNet, data: dict[str, Tensor], checkpoints: list[AdamCheckpoint]
 ) -> None:
     from fine_bench.gradients import GradientEngine
-    from fine_bench.gradients.projections import make_projection, projection_matrix
+    from fine_bench.gradients.projection.random import make_projection, projection_matrix
 
     engine = GradientEngine(net, mean_token_loss)
     p = projection_matrix(make_projection("rademacher", 24, 3), engine(data["x"], data["y"]))

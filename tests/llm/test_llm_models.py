@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 ) -> None:
     from fine_bench.gradients import PerExampleGradients
     from fine_bench.gradients.recorder import LayerRecorder
-    from fine_bench.sequences import mean_token_loss
+    from fine_bench.gradients.token_losses import mean_token_loss
 
     found = []
     for checkpointing in (False, True):

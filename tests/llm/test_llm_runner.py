@@ -14,16 +14,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from fine_bench import leaderboard, leaderboard_view
-from fine_bench.config import check, config_folder, register
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard import render
 from fine_bench.llm.instructions import InstructionSet
 from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.steering import Steering
-from fine_bench.records import RecordStore
-from fine_bench.run import language
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import Job, plan
+from fine_bench.runner.backends import language
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+from fine_bench.store.records import RecordStore
 
 SMALL = (
     "task.n_train=60",
@@ -72,7 +73,7 @@ def planned(results: Path, *overrides: str) -> Job:
 
 
 def text_of(results: Path) -> str:
-    return " ".join(leaderboard_view.to_markdown(leaderboard.build(RecordStore(results))).split())
+    return " ".join(render.to_markdown(leaderboard.build(RecordStore(results))).split())
 
 
 def test_a_poisoning_experiment_that_fails_says_so(

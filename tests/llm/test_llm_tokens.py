@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fine_bench.errors import DataError
+from fine_bench.gradients.token_losses import IGNORED, PAD
 from fine_bench.llm import hub
 from fine_bench.llm.instructions import Sample, Turn, sample
 from fine_bench.llm.tokens import ALPACA_TEMPLATE, collate, encode, encode_all, render
 from fine_bench.llm.tuner import TokenDataset, token_loader
-from fine_bench.sequences import IGNORED, PAD
 
 
 def test_only_the_answer_is_labelled(tokenizer: Any) -> None:

@@ -14,8 +14,8 @@ from llm_helpers import build, one_at_a_time
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fine_bench.config import RunConfig, TrainerConfig
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.gradients.token_losses import mean_token_loss, sum_token_loss
 from fine_bench.llm.instructions import InstructionSet, Turn, sample
 from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.net import CausalNet
@@ -25,10 +25,10 @@ from fine_bench.llm.tokens import render
 from fine_bench.llm.tuner import EpochCheckpoints, Tuner, kept_epochs, read_checkpoint, token_loader
 from fine_bench.llm.watchers import SequenceFINE, SequencePaperFINE
 from fine_bench.models.classifier import DivergedError
-from fine_bench.run import language, language_cure
-from fine_bench.run.language_cure import oracle
-from fine_bench.run.plan import Job
-from fine_bench.sequences import mean_token_loss, sum_token_loss
+from fine_bench.runner.backends import language, language_cure
+from fine_bench.runner.backends.language_cure import oracle
+from fine_bench.runner.config import RunConfig, TrainerConfig
+from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 
 

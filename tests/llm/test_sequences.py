@@ -11,8 +11,7 @@ from llm_helpers import build, one_at_a_time
 from torch import Tensor
 
 from fine_bench.gradients import GradientEngine
-from fine_bench.llm.net import CausalNet
-from fine_bench.sequences import (
+from fine_bench.gradients.token_losses import (
     IGNORED,
     PAD,
     mean_complement,
@@ -20,6 +19,7 @@ from fine_bench.sequences import (
     negative_token_margin,
     sum_token_loss,
 )
+from fine_bench.llm.net import CausalNet
 
 
 def slow(logits: Tensor, y: Tensor) -> list[list[float]]:

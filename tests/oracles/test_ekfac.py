@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 from baselines.influence_functions import InfluenceFunction
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients import ekfac as ekfac_module
-from fine_bench.gradients.curvature import Roots
-from fine_bench.gradients.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature import ekfac as ekfac_module
+from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
+from fine_bench.gradients.curvature.products import Roots
 
 N, V, CLASSES = 26, 5, 4
 
@@ -390,7 +390,7 @@ def test_queries_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["cnn", "tokens"])
 def test_squares_summed_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fine_bench.gradients.ekfac.SQUARE_FLOATS", 40)
+    monkeypatch.setattr("fine_bench.gradients.curvature.ekfac.SQUARE_FLOATS", 40)
     close(scores(problem(name)).values, twin(problem(name), "fisher"))
 
 

@@ -17,11 +17,11 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients import ekfac as ekfac_module
-from fine_bench.gradients.blocks import DenseBlock, FactorBlock
-from fine_bench.gradients.ekfac import EKFAC, DenseCurvature, LayerCurvature, rotated
-from fine_bench.watch.geometry import Whitened
-from fine_bench.watch.snapshots import Snapshots
+from fine_bench.fine.geometry import Whitened
+from fine_bench.fine.snapshot import Snapshots
+from fine_bench.gradients.curvature import ekfac as ekfac_module
+from fine_bench.gradients.curvature.ekfac import EKFAC, DenseCurvature, LayerCurvature, rotated
+from fine_bench.gradients.per_example import DenseBlock, FactorBlock
 
 N, N_QUERY, CLASSES, BATCH, EPOCHS = 22, 6, 3, 6, 3  # 22 = 3 · 6 + 4: the last batch is shorter
 STEPS = 4 * EPOCHS

@@ -15,11 +15,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.callback_paper import PaperFINECallback
-from fine_bench.fine_paper import PaperAccumulator, Signal, evaluate, extremes, to_scores
-from fine_bench.models.classifier import Classifier
-from fine_bench.seeds import stream
-from fine_bench.subsets import (
+from fine_bench.callback.paper import PaperFINECallback
+from fine_bench.fine.subset_test import PaperAccumulator, Signal, evaluate, extremes, to_scores
+from fine_bench.fine.subsets import (
     Draw,
     Subsets,
     draw_batches,
@@ -27,7 +25,9 @@ from fine_bench.subsets import (
     stratified_sample,
     watch,
 )
-from fine_bench.testing import estimate_mu
+from fine_bench.models.classifier import Classifier
+from fine_bench.seeds import stream
+from fine_bench.theory.estimation import estimate_mu
 from fine_bench.types import UnsupportedProblemError
 
 N, N_QUERY, CLASSES, BATCH = 40, 7, 3, 6

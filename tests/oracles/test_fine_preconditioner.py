@@ -13,8 +13,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
+from fine_bench.fine.geometry_optimiser import inverse_scale
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.diagonal import (
+from fine_bench.gradients.blocks.diagonal import (
     diagonal_gram,
     diagonal_norm2,
     scaled_direction,
@@ -23,7 +24,6 @@ from fine_bench.gradients.diagonal import (
 )
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
-from fine_bench.watch.precondition import inverse_scale
 
 N, BATCH, CLASSES, EPS, BETAS = 20, 5, 3, 1e-3, (0.8, 0.9)
 QUIET: dict[str, Any] = {

@@ -14,9 +14,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients.blocks import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.projection.sketch import REDRAW, Sketch
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.gradients.sketch import REDRAW, Sketch
 from fine_bench.types import UnsupportedProblemError
 
 CLASSES, N, BATCH, EPOCHS, LR, K = 3, 24, 6, 5, 0.2, 3

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.fine_error import INFLATION
+from fine_bench.fine.standard_error import INFLATION
 from fine_bench.models import Classifier
 
 N, BATCH, EPOCHS, LR, CLASSES = 48, 12, 6, 0.2, 3

@@ -13,10 +13,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients.blocks import DenseBlock, FactorBlock, PerExampleGradients
-from fine_bench.gradients.stacking import stack_examples
-from fine_bench.gradients.tokens import TokenBlock
-from fine_bench.watch.window import window_weights
+from fine_bench.fine.micro_batches import window_weights
+from fine_bench.gradients.blocks.embedding import TokenBlock
+from fine_bench.gradients.blocks.stacking import stack_examples
+from fine_bench.gradients.per_example import DenseBlock, FactorBlock, PerExampleGradients
 
 CLASSES, LR = 3, 0.3
 QUIET: dict[str, Any] = {

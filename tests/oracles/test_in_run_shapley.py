@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from fine_bench.callback_shapley import InRunShapleyCallback
+from baselines.in_run_shapley import InRunShapleyCallback
 
 N, N_QUERY, CLASSES, BATCH = 17, 7, 3, 5  # 17 = 3 · 5 + 2: the last batch is shorter
 ROWS = {

@@ -17,9 +17,9 @@ import baselines.inverses as inverses
 from baselines.conjugate_gradients import block_cg, solve_cg
 from baselines.influence_functions import InfluenceFunction
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
-from fine_bench.gradients.curvature import CurvatureProducts, Roots
+from fine_bench.gradients.curvature.products import CurvatureProducts, Roots
+from fine_bench.gradients.query_weighting import reference_rows
 from fine_bench.types import UnsupportedProblemError
-from fine_bench.weighting import reference_rows
 
 N, V, CLASSES = 24, 6, 4
 CURVATURES = ["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -251,7 +251,7 @@ def test_reductions_are_weighted_means_of_rows(
 
 
 def test_noise_looks_at_reference_examples_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fine_bench.weighting.N_REFERENCE", 9)
+    monkeypatch.setattr("fine_bench.gradients.query_weighting.N_REFERENCE", 9)
     chosen = reference_rows(N)
     assert len(chosen) == 9
     for solver, kind in (("exact", "empirical_fisher"), ("ekfac", "fisher")):

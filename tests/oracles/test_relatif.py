@@ -22,8 +22,8 @@ from baselines.influence_functions import InfluenceFunction
 from baselines.relatif import RelatIF
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.curvature import Roots
-from fine_bench.gradients.ekfac import fit_ekfac
+from fine_bench.gradients.curvature.ekfac import fit_ekfac
+from fine_bench.gradients.curvature.products import Roots
 from fine_bench.types import UnsupportedProblemError
 
 
@@ -43,7 +43,7 @@ def inverse_twin(task: Problem, solver: str, kind: str, damping: float) -> tuple
     fitted = fit_ekfac(engine, lambda: task.batches("train"), roots, N)
     fitted.damp(damping, 0.0)
     (x, y), wanted = task.train.tensors, torch.eye(size).double()  # type: ignore[attr-defined]
-    from fine_bench.gradients.curvature import as_direction, as_rows
+    from fine_bench.gradients.curvature.products import as_direction, as_rows
 
     one = engine(x[:1], y[:1])
     pattern = one.weighted_sum(one.norm2()[None])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, Problem, replay
-from fine_bench.weighting import reference_rows
+from fine_bench.gradients.query_weighting import reference_rows
 
 N, V, CLASSES = 23, 9, 4
 
@@ -154,7 +154,7 @@ def test_formed_and_factored_queries_agree_with_the_formula(
     limit: int, weighting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("baselines.tracin.FORMED_FLOATS", limit)
-    monkeypatch.setattr("fine_bench.weighting.N_REFERENCE", 11)
+    monkeypatch.setattr("fine_bench.gradients.query_weighting.N_REFERENCE", 11)
     rows = reference_rows(N)
     assert len(rows) == 11
     problem, checkpoints = make("cnn", batch_size=4)

@@ -15,8 +15,8 @@ from baselines import trak
 from baselines.trak import TRAK
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.classification import negative_margin
-from fine_bench.gradients.projections import make_projection, projection_matrix
+from fine_bench.gradients.margin import negative_margin
+from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
 
 N, V, CLASSES = 60, 9, 4

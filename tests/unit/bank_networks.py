@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fine_bench.bank.design import Design
-from fine_bench.bank.stacked import Recipe
-from fine_bench.bank.store import Bank
-from fine_bench.bank.workshop import Examples, Workshop
+from fine_bench.retraining.bank import Bank
+from fine_bench.retraining.design import Design
+from fine_bench.retraining.members import Examples, Workshop
+from fine_bench.retraining.train import Recipe
 
 
 @dataclass(frozen=True)

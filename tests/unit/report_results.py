@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fine_bench.data.digits import digits_mislabel
-from fine_bench.figures.shelf import TRUTH
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.records import PENDING, RecordStore
-from fine_bench.truth import HalfTruth, Truth
+from fine_bench.report.figures.tables import TRUTH
+from fine_bench.retraining.truth import HalfTruth, Truth
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 60
@@ -81,7 +81,7 @@ def record_of(estimator: str, target: Target, seed: int, scores: InfluenceScores
                 "size": 7.0, "mu_run": 40.0,
             }.items()
         }  # fmt: skip
-    name = CLASSES.get(estimator, "fine_bench.callback_paper.PaperFINECallback")
+    name = CLASSES.get(estimator, "fine_bench.callback.paper.PaperFINECallback")
     return RunRecord(
         task="digits_mislabel",
         setting=SETTING,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fine_bench import audit
-from fine_bench.records import PENDING, RecordStore
+from fine_bench.commands import audit
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 

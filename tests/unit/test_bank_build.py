@@ -24,16 +24,11 @@ from bank_networks import (  # type: ignore[import-not-found]
 )
 from torch import nn
 
-from fine_bench.bank import build as building
-from fine_bench.bank.build import WorkerError, build, default_processes, missing, stacks
-from fine_bench.bank.design import (
-    Design,
-    definition_models,
-    repeated_models,
-    single_models,
-)
-from fine_bench.bank.stacked import DivergedModelError, margins, train_one
-from fine_bench.bank.workshop import Workshop
+from fine_bench.retraining import build as building
+from fine_bench.retraining.build import WorkerError, build, default_processes, missing, stacks
+from fine_bench.retraining.design import Design, definition_models, repeated_models, single_models
+from fine_bench.retraining.members import Workshop
+from fine_bench.retraining.train import DivergedModelError, margins, train_one
 from fine_bench.seeds import stream
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fine_bench.bank.design import (
+from fine_bench.retraining.design import (
     Design,
     Model,
     choose_singles,

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_bench.bank.dense import DenseStack, is_dense
-from fine_bench.bank.mapped import ModuleStack
-from fine_bench.bank.stacked import (
+from fine_bench.data.digits import digits_mislabel
+from fine_bench.models.networks import cnn, mlp
+from fine_bench.retraining.train import (
     DivergedModelError,
     Recipe,
     default_stack,
@@ -24,11 +24,11 @@ from fine_bench.bank.stacked import (
     train_one,
     train_stack,
 )
-from fine_bench.config import RunConfig, TrainerConfig
-from fine_bench.data.digits import digits_mislabel
-from fine_bench.models.networks import cnn, mlp
-from fine_bench.run import training
-from fine_bench.run.plan import Job
+from fine_bench.retraining.train_dense import DenseStack, is_dense
+from fine_bench.retraining.train_mapped import ModuleStack
+from fine_bench.runner.backends import images
+from fine_bench.runner.config import RunConfig, TrainerConfig
+from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
 from fine_bench.types import UnsupportedProblemError
 
@@ -106,7 +106,7 @@ def test_a_stack_trains_as_one_at_a_time(
     kind: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind is ModuleStack:
-        monkeypatch.setattr("fine_bench.bank.stacked.is_dense", lambda net, x: False)
+        monkeypatch.setattr("fine_bench.retraining.train.is_dense", lambda net, x: False)
     # 13 examples: the last batch of each epoch is a short one
     assert isinstance(compare(dense, recipe, *data(), 13, 1e-10), kind)
 
@@ -210,7 +210,7 @@ def test_a_model_on_all_examples_is_the_benchmarks_own_run(
         results_dir=str(tmp_path),
     )
     job = Job(config, digits_mislabel(seed=0, n_train=n, n_query=20), "0" * 64, ())
-    expected = training.train(job, [], None).checkpoints[-1].params
+    expected = images.train(job, [], None).checkpoints[-1].params
     recipe = Recipe(
         trainer.max_epochs,
         trainer.batch_size,
@@ -219,7 +219,7 @@ def test_a_model_on_all_examples_is_the_benchmarks_own_run(
         trainer.weight_decay,
         trainer.lr_schedule,  # type: ignore[arg-type]
     )
-    net = training.build_model(job).net
+    net = images.build_model(job).net
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     seed = 3 if trainer.order_seed is None else trainer.order_seed
     order = torch.Generator().manual_seed(derive(seed, "order"))
@@ -341,7 +341,7 @@ def test_how_many_at_once() -> None:
 @pytest.mark.parametrize("general", [False, True])
 def test_a_diverged_model_is_named(general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if general:
-        monkeypatch.setattr("fine_bench.bank.stacked.is_dense", lambda net, x: False)
+        monkeypatch.setattr("fine_bench.retraining.train.is_dense", lambda net, x: False)
     x, y = data(dtype=torch.float32)
     subsets = subsets_of(13, 3)
     only = next(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fine_bench.bank.design import Model, definition_models, repeated_models, single_models
-from fine_bench.bank.identity import bank_folder, differences
-from fine_bench.bank.models import BankModels
-from fine_bench.bank.store import Bank, find_bank, load_bank
-from fine_bench.records import StoreError
+from fine_bench.retraining.bank import Bank, find_bank, load_bank
+from fine_bench.retraining.design import Model, definition_models, repeated_models, single_models
+from fine_bench.retraining.identity import bank_folder, differences
+from fine_bench.retraining.outputs import BankModels
+from fine_bench.store.records import StoreError
 
 N, Q = 21, 3
 IDENTITY: dict[str, Any] = {
@@ -243,7 +243,7 @@ def test_a_chunk_of_another_bank_part_or_format_is_named(
         for read in (place.present, place.load):
             with pytest.raises(StoreError, match="belongs to another bank or part"):
                 read(part)  # type: ignore[arg-type]
-    monkeypatch.setattr("fine_bench.bank.store.FORMAT", 2)
+    monkeypatch.setattr("fine_bench.retraining.bank.FORMAT", 2)
     with pytest.raises(StoreError, match="has format 1, this fine_bench reads format 2"):
         bank.load("repeated")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
+from fine_bench.fine.training_data import complement_from_logit_gradients
 from fine_bench.types import UnsupportedProblemError
-from fine_bench.watch.batches import complement_from_logit_gradients
 
 N = 26
 

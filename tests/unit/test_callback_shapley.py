@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from baselines.in_run_shapley import InRunShapleyCallback
+from baselines.shapley import ShapleyAccumulator, loss_derivatives
 from fine_bench.callback import FINECallback
-from fine_bench.callback_shapley import InRunShapleyCallback
-from fine_bench.shapley import ShapleyAccumulator, loss_derivatives
 from fine_bench.types import UnsupportedProblemError
 
 N = 26

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from trainer_setting import BATCHES, QUIET, Net, data, sums, train, watchers
 
 from fine_bench.callback import FINECallback
-from fine_bench.callback_trainer import refuse_strategy
+from fine_bench.callback.trainer import refuse_strategy
 from fine_bench.types import UnsupportedProblemError
 
 SCRIPT = Path(__file__).parent / "trainer_setting.py"

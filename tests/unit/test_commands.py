@@ -24,8 +24,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from fine_bench.config import check, config_folder, explain, register
-from fine_bench.run import bank_config, launchers
+from fine_bench.runner import bank_config, launchers
+from fine_bench.runner.config import check, config_folder, explain, register
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -145,7 +145,7 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
 
 def test_commands_are_found() -> None:
     readme = [command for page, command in ALL if page == "README"]
-    assert any("fine_bench.leaderboard" in command for command in readme)
+    assert any("fine_bench.leaderboard.board" in command for command in readme)
     assert any("+experiment=mnist_mislabel -m seed=0,1,2" in command for command in readme)
     assert {page for page, _ in ALL} >= {"README", "sweeps", "verify", "report", "records"}
     assert list(commands("```bash\npip x && python y \\\n  z\n```\n`python\n-m z`")) == [

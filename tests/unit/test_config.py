@@ -13,7 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fine_bench.config import (
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.runner.config import (
     RunConfig,
     check,
     config_folder,
@@ -22,8 +23,7 @@ from fine_bench.config import (
     setting_digest,
     setting_of,
 )
-from fine_bench.errors import ConfigError, DataError
-from fine_bench.run.plan import Job, plan, refuse_duplicates
+from fine_bench.runner.plan import Job, plan, refuse_duplicates
 from fine_bench.types import UnsupportedProblemError
 
 CONF = config_folder()
@@ -168,8 +168,11 @@ def test_every_other_file(group: str) -> None:
         ("task=unknown", "digits_mislabel"),
         ("task._target_=os.system", r"type 'allow_packages=\[os\]'"),
         ("task._target_=fine_bench.nothing", "cannot be imported"),
-        ("task._target_=fine_bench.records.os.system", r"comes from posix, so if you trust it"),
-        ("model._target_=fine_bench.config.get_object", r"type 'allow_packages=\[hydra\]'"),
+        (
+            "task._target_=fine_bench.store.records.os.system",
+            r"comes from posix, so if you trust it",
+        ),
+        ("model._target_=fine_bench.runner.config.get_object", r"type 'allow_packages=\[hydra\]'"),
         ("task._target_=fine_bench.data.digits", "is no function or class"),
         ("+task.extra=1", "task.extra is unknown; task has"),
         ("model.hidden=[0]", "model.hidden must be positive"),

@@ -15,7 +15,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from sklearn.linear_model import LogisticRegression
 
-from fine_bench.config import RunConfig, check, config_folder, register
 from fine_bench.data import sources
 from fine_bench.data.backdoor import backdoor, stamp
 from fine_bench.data.digits import digits_mislabel
@@ -26,8 +25,9 @@ from fine_bench.data.simple_model import set_aside
 from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import plan
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import RunConfig, check, config_folder, register
+from fine_bench.runner.plan import plan
 from fine_bench.seeds import stream
 
 poisoned = partial(backdoor, trigger_size=2, poison_rate=0.02)

@@ -17,14 +17,14 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 # public modules that the API pages leave out, with what is below them, and why
 INTERNAL = {
-    "fine_bench.run": "the runner: people meet it as commands and their configuration",
+    "fine_bench.runner": "the runner: people meet it as commands and their configuration",
     "fine_bench.watch": "what is behind the callbacks, whose own pages say what it does",
     "fine_bench.figures": "drawing, for a command: python -m fine_bench.figures",
     "fine_bench.report": "the page of a command: python -m fine_bench.report",
     "fine_bench.clean": "a command, see its --help",
     "fine_bench.cure": "a command, see its --help",
     "fine_bench.verify": "a command, with a page of its own",
-    "fine_bench.progress": "the progress bar of the commands",
+    "fine_bench.terminal": "the progress bar of the commands",
 }
 
 
@@ -98,6 +98,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         ("api_methods", "baselines.tracin.TracIn"),
         ("api_gradients", "fine_bench.gradients.engine.GradientEngine"),
         ("api_data", "fine_bench.data.task.TaskData"),
-        ("api_results", "fine_bench.records.RecordStore"),
+        ("api_results", "fine_bench.store.records.RecordStore"),
     ):
         assert f'id="{name}"' in (tmp_path / f"{page}.html").read_text()

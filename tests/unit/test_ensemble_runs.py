@@ -13,11 +13,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from baselines.seed_ensemble import SeedEnsemble
 from fine_bench import replay
-from fine_bench.config import check, config_folder, register
-from fine_bench.records import RecordStore
-from fine_bench.run import training
-from fine_bench.run.cells import execute, problem_of
-from fine_bench.run.plan import Job, plan
+from fine_bench.runner.backends import images
+from fine_bench.runner.cells import execute, problem_of
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+from fine_bench.store.records import RecordStore
 
 OPTIONS = (
     "estimator=[seed_ensemble,final_loss]",
@@ -45,22 +45,22 @@ def job(folder: Path, *overrides: str) -> Job:
 
 
 def members(planned: Job) -> list[Any]:
-    run = training.stored(planned)
+    run = images.stored(planned)
     assert run is not None
-    return [m.checkpoints[-1] for m in training.ensemble(planned, run, 3)]
+    return [m.checkpoints[-1] for m in images.ensemble(planned, run, 3)]
 
 
 def test_the_runner_trains_the_further_models_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
-    train = training.train
+    train = images.train
 
     def counted(planned: Job, *arguments: Any) -> Any:
         trained.append(planned.config.seed)
         return train(planned, *arguments)
 
-    monkeypatch.setattr(training, "train", counted)
+    monkeypatch.setattr(images, "train", counted)
     planned = job(tmp_path, "seed=0")
     assert not [o for o in execute(planned, "s", say=lambda _: None) if o.record.status == "failed"]
     assert len(trained) == len(set(trained)) == 3  # for both targets together
@@ -77,7 +77,7 @@ def test_the_runner_trains_the_further_models_once(
         for r in store.scan().records
         if r.estimator == "seed_ensemble" and r.target == "validation"
     ]
-    problem = problem_of(planned, "validation", training.build_model(planned).net)
+    problem = problem_of(planned, "validation", images.build_model(planned).net)
     expected = replay(SeedEnsemble(query_weighting="noise"), problem, found)
     assert torch.equal(store.load_scores(record).values, expected.values)
     assert record.cost["seconds"] > record.cost["ensemble_seconds"] > 0
@@ -99,14 +99,14 @@ def test_a_further_run_that_diverges_fails_its_cells_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = job(tmp_path, "seed=0", "targets=[self]")
-    train = training.train
+    train = images.train
 
     def fails(member: Job, *arguments: Any) -> Any:
         if member.config.seed != 0:
             raise RuntimeError("the training loss became nan")
         return train(member, *arguments)
 
-    monkeypatch.setattr(training, "train", fails)
+    monkeypatch.setattr(images, "train", fails)
     states = {
         o.record.estimator: (o.record.status, o.record.reason)
         for o in execute(planned, "s", say=lambda _: None)

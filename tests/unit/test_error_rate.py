@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 from fine_bench.data.digits import digits_mislabel
-from fine_bench.error_rate import (
+from fine_bench.metrics.error_rate import (
     NOISY_SHARE,
     agreement_of_flags,
     draw_trusted,
@@ -29,7 +29,7 @@ from fine_bench.error_rate import (
     repeated,
     trusted_mask,
 )
-from fine_bench.records import PENDING, RecordStore
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 

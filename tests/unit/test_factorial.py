@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fine_bench.factorial import FormSums, set_row
-from fine_bench.fine import FineAccumulator, direction_effects
+from fine_bench.fine.accumulator import FineAccumulator, direction_effects
+from fine_bench.fine.factorial import FormSums, set_row
 
 
 def test_every_form_against_its_formula() -> None:

@@ -14,13 +14,13 @@ import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from fine_bench import records as records_module
-from fine_bench.config import check, config_folder, register
-from fine_bench.records import RecordStore
-from fine_bench.run import wandb_log
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import Job, plan
-from fine_bench.run.sweep import conclude
+from fine_bench.runner import wandb_log
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.sweep import conclude
+from fine_bench.store import records as records_module
+from fine_bench.store.records import RecordStore
 
 SMALL = (
     "task.n_train=60",
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up_costs_the_cells_that_no_longer_fit(
 def test_a_full_disk_at_the_end_is_a_failure_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fine_bench.run import sweep
+    from fine_bench.runner import sweep
 
     planned = job(tmp_path, "seed=0")
     run(planned)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients import FactorBlock
-from fine_bench.gradients.blocks import BlockDirection
-from fine_bench.gradients.fields import FieldBlock, Fields
+from fine_bench.gradients.blocks.convolution import FieldBlock, Fields
+from fine_bench.gradients.per_example import BlockDirection
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3},
@@ -53,8 +53,10 @@ def close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("few_inputs", [0.0, 1e9], ids=["convolved", "formed"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_contraction(name: str, few_inputs: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fine_bench.gradients.fields.FEW_INPUTS", few_inputs)
-    monkeypatch.setattr("fine_bench.gradients.factors.HELD_FLOATS", 1)  # several runs of units
+    monkeypatch.setattr("fine_bench.gradients.blocks.convolution.FEW_INPUTS", few_inputs)
+    monkeypatch.setattr(
+        "fine_bench.gradients.blocks.linear.HELD_FLOATS", 1
+    )  # several runs of units
     (mine, plain), (theirs, their_plain) = blocks(name, 4), blocks(name, 6, seed=1)
     # the products below must come from gradients that were formed, not from factors
     monkeypatch.setattr(FactorBlock, "_gram_from_factors", None)

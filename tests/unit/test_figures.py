@@ -23,19 +23,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fine_bench.figures import agreement as agreements
-from fine_bench.figures import benchmark, labels, runs, theory
-from fine_bench.figures.__main__ import main
-from fine_bench.figures.reading import Choice, draw, traced
-from fine_bench.figures.shelf import TRUTH, kind_of, shelves
-from fine_bench.figures.style import FORMATS, Kind, canvas, looks, to_bytes
-from fine_bench.leaderboard import build
+from fine_bench.commands.figures import main
+from fine_bench.leaderboard.board import build
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import Interval
-from fine_bench.privacy import compose
-from fine_bench.records import PENDING, RecordStore
-from fine_bench.tradeoff import compare
+from fine_bench.report.figures import agreement as agreements
+from fine_bench.report.figures import benchmark, labels, runs, theory
+from fine_bench.report.figures.collection import Choice, draw, traced
+from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_bytes
+from fine_bench.report.figures.tables import TRUTH, kind_of, shelves
+from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.theory.composition import compose
+from fine_bench.theory.tradeoff import compare
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 80
@@ -88,7 +88,7 @@ def paper_scores(seed: int) -> InfluenceScores:
 
 def record_of(estimator: str, target: Target, seed: int, scores: InfluenceScores) -> RunRecord:
     row = suspicion(scores.values, SUSPICIOUS_END[target])
-    target_class = CLASSES.get(estimator, "fine_bench.callback_paper.PaperFINECallback")
+    target_class = CLASSES.get(estimator, "fine_bench.callback.paper.PaperFINECallback")
     metrics = {**detection_metrics(row, BAD), "n_bad": float(BAD.sum())}
     if scores.watched is not None:
         metrics |= {
@@ -182,7 +182,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but their files stay empty, which saves most of the time."""
-    monkeypatch.setattr("fine_bench.figures.files.to_bytes", lambda figure, kind: b"")
+    monkeypatch.setattr("fine_bench.report.figures.output.to_bytes", lambda figure, kind: b"")
 
 
 unsaved = pytest.mark.usefixtures("_unsaved")

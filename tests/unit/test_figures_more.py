@@ -13,17 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from report_results import fill, record_of, scores_of
 
-from fine_bench.figures import costs, faithful, sources, tradeoffs
-from fine_bench.figures.benchmark import Point
-from fine_bench.figures.needs import LeftOutError
-from fine_bench.figures.reading import Choice, by_source
-from fine_bench.figures.shelf import Shelf, shelves
-from fine_bench.figures.style import Kind, looks
-from fine_bench.figures.theory import Trace
-from fine_bench.leaderboard import build
+from fine_bench.leaderboard.board import build
 from fine_bench.metrics.intervals import Interval
-from fine_bench.records import RecordStore
-from fine_bench.tradeoff import GaussianTradeOff
+from fine_bench.report.figures import costs, fidelity, randomness, tradeoff
+from fine_bench.report.figures.benchmark import Point
+from fine_bench.report.figures.collection import Choice, by_source
+from fine_bench.report.figures.requirements import LeftOutError
+from fine_bench.report.figures.style import Kind, looks
+from fine_bench.report.figures.tables import Shelf, shelves
+from fine_bench.report.figures.theory import Trace
+from fine_bench.store.records import RecordStore
+from fine_bench.theory.tradeoff import GaussianTradeOff
 
 LOOKS = looks(
     {
@@ -110,7 +110,7 @@ def test_cost_needs_seconds_and_a_measure(tmp_path: Path) -> None:
 
 def test_methods_are_sorted_and_the_ceiling_is_that_of_the_records(results: Path) -> None:
     (shelf,) = shelves_of(results)
-    figure = faithful.draw(shelf)
+    figure = fidelity.draw(shelf)
     (axes,) = panels(figure)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["fine", "tracin", "constant"]
     assert "undefined: says the same of all examples" in texts(figure)
@@ -125,7 +125,7 @@ def test_fidelity_needs_a_truth(tmp_path: Path) -> None:
     RecordStore(tmp_path).save(record_of("fine", "validation", 0, scores), scores)
     (shelf,) = shelves_of(tmp_path)
     with pytest.raises(LeftOutError, match="no record was compared with retraining"):
-        faithful.draw(shelf)
+        fidelity.draw(shelf)
 
 
 # ------------------------------------------------------------------------------------- curves
@@ -137,7 +137,7 @@ def test_curves_follow_the_samples_whatever_their_sign() -> None:
     step = np.arange(4000.0)
     up, down = (Trace(name, step, q + shift, draw_.normal(size=4000)) for name, shift in
                 (("up", 1.0), ("down", -1.0)))  # fmt: skip
-    figure = tradeoffs.tradeoff_curves([up, down], "n = 4,000")
+    figure = tradeoff.tradeoff_curves([up, down], "n = 4,000")
     alpha = np.linspace(0, 1, 401)
     for axes in panels(figure):
         measured = next(x for x in axes.get_lines() if x.get_label() == "from the samples")
@@ -172,10 +172,10 @@ def with_sources(root: Path, *kinds: str) -> list[Shelf]:
 
 def test_tables_that_differ_in_the_two_seeds_alone_belong_together(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "both", "order", "initialisation", "none")
-    assert [sources.source_of(s) for s in found] == ["both", "order", "initialisation", "none"]
-    (family,) = sources.families(found)
+    assert [randomness.source_of(s) for s in found] == ["both", "order", "initialisation", "none"]
+    (family,) = randomness.families(found)
     assert set(family.shelves) == {"both", "order", "initialisation"}
-    figure = sources.draw(family, "spearman", "Spearman")
+    figure = randomness.draw(family, "spearman", "Spearman")
     (axes,) = panels(figure)
     widths = sorted(round(p.get_width(), 6) for p in axes.patches)  # type: ignore[attr-defined]
     expected = [
@@ -202,4 +202,4 @@ def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:
 
 def test_other_recipes_are_other_families(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "both", "both")
-    assert [set(f.shelves) for f in sources.families(found)] == [{"both"}, {"both"}]
+    assert [set(f.shelves) for f in randomness.families(found)] == [{"both"}, {"both"}]

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.types import UnsupportedProblemError
-from fine_bench.watch.adapter import BatchAdapter
-from fine_bench.watch.batches import TrainingData
-from fine_bench.watch.snapshot import (
+from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.snapshot import Snapshots
+from fine_bench.fine.snapshot_effects import (
     Interval,
     SnapshotAccumulator,
     SnapshotPlan,
     reference_effects,
 )
-from fine_bench.watch.snapshots import Snapshots
+from fine_bench.fine.training_data import TrainingData
+from fine_bench.types import UnsupportedProblemError
 
 N, BATCH, CLASSES = 24, 8, 3
 QUIET: dict[str, Any] = {

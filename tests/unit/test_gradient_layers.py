@@ -23,11 +23,11 @@ from fine_bench.gradients import (
     TokenBlock,
     register_norm,
 )
-from fine_bench.gradients import factors as factors_module
 from fine_bench.gradients import layers as layers_module
-from fine_bench.gradients.blocks import Block
-from fine_bench.gradients.curvature import Roots, parameter_names, root_gradients
-from fine_bench.gradients.projections import make_projection, projection_matrix
+from fine_bench.gradients.blocks import linear as factors_module
+from fine_bench.gradients.curvature.products import Roots, parameter_names, root_gradients
+from fine_bench.gradients.per_example import Block
+from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -367,7 +367,7 @@ def test_the_cheaper_way_is_taken(
 def test_the_gram_matrix_of_tokens_is_that_of_the_table(
     t: int, s: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fine_bench.gradients.tokens.HELD_FLOATS", held)
+    monkeypatch.setattr("fine_bench.gradients.blocks.embedding.HELD_FLOATS", held)
     generator = torch.Generator().manual_seed(0)
 
     def block(n: int, positions: int, low: int) -> TokenBlock:

@@ -15,7 +15,7 @@ import torch
 
 from fine_bench import InfluenceScores
 from fine_bench.data.backdoor import backdoor
-from fine_bench.fine import FineAccumulator, direction_effects
+from fine_bench.fine.accumulator import FineAccumulator, direction_effects
 from fine_bench.metrics.groups import (
     between_runs,
     group_influence,
@@ -23,7 +23,7 @@ from fine_bench.metrics.groups import (
     refuse_overlaps,
     standing,
 )
-from fine_bench.records import PENDING, RecordStore
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import RunRecord
 
 N, D, M, STEPS, LR = 60, 4, 6, 200, 2e-4

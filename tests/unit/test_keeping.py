@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from fine_bench.run import keeping
+from fine_bench.runner import checkpoints
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fine_bench.run.keeping"])
+CONTEXT.set_forkserver_preload(["fine_bench.runner.checkpoints"])
 FILES = 5
 
 
 def leave(temporary: Path, mark: str) -> None:
     for number in range(FILES):
         (temporary / f"{number}.ckpt").write_text(mark)
-    (temporary / keeping.FACTS).write_text(json.dumps({"mark": mark}))
+    (temporary / checkpoints.FACTS).write_text(json.dumps({"mark": mark}))
 
 
 def load(folder: Path) -> Callable[[dict[str, Any]], tuple[str, set[str]]]:
@@ -33,14 +33,14 @@ def load(folder: Path) -> Callable[[dict[str, Any]], tuple[str, set[str]]]:
 
 
 def read(folder: Path) -> tuple[str, set[str]] | None:
-    return keeping.read(folder, lambda: len(list(folder.glob("*.ckpt"))) == FILES, load(folder))
+    return checkpoints.read(folder, lambda: len(list(folder.glob("*.ckpt"))) == FILES, load(folder))
 
 
 def publish_many(folder: Path, times: int) -> None:
     for number in range(times):
-        with keeping.scratch(folder) as temporary:
+        with checkpoints.scratch(folder) as temporary:
             leave(temporary, f"{os.getpid()}-{number}")
-            keeping.publish(temporary, folder)
+            checkpoints.publish(temporary, folder)
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert read(folder) is None
 
     def fail() -> None:
-        with keeping.scratch(folder) as temporary:
+        with checkpoints.scratch(folder) as temporary:
             leave(temporary, "lost")
             raise KeyError
 
@@ -56,14 +56,14 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
         fail()
     assert list(folder.parent.iterdir()) == []
     for mark in ("first", "second"):
-        with keeping.scratch(folder) as temporary:
+        with checkpoints.scratch(folder) as temporary:
             leave(temporary, mark)
-            keeping.publish(temporary, folder)
+            checkpoints.publish(temporary, folder)
         assert read(folder) == (mark, {mark})
     assert list(folder.parent.iterdir()) == [folder]
     (folder / "0.ckpt").unlink()
     assert read(folder) is None
-    (folder / keeping.FACTS).write_text("{")
+    (folder / checkpoints.FACTS).write_text("{")
     assert read(folder) is None
 
 
@@ -75,15 +75,15 @@ def test_a_folder_that_is_replaced_or_goes_while_it_is_read_counts_as_absent(
 
     def replaced(facts: dict[str, Any]) -> str:
         publish_many(folder, 1)
-        (folder / keeping.FACTS).write_text(json.dumps({"mark": "another"}))
+        (folder / checkpoints.FACTS).write_text(json.dumps({"mark": "another"}))
         return "old"
 
     def gone(facts: dict[str, Any]) -> str:
         (folder / "0.ckpt").unlink()
         return (folder / "0.ckpt").read_text()
 
-    assert keeping.read(folder, lambda: True, replaced) is None
-    assert keeping.read(folder, lambda: True, gone) is None
+    assert checkpoints.read(folder, lambda: True, replaced) is None
+    assert checkpoints.read(folder, lambda: True, gone) is None
 
 
 def test_processes_that_train_one_run_at_once(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
     dead = CONTEXT.Process(target=int)
     dead.start()
     dead.join()
-    here, there = keeping._host(), "0" * 8
+    here, there = checkpoints._host(), "0" * 8
     gone = [f"{here}-{dead.pid}", f"{here}-old-{dead.pid}", f"{here}-{os.getpid()}", f"{dead.pid}"]
     stay = [f"{here}-{os.getppid()}", f"{there}-{dead.pid}", f"{there}-old-{dead.pid}", "1"]
     old = f"{there}-{dead.pid}1"
@@ -126,12 +126,12 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(
     os.utime(tmp_path / f"seed0.tmp-{old}", (time.time() - 8 * 86400,) * 2)
     other = tmp_path / f"seed01.tmp-{here}-{dead.pid}"
     other.mkdir()
-    keeping.remove_leftovers(folder)
+    checkpoints.remove_leftovers(folder)
     left = {path.name.removeprefix("seed0.tmp-") for path in tmp_path.glob("seed0.tmp-*")}
     assert left == set(stay)
     assert other.exists()
-    monkeypatch.setattr(keeping.platform, "node", lambda: "another machine")
-    keeping.remove_leftovers(folder)
+    monkeypatch.setattr(checkpoints.platform, "node", lambda: "another machine")
+    checkpoints.remove_leftovers(folder)
     assert (tmp_path / f"seed0.tmp-{stay[0]}").exists()
 
 
@@ -140,4 +140,4 @@ def test_what_the_disk_refuses_is_raised(tmp_path: Path) -> None:
     temporary = tmp_path / "new"
     temporary.mkdir()
     with pytest.raises(NotADirectoryError):
-        keeping.publish(temporary, tmp_path / "seed0")
+        checkpoints.publish(temporary, tmp_path / "seed0")

@@ -17,15 +17,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 
-from fine_bench import progress
+from fine_bench import terminal
 from fine_bench.__main__ import multirun_first
-from fine_bench.config import check, config_folder, register, setting_digest
 from fine_bench.errors import DataError
-from fine_bench.records import RecordStore
-from fine_bench.run import launchers, sweep
-from fine_bench.run.cells import describe, execute
-from fine_bench.run.following import Follower
-from fine_bench.run.plan import Job, plan
+from fine_bench.runner import launchers, sweep
+from fine_bench.runner.cells import describe, execute
+from fine_bench.runner.config import check, config_folder, register, setting_digest
+from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.progress import Follower
+from fine_bench.store.records import RecordStore
 
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -199,16 +199,16 @@ def test_no_bars_where_several_processes_share_a_terminal(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("sys.stderr", Terminal())
     console = Console(file=io.StringIO(), force_terminal=True)
-    assert progress.shown()
-    assert not progress.bar_on(console).disable
-    with progress.hidden():
-        assert not progress.shown()
-        assert progress.bar_on(console).disable
-        with progress.hidden(False):
-            assert not progress.shown()
-    assert progress.shown()
+    assert terminal.shown()
+    assert not terminal.bar_on(console).disable
+    with terminal.hidden():
+        assert not terminal.shown()
+        assert terminal.bar_on(console).disable
+        with terminal.hidden(False):
+            assert not terminal.shown()
+    assert terminal.shown()
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert not progress.shown()
+    assert not terminal.shown()
 
 
 def test_what_other_processes_finish_is_named_once(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fine_bench import leaderboard_view as view
-from fine_bench import records as records_module
-from fine_bench.leaderboard import Leaderboard, Row, build, cells, main
+from fine_bench.leaderboard import render as view
+from fine_bench.leaderboard.board import Leaderboard, Row, build, cells, main
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
-from fine_bench.records import PENDING, RecordStore, StoreError
+from fine_bench.store import records as records_module
+from fine_bench.store.records import PENDING, RecordStore, StoreError
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 60
@@ -457,7 +457,7 @@ def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
         compared.append(1)
         return compare(*arguments)
 
-    monkeypatch.setattr("fine_bench.leaderboard.pairwise_consistency", counting)
+    monkeypatch.setattr("fine_bench.leaderboard.board.pairwise_consistency", counting)
     store = fill(tmp_path)
     full = build(store)
     once = 4 * 3 + 2  # the three constants are one and the same score
@@ -615,7 +615,7 @@ def test_runs_as_a_module_and_needs_no_trainer(tmp_path: Path) -> None:
         "import runpy, sys\n"
         f"sys.argv = ['leaderboard', '--results', {str(tmp_path)!r}]\n"
         "try:\n"
-        "    runpy.run_module('fine_bench.leaderboard', run_name='__main__')\n"
+        "    runpy.run_module('fine_bench.leaderboard.board', run_name='__main__')\n"
         "except SystemExit as end:\n"
         "    print(end.code)\n"
         "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from fine_bench.privacy import (
+from fine_bench.theory.composition import (
     central_limit,
     compose,
     compose_mu,
@@ -23,7 +23,7 @@ from fine_bench.privacy import (
     privacy_curve,
     trade_off_from_delta,
 )
-from fine_bench.tradeoff import (
+from fine_bench.theory.tradeoff import (
     FloatArray,
     GaussianTradeOff,
     LaplaceTradeOff,

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients import GradientEngine, PerExampleGradients
-from fine_bench.gradients import projections as module
-from fine_bench.gradients.blocks import DenseBlock, FactorBlock
-from fine_bench.gradients.projections import make_projection, projection_matrix
+from fine_bench.gradients.per_example import DenseBlock, FactorBlock
+from fine_bench.gradients.projection import random as module
+from fine_bench.gradients.projection.random import make_projection, projection_matrix
 
 KINDS = ("gaussian", "rademacher", "sjlt", "factorized")
 

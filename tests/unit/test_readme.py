@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fine_bench import leaderboard, leaderboard_view, summary
-from fine_bench.records import RecordStore
+from fine_bench.commands import summary
+from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard import render
+from fine_bench.store.records import RecordStore
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -41,8 +43,8 @@ def test_the_published_leaderboard_is_rebuilt_from_the_published_records() -> No
     if not (ROOT / "results" / "records").is_dir():
         pytest.skip("results/ holds no records")
     board = leaderboard.build(RecordStore(ROOT / "results"))
-    assert leaderboard_view.to_markdown(board) == (ROOT / "results/leaderboard.md").read_text()
-    assert leaderboard_view.to_csv(board) == (ROOT / "results/leaderboard.csv").read_text()
+    assert render.to_markdown(board) == (ROOT / "results/leaderboard.md").read_text()
+    assert render.to_csv(board) == (ROOT / "results/leaderboard.csv").read_text()
 
 
 def published(folder: Path) -> RecordStore:

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from fine_bench import records as module
-from fine_bench.records import (
+from fine_bench.store import records as module
+from fine_bench.store.records import (
     PENDING,
     Consistency,
     RecordStore,
@@ -310,7 +310,7 @@ def test_newest_lets_a_failure_before_the_data_were_known_count_only_if_it_is_th
 
 # Processes are forked from a server that imported torch once: a fresh interpreter takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "pytest", "fine_bench.records"])
+CONTEXT.set_forkserver_preload(["torch", "numpy", "pytest", "fine_bench.store.records"])
 
 
 def start(work: Callable[..., None], *arguments: object) -> Any:

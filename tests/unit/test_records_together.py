@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from fine_bench import records as module
-from fine_bench.records import PENDING, Consistency, RecordStore, write_atomic
+from fine_bench.store import records as module
+from fine_bench.store.records import PENDING, Consistency, RecordStore, write_atomic
 from fine_bench.types import InfluenceScores, RunRecord
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "numpy", "pytest", "fine_bench.records"])
+CONTEXT.set_forkserver_preload(["torch", "numpy", "pytest", "fine_bench.store.records"])
 WRITERS, TIMES, SIZE = 3, 25, 3000
 SHARED = 99
 

@@ -28,19 +28,19 @@ from report_results import (
     truth,
 )
 
+from fine_bench.commands.report import main
 from fine_bench.errors import ConfigError
-from fine_bench.figures.shelf import Shelf, shelves
-from fine_bench.leaderboard import build
+from fine_bench.leaderboard.board import build
 from fine_bench.metrics.intervals import mean_interval
-from fine_bench.records import RecordStore
-from fine_bench.report.__main__ import main
-from fine_bench.report.boards import boards
-from fine_bench.report.gallery import Exhibit, exhibits, group_lines, rows_shown
-from fine_bench.report.markup import Safe, number, p_value, slug, tag, text
-from fine_bench.report.pictures import Painter, album
-from fine_bench.report.plates import LARGEST_SVG, Plate, plate, slim
-from fine_bench.report.rooms import Room, gallery
-from fine_bench.truth import save
+from fine_bench.report.figures.tables import Shelf, shelves
+from fine_bench.report.html.examples import Room, gallery
+from fine_bench.report.html.figures import LARGEST_SVG, Plate, plate, slim
+from fine_bench.report.html.gallery import Exhibit, exhibits, group_lines, rows_shown
+from fine_bench.report.html.images import Painter, album
+from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
+from fine_bench.report.html.tables import boards
+from fine_bench.retraining.truth_files import save
+from fine_bench.store.records import RecordStore
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; most tests look at something else."""
-    monkeypatch.setattr("fine_bench.report.making.draw", lambda *_: iter(()))
+    monkeypatch.setattr("fine_bench.report.html.build.draw", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_records_alone_are_enough_for_a_page(
 def test_no_trainer_is_imported(complete: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom fine_bench.report import making\n"
-        "from fine_bench.report.__main__ import main\n"
+        "from fine_bench.commands.report import main\n"
         "making.draw = lambda *_: iter(())\n"
         f"main(['--results', {str(complete)!r}, '--out', {str(tmp_path / 'r.html')!r}])\n"
         "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"

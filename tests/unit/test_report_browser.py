@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from report_results import fill, record_of, scores_of, truth
 
-from fine_bench.report.__main__ import main
-from fine_bench.truth import save
+from fine_bench.commands.report import main
+from fine_bench.retraining.truth_files import save
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
 

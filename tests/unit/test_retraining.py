@@ -29,7 +29,7 @@ from fine_bench.metrics.retraining import (
     out_of_sample,
     retraining_mu,
 )
-from fine_bench.testing import estimate_mu
+from fine_bench.theory.estimation import estimate_mu
 
 Matrix = NDArray[np.float64]
 

@@ -19,22 +19,23 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fine_bench import leaderboard, leaderboard_view, summary
-from fine_bench.config import check, config_folder, register
+from fine_bench.commands import summary
+from fine_bench.commands.report import main as report
+from fine_bench.commands.sensitivity import main
 from fine_bench.errors import ConfigError
-from fine_bench.figures import ranges as ranges_figure
-from fine_bench.figures.needs import LeftOutError
-from fine_bench.figures.shelf import shelves
-from fine_bench.records import PENDING, RecordStore
-from fine_bench.report.__main__ import main as report
-from fine_bench.run.cells import execute
-from fine_bench.run.plan import Job, plan
-from fine_bench.run.sweep import announce, conclude
-from fine_bench.run.verifying import verify
-from fine_bench.sensitivity import view
-from fine_bench.sensitivity.__main__ import main
-from fine_bench.sensitivity.bands import Spread, spreads
-from fine_bench.sensitivity.grid import declared_for, label_of, points
+from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard import render, sensitivity_tables
+from fine_bench.leaderboard.option_grid import declared_for, label_of, points
+from fine_bench.leaderboard.sensitivity import Spread, spreads
+from fine_bench.report.figures import option_ranges as ranges_figure
+from fine_bench.report.figures.requirements import LeftOutError
+from fine_bench.report.figures.tables import shelves
+from fine_bench.runner.cells import execute
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.sweep import announce, conclude
+from fine_bench.runner.verify import verify
+from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.types import InfluenceScores, RunRecord, Status
 
 CONF = config_folder()
@@ -243,8 +244,8 @@ def test_the_rows_of_the_leaderboard_are_not_touched(tmp_path: Path) -> None:
         record({}, seed, auroc, store=alone)
     boards = [leaderboard.build(s) for s in (store, alone)]
     assert [row.label for row in boards[0].tables[0].rows] == ["knn"]
-    assert leaderboard_view.to_csv(boards[0]) == leaderboard_view.to_csv(boards[1])
-    assert leaderboard_view.to_markdown(boards[0]) == leaderboard_view.to_markdown(boards[1])
+    assert render.to_csv(boards[0]) == render.to_csv(boards[1])
+    assert render.to_markdown(boards[0]) == render.to_markdown(boards[1])
     assert boards[0].complete  # a cell that the band lacks is no gap of the leaderboard
     shown = [summary.summarise(board, "auroc", "self") for board in boards]
     assert summary.to_markdown(shown[0]) == summary.to_markdown(shown[1])
@@ -275,7 +276,7 @@ def test_own_options_that_are_missing_leave_a_band_without_its_mark(tmp_path: Pa
     assert math.isnan(spread.bands["auroc"].own)
     assert (spread.bands["auroc"].lowest, spread.bands["auroc"].highest) == (0.7, 0.7)
     assert spread.missing == ("its own options, seed 1: missing: no record",)
-    assert "undefined" in view.to_markdown([spread])
+    assert "undefined" in sensitivity_tables.to_markdown([spread])
 
 
 def test_records_of_an_older_method_version_are_in_no_band(tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_the_printed_table_has_at_most_100_columns(tmp_path: Path) -> None:
     out = io.StringIO()
     spread = found_in(fill(tmp_path))
     long = replace(spread, estimator="a_method_with_quite_a_long_name", options={"x" * 70: [1, 2]})
-    view.show([spread, long], Console(file=out, width=100))
+    sensitivity_tables.show([spread, long], Console(file=out, width=100))
     assert max(map(len, out.getvalue().splitlines())) <= 100
 
 

@@ -16,8 +16,8 @@ from baselines.influence_functions import InfluenceFunction
 from baselines.trajectory_controls import AUM, EL2N, FinalLoss, ForgettingEvents
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.estimator import Shared, digest_of
-from fine_bench.gradients import batching
-from fine_bench.gradients.batching import suitable_batch_size
+from fine_bench.gradients import batch_size
+from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.models.networks import gn_cnn, mlp
 
 N = 30
@@ -135,10 +135,10 @@ def test_wide_layers_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # bias of three normalisations
     floats = 256 * (75 + 32) + 256 * (288 + 64) + 16 * (576 + 128) + 512 + 10 + 2 * (32 + 64 + 128)
     size = suitable_batch_size(network, F.cross_entropy, x, y, 512)
-    assert size == batching.BATCH_FLOATS // floats
+    assert size == batch_size.BATCH_FLOATS // floats
     assert suitable_batch_size(network, F.cross_entropy, x, y, 20) == 20
-    monkeypatch.setattr(batching, "BATCH_FLOATS", 10)
-    assert suitable_batch_size(network, F.cross_entropy, x, y, 512) == batching.SMALLEST
+    monkeypatch.setattr(batch_size, "BATCH_FLOATS", 10)
+    assert suitable_batch_size(network, F.cross_entropy, x, y, 512) == batch_size.SMALLEST
     # batch statistics: no per-example gradients, no rule
     coupled = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
     assert suitable_batch_size(coupled, F.cross_entropy, torch.rand(3, 4), y, 64) == 64

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.stats import norm
 
-from fine_bench.testing import (
+from fine_bench.theory.estimation import (
     InfluenceEstimate,
     Method,
     analytic_p_value,
@@ -28,7 +28,7 @@ from fine_bench.testing import (
     trusted_size_needed,
     two_stage_mu,
 )
-from fine_bench.tradeoff import FloatArray
+from fine_bench.theory.tradeoff import FloatArray
 
 METHODS: tuple[Method, ...] = ("two_stage", "max", "moment", "rank")
 

@@ -14,7 +14,7 @@ from scipy.integrate import quad
 from scipy.optimize import linprog
 from scipy.stats import norm
 
-from fine_bench.tradeoff import (
+from fine_bench.theory.tradeoff import (
     FloatArray,
     GaussianTradeOff,
     InverseTradeOff,

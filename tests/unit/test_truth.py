@@ -17,23 +17,14 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from fine_bench.bank.design import PARTS, Model
-from fine_bench.bank.models import BankModels
-from fine_bench.bank.store import Bank
+from fine_bench.commands.truth import main
 from fine_bench.metrics.lds import lds
 from fine_bench.metrics.retraining import retraining_mu
-from fine_bench.truth import (
-    HALVES,
-    Truth,
-    TruthError,
-    find,
-    folders,
-    known,
-    load,
-    named,
-    save,
-)
-from fine_bench.truth.__main__ import main
+from fine_bench.retraining.bank import Bank
+from fine_bench.retraining.design import PARTS, Model
+from fine_bench.retraining.outputs import BankModels
+from fine_bench.retraining.truth import HALVES, Truth
+from fine_bench.retraining.truth_files import TruthError, find, folders, known, load, named, save
 
 N, Q = 80, 6
 BAD = np.arange(N) < 16

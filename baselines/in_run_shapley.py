@@ -1,0 +1,278 @@
+"""In-run data Shapley in anybody's Trainer. Lightning's events only; formulas: ``shapley``.
+
+callback = InRunShapleyCallback("validation", queries=validation_set, order=2)
+Trainer(callbacks=[callback]).fit(module, loader)      # batches (x, y, index), plain SGD
+callback.scores().values                               # (1, n_train), in units of the loss
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from baselines import shapley
+from baselines.shapley import Order, ShapleyAccumulator
+from fine_bench.callback.trainer import beside_training, training_set
+from fine_bench.fine.training_data import batch_index, step_size
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.curvature.products import parameter_names
+from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.query_weighting import query_groups
+from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
+from fine_bench.types import (
+    InfluenceScores,
+    Loss,
+    Reduce,
+    Target,
+    UnsupportedProblemError,
+    dataset_size,
+)
+
+_REDUCE: Mapping[Target, Reduce] = {
+    "queries": None,
+    "validation": "mean",
+    "validation_per_class": "class",
+}
+
+
+class InRunShapleyCallback(pl.Callback):
+    """Shares the drop of the validation loss among the training examples, step by step.
+
+    The examples' gradients are read off the training pass; the validation gradient is taken at
+    every step's parameters. Nothing in the run changes: the weights are bit-identical with and
+    without.
+
+    Args:
+        target: ``"validation"`` (one row, the mean loss of the queries),
+            ``"validation_per_class"`` (one row a class) or ``"queries"`` (one row a query, first
+            order only).
+        queries: the validation examples, ``(x, y)``.
+        order: 1, or 2 with the curvature of the validation loss.
+        forward: ``forward(module, x) -> logits``; ``module(x)`` by default.
+        loss: validation loss, per example.
+
+    Attributes:
+        seconds, gradient_evaluations: cost so far: time in this callback, and gradients of
+            validation examples (with curvature, each counts twice).
+
+    Raises:
+        UnsupportedProblemError: another target; a run that is not plain SGD (momentum, weight
+            decay, clipping, other optimisers, accumulated gradients, several processes, mixed
+            precision); a model without per-example gradients.
+        ValueError: bad arguments; batches without usable indices.
+    """
+
+    name = shapley.NAME
+    version = shapley.VERSION
+
+    def __init__(
+        self,
+        target: Target = "validation",
+        *,
+        queries: Dataset[Any] | None = None,
+        order: Order = 1,
+        forward: Callable[[pl.LightningModule, Tensor], Tensor] | None = None,
+        loss: Loss = F.cross_entropy,
+    ) -> None:
+        shapley.check_question(target, order, queries is not None)
+        assert queries is not None
+        self._n_query = dataset_size(queries, "queries")
+        self.target: Target = target
+        self.queries = queries
+        self.order: Order = order
+        self.forward = forward or (lambda module, x: module(x))
+        self.loss = loss
+        self._state_key = self._generate_state_key(target=target, order=order)
+        self.seconds = 0.0
+        self.gradient_evaluations = 0
+        self._recorder: LayerRecorder | None = None
+        self._engine: GradientEngine | None = None
+        self._accumulator: ShapleyAccumulator | None = None
+        self._saved: Mapping[str, Any] | None = None
+        self._index: Tensor | None = None
+        self._like: Direction | None = None
+
+    # ------------------------------------------------------------------ results
+
+    def scores(self) -> InfluenceScores:
+        """The values so far, ``(n_query, n_train)``; see ``ShapleyAccumulator.scores``."""
+        return self._observed().scores(self.target)
+
+    def drop(self) -> Tensor:
+        """What the values add up to, ``(n_query,)``: nearly the drop of each row's loss."""
+        return self._observed().drop()
+
+    @property
+    def n_not_finite(self) -> int:
+        """Steps left out because of NaN or infinite values."""
+        return 0 if self._accumulator is None else self._accumulator.n_not_finite
+
+    def _observed(self) -> ShapleyAccumulator:
+        if self._accumulator is None:
+            raise RuntimeError(
+                "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
+            )
+        return self._accumulator
+
+    # ------------------------------------------------------------------ Lightning events
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the hooks."""
+        if trainer.accumulate_grad_batches != 1:
+            raise UnsupportedProblemError(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: in-run Shapley needs "
+                "one batch a step; use 1 and a larger batch"
+            )
+        if trainer.world_size != 1:
+            raise UnsupportedProblemError(
+                f"training on {trainer.world_size} processes: in-run Shapley needs the whole "
+                "batch in one; use devices=1"
+            )
+        if "mixed" in str(trainer.precision):
+            raise UnsupportedProblemError(
+                f'precision="{trainer.precision}" mixes precisions in the gradients that in-run '
+                'Shapley multiplies, and may scale them; use "32-true"'
+            )
+        self._close()
+        self._recorder = LayerRecorder(pl_module, None, tap=True)
+        if self._recorder.leftover:
+            names = self._recorder.leftover
+            self._close()
+            raise UnsupportedProblemError(
+                f"the layers of {names} have no per-example factors, so the examples' shares of "
+                "a step would not add up to it"
+            )
+        self.seconds, self.gradient_evaluations = 0.0, 0
+        self._accumulator = self._like = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the optimiser, the data and the queries."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                shapley.refuse_other_updates(
+                    type(optimizer).__name__,
+                    group.get("momentum", 0.0),
+                    group.get("weight_decay", 0.0),
+                    bool(trainer.gradient_clip_val),
+                )
+        if len(trainer.optimizers) != 1:
+            raise UnsupportedProblemError(
+                f"{len(trainer.optimizers)} optimisers: in-run Shapley needs one step a batch"
+            )
+        x, y, *_ = default_collate([self.queries[i] for i in range(self._n_query)])
+        self._x, self._y = x.to(pl_module.device), y.to(pl_module.device)
+        self._weights = query_groups(self._y.cpu(), _REDUCE[self.target])
+        n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
+        self._accumulator = ShapleyAccumulator(n_train, len(self._weights))
+        self._engine = GradientEngine(
+            pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
+        )
+        if self._saved is not None:
+            self._accumulator.load_state_dict(self._saved)
+            self._saved = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse layers that mix the examples of a batch, in the modes they train in."""
+        refuse_batch_coupling(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note who is in the batch and record its pass."""
+        assert self._recorder is not None
+        self._index = batch_index(batch, len(self._observed().n_observations))
+        self._recorder.start()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
+        """The backward pass is done and the parameters are still θ_t."""
+        start = time.perf_counter()
+        recorder, index = self._recorder, self._index
+        assert recorder is not None
+        assert index is not None
+        recorder.stop()
+        shares = PerExampleGradients(recorder.blocks(len(index)))
+        values = self._values(pl_module, shares, step_size(optimizer))
+        recorder.clear()
+        self._index = None
+        if not self._observed().observe(index, values) and self.n_not_finite == 1:
+            warnings.warn(
+                f"NaN or infinite gradients at step {trainer.global_step}: this step and later "
+                "ones like it are left out of the in-run Shapley values; lower the learning rate",
+                stacklevel=2,
+            )
+        self.seconds += time.perf_counter() - start
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach the hooks."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Detach the hooks; the values so far stay."""
+        self._close()
+
+    @property
+    def state_key(self) -> str:
+        """Callbacks that ask something else keep their states apart."""
+        return self._state_key  # Lightning asks for it around every event: many times a step
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for Lightning's checkpoints."""
+        return {} if self._accumulator is None else self._accumulator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after an interruption."""
+        self._saved = state_dict or None
+
+    # ------------------------------------------------------------------ one step
+
+    def _values(self, module: pl.LightningModule, shares: PerExampleGradients, lr: float) -> Tensor:
+        """φ of the present step, ``(R, m)``."""
+        engine = self._engine
+        assert engine is not None
+        self.gradient_evaluations += self._n_query * self.order
+        if self.target == "queries":
+            with beside_training(module):
+                return shapley.query_values(shares, engine(self._x, self._y), lr)
+        if self._like is None:
+            self._like = shares.weighted_sum(shares.blocks[0].values.new_ones(1, len(shares)))
+        params = dict(module.named_parameters())
+        watched = {name: params[name] for name in parameter_names(engine.recorder)}
+        update = None
+        if self.order == 2:
+            update = {
+                name: torch.zeros_like(p) if p.grad is None else lr * p.grad
+                for name, p in watched.items()
+            }
+        # other callbacks may be recording the training step of the same model
+        with beside_training(module), engine.recorder.alone():
+            gradient, product = shapley.loss_derivatives(
+                lambda values: engine.functional(values, self._x),
+                self.loss,
+                watched,
+                self._y,
+                self._weights,
+                update,
+            )
+        return shapley.step_values(shares, gradient, product, lr, self._like)
+
+    def _close(self) -> None:
+        for part in (self._recorder, self._engine):
+            if part is not None:
+                part.close()
+        self._recorder = self._engine = None
+
+
+__all__ = ["InRunShapleyCallback"]

@@ -1,1 +1,0 @@
-"""The retraining bank: many models on random subsets, the ground truth of influence."""

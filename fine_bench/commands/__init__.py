@@ -1,0 +1,1 @@
+"""The commands: arguments in, files and an exit status out."""

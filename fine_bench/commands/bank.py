@@ -1,0 +1,63 @@
+"""``fine-bench bank``: train the models of a bank, or those that it lacks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.markup import escape
+
+from fine_bench.commands.hydra_help import narrow
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.retraining.build import WorkerError
+from fine_bench.retraining.train import DivergedModelError
+from fine_bench.runner import bank_config
+from fine_bench.runner.bank import BAD_INPUT, INCOMPLETE, INTERRUPTED, BankJob, out
+from fine_bench.runner.config import config_folder, explain
+from fine_bench.store.records import StoreError
+from fine_bench.types import UnsupportedProblemError
+
+
+def main() -> None:
+    """Entry point; exit status 0 done, 1 something failed, 2 bad input, 130 interrupted."""
+    # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        _end("a bank is one job, whose models get seeds of their own; leave out -m", BAD_INPUT)
+    bank_config.register()
+    run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="bank")
+    with _explained(), narrow(sys.argv[1:]):
+        run(_job)()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what may be expected to go wrong into one line and an exit status."""
+    try:
+        yield
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+        _end(explain(error), BAD_INPUT)
+    except UnsupportedProblemError as error:
+        _end(f"model: {error}", BAD_INPUT)
+    except (StoreError, WorkerError, DivergedModelError) as error:
+        _end(str(error), INCOMPLETE)
+    except KeyboardInterrupt:
+        _end("interrupted; what is stored stays, the same command goes on from there", INTERRUPTED)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    out.print(f"[bold red]error:[/] {escape(message)}")
+    raise SystemExit(status)
+
+
+def _job(cfg: DictConfig) -> None:
+    with _explained():  # in here too: Hydra would add its own lines to an error
+        config, bank = bank_config.check(cfg)
+        BankJob.prepare(config, bank).run()

@@ -1,0 +1,192 @@
+"""``python -m fine_bench.clean``: the command. Reading, scoring and flagging are elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.metrics.error_rate import Flags, flag
+from fine_bench.runner.clean.data_files import LabelledData, read
+from fine_bench.runner.clean.scores import (
+    METHODS,
+    MODELS,
+    Scored,
+    explain,
+    result,
+    score,
+    warnings_of,
+)
+from fine_bench.store.records import StoreError, write_atomic
+from fine_bench.terminal import bar_on
+
+SHOWN = 10
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fine_bench.clean",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Find wrong labels in your own data, at an error rate.\n\n"
+        "Verify a few hundred rows drawn at random (look at each, keep those that are right) and "
+        "name\nthem with --trusted. A model is trained on all rows; rows that went through "
+        "training unlike the\ntrusted ones are flagged. Of those flagged, at most the share "
+        "--level is right after all, on\naverage. Rows are counted from 0. Nothing is deleted or "
+        "changed.",
+        epilog="The csv that is written has a row for each flagged row, the most suspicious "
+        "first:\n  index, given_label, score, p_value, adjusted_p (the smallest level that flags "
+        "it) and\n  suggested_label, the model's most probable other label: a suggestion, which "
+        "no error rate covers.\n\n"
+        "Choose method and level before looking at the result: the error rate does not cover "
+        "trying several\nand keeping the one that flags the most.\n\n"
+        "Exit status: 0 done, whether anything was flagged or not; 2 bad input.\n\n"
+        "Examples:\n  python -m fine_bench.clean --data digits.npz --trusted checked.txt\n"
+        "  python -m fine_bench.clean --data table.csv --label species --trusted verified "
+        "--level 0.05",
+    )
+    add = parser.add_argument
+    add(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help=".npz with x (n, …) numbers and y (n,) whole numbers, or .csv with numeric columns",
+    )
+    add(
+        "--trusted",
+        metavar="FILE|COLUMN",
+        required=True,
+        help="text file of row positions, one a line, or a true/false column of the csv",
+    )
+    add("--label", metavar="COLUMN", help="label column of the csv")
+    add(
+        "--model",
+        choices=tuple(MODELS),
+        default="mlp",
+        help="mlp: one hidden layer of 256 (default); cnn: two convolutions, for images",
+    )
+    add(
+        "--method",
+        choices=METHODS,
+        default="fine",
+        help="fine: f-INE, how strongly training on the row moved its own prediction (default); "
+        "mean_loss: mean loss over the epochs; aum: how far another class led, over the epochs. "
+        "On uniformly flipped labels mean_loss and aum find more at the same rate "
+        "(results/error_rate.md)",
+    )
+    add(
+        "--level",
+        metavar="L",
+        type=float,
+        default=0.1,
+        help="share of wrong flags to accept, on average (default: 0.1)",
+    )
+    add("--epochs", metavar="N", type=int, default=30, help="default: 30")
+    add("--batch-size", metavar="N", type=int, default=64, help="default: 64")
+    add("--lr", metavar="ETA", type=float, default=0.05, help="step size of SGD (default: 0.05)")
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of initialisation and order (default: 0); the same seed gives the same file",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        default=Path("flagged.csv"),
+        help="where to write, replaced if it exists (default: flagged.csv)",
+    )
+    add("--all", action="store_true", help="write every row, with the columns flagged and trusted")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, value, fine, example in (
+        ("level", arguments.level, 0 < arguments.level < 1, 0.1),
+        ("epochs", arguments.epochs, arguments.epochs >= 1, 30),
+        # f-INE compares an example with at least two others of its batch
+        ("batch-size", arguments.batch_size, arguments.batch_size >= 3, 64),
+        ("lr", arguments.lr, 0 < arguments.lr < float("inf"), 0.05),
+        ("seed", arguments.seed, arguments.seed >= 0, 0),
+    ):
+        if not fine:
+            raise ConfigError(f"--{name} {value} is out of range; type for instance {example}")
+    for other in (arguments.data, Path(arguments.trusted)):
+        if other.exists() and arguments.out.resolve() == other.resolve():
+            raise ConfigError(f"--out {arguments.out} would replace an input; name another file")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, flag, write and report; see ``--help``. Returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    out, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        _check(arguments)
+        data = read(arguments.data, arguments.trusted, arguments.label)
+        # refused before training: the answer does not depend on the scores
+        flag(np.zeros(len(data.y)), data.trusted, arguments.level)
+        with bar_on(errors) as progress:
+            bar = progress.add_task(
+                f"training {arguments.model} on {len(data.y)} rows, epochs", total=arguments.epochs
+            )
+            scored = score(
+                data.x, data.y, len(data.classes),
+                method=arguments.method, model=arguments.model, epochs=arguments.epochs,
+                batch_size=arguments.batch_size, lr=arguments.lr, seed=arguments.seed,
+                advance=lambda done: progress.update(bar, completed=done),
+            )  # fmt: skip
+        flags = flag(scored.suspicion, data.trusted, arguments.level)
+        table = result(data, scored, flags, arguments.all)
+        write_atomic(arguments.out, table.to_csv(index=False, lineterminator="\n").encode())
+    except (ConfigError, DataError, StoreError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    _report(out, arguments, data, scored, flags, result(data, scored, flags))
+    for line in warnings_of(data, scored):
+        print(f"note: {line}", file=sys.stderr)
+    return 0
+
+
+def _report(
+    out: Console,
+    arguments: argparse.Namespace,
+    data: LabelledData,
+    scored: Scored,
+    flags: Flags,
+    flagged: pd.DataFrame,
+) -> None:
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (
+        ("data", f"{arguments.data}: {len(data.y)} rows, {len(data.classes)} classes"),
+        ("trusted", f"{flags.n_trusted} rows; {flags.n_tested} to be judged"),
+        ("model", f"{arguments.model}, {arguments.epochs} epochs, seed {arguments.seed}; predicts "
+                  f"{scored.accuracy:.1%} of the given labels"),
+        ("method", f"{arguments.method}, level {arguments.level:g}"),
+        ("flagged", f"{flags.n_flagged} of {flags.n_tested} "
+                    f"({flags.n_flagged / flags.n_tested:.1%})"),
+    ):  # fmt: skip
+        facts.add_row(name, value)
+    out.print(facts)
+    if len(flagged):
+        rows = Table(title=f"the first {min(SHOWN, len(flagged))} flagged rows")
+        for column in flagged.columns:
+            rows.add_column(column.replace("_", " "), justify="right")
+        for row in flagged.head(SHOWN).itertuples(index=False):
+            rows.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in tuple(row)))
+        out.print(rows)
+    for line in explain(flags):
+        out.print(line, markup=False)
+    kind = "every row" if arguments.all else "the flagged rows"
+    out.print(
+        f"written: {arguments.out}, {kind} (suggested labels are suggestions)", markup=False,
+        soft_wrap=True,
+    )  # fmt: skip

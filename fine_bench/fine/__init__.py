@@ -1,0 +1,1 @@
+"""f-INE: formulas and schedules, without any training framework."""

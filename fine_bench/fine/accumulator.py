@@ -1,0 +1,362 @@
+"""f-INE for every example, from the batches of one training run.
+
+Idea. The influence of an example is how well a test can tell *trained with it* from *trained
+without it* (Panda et al., arXiv:2510.10510). At step t, with batch size m and step size η_t, the
+statistic is x_t = ⟨mean gradient of the batch, ∇h⟩ for a target h: to first order, how much the
+step lowers h. Replacing an average example by example i shifts x_t by (c_i,t − c̄_t)/m, where
+c_i,t = ⟨g_i, ∇h⟩; its standard deviation over batches is σ_t/√m. Hence, over the steps at which i
+was observed,
+
+    accumulated   μ_i = Σ_t η_t (c_i,t − c̄_t) / sqrt( n_train · Σ_t η_t² σ_t² )
+    standardised  μ_i = Σ_t μ_i,t / sqrt(number of observations),  μ_i,t = (c_i,t − c̄_t)/(√m σ_t)
+    bound         |μ_i| ≤ sqrt( Σ_t μ_i,t² )                          (Gaussian composition)
+
+with c̄_t and σ_t (n − 1) over the reference examples j ≠ i of the batch. *Accumulated* is the test
+on X = Σ_t η_t x_t: seeing i shifts X by Σ η_t (c_i,t − c̄_t)/m, and the variance of X over *all*
+steps, n/m times as many as i was seen in, is (n/m) Σ η_t² σ_t²/m. μ > 0: i helps the target.
+
+``contrast="substitution"`` compares i with an average example, as above; ``"removal"`` leaves c_i
+uncentred. Only the second one speaks of harm: with substitution a third of perfectly clean
+examples come out slightly negative.
+
+``step_weight`` replaces η_t in the accumulated μ by a weight w_t, that is, tests X = Σ_t w_t x_t:
+``"lr"`` takes w_t = η_t, ``"uncertainty"`` w_t = η_t · (batch mean of 1 − p), the mean probability
+that the model still gives to other labels: it favours the steps before the data are fitted. It
+exists for softmax cross-entropy, where the training pass holds it (half the sum of the absolute
+gradient at the logits).
+
+``noise`` says where σ comes from: ``"sample"``, from the reference examples; or, for *self* in the
+EK-FAC geometry, ``"model"``: the geometry states it (``whitened_effects``).
+
+Difference from the paper: its estimator draws P and Q batches for a given subset and counts
+errors; this one uses the Gaussian moments of the batches that training draws anyway, for all
+examples at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from fine_bench.fine.standard_error import INFLATION, ratio_error
+from fine_bench.gradients.engine import inverse_or_zero
+from fine_bench.types import InfluenceScores, Target
+
+Observable: TypeAlias = Literal["margin", "loss"]
+Composition: TypeAlias = Literal["accumulated", "standardised"]
+Contrast: TypeAlias = Literal["substitution", "removal"]
+StepWeight: TypeAlias = Literal["lr", "uncertainty"]
+Noise: TypeAlias = Literal["sample", "model"]
+
+MIN_BATCH = 3
+"""Two reference examples j ≠ i are the fewest that have a standard deviation."""
+
+VERSION = 2
+"""Raised when scores may change."""
+
+SUMS = ("shift", "shift2", "variance", "mu", "mu2", "cross", "variance2")
+"""Σ u, Σ u², Σ v, Σ μ_t, Σ μ_t², Σ u v, Σ v², with u = η(c − c̄) and v = η²σ²."""
+
+SUMS_BEFORE_BLOCKS = 5
+"""States saved by earlier versions hold the first five only."""
+
+
+def choose(value: str, allowed: Any, name: str) -> None:
+    """Refuse a value outside of a ``Literal``."""
+    options = get_args(allowed)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def self_effects(
+    gram: Tensor, one_minus_p: Tensor | None, contrast: Contrast = "substitution"
+) -> tuple[Tensor, Tensor]:
+    """Effect and noise of each example on its own observable, from the batch's Gram matrix.
+
+    effect_i = (K_ii − mean_{j≠i} K_ij)/(1 − p_i) and σ_i = std_{j≠i} K_ij/(1 − p_i) for the margin;
+    without the divisors for the loss; without the mean for ``contrast="removal"``.
+
+    Args:
+        gram: K_ij = ⟨g_i, g_j⟩ of the loss gradients, ``(..., m, m)``, m ≥ 3.
+        one_minus_p: 1 − p_i for the margin, ``(..., m)``; None for the loss.
+
+    Returns:
+        effect and σ, each ``(..., m)`` in float64.
+    """
+    k = gram.double()
+    m = k.shape[-1]
+    own = k.diagonal(dim1=-2, dim2=-1)
+    # The row's sums without its diagonal. Squares of float32 numbers are exact in float64, so the
+    # one-pass variance loses nothing that matters there.
+    mean = (k.sum(-1) - own) / (m - 1)
+    squares = torch.linalg.vecdot(k, k) - own.square()
+    variance = (squares - (m - 1) * mean.square()).clamp_min_(0.0) / (m - 2)
+    effect = own - mean if contrast == "substitution" else own.clone()
+    sigma = variance.sqrt_()
+    if one_minus_p is not None:
+        inverse = inverse_or_zero(one_minus_p).double()
+        effect = effect * inverse
+        sigma = sigma * inverse
+    return effect, sigma
+
+
+def whitened_effects(
+    own: Tensor,
+    total: Tensor,
+    one_minus_p: Tensor | None,
+    contrast: Contrast = "substitution",
+) -> tuple[Tensor, Tensor]:
+    """Effect and noise on the example's own observable where the geometry states the noise.
+
+    With C the second moment of the gradients and K_ij = g_iᵀC⁻¹g_j, the variance of K_ij over j is
+    g_iᵀC⁻¹CC⁻¹g_i = K_ii. So σ_i = sqrt(K_ii), and nothing has to be estimated from a few batch
+    mates: effect_i = K_ii − mean_{j≠i} K_ij (``"removal"``: K_ii), both over 1 − p_i for the
+    margin. (The damping and C being the model's own Fisher, not the gradients' second moment, make
+    it an approximation.)
+
+    Args:
+        own: K_ii, ``(..., m)``, ≥ 0.
+        total: Σ_j K_ij over the batch, i included, ``(..., m)``.
+        one_minus_p, contrast: see ``self_effects``.
+
+    Returns:
+        effect and σ, each ``(..., m)`` in float64.
+    """
+    k, m = own.double(), own.shape[-1]
+    effect = k - (total.double() - k) / (m - 1) if contrast == "substitution" else k.clone()
+    sigma = k.clamp_min(0.0).sqrt()
+    if one_minus_p is not None:
+        inverse = inverse_or_zero(one_minus_p).double()
+        effect, sigma = effect * inverse, sigma * inverse
+    return effect, sigma
+
+
+def direction_effects(c: Tensor, contrast: Contrast = "substitution") -> tuple[Tensor, Tensor]:
+    """Effect and noise of each example on R given directions.
+
+    effect_i = c_i − mean_{j≠i} c_j and σ_i = std_{j≠i} c_j, by the leave-one-out identities
+    mean_{j≠i} = c̄ − (c_i − c̄)/(m − 1) and
+    Σ_{j≠i} (c_j − mean_{j≠i})² = Σ_j (c_j − c̄)² − m/(m − 1) · (c_i − c̄)².
+
+    Args:
+        c: ⟨g_i, ∇h_r⟩, ``(..., R, m)``, m ≥ 3.
+
+    Returns:
+        effect and σ, each ``(..., R, m)`` in float64.
+    """
+    c = c.double()
+    m = c.shape[-1]
+    d = c - c.mean(-1, keepdim=True)
+    ratio = m / (m - 1)
+    squares = d.square()
+    variance = (squares.sum(-1, keepdim=True) - ratio * squares).clamp_min_(0.0) / (m - 2)
+    effect = ratio * d if contrast == "substitution" else c
+    return effect, variance.sqrt_()
+
+
+def uncertainty_weight(lr: float, one_minus_p: Tensor) -> float:
+    """w = η · mean(1 − p), the weight of a step under ``step_weight="uncertainty"``.
+
+    Args:
+        lr: step size η.
+        one_minus_p: 1 − p of each example's label, ``(m,)``.
+    """
+    return lr * float(one_minus_p.double().mean())
+
+
+class FineAccumulator:
+    """Sums over the steps of a run from which μ follows. A few floats per example and row.
+
+    Args:
+        n_train: number of training examples.
+        n_rows: number of query rows R.
+        composition: which μ ``scores`` reports.
+    """
+
+    def __init__(self, n_train: int, n_rows: int, composition: Composition = "accumulated") -> None:
+        choose(composition, Composition, "composition")
+        if n_train < 1 or n_rows < 1:
+            raise ValueError(f"n_train and n_rows must be at least 1, got {n_train}, {n_rows}")
+        self.n_train = n_train
+        self.composition = composition
+        # one tensor, so that a step costs one indexed addition; the names are in SUMS
+        self._sums = torch.zeros((len(SUMS), n_rows, n_train), dtype=torch.float64)
+        self.n_observations = torch.zeros(n_train, dtype=torch.int64)
+        self.n_passed_over: Tensor | None = None  # as n_observations, once a step is passed over
+        self.n_steps = 0
+        self.n_short_batches = 0
+        self.n_without_noise = 0
+
+    def observe(self, index: Tensor, effect: Tensor, sigma: Tensor, lr: float) -> None:
+        """Take in one step.
+
+        Args:
+            index: which training examples, ``(m,)``, no repeats.
+            effect, sigma: ``(R, m)`` or ``(m,)``, from ``self_effects`` or ``direction_effects``.
+            lr: step size η_t, or the step's weight w_t.
+        """
+        m = len(index)
+        self.observe_steps(
+            index[None],
+            effect.reshape(1, -1, m),
+            sigma.reshape(1, -1, m),
+            torch.tensor([lr], dtype=torch.float64),
+        )
+
+    def observe_steps(self, index: Tensor, effect: Tensor, sigma: Tensor, lr: Tensor) -> None:
+        """Take in S steps with batches of one size.
+
+        Args:
+            index: ``(S, m)``.
+            effect, sigma: ``(S, R, m)``, finite.
+            lr: step sizes or weights, ``(S,)``.
+        """
+        n_steps, m = index.shape
+        effect, sigma = self._usable(effect, sigma)
+        eta = lr.double().cpu()[:, None, None]
+        shift = eta * effect
+        mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * m**-0.5
+        noise = (eta * sigma).square_()
+        steps = torch.stack(
+            [shift, shift * shift, noise, mu, mu * mu, shift * noise, noise * noise]
+        )
+        kinds, rows = len(SUMS), steps.shape[2]
+        # (kinds, S, R, m) → (kinds, R, S·m): one addition, in the order of the steps
+        flat = steps.transpose(1, 2).reshape(kinds, rows, n_steps * m)
+        seen = index.cpu().reshape(-1)
+        self._sums.index_add_(2, seen, flat)
+        self.n_observations.index_add_(0, seen, torch.ones_like(seen))
+        self.n_steps += n_steps
+
+    def _usable(self, effect: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Without noise there is no test: such an entry adds nothing, and is counted."""
+        effect, sigma = effect.double().cpu(), sigma.double().cpu()
+        usable = sigma > 0
+        n_usable = int(usable.sum())
+        if n_usable < usable.numel():
+            self.n_without_noise += usable.numel() - n_usable
+            effect = torch.where(usable, effect, 0.0)
+        return effect, sigma
+
+    def pass_over(self, index: Tensor) -> None:
+        """Note a step that is not observed; the observed ones stand for it.
+
+        Args:
+            index: which training examples were in it, ``(m,)``, no repeats.
+        """
+        index = index.cpu()
+        if self.n_passed_over is None:
+            self.n_passed_over = torch.zeros_like(self.n_observations)
+        self.n_passed_over.index_add_(0, index, torch.ones_like(index))
+
+    def skip_short_batch(self) -> None:
+        """Count a batch that is too short for a standard deviation."""
+        self.n_short_batches += 1
+
+    def mu(self) -> tuple[Tensor, Tensor]:
+        """μ and its spread within the run, each ``(n_rows, n_train)`` in float64.
+
+        The spread is what the run's own blocks show of μ's error (``fine_error``): ``scores``
+        inflates it.
+        """
+        s, blocks = self._whole_run()
+        k = self.n_observations.double()
+        times = self._times_in_batch()
+        tiny = torch.finfo(torch.float64).tiny
+        if self.composition == "accumulated":
+            scale = (self.n_train * s["variance"]).sqrt()
+            known = scale > 0
+            inverse = torch.where(known, 1.0 / scale.clamp_min(tiny), 0.0)
+            values = s["shift"] * inverse
+            error = ratio_error(values, inverse, s["variance"], *blocks)
+            several = blocks[-1] > 1
+        else:
+            known = (k > 0).expand_as(s["mu"])
+            inverse = torch.where(k > 0, times, 1.0).rsqrt()
+            values = s["mu"] * inverse
+            # k observations that stand for ``times`` of them
+            centred = (s["mu2"] - s["mu"].square() / times.clamp_min(tiny)).clamp_min(0.0)
+            error = (centred * times / (k - 1).clamp_min(1)).sqrt() * inverse
+            several = k > 1
+        return values, torch.where(several & known & torch.isfinite(error), error, float("inf"))
+
+    def scores(self, method: str, target: Target, inflation: float = INFLATION) -> InfluenceScores:
+        """The scores so far.
+
+        Values are μ, dimensionless and signed; with another ``step_weight`` than ``"lr"`` they are
+        the test on the statistic in which step t counts w_t instead of η_t.
+
+        ``std_error`` accounts for other seeds: values ± 1.96 ``std_error`` is meant to cover the
+        mean over other runs of the same training in 95 % of the examples. It is the run's own
+        spread over epochs times ``inflation`` (``fine_error.inflation`` says how often it did). An
+        example with fewer than two observations has an infinite one; without any observation its
+        value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
+        weights.
+        """
+        values, error = self.mu()
+        return InfluenceScores(
+            values=values.float(),
+            std_error=(inflation * error).float(),
+            n_observations=self.n_observations.clone(),
+            method=method,
+            target=target,
+            version=VERSION,
+            extras={"bound": self._whole_run()[0]["mu2"].sqrt().float()},
+        )
+
+    def _times_in_batch(self) -> Tensor:
+        """How often each example was in a batch, ``(n_train,)``."""
+        passed_over = 0 if self.n_passed_over is None else self.n_passed_over
+        return (self.n_observations + passed_over).double()
+
+    def _whole_run(self) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The sums and those over blocks, with the observed steps standing for all."""
+        sums, (squares, cross, variances, blocks) = self.sums, self._blocks()
+        if self.n_passed_over is not None:
+            ratio = self._times_in_batch() / self.n_observations.double().clamp_min(1.0)
+            sums = {name: values * ratio for name, values in sums.items()}
+            squares, cross, variances = (x * ratio**2 for x in (squares, cross, variances))
+        return sums, (squares, cross, variances, blocks)
+
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Σ U², Σ U V, Σ V² and the number of blocks; here every observation is a block.
+
+        In-batch an example is seen once an epoch, so that its blocks are the epochs.
+        """
+        s = self.sums
+        return s["shift2"], s["cross"], s["variance2"], self.n_observations.double()
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by name, ``(n_rows, n_train)`` each, in float64."""
+        return dict(zip(SUMS, self._sums, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption."""
+        return {
+            "sums": self._sums.clone(),
+            "n_observations": self.n_observations.clone(),
+            "n_passed_over": None if self.n_passed_over is None else self.n_passed_over.clone(),
+            "counts": (self.n_steps, self.n_short_batches, self.n_without_noise),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
+        sums = state["sums"]
+        if len(sums) == SUMS_BEFORE_BLOCKS:
+            # the values go on as they were; their error is unknown, that is, infinite
+            unknown = sums.new_full((len(SUMS) - len(sums), *sums.shape[1:]), float("nan"))
+            sums = torch.cat([sums, unknown])
+        if sums.shape != self._sums.shape:
+            raise ValueError(
+                f"the saved f-INE state is for {tuple(sums.shape[1:])} (rows, examples), this run "
+                f"has {tuple(self._sums.shape[1:])}; resume with the same data and queries"
+            )
+        self._sums = sums.clone()
+        self.n_observations = state["n_observations"].clone()
+        passed_over = state.get("n_passed_over")  # states of earlier versions have none
+        self.n_passed_over = None if passed_over is None else passed_over.clone()
+        self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]

@@ -1,0 +1,309 @@
+"""The options of f-INE's callback, checked at birth. Their meaning stands in ``FINECallback``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from fine_bench.fine.accumulator import Composition, Contrast, Noise, Observable, StepWeight, choose
+from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.geometry import Euclidean, Geometry, Metric, Whitened
+from fine_bench.fine.geometry_optimiser import Preconditioned
+from fine_bench.fine.snapshot_effects import MIN_REFERENCE
+from fine_bench.gradients.query_weighting import check_weighting
+from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.types import (
+    Loss,
+    QueryWeighting,
+    Reduce,
+    Target,
+    UnsupportedProblemError,
+    dataset_size,
+)
+
+ScheduleName: TypeAlias = Literal["in_batch", "snapshot"]
+Preconditioner: TypeAlias = Literal["optimiser"] | None
+
+_REDUCE: dict[Target, Reduce] = {
+    "queries": None,
+    "validation": "mean",
+    "validation_per_class": "class",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """One field for each argument of ``FINECallback``."""
+
+    target: Target
+    observable: Observable
+    composition: Composition
+    schedule: ScheduleName
+    geometry: Geometry
+    preconditioner: Preconditioner
+    contrast: Contrast
+    step_weight: StepWeight
+    noise: Noise
+    queries: Dataset[Any] | None
+    query_weighting: QueryWeighting
+    refresh_every: int
+    every_n_steps: int | None
+    n_snapshots: int | None
+    n_reference: int
+    reference_columns: int | None
+    observe_every: int
+    sketch: int | None
+    watched: Sequence[int] | Tensor | None
+    refit_every: int | None
+    fit_examples: int
+    relative_damping: float
+    seed: int
+    layers: Sequence[str] | None
+    forward: Callable[[Any, Tensor], Tensor] | None
+    loss: Loss
+    adapter: BatchAdapter | None
+
+    def __post_init__(self) -> None:
+        choose(self.target, Target, "target")
+        choose(self.observable, Observable, "observable")
+        choose(self.composition, Composition, "composition")
+        choose(self.schedule, ScheduleName, "schedule")
+        choose(self.geometry, Geometry, "geometry")
+        choose(self.contrast, Contrast, "contrast")
+        choose(self.step_weight, StepWeight, "step_weight")
+        choose(self.noise, Noise, "noise")
+        if self.preconditioner not in ("optimiser", None):
+            raise ValueError(
+                f'preconditioner must be "optimiser" or None, got {self.preconditioner!r}'
+            )
+        if self.preconditioner is not None and self.geometry != "euclidean":
+            raise ValueError(
+                f'preconditioner="optimiser" is a geometry of its own, but geometry='
+                f'{self.geometry!r} is asked for too; use geometry="euclidean" or '
+                "preconditioner=None"
+            )
+        if self.noise == "model" and self.geometry != "ekfac":
+            raise ValueError(
+                f'noise="model" is the noise that geometry="ekfac" states, but geometry='
+                f'{self.geometry!r}; use noise="sample"'
+            )
+        check_weighting(self.query_weighting)
+        if self.step_weight != "lr" and self.composition != "accumulated":
+            raise ValueError(
+                f"step_weight={self.step_weight!r} weighs the steps of the accumulated μ, but "
+                f"composition={self.composition!r} gives every step the same weight; use "
+                'composition="accumulated" or step_weight="lr"'
+            )
+        if (self.queries is None) != (self.target == "self"):
+            no = self.target == "self"
+            raise ValueError(
+                f"target={self.target!r} "
+                + ("takes no queries; leave them out" if no else "needs queries=…")
+            )
+        if self.queries is not None:
+            dataset_size(self.queries, "queries")
+        self._check_adapter()
+        self._check_schedule()
+        for name, least in (
+            ("refresh_every", 1),
+            ("every_n_steps", 1),
+            ("n_snapshots", 1),
+            ("n_reference", MIN_REFERENCE),
+            ("reference_columns", MIN_REFERENCE),
+            ("observe_every", 1),
+            ("sketch", 2),
+            ("refit_every", 1),
+            ("fit_examples", 2),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 < self.relative_damping < float("inf"):
+            raise ValueError(f"relative_damping must be a number > 0, got {self.relative_damping}")
+
+    def _check_adapter(self) -> None:
+        if self.adapter is None or self.adapter.losses is None:
+            return
+        if self.forward is not None or self.loss is not F.cross_entropy:
+            raise ValueError(
+                "the adapter's losses(module, batch) says how to get losses; leave out forward=… "
+                "and loss=…"
+            )
+        if self.needs_engine and self.observable == "margin":
+            raise ValueError(
+                'observable="margin" needs class logits, but the adapter gives losses only; use '
+                'observable="loss", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
+            )
+        if self.geometry == "ekfac":
+            raise ValueError(
+                'geometry="ekfac" needs class logits, but the adapter gives losses only; use '
+                'geometry="euclidean", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
+            )
+        if self.target == "validation_per_class" and self.adapter.y is None:
+            raise ValueError(
+                'target="validation_per_class" needs the labels of the queries: BatchAdapter(y=…)'
+            )
+
+    def _check_schedule(self) -> None:
+        names = ("every_n_steps", "n_snapshots", "watched")
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.schedule != "snapshot" and given:
+            raise ValueError(
+                f'{" and ".join(given)}: for schedule="snapshot" only, but schedule='
+                f"{self.schedule!r}, where every example is scored when it is in the batch; leave "
+                "out or change the schedule"
+            )
+        if self.reference_columns is not None:
+            self._check_columns()
+        if self.sketch is not None:
+            self._check_sketch()
+        if self.observe_every != 1 and self.schedule != "in_batch":
+            raise ValueError(
+                f"observe_every={self.observe_every} thins out the steps that are observed "
+                f"in-batch, but schedule={self.schedule!r}; use every_n_steps=… or n_snapshots=…"
+            )
+        if self.every_n_steps is not None and self.n_snapshots is not None:
+            raise ValueError("every_n_steps and n_snapshots both say when: give one of them")
+        if self.watched is not None:
+            positions_of(self.watched)
+
+    def _check_columns(self) -> None:
+        wrong = None
+        if self.schedule != "in_batch":
+            wrong = f"schedule={self.schedule!r} has n_reference=… for that"
+        elif self.target != "self":
+            wrong = f"target={self.target!r} has no Gram matrix"
+        elif self.noise == "model":
+            wrong = 'noise="model" takes no noise from them'
+        if wrong is not None:
+            raise ValueError(
+                f"reference_columns={self.reference_columns} chooses columns of the Gram matrix "
+                f"of a batch, for the target self; but {wrong}: leave it out"
+            )
+
+    def _check_sketch(self) -> None:
+        if self.target != "self":
+            raise UnsupportedProblemError(
+                f"sketch={self.sketch} serves the target self only: for target={self.target!r} "
+                "products of gradients are small beside the gradients, and a sketch's error is "
+                "not; use refresh_every=… or observe_every=…"
+            )
+        wrong = None
+        if self.schedule != "in_batch":
+            wrong = f"schedule={self.schedule!r} takes few passes and exact products"
+        elif self.geometry != "euclidean" or self.preconditioner is not None:
+            wrong = "other geometries than the Euclidean one weigh the gradients' own coordinates"
+        if wrong is not None:
+            raise ValueError(
+                f"sketch={self.sketch} estimates the Gram matrix of a batch, but {wrong}: leave "
+                "it out"
+            )
+
+    @property
+    def divides(self) -> bool:
+        """Whether effects are divided by the example's own 1 − p."""
+        return self.target == "self" and self.observable == "margin"
+
+    @property
+    def model_noise(self) -> bool:
+        """Whether σ follows from the geometry: for other targets than self it states none."""
+        return self.noise == "model" and self.target == "self"
+
+    @property
+    def needs_complement(self) -> bool:
+        """Whether 1 − p is needed for anything."""
+        return self.divides or self.step_weight == "uncertainty"
+
+    @property
+    def says_loss(self) -> bool:
+        """Whether it is said how to get losses, instead of left at the default."""
+        adapted = self.adapter is not None and self.adapter.losses is not None
+        return adapted or self.forward is not None or self.loss is not F.cross_entropy
+
+    @property
+    def needs_engine(self) -> bool:
+        """Whether there are gradients to take beside those of the training."""
+        return not (
+            self.target == "self" and self.schedule == "in_batch" and self.geometry == "euclidean"
+        )
+
+    @property
+    def reduce(self) -> Reduce:
+        """Rows of the scores, for targets with queries."""
+        return _REDUCE[self.target]
+
+    def passes(self) -> tuple[Callable[[Any, Any], Tensor], Loss]:
+        """``forward(module, x)`` and ``loss(output, y, reduction)`` of the callback's passes."""
+        if self.adapter is not None and self.adapter.losses is not None:
+            return self.adapter.losses, _as_they_are
+        return self.forward or (lambda module, x: module(x)), self.loss
+
+    def metric(self, recorder: LayerRecorder, optimizers: Sequence[Optimizer]) -> Metric:
+        """The geometry.
+
+        Args:
+            recorder: of the model; it knows the parameters of each block.
+            optimizers: of the run.
+
+        Raises:
+            UnsupportedProblemError: a preconditioner that is not known.
+        """
+        if self.preconditioner is not None:
+            parameters = recorder.parameters()
+            return Preconditioned(optimizers[0], parameters)
+        if self.geometry == "euclidean":
+            return Euclidean()
+        return Whitened(
+            self.loss,
+            relative_damping=self.relative_damping,
+            refit_every=self.refit_every,
+            fit_examples=self.fit_examples,
+            seed=self.seed,
+        )
+
+    def positions(self, n_train: int) -> Tensor | None:
+        """The watched positions, ascending; None for all.
+
+        Raises:
+            ValueError: one lies outside of the training set.
+        """
+        if self.watched is None:
+            return None
+        positions = positions_of(self.watched)
+        if int(positions[-1]) >= n_train:
+            raise ValueError(
+                f"watched names position {int(positions[-1])}, but there are {n_train} training "
+                "examples, counted from 0"
+            )
+        return positions
+
+
+def positions_of(watched: Sequence[int] | Tensor) -> Tensor:
+    """Positions in the training set in ascending order, ``(k,)``.
+
+    Raises:
+        ValueError: no positions, or positions that repeat or are negative.
+    """
+    given = torch.as_tensor(watched)
+    if given.ndim != 1 or not len(given) or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            "watched must be positions in the training set, integers (k,) with k ≥ 1, got "
+            f"{given.dtype} of shape {tuple(given.shape)}"
+        )
+    positions = given.cpu().long().sort().values
+    if int(positions[0]) < 0 or bool((positions.diff() == 0).any()):
+        raise ValueError("watched must name each position once, counted from 0")
+    return positions
+
+
+def _as_they_are(losses: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+    """The loss of passes that return losses themselves."""
+    return losses

@@ -1,0 +1,102 @@
+"""What a run needs before its first step: passes, queries, and the look at its first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from torch.utils.data import default_collate
+
+from fine_bench.fine.distributed import Processes
+from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.options import Options
+from fine_bench.fine.passes import Aside, Passes, QueryDirections
+from fine_bench.fine.training_data import TrainingData
+from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.types import UnsupportedProblemError, dataset_size
+
+
+def make_recorder(options: Options, module: nn.Module) -> LayerRecorder:
+    """Hooks in the layers to watch.
+
+    Raises:
+        UnsupportedProblemError: layers without factors, where the schedule needs them.
+    """
+    in_batch = options.schedule == "in_batch"
+    recorder = LayerRecorder(module, options.layers, tap=in_batch)
+    # a snapshot asks the model itself, where torch.func serves other layers too, as long as
+    # the logits are the model's own output
+    if recorder.leftover and (in_batch or options.forward is not None):
+        recorder.close()
+        raise UnsupportedProblemError(
+            f"the layers of {recorder.leftover} have no per-example factors yet; watch the "
+            f"others with layers={list(recorder.layers)}"
+        )
+    return recorder
+
+
+def make_queries(
+    options: Options, data: TrainingData, device: torch.device | str
+) -> QueryDirections | None:
+    """The queries on the model's device; None for the target ``self``."""
+    if options.queries is None:
+        return None
+    n_query = dataset_size(options.queries, "queries")
+    # made into a batch as the training's are, if those are of a make of their own
+    collate = default_collate if options.adapter is None else data.collate
+    x, y = data.adapter.inputs(collate([options.queries[i] for i in range(n_query)]))
+    return QueryDirections(
+        tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, x),
+        y.to(device),
+        options.reduce,
+        options.query_weighting,
+        options.observable,
+    )
+
+
+def make_passes(
+    options: Options,
+    module: nn.Module,
+    data: TrainingData,
+    recorder: LayerRecorder,
+    optimizers: Sequence[Optimizer],
+    aside: Aside,
+    processes: Processes,
+) -> Passes:
+    """Passes beside the training.
+
+    Args:
+        options: what to measure.
+        module: the model.
+        data: the training examples.
+        recorder: of the model.
+        optimizers: of the run.
+        aside: see ``passes.Aside``.
+        processes: of the run.
+    """
+    engine = None
+    if options.needs_engine:
+        forward, loss = options.passes()
+        engine = GradientEngine(module, loss, options.layers, lambda x: forward(module, x))
+    metric = options.metric(recorder, optimizers)
+    queries = make_queries(options, data, data.device)
+    return Passes(engine, data, metric, queries, aside, processes)
+
+
+def make_first_batch(
+    options: Options, module: nn.Module, data: TrainingData, aside: Aside
+) -> FirstBatch:
+    """The look at the first batch."""
+    forward, loss = options.passes()
+    return FirstBatch(
+        module,
+        data,
+        lambda x: forward(module, x),
+        loss,
+        aside,
+        stated=options.needs_engine or options.says_loss,
+    )

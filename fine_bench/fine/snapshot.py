@@ -1,0 +1,220 @@
+"""The schedule ``snapshot``, carried out: when to look, and what the model says then.
+
+The formulas stand in ``fine_bench.fine.snapshot_effects``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fine_bench.fine.accumulator import whitened_effects
+from fine_bench.fine.geometry import Whitened
+from fine_bench.fine.micro_batches import window_weights
+from fine_bench.fine.options import Options
+from fine_bench.fine.passes import Passes, warn_of_gradients
+from fine_bench.fine.snapshot_effects import (
+    MIN_REFERENCE,
+    Interval,
+    SnapshotAccumulator,
+    SnapshotPlan,
+    reference_effects,
+)
+from fine_bench.gradients.engine import inverse_or_zero
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.seeds import stream
+from fine_bench.types import UnsupportedProblemError
+
+READ_AT_ONCE = 256
+"""Examples scored at a time. It changes memory, no score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What a snapshot found.
+
+    Attributes:
+        effect, sigma: ``(R, B)`` of the B watched examples.
+        uncertainty: mean 1 − p of the reference examples; 1 where it is not asked for.
+    """
+
+    effect: Tensor
+    sigma: Tensor
+    uncertainty: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether it can be used."""
+        numbers = torch.isfinite(self.effect).all() & torch.isfinite(self.sigma).all()
+        return bool(numbers) and math.isfinite(self.uncertainty)
+
+
+class Snapshots:
+    """Scores the watched examples now and then, all at the same parameters.
+
+    Args:
+        options: what to measure, and when.
+        passes: passes beside the training.
+        total_steps: of the run; infinite if unknown.
+    """
+
+    def __init__(self, options: Options, passes: Passes, total_steps: float) -> None:
+        n = passes.data.n
+        if n < MIN_REFERENCE:
+            raise ValueError(
+                f"a snapshot needs at least {MIN_REFERENCE} training examples as its reference, "
+                f"the training set has {n}"
+            )
+        self.options = options
+        self.passes = passes
+        self.plan = SnapshotPlan(options.every_n_steps, options.n_snapshots, total_steps)
+        watched = options.positions(n)
+        self.index = torch.arange(n) if watched is None else watched
+        self.n_reference = min(options.n_reference, n)
+        self.accumulator = SnapshotAccumulator(n, passes.n_rows, options.composition, watched)
+        self.n_not_finite = 0
+        self._interval = Interval()
+        self._batch_size = 0
+        self._window: list[tuple[int, int]] = []
+        self.n_without_backward = 0
+        self._epoch = 0
+        self._before_end: dict[str, Any] | None = None
+
+    def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
+        """Note the size of the batch."""
+        if self._batch_size:
+            self.n_without_backward += 1
+        self._batch_size = self.passes.data.adapter.size(batch)
+
+    def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
+        """The batch is part of the step."""
+        if self._batch_size:
+            self._window.append((self._batch_size, accumulates * self.passes.processes.count))
+        self._batch_size = 0
+
+    def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
+        """Note the step."""
+        window, self._window = self._window, []
+        if window and taken:
+            numbers = self.passes.processes.numbers
+            weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
+            self._interval.add(lr, weights.m, weights.mean, weights.rms)
+            self._epoch = epoch
+
+    def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
+        """Take a snapshot if it is time, after step number ``step``."""
+        if self._interval.steps and self.plan.due(step, epoch_ends=epoch_ends):
+            self._observe(step, epoch)
+
+    def training_ends(self, step: int) -> None:
+        """Steps after the last snapshot get one of their own."""
+        if self._interval.steps:
+            # a run that is prolonged from its last checkpoint goes on as if it had not ended
+            self._before_end = self.state_dict()
+            self._observe(step, self._epoch)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Remove every hook; the sums stay."""
+        self.passes.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption."""
+        if self._before_end is not None:
+            return self._before_end
+        state = {"accumulator": self.accumulator.state_dict(), "interval": asdict(self._interval)}
+        if isinstance(self.passes.metric, Whitened):
+            state["metric"] = self.passes.metric.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
+        self.accumulator.load_state_dict(state["accumulator"])
+        self._interval = Interval(**state["interval"])
+        if isinstance(self.passes.metric, Whitened):
+            self.passes.metric.load_state_dict(state["metric"], self.passes.data.device)
+
+    def draw_reference(self, step: int) -> Tensor:
+        """Positions of the reference examples after a step, ascending, ``(r,)``."""
+        generator = stream(self.options.seed, f"fine/reference/step {step}")
+        order = torch.randperm(self.passes.data.n, generator=generator)
+        return order[: self.n_reference].sort().values
+
+    def _observe(self, step: int, epoch: int) -> None:
+        self.passes.fit_if_due(step, epoch)
+        self.passes.ready()
+        with self.passes.aside():
+            found = self.take(step)
+        if found.finite:
+            self.accumulator.observe_snapshot(
+                self.index, found.effect, found.sigma, self._interval, found.uncertainty, epoch
+            )
+        else:
+            if not self.n_not_finite:
+                warn_of_gradients(f"in the snapshot after step {step}", "this snapshot")
+            self.n_not_finite += 1
+        self._interval = Interval()
+
+    def take(self, step: int) -> Snapshot:
+        """Score at the present parameters, after ``step`` steps; to be called inside ``aside``.
+
+        Raises:
+            UnsupportedProblemError: 1 − p is needed and does not exist.
+        """
+        passes, options = self.passes, self.options
+        positions = self.draw_reference(step)
+        reference = passes.gradients(*passes.data.read(positions))
+        if options.needs_complement:
+            self._require_complement(reference)
+        direction = at_reference = None
+        if passes.queries is not None:
+            direction = passes.directions(reference)
+            at_reference = reference.contract(direction)
+        effects, sigmas = [], []
+        for rows, x, y in passes.data.batches(self.index, READ_AT_ONCE):
+            gradients = passes.gradients(x, y)
+            if direction is None or at_reference is None:
+                own = passes.metric.norm2(gradients)[None]
+                others = passes.metric.gram(gradients, reference)[None]
+            else:
+                own, others = gradients.contract(direction), at_reference
+            itself = torch.isin(self.index[rows], positions).to(y.device)
+            effect, sigma = reference_effects(own, others, itself, options.contrast)
+            if options.model_noise:
+                _, sigma = whitened_effects(own, own, None)
+            if options.divides:
+                assert gradients.one_minus_p is not None
+                inverse = inverse_or_zero(gradients.one_minus_p).double()
+                effect, sigma = effect * inverse, sigma * inverse
+            effects.append(effect.cpu())
+            sigmas.append(sigma.cpu())
+        uncertainty = 1.0
+        if options.step_weight == "uncertainty":
+            assert reference.one_minus_p is not None
+            uncertainty = float(reference.one_minus_p.double().mean())
+        return Snapshot(torch.cat(effects, 1), torch.cat(sigmas, 1), uncertainty)
+
+    def _require_complement(self, gradients: PerExampleGradients) -> None:
+        """Refuse a loss that is not −log p of a class label."""
+        complement, loss = gradients.one_minus_p, gradients.loss
+        if complement is not None and loss is not None:
+            # what is not a number is no reason: such a snapshot is left out and counted
+            wrong = (-torch.expm1(-loss) - complement).abs() > 1e-3
+            if not bool(wrong.any()):
+                return
+        what = ("observable", "margin", "loss")
+        if not self.options.divides:
+            what = ("step_weight", "uncertainty", "lr")
+        name, given, instead = what
+        raise UnsupportedProblemError(
+            f'{name}="{given}" needs the softmax cross-entropy, loss = −log p, of class logits '
+            f"(batch, classes) and hard labels (batch,); the loss is another one. Use {name}="
+            f'"{instead}"'
+        )

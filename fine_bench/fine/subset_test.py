@@ -1,0 +1,442 @@
+"""The paper's f-INE estimator: batches with S against batches without S, errors counted.
+
+Source: Panda, Tarsadiya, Sourav, Prathosh and Karimireddy, *f-INE: A Hypothesis Testing Framework
+for Estimating Influence under Training Randomness*, arXiv:2510.10510.
+
+Idea. At parameters θ_t, x = ⟨mean gradient of a batch, ∇h(θ_t)⟩ is, to first order, how much a step
+on that batch lowers the target h. Draw a batch that includes S (x ~ P) and one that excludes it
+(x ~ Q), one of each at every measured step of a single run:
+
+    x_P,t = (1/m) [ Σ_{i ∈ k members of S} ⟨g_i, ∇h⟩ + Σ_{j ∈ m − k others} ⟨g_j, ∇h⟩ ]
+    x_Q,t = (1/m) Σ_{j ∈ m others} ⟨g_j, ∇h⟩
+
+The test rejects "saw S" below a threshold τ, with errors α̂ and β̂ counted over the steps, and
+μ̂ = Φ⁻¹(1 − α̂) − Φ⁻¹(β̂) (``fine_bench.theory.estimation``). μ > 0: S helps the target.
+
+- ``selection="split"`` (default): alternate steps choose τ and count the errors, so the choice
+  does not bias them. ``"max"``: the published rule, the extreme |μ̂| over all thresholds.
+- *Difference in differences*: the signal drifts along the run, which widens both arms. The signal
+  of an auxiliary run at the same step, Õ = O − Ô, is subtracted from both arms first.
+- The per-step μ stands for the run by composition of Gaussians (Corollary 2.7): μ_run = μ·√T for T
+  update steps, as if S stood in the batch of every step. It bounds what a reader of the whole
+  trajectory could tell; the per-step μ is what the statistic of one step tells.
+
+For the target ``self``, h is the mean observable of the members of S; for ``validation`` the
+(weighted) mean observable of the queries.
+
+What is not known to us, and what we chose. The threshold grid: every sample is a threshold. The
+auxiliary model's data: the same data, another initialisation and order ("reseed"). Its signal: the
+mean over *all* outsiders of the step's pool, not over one batch of m; subtracting one batch would
+add that batch's noise to both arms and shrink every μ by up to √2. Batches for a group: k members
+(``subsets.members_per_batch``). The mode of the network: evaluation, without dropout. The order:
+a step is measured after its update, with the parameters that the next step starts from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fine_bench.fine.accumulator import Observable
+from fine_bench.fine.subsets import Draw, Subsets
+from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.seeds import derive
+from fine_bench.theory.estimation import InfluenceEstimate, estimate_mu, permutation_p_value
+from fine_bench.types import InfluenceScores, Target
+
+Selection: TypeAlias = Literal["split", "max"]
+Auxiliary: TypeAlias = Literal["reseed", "without_subset"] | None
+PaperTarget: TypeAlias = Literal["self", "validation"]
+
+VERSION = 1
+"""Raised when results may change."""
+
+MIN_SAMPLES = 4
+"""Fewest samples of an arm that split into a half that chooses and a half that counts."""
+
+N_EXTREME = 3
+"""Traced single examples at either end of μ, and in the middle."""
+
+
+# one step -------------------------------------------------------------------------------------
+
+
+def self_products(
+    batch: PerExampleGradients, h: PerExampleGradients, draw: Draw, observable: Observable
+) -> tuple[Tensor, Tensor]:
+    """⟨g_j, ∇h_S⟩ for the target ``self``: h_S is the mean observable of S.
+
+    Args:
+        batch: loss gradients of ``draw.batch_ids`` (pool, members).
+        h: gradients of the observable of ``draw.target_ids`` (singles, targets).
+        draw: the step's batches.
+        observable: which one.
+
+    Returns:
+        products ``(S, pool + members)`` and each single example's own product ⟨g_i, ∇h_i⟩ ``(W,)``,
+        in float64 on the CPU.
+    """
+    n_singles, n_groups = len(draw.singles), len(draw.outside) - len(draw.singles)
+    dots = h.gram(batch).double().cpu()
+    count = torch.bincount(draw.target_group, minlength=n_groups)
+    means = dots.new_zeros(n_groups, dots.shape[1])
+    means.index_add_(0, draw.target_group, dots[n_singles:])
+    own = h.norm2()[:n_singles].double()
+    if observable == "margin":
+        assert h.one_minus_p is not None
+        own = own * h.one_minus_p[:n_singles].double()  # g_i = (1 − p_i) ∇h_i
+    return torch.cat([dots[:n_singles], means / count[:, None]]), own.cpu()
+
+
+def direction_products(
+    gradients: PerExampleGradients, direction: Direction, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """⟨g_j, ∇h⟩ for the one ∇h of the validation target; shapes as ``self_products``.
+
+    Args:
+        gradients: loss gradients of ``draw.batch_ids`` followed by ``draw.singles``.
+        direction: ∇h, one row.
+        draw: the step's batches.
+    """
+    c = gradients.contract(direction)[:1].double().cpu()
+    n_batch = len(draw.batch_ids)
+    return c[:, :n_batch].expand(len(draw.outside), -1), c[0, n_batch:]
+
+
+def samples(products: Tensor, own: Tensor, draw: Draw) -> Tensor:
+    """The samples of one step, from the products of ``self_products`` or ``direction_products``.
+
+    Returns:
+        ``(3, S)``: x_P, x_Q, and the mean of ⟨g_j, ∇h⟩ over all outsiders of the pool, which is
+        what an auxiliary run contributes.
+    """
+    n_pool, n_singles = len(draw.pool), len(draw.singles)
+    stands_for = draw.member_group + n_singles
+    columns = n_pool + torch.arange(len(draw.members))
+    members = products.new_zeros(len(draw.outside))
+    members[:n_singles] = own
+    members.index_add_(0, stands_for, products[stands_for, columns])
+    pool = products[:, :n_pool]
+    x_p = (members + (pool * draw.others_p).sum(1)) / draw.batch_size
+    x_q = (pool * draw.others_q).sum(1) / draw.batch_size
+    level = (pool * draw.outside).sum(1) / draw.outside.sum(1)
+    return torch.stack([x_p, x_q, level])
+
+
+# a run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Signal:
+    """What an auxiliary run contributes: the Q-type signal of each subset, step by step.
+
+    Attributes:
+        steps: ``(n,)`` update steps after which it was measured, ascending.
+        values: ``(n, S)`` float64.
+        keys: names of the subsets.
+    """
+
+    steps: Tensor
+    values: Tensor
+    keys: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (len(self.steps), len(self.keys)):
+            raise ValueError(
+                f"a signal of {len(self.steps)} steps and {len(self.keys)} subsets needs values of "
+                f"that shape, got {tuple(self.values.shape)}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and words only: ``torch.save`` it, and load it with ``weights_only=True``."""
+        return {"steps": self.steps, "values": self.values, "keys": list(self.keys)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Signal:
+        """Inverse of ``state_dict``."""
+        return cls(state["steps"], state["values"], tuple(state["keys"]))
+
+
+@dataclass(frozen=True)
+class SubsetInfluence:
+    """What the run says about one subset.
+
+    Attributes:
+        name: position of a single example, or name of a group.
+        size: |S|.
+        mu: signed per-step μ̂ by the selection that was asked for; NaN where nothing can be told.
+        std_error, lower, upper: of ``mu``; an infinite end has a ``reason``.
+        mu_run: μ̂·√(update steps), by composition: the sign is carried, |μ_run| is a bound.
+        moment, rank, maximum: μ̂ by moments, by ranks, and by the published maximum rule.
+        p_value: of "S has no influence", by exchanging P and Q within each step; None for single
+            examples, whose influence is never exactly zero.
+        n_samples: P samples (and as many Q samples).
+        reason: why an end of the interval is infinite; empty when none is.
+    """
+
+    name: str
+    size: int
+    mu: float
+    std_error: float
+    lower: float
+    upper: float
+    mu_run: float
+    moment: float
+    rank: float
+    maximum: float
+    p_value: float | None
+    n_samples: int
+    reason: str
+
+
+class PaperAccumulator:
+    """The samples of a run: 24 bytes a subset and measured step.
+
+    Args:
+        subsets: what is watched.
+    """
+
+    def __init__(self, subsets: Subsets) -> None:
+        self.subsets = subsets
+        self.steps: list[int] = []
+        self.samples: list[Tensor] = []
+        self.n_steps = 0
+        self.n_not_finite = 0
+
+    def observe(self, step: int, samples: Tensor) -> bool:
+        """Take in one step's ``(3, S)`` samples; a step that is not finite is counted, not kept.
+
+        Returns:
+            Whether it was kept.
+        """
+        if not bool(torch.isfinite(samples).all()):
+            self.n_not_finite += 1
+            return False
+        self.steps.append(step)
+        self.samples.append(samples)
+        return True
+
+    def stacked(self) -> Tensor:
+        """``(n, 3, S)``: x_P, x_Q and the level of every measured step."""
+        if not self.samples:
+            return torch.zeros(0, 3, len(self.subsets), dtype=torch.float64)
+        return torch.stack(self.samples)
+
+    def signal(self) -> Signal:
+        """This run as the auxiliary of another."""
+        steps = torch.tensor(self.steps, dtype=torch.int64)
+        return Signal(steps, self.stacked()[:, 2].clone(), self.subsets.keys)
+
+    def arms(self, auxiliary: Signal | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Measured steps ``(n,)`` and both arms ``(S, n)``, the auxiliary signal subtracted.
+
+        Steps that the auxiliary run did not measure are left out.
+
+        Raises:
+            ValueError: the signal is of other subsets; too few samples to split.
+        """
+        steps = torch.tensor(self.steps, dtype=torch.int64)
+        samples = self.stacked()
+        matching = ""
+        if auxiliary is not None:
+            if auxiliary.keys != self.subsets.keys:
+                raise ValueError(
+                    f"the auxiliary signal is of {len(auxiliary.keys)} other subsets than the "
+                    f"{len(self.subsets)} watched here; measure both runs with the same subsets, "
+                    "sample and sample_seed"
+                )
+            place = {step: i for i, step in enumerate(auxiliary.steps.tolist())}
+            kept = [i for i, step in enumerate(self.steps) if step in place]
+            matched = auxiliary.values[[place[self.steps[i]] for i in kept]]
+            steps, samples = steps[kept], samples[kept]
+            samples = samples - matched[:, None, :]
+            matching = f" that the auxiliary run's {len(place)} match"
+        if len(steps) < MIN_SAMPLES:
+            lost = f", {self.n_not_finite} more were not finite" if self.n_not_finite else ""
+            raise ValueError(
+                f"{len(steps)} samples of P and of Q were taken{matching}{lost}; a test needs at "
+                f"least {MIN_SAMPLES}: lower every_n_steps, or train longer"
+            )
+        return steps, samples[:, 0].T.contiguous(), samples[:, 1].T.contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption."""
+        return {
+            "steps": torch.tensor(self.steps, dtype=torch.int64),
+            "samples": self.stacked(),
+            "keys": list(self.subsets.keys),
+            "counts": (self.n_steps, self.n_not_finite),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``."""
+        if tuple(state["keys"]) != self.subsets.keys:
+            raise ValueError(
+                f"the saved state is of {len(state['keys'])} other subsets than the "
+                f"{len(self.subsets)} watched now; resume with the same data and subsets"
+            )
+        self.steps = state["steps"].tolist()
+        self.samples = list(state["samples"].clone())
+        self.n_steps, self.n_not_finite = state["counts"]
+
+
+# results --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PaperResult:
+    """Every estimate of a run.
+
+    Attributes:
+        subsets: one line a subset, in the order of ``Subsets``.
+        estimate: the estimate behind ``mu``.
+        steps: measured steps.
+        p, q: both arms as tested, ``(S, n)``.
+    """
+
+    subsets: tuple[SubsetInfluence, ...]
+    estimate: InfluenceEstimate
+    steps: Tensor
+    p: Tensor
+    q: Tensor
+
+
+def evaluate(
+    accumulator: PaperAccumulator,
+    *,
+    selection: Selection,
+    auxiliary: Signal | None,
+    level: float,
+    seed: int,
+) -> PaperResult:
+    """Turn the samples of a run into influences.
+
+    Args:
+        accumulator: the run's samples.
+        selection: ``"split"`` or ``"max"``.
+        auxiliary: the signal to subtract from both arms, or None.
+        level: coverage of the intervals.
+        seed: of the permutations behind the p-values of groups.
+    """
+    watched = accumulator.subsets
+    steps, arm_p, arm_q = accumulator.arms(auxiliary)
+    p, q = arm_p.numpy(), arm_q.numpy()
+    split = estimate_mu(p, q, "two_stage", level)
+    maximum = estimate_mu(p, q, "max", level)
+    moment = estimate_mu(p, q, "moment", level)
+    rank = estimate_mu(p, q, "rank", level)
+    chosen = split if selection == "split" else maximum
+    n_singles = len(watched.singles)
+    p_values: list[float | None] = [None] * n_singles
+    if watched.groups:
+        rng = np.random.default_rng(derive(seed, "fine_paper/permutations"))
+        found = permutation_p_value(p[n_singles:], q[n_singles:], rng, paired=True)
+        p_values += found.tolist()
+    root = accumulator.n_steps**0.5
+    sizes = watched.sizes.tolist()
+    lines = tuple(
+        SubsetInfluence(
+            name=name,
+            size=sizes[s],
+            mu=float(chosen.mu[s]),
+            std_error=float(chosen.std_error[s]),
+            lower=float(chosen.lower[s]),
+            upper=float(chosen.upper[s]),
+            mu_run=float(chosen.mu[s]) * root,
+            moment=float(moment.mu[s]),
+            rank=float(rank.mu[s]),
+            maximum=float(maximum.mu[s]),
+            p_value=p_values[s],
+            n_samples=len(steps),
+            reason=str(chosen.reason[s]),
+        )
+        for s, name in enumerate(watched.keys)
+    )
+    return PaperResult(lines, chosen, steps, arm_p, arm_q)
+
+
+def to_scores(
+    result: PaperResult, accumulator: PaperAccumulator, auxiliary: Signal | None, target: Target
+) -> InfluenceScores:
+    """The single examples as scores ``(1, n_train)``; groups stand in ``result.subsets``.
+
+    ``watched`` names the single examples. ``values`` holds their signed per-step μ̂, ``std_error``
+    its error. A watched example of which nothing can be told (constant samples) has the value 0
+    with an infinite error, and a warning gives the reason.
+
+    ``extras``, aligned with ``watched`` (W,): ``lower``, ``upper``, ``mu_run``, ``moment``,
+    ``rank``, ``maximum``. For figures, about a dozen subsets (the extremes, some in the middle,
+    every group): ``trace/step`` (n,), ``trace/subset`` (n_traced,), the position of a single
+    example or −1 − g for group g, ``trace/p`` and ``trace/q`` (n_traced, n) as they were measured
+    and ``trace/auxiliary`` (n_traced, n), what was subtracted from both (float32).
+    """
+    watched = accumulator.subsets
+    singles, n = watched.singles, watched.n_train
+    lines = result.subsets[: len(singles)]
+    unknown = [line for line in lines if not np.isfinite(line.mu)]
+    if unknown:
+        warnings.warn(
+            f"the influence of {len(unknown)} of {len(lines)} watched examples cannot be told, the "
+            f"first is example {unknown[0].name}: {unknown[0].reason}. They have the value 0 with "
+            "an infinite std_error",
+            stacklevel=3,
+        )
+    values = torch.zeros(1, n)
+    error = torch.full((1, n), float("inf"))
+    seen = torch.zeros(n, dtype=torch.int64)
+    mu = torch.tensor([line.mu for line in lines], dtype=torch.float64)
+    spread = torch.tensor([line.std_error for line in lines], dtype=torch.float64)
+    told = torch.isfinite(mu)
+    values[0, singles] = torch.where(told, mu, 0.0).float()
+    error[0, singles] = torch.where(told, spread, float("inf")).float()
+    seen[singles] = len(result.steps)
+    extras: dict[str, Tensor] = {}
+    if len(singles):
+        for name in ("lower", "upper", "mu_run", "moment", "rank", "maximum"):
+            extras[name] = torch.tensor([getattr(line, name) for line in lines])
+    extras |= _traces(result, accumulator, auxiliary, mu)
+    return InfluenceScores(
+        values=values,
+        std_error=error,
+        n_observations=seen,
+        method="fine_paper",
+        target=target,
+        version=VERSION,
+        watched=singles.clone(),
+        extras=extras,
+    )
+
+
+def _traces(
+    result: PaperResult, accumulator: PaperAccumulator, auxiliary: Signal | None, mu: Tensor
+) -> dict[str, Tensor]:
+    watched = accumulator.subsets
+    rows = [*extremes(mu), *range(len(mu), len(watched))]
+    place = {step: i for i, step in enumerate(accumulator.steps)}
+    kept = [place[step] for step in result.steps.tolist()]
+    raw = accumulator.stacked()[kept][:, :, rows]
+    numbers = [int(watched.singles[r]) if r < len(mu) else len(mu) - r - 1 for r in rows]
+    traces = {
+        "trace/step": result.steps.clone(),
+        "trace/subset": torch.tensor(numbers, dtype=torch.int64),
+        "trace/p": raw[:, 0].T.float(),
+        "trace/q": raw[:, 1].T.float(),
+    }
+    if auxiliary is not None:
+        traces["trace/auxiliary"] = (raw[:, 0] - result.p.T[:, rows]).T.float()
+    return traces
+
+
+def extremes(mu: Tensor) -> Sequence[int]:
+    """Up to ``N_EXTREME`` lowest, middle and highest entries of μ ``(W,)``, ascending in μ."""
+    order = torch.argsort(mu.nan_to_num(0.0), stable=True).tolist()
+    if len(order) <= 3 * N_EXTREME:
+        return order
+    middle = (len(order) - N_EXTREME) // 2
+    return order[:N_EXTREME] + order[middle : middle + N_EXTREME] + order[-N_EXTREME:]

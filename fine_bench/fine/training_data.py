@@ -1,0 +1,168 @@
+"""What a training batch tells, and the training data behind the batches, by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from fine_bench.fine.batch_adapter import BatchAdapter, to_model
+from fine_bench.types import UnsupportedProblemError, dataset_size
+
+
+class TrainingData:
+    """The training examples by their position in the set, apart from any DataLoader's order.
+
+    Nothing of the loader but its dataset and its collate function is used, so reading leaves its
+    order and its random state alone. The dataset must give the same example for the same position
+    each time.
+
+    Args:
+        dataset: map-style; items ``(x, y, …)`` or mappings with ``"x"`` and ``"y"``, or whatever
+            the adapter reads.
+        collate: makes a batch of a list of items; the default one if None.
+        device, dtype: where the model is, and the precision it takes inputs in; integer inputs
+            stay as they are.
+        adapter: reads batches.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate: Callable[[Any], Any] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        adapter: BatchAdapter | None = None,
+    ) -> None:
+        self.n = dataset_size(dataset, "the training set")
+        self.dataset = dataset
+        self.collate = collate or default_collate
+        self.device = device
+        self.dtype = dtype
+        self.adapter = adapter or BatchAdapter()
+
+    def read(self, positions: Tensor) -> tuple[Any, Tensor]:
+        """``x, y`` of the examples at ``positions`` ``(m,)``; see ``BatchAdapter.inputs``.
+
+        Raises:
+            ValueError: items of another kind, or an index in them that is not the position.
+        """
+        where = positions.tolist()
+        dataset: Any = self.dataset
+        whole = getattr(dataset, "__getitems__", None)
+        batch = self.collate(whole(where) if whole else [dataset[i] for i in where])
+        x, y = self.adapter.inputs(batch)
+        index = self.adapter.example_index(batch)
+        if index is not None and not torch.equal(torch.as_tensor(index).cpu(), positions):
+            raise ValueError(
+                "the index that the training set yields is not the position it was asked for; "
+                "number the examples 0, 1, 2, … in the order of the set"
+            )
+        return to_model(x, self.device, self.dtype), y.to(self.device)
+
+    def batches(self, positions: Tensor, size: int = 256) -> Iterator[tuple[slice, Any, Tensor]]:
+        """``(rows of positions, x, y)``, at most ``size`` examples at a time."""
+        for start in range(0, len(positions), size):
+            rows = slice(start, min(start + size, len(positions)))
+            yield rows, *self.read(positions[rows])
+
+
+def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -> Tensor:
+    """The positions of a batch's examples in the training set, ``(m,)``.
+
+    Raises:
+        ValueError: no index in the batch, repeated or out of range.
+    """
+    index = (adapter or BatchAdapter()).example_index(batch)
+    if index is None:
+        raise ValueError(
+            'the batch carries no example indices: yield (x, y, index) or a mapping with "index", '
+            "the position of each example in the training set; or tell by BatchAdapter(index=…) "
+            "where they are"
+        )
+    index = torch.as_tensor(index)
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"the batch's index must be integers of shape (batch,), got {index.dtype} of shape "
+            f"{tuple(index.shape)}"
+        )
+    # plain integers: on a few dozen numbers faster than three tensor operations
+    positions = index.tolist()
+    low, high = min(positions), max(positions)
+    if low < 0 or high >= n_train:
+        raise ValueError(
+            f"the batch's index runs from {low} to {high}, but the training set has {n_train} "
+            "examples; index must be the position in that set"
+        )
+    refuse_repeats(positions, "the batch's index repeats an example")
+    return index
+
+
+def refuse_repeats(index: Tensor | list[int], what: str) -> None:
+    """Refuse a batch in which an example stands twice.
+
+    Raises:
+        ValueError: it does.
+    """
+    positions = index if isinstance(index, list) else index.tolist()
+    if len(set(positions)) != len(positions):
+        raise ValueError(f"{what}; draw batches without replacement")
+
+
+def step_size(optimizer: Any) -> float:
+    """The optimiser's present step size η_t.
+
+    Raises:
+        UnsupportedProblemError: parameter groups with different step sizes.
+    """
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if len(rates) != 1:
+        raise UnsupportedProblemError(
+            f"the optimiser's parameter groups have different step sizes {sorted(rates)}; f-INE "
+            "needs one step size a step"
+        )
+    return rates.pop()
+
+
+def complement_from_logit_gradients(grad: Tensor) -> Tensor:
+    """1 − p_i from the cross-entropy's gradient at the logits ``(…, m, classes)``, ``(…, m)``.
+
+    That gradient is p − onehot(y), so its positive entries sum to Σ_{k≠y} p_k = 1 − p_y: a sum of
+    positive numbers, without cancellation.
+    """
+    return grad.clamp_min(0.0).sum(-1)
+
+
+def refuse_other_losses(
+    logits: Tensor,
+    grad: Tensor,
+    option: str = 'observable="margin"',
+    instead: str = 'observable="loss"',
+    eps: float = 0.0,
+) -> None:
+    """Refuse a run whose loss is not the mean softmax cross-entropy of its last layer's output.
+
+    Args:
+        logits: output of the layer that ran last.
+        grad: gradient of each example's own loss there; p − onehot(y) if all is as it should be.
+        option, instead: what asks for 1 − p, and what does without.
+        eps: rounding of a number of the pass.
+
+    Raises:
+        UnsupportedProblemError: it is not, so 1 − p cannot be read off.
+    """
+    valid = grad.ndim == 2
+    if valid:
+        p = torch.softmax(logits.to(grad.dtype), 1)
+        label = (p - grad).argmax(1, keepdim=True)
+        expected = p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
+        valid = bool(((grad - expected).abs() <= max(1e-3, eps)).all())
+    if not valid:
+        raise UnsupportedProblemError(
+            f"{option} needs the mean softmax cross-entropy of hard labels on the output "
+            f"of the last layer; the gradients at that output are not of this form. Use {instead}"
+        )

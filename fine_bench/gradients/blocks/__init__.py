@@ -1,0 +1,1 @@
+"""Per-example gradients of one layer, one file a kind of layer."""

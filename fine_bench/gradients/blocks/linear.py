@@ -1,0 +1,305 @@
+"""Per-example gradients of a linear layer as factors.
+
+A linear layer applied at T positions (T = 1 for a plain batch, tokens of a sequence, pixels for a
+convolution) has the per-example gradient
+
+    ∂ℓ_i/∂W = Σ_t b_it a_itᵀ,    ∂ℓ_i/∂bias = Σ_t b_it,
+
+with a_it (I,) the layer's input and b_it (O,) the gradient at its output. Keeping the factors
+(Goodfellow 2015, arXiv:1510.01799; Rochette et al. 2019, arXiv:1912.06015) turns dot products into
+small matrix products. What each costs, in multiplications:
+
+                      from the factors             from the matrices Σ_t b_it a_itᵀ
+    gram (B × B')     B B' T T' (I + O)            (B T + B' T' + B B') I O
+    norm2             B T² (I + O)                 B T I O
+    contract (R)      R B T I O                    (B T + B R) I O
+
+The cheaper one is taken. Shape alone decides, so results do not depend on the data.
+
+Shapes: B examples, T positions, I inputs, O outputs, R rows of a direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fine_bench.gradients.blocks.direction import BlockDirection
+
+HELD_FLOATS = 2**20
+"""Numbers of an intermediate result that are held at a time: about what stays in a CPU's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactorBlock:
+    """Gradients of one layer's [W|b] for B examples, as factors.
+
+    Attributes:
+        name: name of the layer in its model.
+        a: inputs, ``(B, T, I)``.
+        b: gradients of each example's own loss at the output, ``(B, T, O)``.
+        weight, bias: whether the layer's weight and bias are trained.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    weight: bool
+    bias: bool
+
+    def __len__(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, T, I and O."""
+        n, t, n_in = self.a.shape
+        return n, t, n_in, self.b.shape[2]
+
+    @property
+    def n_params(self) -> int:
+        """Number of trained parameters."""
+        _, _, n_in, n_out = self.sizes
+        return n_out * (n_in * self.weight + self.bias)
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor that is linear in the gradient: its scale, precision and device."""
+        return self.b
+
+    @property
+    def n_floats(self) -> int:
+        """Numbers in ``tensors``."""
+        n, t, n_in, n_out = self.sizes
+        return n * t * (n_in + n_out)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the block is made of, ``(B, …)`` each."""
+        return self.a, self.b
+
+    def with_tensors(self, a: Tensor, b: Tensor) -> FactorBlock:
+        """Other gradients of the same layer, from their ``tensors``."""
+        return FactorBlock(self.name, a, b, self.weight, self.bias)
+
+    def scaled(self, factor: Tensor) -> FactorBlock:
+        """Every example's gradient times its factor, ``(B,)``."""
+        return FactorBlock(
+            self.name, self.a, self.b * factor[:, None, None], self.weight, self.bias
+        )
+
+    def rows(self, which: slice | Tensor) -> FactorBlock:
+        """The gradients of some of the examples."""
+        return FactorBlock(self.name, self.a[which], self.b[which], self.weight, self.bias)
+
+    def double(self) -> FactorBlock:
+        """The same in float64."""
+        return FactorBlock(self.name, self.a.double(), self.b.double(), self.weight, self.bias)
+
+    def weight_gradients(self) -> Tensor:
+        """``(B, O, I)``."""
+        return torch.bmm(self.b.transpose(1, 2), self.a)
+
+    def dense(self) -> Tensor:
+        """``(B, P)``: the weight's gradient row by row, then the bias's."""
+        parts = []
+        if self.weight:
+            parts.append(self.weight_gradients().flatten(1))
+        if self.bias:
+            parts.append(self.b.sum(1))
+        return torch.cat(parts, 1)
+
+    def norm2(self) -> Tensor:
+        """Squared norms, ``(B,)``."""
+        n, t, n_in, n_out = self.sizes
+        if t == 1:
+            a2 = self.a[:, 0].square().sum(1) if self.weight else self.a.new_zeros(n)
+            return (a2 + float(self.bias)) * self.b[:, 0].square().sum(1)
+        total = self.b.new_zeros(n)
+        if self.bias:
+            total = total + self.b.sum(1).square().sum(1)
+        if self.weight:
+            if t * t * (n_in + n_out) < t * n_in * n_out:
+                aa = torch.bmm(self.a, self.a.transpose(1, 2))
+                bb = torch.bmm(self.b, self.b.transpose(1, 2))
+                total = total + (aa * bb).sum((1, 2))
+            else:
+                for g in self.formed(self.some_units()):
+                    total = total + torch.linalg.vecdot(g, g)
+        return total
+
+    def gram(self, other: FactorBlock) -> Tensor:
+        """Dot products with another batch of the same layer, ``(B, B')``."""
+        n, t, n_in, n_out = self.sizes
+        m, s, _, _ = other.sizes
+        if t == 1 and s == 1:
+            bb = self.b[:, 0] @ other.b[:, 0].T
+            if not self.weight:
+                return bb
+            aa = self.a[:, 0] @ other.a[:, 0].T
+            return aa.add_(1.0).mul_(bb) if self.bias else aa.mul_(bb)
+        total = self.b.new_zeros(n, m)
+        if self.bias:
+            total = total + self.b.sum(1) @ other.b.sum(1).T
+        if self.weight:
+            formed = n * t if other is self else n * t + m * s
+            by_factors = n * m * t * s * (n_in + n_out)
+            by_matrices = (formed + n * m) * n_in * n_out
+            if by_factors < by_matrices:
+                total = total + self._gram_from_factors(other)
+            else:
+                total = total + self._gram_from_matrices(other)
+        return total
+
+    def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
+        """Gram matrices of consecutive groups of m examples, for T = 1, ``(groups, m, m)``.
+
+        Args:
+            n_groups: into how many groups of one length the examples fall.
+            rows: positions in each group, ``(groups, r)``; only their rows, ``(groups, r, m)``.
+        """
+        b = self.b.reshape(n_groups, -1, self.b.shape[2])
+        bb = group_rows(b, rows) @ b.mT
+        if not self.weight:
+            return bb
+        a = self.a.reshape(n_groups, -1, self.a.shape[2])
+        aa = group_rows(a, rows) @ a.mT
+        return aa.add_(1.0).mul_(bb) if self.bias else aa.mul_(bb)
+
+    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``.
+
+        Where both take the gradients themselves, these are formed once.
+        """
+        (n, t, n_in, n_out), r = self.sizes, len(chosen)
+        by_factors = min(n * r * t, n * t) * t * (n_in + n_out)
+        if t == 1 or not self.weight or by_factors < n * t * n_in * n_out:
+            return self.norm2(), self.rows(chosen).gram(self)
+        own, rows = self.b.new_zeros(n), self.b.new_zeros(r, n)
+        for g in self.formed(self.some_units()):
+            own += torch.linalg.vecdot(g, g)
+            rows.addmm_(g[chosen], g.T)
+        if self.bias:
+            b = self.b.sum(1)
+            own += b.square().sum(1)
+            rows.addmm_(b[chosen], b.T)
+        return own, rows
+
+    def _gram_from_factors(self, other: FactorBlock) -> Tensor:
+        """Σ_st ⟨a_is, a'_jt⟩ ⟨b_is, b'_jt⟩, some examples at a time."""
+        m, s, _ = other.a.shape
+        t = self.a.shape[1]
+        right_a, right_b = other.a.flatten(0, 1).T, other.b.flatten(0, 1).T
+        step = max(1, HELD_FLOATS // (t * m * s))
+        parts = []
+        for a, b in zip(torch.split(self.a, step), torch.split(self.b, step), strict=True):
+            products = (a.flatten(0, 1) @ right_a).mul_(b.flatten(0, 1) @ right_b)
+            parts.append(products.view(len(a), t, m, s).sum((1, 3)))
+        return torch.cat(parts)
+
+    def _gram_from_matrices(self, other: FactorBlock) -> Tensor:
+        """⟨Σ_s b_is a_isᵀ, Σ_t b'_jt a'_jtᵀ⟩, some output units at a time."""
+        total = self.b.new_zeros(len(self), len(other))
+        units = (self if len(self) > len(other) else other).some_units()
+        if other is self:
+            for g in self.formed(units):
+                total.addmm_(g, g.T)
+            return total
+        if self.alike(other):
+            pairs = zip(self.formed(units), other.formed(units), strict=True)
+        else:
+            pairs = zip(
+                FactorBlock.formed(self, units), FactorBlock.formed(other, units), strict=True
+            )
+        for left, right in pairs:
+            total.addmm_(left, right.T)
+        return total
+
+    def alike(self, other: FactorBlock) -> bool:
+        """Whether ``formed`` gives both in one order."""
+        return type(other) is FactorBlock
+
+    def formed(self, units: list[slice]) -> Iterator[Tensor]:
+        """The weight's gradients, some output units at a time, ``(B, …)``."""
+        for some in units:
+            yield self.unit_gradients(some).flatten(1)
+
+    def unit_gradients(self, units: slice) -> Tensor:
+        """The weight's gradients of some output units, ``(B, units, I)``."""
+        return torch.bmm(self.b[:, :, units].transpose(1, 2), self.a)
+
+    def some_units(self) -> list[slice]:
+        """All output units, about ``HELD_FLOATS`` of their gradients at a time."""
+        n, _, n_in, size = self.sizes
+        step = max(64, HELD_FLOATS // (n * n_in))
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def contract(self, direction: BlockDirection) -> Tensor:
+        """Dot products with R directions, ``(R, B)``."""
+        n, t, n_in, n_out = self.sizes
+        total: Tensor | None = None
+        if self.weight:
+            w = direction.weight
+            assert w is not None
+            n_rows = w.shape[0]
+            # for one row both cost the same: whichever intermediate result is smaller
+            if t > 1 and (n_rows > 1 or n_in < t or type(self) is not FactorBlock):
+                total = self._contract_weight(w)
+            else:
+                # Σ_t b_tᵀ W a_t, without the gradient
+                flat_a = self.a.reshape(n * t, n_in)
+                flat_b = self.b.reshape(n * t, n_out)
+                rows = [((flat_a @ w[r].T) * flat_b).sum(1) for r in range(n_rows)]
+                total = torch.stack(rows).view(n_rows, n, t).sum(2)
+        if self.bias:
+            d = direction.bias
+            assert d is not None
+            extra = d @ self.b.sum(1).T
+            total = extra if total is None else total + extra
+        assert total is not None
+        return total
+
+    def _contract_weight(self, w: Tensor) -> Tensor:
+        """Products with the weight's part of R directions ``(R, O, I)``, ``(R, B)``."""
+        total = self.b.new_zeros(len(w), len(self))
+        units = self.some_units()
+        for some, g in zip(units, self.formed(units), strict=True):
+            total.addmm_(w[:, some].flatten(1), g.T)
+        return total
+
+    def weighted_sum(self, weights: Tensor) -> BlockDirection:
+        """Σ_i w_ri g_i for weights ``(R, B)``."""
+        n, t, n_in, n_out = self.sizes
+        n_rows = weights.shape[0]
+        weight = bias = None
+        if self.weight:
+            if t > 1 and n_rows > 1:
+                parts = [
+                    (weights @ self.unit_gradients(units).flatten(1)).view(n_rows, -1, n_in)
+                    for units in self.some_units()
+                ]
+                weight = torch.cat(parts, 1)
+            else:
+                flat_a = self.a.reshape(n * t, n_in)
+                rows = [
+                    (self.b * weights[r][:, None, None]).reshape(n * t, n_out).T @ flat_a
+                    for r in range(n_rows)
+                ]
+                weight = torch.stack(rows)
+        if self.bias:
+            bias = weights @ self.b.sum(1)
+        return BlockDirection(weight, bias)
+
+
+def group_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Rows ``(G, r)`` of each group of ``(G, m, K)``; all if None."""
+    if rows is None:
+        return x
+    groups, m, width = x.shape
+    first = m * torch.arange(groups, device=x.device)[:, None]
+    # whole rows are copied, where ``gather`` would look up every number
+    found = x.reshape(groups * m, width).index_select(0, (first + rows).flatten())
+    return found.view(groups, -1, width)

@@ -1,0 +1,119 @@
+"""Which rows of a table cannot be told from the best of their target, column by column.
+
+Two methods run on the same seeds are compared seed by seed, which removes what a seed does to
+both. Their difference d has the mean d̄ over seeds and a percentile bootstrap interval [a, b] over
+seeds (``metrics.intervals``); they tie when a ≤ 0 ≤ b. Such an interval is too short for few
+seeds, so a missing mark proves nothing below six; from six on, an exact sign-flip test must agree
+before a row counts as worse. Consistency belongs to pairs of seeds: there the difference is taken
+pair by pair, and the bootstrap again resamples seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from fine_bench.metrics.intervals import pair_mean_interval, paired_difference
+from fine_bench.types import RunRecord
+
+if TYPE_CHECKING:  # the board builds on this module, which knows its types by name only
+    from fine_bench.leaderboard.board import Column, Row
+
+RowKey: TypeAlias = tuple[str, str, str]
+PairValues: TypeAlias = Mapping[tuple[int, int], Mapping[str, float]]
+
+
+def key_of(row: Row | RunRecord) -> RowKey:
+    """Estimator, its configuration and target: what makes a row."""
+    return (row.estimator, row.estimator_hash, row.target)
+
+
+def with_ties(
+    rows: Sequence[Row],
+    records: Iterable[RunRecord],
+    pairs: Mapping[RowKey, PairValues],
+    columns: Sequence[Column],
+    level: float,
+) -> list[Row]:
+    """The rows with their ``ties`` filled.
+
+    Args:
+        rows: of one table.
+        records: what the rows were made of.
+        pairs: consistency of each row by pair of seeds.
+        columns: what is compared; costs are not.
+        level: of the intervals.
+    """
+    by_row: dict[RowKey, dict[int, RunRecord]] = {}
+    for record in records:
+        by_row.setdefault(key_of(record), {})[record.seed] = record
+
+    def metric(row: Row, name: str) -> dict[int, float]:
+        found = by_row.get(key_of(row), {})
+        return {
+            seed: found[seed].metrics[name]
+            for seed in row.seeds
+            if seed in found and found[seed].version == row.version and name in found[seed].metrics
+        }
+
+    ties: dict[int, set[str]] = {i: set() for i in range(len(rows))}
+    for column in columns:
+        if column.source == "cost":
+            continue
+        for group in _groups(rows, column):
+            best = _best(rows, group, column)
+            for i in group:
+                if i == best:
+                    continue
+                if column.source == "metrics":
+                    one, other = metric(rows[best], column.name), metric(rows[i], column.name)
+                    same = _seeds_tie(one, other, level)
+                else:
+                    a, b = (pairs.get(key_of(rows[x]), {}) for x in (best, i))
+                    same = _pairs_tie(a, b, column.name, level)
+                if same:
+                    ties[i].add(column.key)
+    return [replace(row, ties=frozenset(ties[i])) for i, row in enumerate(rows)]
+
+
+def _groups(rows: Sequence[Row], column: Column) -> list[list[int]]:
+    """Rows that may be compared: one target, the same examples, a defined value."""
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for i, row in enumerate(rows):
+        stat = row.stats.get(column.key)
+        if stat is not None and math.isfinite(stat.mean):
+            groups.setdefault((row.target, row.watched), []).append(i)
+    return list(groups.values())
+
+
+def _best(rows: Sequence[Row], group: Sequence[int], column: Column) -> int:
+    sign = -1.0 if column.higher else 1.0
+    return min(group, key=lambda i: (sign * rows[i].stats[column.key].mean, *key_of(rows[i])))
+
+
+def _seeds_tie(a: Mapping[int, float], b: Mapping[int, float], level: float) -> bool:
+    if len(a.keys() & b.keys()) < 2:
+        return False
+    difference = paired_difference(a, b, level)
+    if difference.significant is not None:
+        return not difference.significant
+    return difference.lower <= 0.0 <= difference.upper
+
+
+def _pairs_tie(a: PairValues, b: PairValues, name: str, level: float) -> bool:
+    seeds = _seeds(a, name) & _seeds(b, name)
+    differences = {
+        pair: a[pair][name] - b[pair][name]
+        for pair in a.keys() & b.keys()
+        if set(pair) <= seeds and name in a[pair] and name in b[pair]
+    }
+    if len(seeds) < 3 or len(differences) != len(seeds) * (len(seeds) - 1) // 2:
+        return False  # two seeds are one pair, which shows no spread
+    _, lower, upper = pair_mean_interval(differences, level)
+    return lower <= 0.0 <= upper
+
+
+def _seeds(values: PairValues, name: str) -> set[int]:
+    return {seed for pair, found in values.items() if name in found for seed in pair}

@@ -1,0 +1,385 @@
+"""From a results folder to figures: what goes into which, and what is missing for it.
+
+Reads records and scores, trains nothing. Which examples are bad is taken from the scores' extra
+``truth/is_bad``, ``(n_train,)`` boolean; for P and Q samples see ``traces``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from fine_bench.leaderboard.board import Row
+from fine_bench.metrics.agreement import agreement
+from fine_bench.metrics.detection import detection_curve
+from fine_bench.report.figures import agreement as agreements
+from fine_bench.report.figures import (
+    benchmark,
+    costs,
+    fidelity,
+    option_ranges,
+    randomness,
+    runs,
+    theory,
+    tradeoff,
+)
+from fine_bench.report.figures.requirements import (
+    LeftOutError,
+    interval_of,
+    need_rows,
+    need_two_seeds,
+)
+from fine_bench.report.figures.samples import PAPER, chosen, traced
+from fine_bench.report.figures.tables import TRUTH, Shelf
+
+Array = NDArray[np.float64]
+
+ALL_EXAMPLES = "fine"
+FIGURES = (
+    "detection_and_consistency",
+    "recall_curves",
+    "figure1_losses_vary",
+    "figure2_consistency",
+    "figure3_equal_means",
+    "figure4_crossing",
+    "figure5_p_and_q",
+    "agreement",
+    "fidelity_and_ceiling",
+    "cost_and_quality",
+    "tradeoff_curves",
+    "consistency_by_source",
+    "sensitivity",
+)
+DETECTION: Mapping[str, str] = {"auroc": "AUROC", "average_precision": "average precision"}
+CONSISTENCY: Mapping[str, str] = {
+    "spearman": "Spearman correlation between runs",
+    "jaccard_corrected": "Jaccard@k between runs, corrected for chance",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the figure of detection and consistency is drawn in."""
+
+    detection: str = "auroc"
+    consistency: str = "spearman"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure by the name of its file, or the reason why there is none."""
+
+    name: str
+    figure: Figure | None
+    reason: str = ""
+
+
+# --------------------------------------------------------------------------------- each figure
+
+
+def _detection_and_consistency(shelf: Shelf, choice: Choice) -> Figure:
+    need_two_seeds(shelf)
+    panels: dict[str, list[benchmark.Point]] = {}
+    for row in shelf.rows():
+        y = interval_of(row, "metrics", choice.detection)
+        x = interval_of(row, "consistency", choice.consistency)
+        if x is not None and y is not None:
+            points = panels.setdefault(row.target, [])
+            points.append(benchmark.Point(row.label, x, y, len(row.seeds)))
+    if not panels:
+        raise LeftOutError(
+            f"no method has both {choice.detection} and {choice.consistency}; detection needs a "
+            "task with known bad examples, consistency the scores of two seeds"
+        )
+    return benchmark.detection_and_consistency(
+        panels,
+        shelf.looks,
+        x_label=f"consistency: {CONSISTENCY[choice.consistency]}",
+        y_label=f"detection: {DETECTION[choice.detection]}",
+        size=f"{shelf.size}; mean and 95 % interval over seeds",
+    )
+
+
+def _recall_curves(shelf: Shelf, choice: Choice) -> Figure:
+    del choice
+    need_rows(shelf)
+    panels: dict[str, list[benchmark.Recall]] = {}
+    rate = 0.0
+    for row in shelf.rows():
+        curves = []
+        share: Array | None = None
+        for seed in row.seeds:
+            values, bad = shelf.vector(row, seed), shelf.truth(row, seed)
+            if values is None or bad is None or not 0 < bad.sum() < len(bad):
+                continue
+            rate = float(bad.mean())
+            share, recall = detection_curve(values, bad)
+            curves.append(recall)
+        if share is not None:
+            panels.setdefault(row.target, []).append(
+                benchmark.Recall(row.label, share, np.stack(curves))
+            )
+    if not panels:
+        raise LeftOutError(
+            f"no scores say which examples are bad (extra {TRUTH!r}), so recall cannot be drawn; "
+            "recompute with force=true where the records are older than that"
+        )
+    return benchmark.recall_curves(
+        panels,
+        shelf.looks,
+        rate=rate,
+        size=f"{shelf.size}; mean over seeds, band: lowest to highest seed",
+    )
+
+
+def _losses_vary(shelf: Shelf, choice: Choice) -> Figure:
+    del choice
+    need_two_seeds(shelf)
+    losses: dict[int, list[float]] = {}
+    for _, record in sorted(shelf.records.items()):
+        curves = record.training.get("curves")
+        values = curves.get("test_loss") if isinstance(curves, Mapping) else None
+        if isinstance(values, Sequence) and values:
+            losses.setdefault(record.seed, [float(v) for v in values])
+    if len(losses) < 2:
+        raise LeftOutError(
+            f"the records of {len(losses)} seed(s) hold test losses by epoch "
+            "(training.curves.test_loss), two are needed"
+        )
+    target = shelf.targets[0]
+    rows = shelf.rows(target)
+    seeds = max((row.seeds for row in rows), key=len)
+    ranks = []
+    for row in rows:
+        if row.seeds != seeds:
+            continue
+        vectors = [v for v in (shelf.vector(row, seed) for seed in seeds) if v is not None]
+        # a constant score never moves, and says nothing
+        if len(vectors) == len(seeds) and all(np.ptp(v) > 0 for v in vectors):
+            percent = [100 * (rankdata(v) - 0.5) / len(v) for v in vectors]
+            ranks.append(runs.Ranks(row.label, np.stack(percent)))
+    if not ranks or len(seeds) < 2:
+        raise LeftOutError(f"no method has readable scores of two seeds for target {target}")
+    return runs.losses_vary(losses, ranks, shelf.looks, seeds=seeds, target=target, size=shelf.size)
+
+
+def _consistency(shelf: Shelf, choice: Choice) -> Figure:
+    del choice
+    need_two_seeds(shelf)
+    panels: dict[str, list[runs.Bar]] = {}
+    for row in shelf.rows():
+        raw = interval_of(row, "consistency", "jaccard")
+        corrected = interval_of(row, "consistency", "jaccard_corrected")
+        if raw is not None and corrected is not None:
+            bars = panels.setdefault(row.target, [])
+            # a method that scores a sample has fewer bad examples to find
+            own = f"k = {row.k:,}" if row.k != shelf.table.k else ""
+            bars.append(runs.Bar(row.label, raw, corrected, len(row.seeds), own))
+    if not panels:
+        raise LeftOutError("no method has a Jaccard@k; it needs known bad examples, which give k")
+    return runs.consistency_bars(
+        panels,
+        shelf.looks,
+        k=shelf.table.k,
+        size=f"{shelf.size}; 95 % intervals over seeds",
+    )
+
+
+# -------------------------------------------------------------------------------------- traces
+
+
+def _p_and_q(shelf: Shelf, choice: Choice) -> Figure:
+    del choice
+    found = traced(shelf)
+    traces = [theory.Trace(name, found.step, found.p[i], found.q[i]) for i, name in chosen(found)]
+    where = f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
+    return theory.p_and_q(
+        traces,
+        f"{where}; {len(found.step):,} samples of each",
+        "x − auxiliary" if found.auxiliary else "statistic x",
+    )
+
+
+def _crossing(shelf: Shelf, choice: Choice) -> Figure:
+    del choice
+    found = traced(shelf)
+    # 60 subsets have 1,770 pairs: enough to find two that cross
+    some = np.unique(np.linspace(0, len(found.subset) - 1, 60).round().astype(int))
+    pair = theory.crossing_pair(found.p[some], found.q[some])
+    if pair is None:
+        raise LeftOutError(
+            f"no two of {len(some)} traced subsets have curves that cross by more than the noise "
+            f"of {len(found.step):,} samples"
+        )
+    first, second = (
+        theory.measured(found.name(i), found.p[i], found.q[i]) for i in some[list(pair)]
+    )
+    where = f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
+    return theory.crossing(
+        (first, second),
+        f"{where}; {len(found.step):,} P and Q samples each, in 12 bins, the pair that crosses "
+        f"most of {len(some)} subsets",
+    )
+
+
+# ---------------------------------------------------------------------------------- agreement
+
+
+def _compared(shelf: Shelf, ours: Row, papers: Row, seed: int) -> agreements.Compared | str:
+    """The two rows' scores of one run, or why they cannot be compared."""
+    x, y = shelf.scores(ours, seed), shelf.scores(papers, seed)
+    if x is None or y is None:
+        return f"seed {seed}: scores cannot be read"
+    if len(x.values) != 1 or x.values.shape != y.values.shape:
+        return (
+            f"{ALL_EXAMPLES} and {PAPER} have scores of shapes {tuple(x.values.shape)} and "
+            f"{tuple(y.values.shape)}, one row of the same examples is needed"
+        )
+    if x.watched is not None:
+        return f"{ours.label} scored a sample only"
+    if not y.watched_values.numel():
+        return f"{papers.label} scored groups but no single example"
+    watched = slice(None) if y.watched is None else y.watched.numpy()
+    bad = shelf.truth(ours, seed)
+    if bad is None:
+        bad = shelf.truth(papers, seed)
+    return agreements.Compared(
+        x.values[0].double().numpy()[watched],
+        y.values[0].double().numpy()[watched],
+        None if bad is None else bad[watched],
+        agreement(y, x),
+    )
+
+
+def _agreement(shelf: Shelf, choice: Choice) -> Figure:
+    """One run: the lowest seed at which most targets have both estimators."""
+    del choice
+    pairs: dict[str, tuple[Row, Row]] = {}
+    absent: dict[str, str] = {}
+    for target in shelf.targets:
+        rows = shelf.rows(target)
+        ours = [row for row in rows if row.estimator == ALL_EXAMPLES]
+        papers = [row for row in rows if row.estimator == PAPER]
+        if ours and papers:
+            pairs[target] = (ours[0], papers[0])
+        else:
+            names = [name for name, some in ((ALL_EXAMPLES, ours), (PAPER, papers)) if not some]
+            absent[target] = f"no finished record of an estimator {' or '.join(names)}"
+    found: dict[int, dict[str, agreements.Compared]] = {}
+    for target, (one, other) in pairs.items():
+        common = sorted(set(one.seeds) & set(other.seeds))
+        if not common:
+            absent[target] = f"{one.label} and {other.label} have no finished seed in common"
+        for seed in common:
+            both = _compared(shelf, one, other, seed)
+            if isinstance(both, str):
+                absent[target] = both
+            else:
+                found.setdefault(seed, {})[target] = both
+    if not found:
+        reasons = [f"target {target}: {reason}" for target, reason in absent.items()]
+        raise LeftOutError("; ".join(reasons) or "no estimator has a finished record")
+    seed = min(found, key=lambda s: (-len(found[s]), s))
+    shelf.notes.extend(
+        f"{shelf.table.task}: agreement without target {target}: "
+        f"{absent.get(target, f'not both at seed {seed}')}"
+        for target in shelf.targets
+        if target not in found[seed]
+    )
+    one, other = pairs[next(iter(found[seed]))]
+    return agreements.agreement(
+        found[seed],
+        x_label=one.label,
+        y_label=other.label,
+        size=f"{shelf.table.task}: {one.label} against {other.label}, seed {seed}",
+    )
+
+
+_OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
+    "detection_and_consistency": _detection_and_consistency,
+    "recall_curves": _recall_curves,
+    "figure1_losses_vary": _losses_vary,
+    "figure2_consistency": _consistency,
+    "figure4_crossing": _crossing,
+    "figure5_p_and_q": _p_and_q,
+    "agreement": _agreement,
+    "fidelity_and_ceiling": lambda shelf, choice: fidelity.draw(shelf),
+    "cost_and_quality": lambda shelf, choice: costs.draw(shelf),
+    "tradeoff_curves": lambda shelf, choice: tradeoff.draw(shelf),
+    "sensitivity": lambda shelf, choice: option_ranges.draw(shelf),
+}
+
+
+_DIFFERING: Mapping[str, str] = {
+    "both": "initialisation and order together",
+    "order": "order alone",
+    "initialisation": "initialisation alone",
+}
+
+
+def by_source(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
+    """One figure for each family of tables, under the name of its first table."""
+    suffix = dict(zip(map(id, found), names, strict=True))
+    for family in randomness.families(found):
+        first = next(iter(family.shelves.values()))
+        name = f"consistency_by_source{suffix[id(first)]}"
+        if len(family.shelves) < 2:
+            yield Drawn(
+                name,
+                None,
+                f"the runs differ in {_DIFFERING[next(iter(family.shelves))]}; to tell the "
+                "sources apart run the task also with trainer.init_seed=0 (order alone) and with "
+                "trainer.order_seed=0 (initialisation alone)",
+            )
+            continue
+        try:
+            for shelf in family.shelves.values():
+                need_two_seeds(shelf)
+            label = CONSISTENCY[choice.consistency]
+            yield Drawn(name, randomness.draw(family, choice.consistency, label))
+        except LeftOutError as reason:
+            yield Drawn(name, None, str(reason))
+
+
+def count(found: Sequence[Shelf]) -> int:
+    """How many figures ``draw`` will at most speak of, for a progress bar."""
+    return len(found) * len(_OF_TABLES) + len(randomness.families(found)) + 2
+
+
+def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
+    """All figures of all shelves.
+
+    ``figure3_equal_means`` needs no records. ``figure4_crossing`` is made of real samples where
+    there are any, and otherwise of two textbook influences, which its title then says.
+
+    Args:
+        found: the tables to draw.
+        names: a suffix for the files of each.
+        choice: measures of ``detection_and_consistency``.
+    """
+    measured = False
+    for figure in FIGURES:
+        if figure == "figure3_equal_means":
+            yield Drawn(figure, theory.equal_means())
+            continue
+        if figure == "consistency_by_source":
+            yield from by_source(found, names, choice)
+            continue
+        for shelf, suffix in zip(found, names, strict=True):
+            try:
+                yield Drawn(figure + suffix, _OF_TABLES[figure](shelf, choice))
+                measured = measured or figure == "figure4_crossing"
+            except LeftOutError as reason:
+                yield Drawn(figure + suffix, None, str(reason))
+        if figure == "figure4_crossing" and not measured:
+            pair = theory.analytic_pair()
+            source = (
+                "textbook pair, exact, no samples of a run: Laplace noise with shift 1/√k; normal "
+                "noise with shift 3/√k, 3 times in 10"
+            )
+            yield Drawn(figure, theory.crossing(pair, source))

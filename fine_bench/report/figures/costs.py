@@ -1,0 +1,158 @@
+"""What a method costs beyond plain training, against how good it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from fine_bench.report.figures.benchmark import (
+    TARGET_TITLES,
+    Point,
+    legend_of_kinds,
+    limits,
+    named,
+    panels_of,
+    reach,
+    title_of,
+)
+from fine_bench.report.figures.labels import Name, place
+from fine_bench.report.figures.requirements import LeftOutError, interval_of
+from fine_bench.report.figures.style import Look, canvas, settle, styled
+from fine_bench.report.figures.tables import Shelf
+
+QUALITY: Mapping[str, tuple[str, float]] = {
+    "fidelity": ("fidelity: Spearman with retraining", 0.0),
+    "lds": ("LDS: prediction of retraining on subsets", 0.0),
+    "auroc": ("detection: AUROC", 0.5),
+}
+"""Measures by name, the most telling first: label, and what guessing reaches."""
+
+GUESSING = 0.05
+"""A control this near to guessing would squeeze the others together, and is written below."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One target: ``points`` have seconds as ``x`` and ``measure`` as ``y``."""
+
+    measure: str
+    points: Sequence[Point]
+
+
+@styled
+def cost_and_quality(
+    panels: Mapping[str, Panel], looks: Mapping[str, Look], *, size: str
+) -> Figure:
+    """Quality against extra seconds (logarithmic), one panel a target, a name at every point.
+
+    Args:
+        panels: by target.
+        looks: by label.
+        size: task and n, for the title.
+    """
+    figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
+    title_of(figure, "What a better answer costs", size)
+    axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
+    inside: dict[str, list[Point]] = {}
+    for target, axes in axes_of.items():
+        inside[target] = _draw(axes, panels[target], looks)
+        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+    legend_of_kinds(figure)
+    settle(figure)  # the labels are placed for this layout
+    most = max((p.n_seeds for panel in panels.values() for p in panel.points), default=0)
+    for target, axes in axes_of.items():
+        names = [
+            Name(named(p.label, p.n_seeds, most, p.note), p.x.mean, p.y.mean, looks[p.label].ink)
+            for p in inside[target]
+        ]
+        bars = [
+            np.array(bar)
+            for p in inside[target]
+            for (left, right), (low, high) in [(reach(p.x), reach(p.y))]
+            for bar in (
+                [(p.x.mean, p.y.mean - low), (p.x.mean, p.y.mean + high)],
+                [(p.x.mean - left, p.y.mean), (p.x.mean + right, p.y.mean)],
+            )
+        ]
+        place(axes, names, bars)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> list[Point]:
+    """The points of a panel; returns those that are on the scale."""
+    label, chance = QUALITY[panel.measure]
+    points = sorted(panel.points, key=lambda p: p.label)
+    shown = [p for p in points if not _guesses(p, looks[p.label], chance)]
+    shown = shown or [p for p in points if math.isfinite(p.y.mean)]
+    axes.set_xscale("log")
+    for point in shown:
+        look = looks[point.label]
+        axes.errorbar(
+            point.x.mean,
+            point.y.mean,
+            xerr=np.array(reach(point.x))[:, None],
+            yerr=np.array(reach(point.y))[:, None],
+            color=look.colour,
+            marker=look.marker,
+            markerfacecolor=look.face,
+            elinewidth=1.0,
+            capsize=2.0,
+            linestyle="none",
+            zorder=3,
+            clip_on=False,
+        )
+    if shown:
+        axes.set_ylim(*limits([p.y for p in shown]))
+        costs = [p.x.mean for p in shown]
+        axes.set_xlim(min(costs) / 2.5, max(costs) * 2.5)
+        # within two decades powers of ten are too few, and all digits too many
+        narrow = max(costs) < 100 * min(costs)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if narrow else (1.0,)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        if narrow:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    notes = [f"off the scale: {_note(p)}" for p in points if p not in shown]
+    axes.set_xlabel("\n".join(["extra seconds, beyond plain training", *notes]))
+    axes.set_ylabel(label)
+    return shown
+
+
+def _guesses(point: Point, look: Look, chance: float) -> bool:
+    if not math.isfinite(point.y.mean):
+        return True
+    return look.control and abs(point.y.mean - chance) < GUESSING
+
+
+def _note(point: Point) -> str:
+    y = f"{round(point.y.mean, 2) + 0.0:.2f}" if math.isfinite(point.y.mean) else "undefined"
+    return f"{point.label}, {y}, {point.x.mean:.2g} s"
+
+
+def draw(shelf: Shelf) -> Figure:
+    """The figure of a table: fidelity where a target has it, else LDS, else AUROC."""
+    panels: dict[str, Panel] = {}
+    for target in shelf.targets:
+        for measure in QUALITY:
+            points = []
+            for row in shelf.rows(target):
+                x, y = interval_of(row, "cost", "seconds"), interval_of(row, "metrics", measure)
+                # a logarithmic axis has no place for what was not measured
+                if x is not None and y is not None and x.mean > 0:
+                    points.append(Point(row.label, x, y, len(row.seeds)))
+            if points:
+                panels[target] = Panel(measure, points)
+                break
+    if not panels:
+        raise LeftOutError(
+            "no method has both a cost in seconds and a fidelity, LDS or AUROC; these need a "
+            "retraining truth or known bad examples"
+        )
+    return cost_and_quality(
+        panels, shelf.looks, size=f"{shelf.size}; mean and 95 % interval over seeds"
+    )

@@ -1,0 +1,259 @@
+"""The whole page: head, navigation, an overview, and a page for every table."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fine_bench.leaderboard import render as view
+from fine_bench.leaderboard.board import Leaderboard, Table
+from fine_bench.leaderboard.sensitivity import Spread
+from fine_bench.report.html.examples import Room, gallery, groups
+from fine_bench.report.html.figures import ORDER, Plate, plate
+from fine_bench.report.html.images import Album
+from fine_bench.report.html.markup import Safe, join, slug, tag, void
+from fine_bench.report.html.sensitivity import ranges
+from fine_bench.report.html.tables import boards
+from fine_bench.retraining.truth import Truth
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Everything that the page says of one table.
+
+    Attributes:
+        table: of the leaderboard.
+        name: its files' suffix, unique among the tables.
+        plates: its figures.
+        rooms: its galleries.
+        album: its data, if at hand.
+        truth: its ground truth, if there is one.
+        made_by: commits, versions and hardware of its records: name → the distinct values.
+        spreads: what ranges of options show.
+    """
+
+    table: Table
+    name: str
+    plates: Sequence[Plate]
+    rooms: Sequence[Room]
+    album: Album
+    truth: Truth | None
+    made_by: Mapping[str, Sequence[Any]]
+    spreads: Sequence[Spread] = ()
+
+    @property
+    def title(self) -> str:
+        """The task, with what tells it from its siblings."""
+        return self.name.removeprefix("--").replace("--", " · ")
+
+    @property
+    def anchor(self) -> str:
+        """Of its page."""
+        return "task-" + slug(self.name)
+
+
+def page(
+    board: Leaderboard, chapters: Sequence[Chapter], loose: Sequence[Plate], notes: Sequence[str]
+) -> bytes:
+    """The HTML file.
+
+    Args:
+        board: the leaderboard.
+        chapters: one a table.
+        loose: figures that belong to no table.
+        notes: problems met while reading.
+    """
+    style = (HERE / "report.css").read_text()
+    script = (HERE / "report.js").read_text()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    links = [("overview", "Overview"), *((c.anchor, c.title) for c in chapters)]
+    body = tag(
+        "body",
+        tag("a", "Skip to the content", href="#main", class_="skip"),
+        tag(
+            "header",
+            tag("h1", "fine_bench"),
+            tag("p", "Training-data influence under training randomness: results"),
+            tag(
+                "nav",
+                tag("ul", *(tag("li", tag("a", text, href=f"#{a}")) for a, text in links)),
+                aria_label="Pages",
+            ),
+        ),
+        tag(
+            "main",
+            _overview(board, chapters, loose, notes),
+            *(_chapter(board, chapter) for chapter in chapters),
+            id="main",
+            tabindex="-1",
+        ),
+        tag("p", id="said", class_="unseen", aria_live="polite"),
+        tag("script", Safe(script)),
+    )
+    head = tag(
+        "head",
+        void("meta", charset="utf-8"),
+        void("meta", http_equiv="Content-Security-Policy", content=policy),
+        void("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        void("meta", name="color-scheme", content="light dark"),
+        void("link", rel="icon", href="data:,"),
+        tag("title", "fine_bench: results"),
+        tag("style", Safe(style)),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n".encode()
+
+
+def _hash(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _overview(
+    board: Leaderboard, chapters: Sequence[Chapter], loose: Sequence[Plate], notes: Sequence[str]
+) -> Safe:
+    head = ("task", "training examples", "bad", "seeds", "methods", "retraining truth", "state")
+    body = [
+        tag(
+            "tr",
+            tag("th", tag("a", c.title, href=f"#{c.anchor}"), scope="row"),
+            tag("td", _size(c)),
+            tag("td", f"{c.table.k:,}" if c.table.k else "unknown"),
+            tag("td", ", ".join(map(str, c.table.seeds))),
+            tag("td", len({row.label for row in c.table.rows})),
+            tag("td", f"{c.truth.name}, version {c.truth.version}" if c.truth else "none"),
+            tag("td", _state(c.table)),
+        )
+        for c in chapters
+    ]
+    table = tag(
+        "table",
+        tag("caption", "Tasks"),
+        tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head))),
+        tag("tbody", *body),
+        class_="plain",
+    )
+    problems = [view.one_line(line) for line in (*board.problems, *notes)]
+    how: tuple[object, ...] = (
+        join(
+            [
+                tag("code", "self"),
+                " asks how strongly training on an example moved its own prediction; high scores "
+                "are suspicious. ",
+                tag("code", "validation"),
+                " asks which examples help or harm clean queries; low scores are suspicious. The "
+                "end is declared by the target, never chosen by the truth.",
+            ]
+        ),
+        "Numbers are means over run seeds, with 95 % bootstrap intervals over seeds below them. "
+        "With three seeds such intervals cover about 75 %.",
+        "Finding bad labels, finding the same ones again in another run, and saying what "
+        "retraining shows are three different questions: a method may lead in one and not in "
+        "another.",
+        "Click a heading to sort by it, once more to turn the order.",
+    )
+    return tag(
+        "section",
+        tag("h2", "Overview"),
+        tag("div", table, class_="scroll", role="region", tabindex="0", aria_label="Tasks"),
+        tag("h3", "How to read the tables"),
+        tag("ul", *(tag("li", line) for line in how)),
+        *_problems(problems),
+        *([tag("h3", "Theory"), *map(plate, loose)] if loose else []),
+        id="overview",
+        class_="page",
+    )
+
+
+def _problems(lines: Sequence[str]) -> list[Safe]:
+    if not lines:
+        return []
+    body = tag("ul", *(tag("li", line) for line in lines))
+    return [tag("h3", "Problems"), tag("div", body, class_="problems")]
+
+
+def _size(chapter: Chapter) -> str:
+    if chapter.truth is not None:
+        return f"{chapter.truth.n_train:,}"
+    if chapter.album.data is not None:
+        return f"{chapter.album.data.n_train:,}"
+    n = chapter.table.options.get("n_train")
+    return f"{n:,}" if isinstance(n, int) else "all" if n is None else str(n)
+
+
+def _state(table: Table) -> str:
+    count = {s: sum(c.state == s for c in table.cells) for s in ("failed", "missing", "skipped")}
+    bad = [f"{n} {state}" for state, n in count.items() if n and state != "skipped"]
+    return ", ".join(bad) if bad else "complete"
+
+
+def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
+    table = chapter.table
+    drawn = sorted(
+        chapter.plates, key=lambda p: ORDER.index(p.figure) if p.figure in ORDER else len(ORDER)
+    )
+    there, left = [p for p in drawn if p.svg], [p for p in drawn if not p.svg]
+    missing = (
+        tag(
+            "details",
+            tag(
+                "summary",
+                f"{len(left)} {'figure' if len(left) == 1 else 'figures'} cannot be drawn from "
+                "these records",
+            ),
+            tag("ul", *map(plate, left)),
+        )
+        if left
+        else ""
+    )
+    with_groups = [room for room in chapter.rooms if room.groups]
+    return tag(
+        "section",
+        tag("h2", chapter.title),
+        *(tag("p", line, class_="caption") for line in view.caption(table)),
+        tag("h3", "Leaderboard"),
+        boards(table, board.columns),
+        tag("h3", "Figures"),
+        *map(plate, there),
+        missing,
+        *(
+            [tag("h3", "Hyperparameter sensitivity"), ranges(chapter.spreads)]
+            if chapter.spreads
+            else []
+        ),
+        tag("h3", "Gallery"),
+        gallery(chapter.rooms, chapter.album, chapter.truth),
+        *([tag("h3", "Groups"), _GROUPS, *map(groups, with_groups)] if with_groups else []),
+        tag("h3", "How it was made"),
+        _made_by(chapter),
+        id=chapter.anchor,
+        class_="page",
+    )
+
+
+_GROUPS = tag(
+    "p",
+    "The interval is that of μ of one step in this run; the p-value is of the hypothesis that the "
+    "group has no influence, by exchanging P and Q within each step. The two are different "
+    "tests and may disagree; μ of the run bounds what a reader of all steps could tell.",
+    class_="hint",
+)
+
+
+def _made_by(chapter: Chapter) -> Safe:
+    lines = [("setting", [chapter.table.setting]), ("data", [chapter.table.data])]
+    return tag(
+        "dl",
+        *(
+            tag("div", tag("dt", name), tag("dd", join(values, ", ")))
+            for name, values in [*lines, *chapter.made_by.items()]
+        ),
+        class_="facts",
+    )

@@ -1,0 +1,165 @@
+"""From a retraining bank to a ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fine_bench.metrics.gaussianity import LEAST_FOR_NORMALITY, normality
+from fine_bench.metrics.lds import LEAST_SUBSETS, SubsetMargins, by_subset, lds_ceiling
+from fine_bench.metrics.reliability import (
+    LEAST_FOR_CORRELATION,
+    blocks_of,
+    spearman,
+    split_half,
+)
+from fine_bench.metrics.retraining import (
+    effect,
+    models_for_counts,
+    out_of_sample,
+    require_models,
+    retraining_mu,
+)
+from fine_bench.retraining.definition import compare
+from fine_bench.retraining.outputs import BankModels
+from fine_bench.retraining.truth import HALVES, UNKNOWN, Half, HalfTruth, SubsetTruth, Truth
+
+
+def condense(
+    single: BankModels,
+    repeated: BankModels | None,
+    definition: BankModels | None,
+    *,
+    name: str,
+    task: str,
+    version: int,
+    data_sha256: str,
+    setting: str,
+    is_bad: NDArray[np.bool_] | Tensor,
+) -> Truth:
+    """``Truth.from_bank``."""
+    bad = np.asarray(is_bad.numpy() if isinstance(is_bad, Tensor) else is_bad)
+    if bad.shape != (single.n_train,):
+        raise ValueError(f"is_bad has shape {bad.shape}, the bank {single.n_train} examples")
+    if len(np.unique(single.subset)) < len(single):
+        raise ValueError(
+            "the single part must hold one model a subset; models that share a subset are not "
+            "independent, and belong to the repeated part"
+        )
+    halves = _halves(single)
+    for models in halves.values():
+        _require_half(models, len(single))
+    subsets, ceilings = (None, {}) if repeated is None else _subset_truth(repeated, single)
+    made = {
+        half: _half_truth(models, bad, ceilings.get(half, UNKNOWN))
+        for half, models in halves.items()
+    }
+    return Truth(
+        name=name,
+        task=task,
+        version=version,
+        data_sha256=data_sha256,
+        setting=setting,
+        keep=float(single.members.mean()),
+        is_bad=bad,
+        development=made["development"],
+        published=made["published"],
+        subsets=subsets,
+        facts=_facts(single, definition, made),
+    )
+
+
+def _halves(single: BankModels) -> dict[Half, BankModels]:
+    """Even and odd subsets, by rising number; a subset and its complement are one."""
+    order = np.argsort(single.subset, kind="stable")
+    blocks = blocks_of(single.members[order])
+    return {half: single.take(order[blocks % 2 == i]) for i, half in enumerate(HALVES)}
+
+
+def _require_half(models: BankModels, n_models: int) -> None:
+    try:
+        require_models(models.members)
+    except ValueError as error:
+        keep = min(max(float(models.members.mean()), 0.05), 0.95)
+        needed = 2 * models_for_counts(models.n_train, keep)
+        raise ValueError(
+            f"a truth is made of each half of the bank's {n_models} single models, and one half "
+            f"has {error}; for both halves about {needed} models"
+        ) from None
+
+
+def _half_truth(models: BankModels, bad: NDArray[np.bool_], lds_ceiling: float) -> HalfTruth:
+    members = models.members
+    margin = retraining_mu(members, models.margin)
+    clean = UNKNOWN
+    if bad.any() and np.count_nonzero(~bad) >= LEAST_FOR_CORRELATION:
+        clean = split_half(members, models.margin, examples=~bad).ceiling
+    whole = split_half(members, models.margin).ceiling
+    arrays = {
+        "mu_margin": margin.mu,
+        "mu_margin_se": margin.std_error,
+        "mu_loss": retraining_mu(members, -models.loss).mu,
+        "effect_margin": effect(members, models.margin),
+        "effect_loss": effect(members, models.loss),
+        "out_of_sample_margin": out_of_sample(members, models.margin),
+    }
+    return HalfTruth(
+        **{name: array.astype(np.float32) for name, array in arrays.items()},
+        n_models=len(models),
+        ceiling=whole,
+        ceiling_clean=clean if bad.any() else whole,
+        lds_ceiling=lds_ceiling,
+    )
+
+
+def _subset_truth(
+    repeated: BankModels, single: BankModels
+) -> tuple[SubsetTruth, dict[Half, float]]:
+    if repeated.n_train != single.n_train:
+        raise ValueError(
+            f"the repeated part has {repeated.n_train} examples, the single part {single.n_train}"
+        )
+    found = by_subset(repeated.members, repeated.subset, repeated.query_margin)
+    if len(found.members) < 2 * LEAST_SUBSETS:
+        raise ValueError(
+            f"the repeated part has {len(found.members)} subsets; {LEAST_SUBSETS} are needed in "
+            f"each half, {2 * LEAST_SUBSETS} in all"
+        )
+    truth = SubsetTruth(
+        members=found.members,
+        margin=found.mean.astype(np.float32),
+        margin_first=found.margin[:, 0::2].mean(axis=1).astype(np.float32),
+        margin_second=found.margin[:, 1::2].mean(axis=1).astype(np.float32),
+        n_seeds=found.margin.shape[1],
+    )
+    return truth, {
+        half: lds_ceiling(
+            SubsetMargins(found.members[truth.of(half)], found.margin[truth.of(half)])
+        ).ceiling
+        for half in HALVES
+    }
+
+
+def _facts(
+    single: BankModels, definition: BankModels | None, made: Mapping[Half, HalfTruth]
+) -> dict[str, float]:
+    """Numbers about the bank: how well it agrees with itself, how Gaussian, and the definition."""
+    whole = split_half(single.members, single.margin)
+    facts = {
+        "n_models": float(len(single)),
+        "halves_spearman": spearman(made["development"].mu_margin, made["published"].mu_margin),
+        "ceiling_all_models": whole.ceiling,
+        "models_for_ceiling_0.95": whole.models_for(0.95),
+    }
+    counts = single.members.sum(axis=0)
+    if min(counts.min(), len(single) - counts.max()) >= LEAST_FOR_NORMALITY:
+        for statistic in ("margin", "loss"):
+            summary = normality(single.members, getattr(single, statistic)).summary()
+            facts |= {f"normality/{statistic}/{key}": x for key, x in summary.items()}
+    compared = None if definition is None else compare(single, definition)
+    if compared is not None:
+        facts |= {f"definition/{key}": value for key, value in compared.facts().items()}
+    return facts

@@ -1,1 +1,0 @@
-"""The runner: Hydra job → training with callbacks → estimators → metrics → records."""

@@ -1,0 +1,337 @@
+"""One training run under Lightning, and the checkpoints that it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import Logger
+
+from fine_bench import terminal as bars
+from fine_bench.data.task import TaskData, loader
+from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.models.classifier import Classifier
+from fine_bench.runner import checkpoints as keeping
+from fine_bench.runner.config import build
+from fine_bench.runner.plan import Job, Watcher
+from fine_bench.seeds import derive, stream
+from fine_bench.store.records import write_atomic
+from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
+
+_EVALUATION_BATCH = 1024
+
+
+class Curves(pl.Callback):
+    """Keeps what each epoch reported, for the record."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    # the module reports an epoch's training loss after the callbacks' end-of-epoch hooks, so the
+    # numbers are complete when the next epoch starts, or training ends
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append the numbers of the epoch before."""
+        if trainer.current_epoch > 0:
+            self._append(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append the numbers of the last epoch."""
+        self._append(trainer)
+
+    def _append(self, trainer: pl.Trainer) -> None:
+        for name in ("train_loss", "test_loss", "test_accuracy"):
+            if name in trainer.callback_metrics:
+                self.values.setdefault(name, []).append(float(trainer.callback_metrics[name]))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What training leaves behind.
+
+    Attributes:
+        model: the network at its last parameters.
+        checkpoints: one an epoch, in order.
+        facts: test and training accuracy, losses, seconds of plain training, steps, and the
+            curves over epochs.
+    """
+
+    model: torch.nn.Module
+    checkpoints: Sequence[Checkpoint]
+    facts: Mapping[str, Any]
+
+
+def build_model(job: Job) -> Classifier:
+    """A freshly initialised LightningModule of the job's configuration."""
+    trainer, data = job.config.trainer, job.images
+    seed = job.config.seed if trainer.init_seed is None else trainer.init_seed
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "initialisation"))
+        net = build(
+            job.config.model, "model", job.packages, tuple(data.x.shape[1:]), data.n_classes
+        )
+    return Classifier(
+        net,
+        data.n_classes,
+        lr=trainer.lr,
+        momentum=trainer.momentum,
+        weight_decay=trainer.weight_decay,
+        lr_schedule=cast(LRSchedule, trainer.lr_schedule),
+    )
+
+
+def train_loader(job: Job) -> Any:
+    """Shuffled batches; the order follows the run seed, or ``trainer.order_seed``."""
+    trainer = job.config.trainer
+    seed = job.config.seed if trainer.order_seed is None else trainer.order_seed
+    return loader(
+        job.images.x,
+        job.images.y,
+        batch_size=trainer.batch_size,
+        generator=stream(seed, "order"),
+        shuffle=True,
+    )
+
+
+def folder_of(job: Job) -> Path:
+    """Where the checkpoints of a job's run are kept."""
+    name = f"seed{job.config.seed}-{job.data.sha256[:8]}"
+    return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
+
+
+def stored(job: Job) -> TrainedRun | None:
+    """The finished run of an earlier call, if its checkpoints are all there."""
+    folder = folder_of(job)
+    trainer = job.config.trainer
+    expected = -(-trainer.max_epochs // trainer.checkpoint_every)
+    return keeping.read(
+        folder,
+        whole=lambda: len(list(folder.glob("*.ckpt"))) == expected,
+        load=lambda facts: _trained(job, folder, facts),
+    )
+
+
+def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
+    """Train one model, watched by ``callbacks``; keep every ``checkpoint_every``-th checkpoint.
+
+    The checkpoints appear under their final name only when the run is complete.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    trainer_config = job.config.trainer
+    folder = folder_of(job)
+    module = build_model(job)
+    test = loader(job.data.test_x, job.data.test_y, batch_size=_EVALUATION_BATCH, shuffle=False)
+    # only one progress line a run, and none in a log file
+    progress = trainer_config.progress and bars.shown()
+    curves = Curves()
+    extra: list[pl.Callback] = [curves]
+    if progress:
+        extra.append(TQDMProgressBar(refresh_rate=25))
+    with keeping.scratch(folder) as temporary:
+        with _quiet():
+            pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
+            trainer = pl.Trainer(
+                accelerator="auto",
+                devices=1,
+                max_epochs=trainer_config.max_epochs,
+                logger=logger or False,
+                log_every_n_steps=1,
+                enable_progress_bar=progress,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                deterministic="warn",
+                callbacks=[
+                    *callbacks,
+                    *extra,
+                    ModelCheckpoint(
+                        dirpath=temporary,
+                        filename="{epoch:04d}",
+                        save_top_k=-1,
+                        every_n_epochs=1,
+                        save_weights_only=True,
+                        save_on_train_epoch_end=True,
+                    ),
+                ],
+            )
+            start = time.perf_counter()
+            trainer.fit(module, train_loader(job), test)
+            seconds = time.perf_counter() - start
+            facts = {
+                "seconds": seconds - sum(callback.seconds for callback in callbacks),
+                "seconds_with_callbacks": seconds,
+                "n_steps": trainer.global_step,
+                "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
+                "test_loss": float(trainer.callback_metrics["test_loss"]),
+                "train_loss": float(trainer.callback_metrics["train_loss"]),
+                "curves": curves.values,
+                "train_accuracy": accuracy(module, job.images),
+                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "device": str(trainer.strategy.root_device),
+            }
+        for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
+            if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
+                path.unlink()
+        write_atomic(temporary / keeping.FACTS, json.dumps(facts, indent=1).encode())
+        run = _trained(job, temporary, facts)
+        keeping.publish(temporary, folder)
+    return run
+
+
+def reseeded(job: Job) -> Job:
+    """The same job with other randomness: another initialisation and another order.
+
+    All sources follow one seed derived from the run seed, those fixed by ``trainer.init_seed`` and
+    ``trainer.order_seed`` too.
+    """
+    config = job.config
+    trainer = replace(config.trainer, init_seed=None, order_seed=None)
+    seed = derive(config.seed, "auxiliary run") % 2**32
+    return replace(job, config=replace(config, seed=seed, trainer=trainer))
+
+
+def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
+    """The job's own run and ``count`` − 1 like it, but for initialisation and order.
+
+    Their seeds derive from the run seed, so that two run seeds share no member. Members are kept
+    beside the run, and trained once.
+
+    Raises:
+        RuntimeError: a member could not be trained; says which.
+    """
+    trainer = replace(job.config.trainer, init_seed=None, order_seed=None)
+    members = [run]
+    for number in range(1, count):
+        seed = derive(job.config.seed, f"ensemble member {number}") % 2**32
+        member = replace(job, config=replace(job.config, seed=seed, trainer=trainer))
+        found = stored(member)
+        try:
+            members.append(train(member, [], None) if found is None else found)
+        except Exception as error:
+            raise RuntimeError(
+                f"run {number + 1} of {count} of the ensemble (seed {seed}) failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return members
+
+
+def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
+    """Train the model of ``reseeded(job)`` to be watched only; nothing is kept of it.
+
+    Returns:
+        seconds of plain training, without the callbacks' own.
+    """
+    job = reseeded(job)
+    module = build_model(job)
+    with _quiet():
+        pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
+        trainer = pl.Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=job.config.trainer.max_epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            deterministic="warn",
+            callbacks=list(callbacks),
+        )
+        start = time.perf_counter()
+        trainer.fit(module, train_loader(job))
+        seconds = time.perf_counter() - start
+    return seconds - sum(callback.seconds for callback in callbacks)
+
+
+@torch.no_grad()
+def accuracy(module: Classifier, data: TaskData) -> float:
+    """Share of the training examples whose *given* label is predicted."""
+    module.eval()
+    right = 0
+    for start in range(0, data.n_train, _EVALUATION_BATCH):
+        rows = slice(start, start + _EVALUATION_BATCH)
+        x = data.x[rows].to(module.device)
+        right += int((module(x).argmax(1).cpu() == data.y[rows]).sum())
+    return right / data.n_train
+
+
+def describe(facts: Mapping[str, Any]) -> str:
+    """What is said when training is done."""
+    return (
+        f"trained: test accuracy {facts['test_accuracy']:.3f}, given labels "
+        f"{facts['train_accuracy']:.3f}, {facts['seconds']:.1f} s"
+    )
+
+
+def measure(
+    job: Job, target: Target, scores: InfluenceScores, facts: Mapping[str, Any]
+) -> dict[str, float]:
+    """Detection of the bad examples among those that have a score."""
+    del facts
+    return detected(job, target, scores, detection_metrics)
+
+
+def detected(
+    job: Job,
+    target: Target,
+    scores: InfluenceScores,
+    metrics: Callable[[NDArray[np.float64], torch.Tensor], dict[str, float]],
+) -> dict[str, float]:
+    """Metrics of the suspicions; without bad examples, or with nothing else, there are none."""
+    bad = job.data.truth.is_bad
+    found: dict[str, float] = {}
+    if scores.watched is not None:
+        bad = bad[scores.watched]
+        found["n_watched"] = float(len(bad))
+    n_bad = int(bad.sum())
+    found["n_bad"] = float(n_bad)
+    if 0 < n_bad < len(bad):
+        found |= metrics(suspicion(scores.watched_values, job.end(target)), bad)
+    return found
+
+
+def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
+    checkpoints = []
+    for path in sorted(folder.glob("*.ckpt")):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        params = {
+            name.removeprefix("net."): value
+            for name, value in content["state_dict"].items()
+            if name.startswith("net.")
+        }
+        checkpoints.append(
+            Checkpoint(params=params, lr=content["lr"], step=int(content["global_step"]))
+        )
+    net = build_model(job).net
+    net.load_state_dict(dict(checkpoints[-1].params))
+    return TrainedRun(net, checkpoints, facts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's notices about hardware and workers do not help this run's reader."""
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
+            warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Wrong labels in a user's own data, at an error rate."""

@@ -1,0 +1,1 @@
+"""What is kept: records, scores, comparisons, checked when they are read."""

@@ -1,0 +1,1 @@
+"""Numbers alone: trade-off functions, their composition, estimates from samples, discoveries."""

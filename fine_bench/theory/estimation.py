@@ -1,0 +1,633 @@
+"""From samples to influence: estimates of μ, p-values, and discoveries among many.
+
+P samples are statistics of batches that include the data S, Q samples of batches that exclude it;
+x is larger when S lowers the query's loss. The test rejects "saw S" when x < τ, and
+
+    μ = Φ⁻¹(1 − α) − Φ⁻¹(β),   α = P(x < τ),  β = Q(x ≥ τ),
+
+is positive when P lies above Q. Under a Gaussian shift every τ has the same μ.
+
+Two questions are kept apart. *Is this effect larger than the run's noise?* is answered by the
+estimates and p-values of one subset; *is this example unlike trusted data?* by conformal p-values,
+followed by a false discovery rate. Every interval and p-value takes the samples of an arm as
+independent and identically distributed: subtract an auxiliary run or test pairs (`paired=True`)
+when the signal drifts along the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import betaincinv, ndtr, ndtri, stdtr, stdtrit
+from scipy.stats import rankdata
+
+from fine_bench.theory.tradeoff import (
+    ArrayLike,
+    FloatArray,
+    check_probability,
+    check_samples,
+    error_curve,
+    signed_mu,
+)
+
+Method = Literal["two_stage", "max", "moment", "rank"]
+Alternative = Literal["two-sided", "greater", "less"]
+
+_LEAST_SAMPLES: dict[str, int] = {"two_stage": 4, "max": 2, "moment": 2, "rank": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class InfluenceEstimate:
+    """Signed μ of one subset (arrays of shape ()) or of many (leading axes of the samples).
+
+    `mu` is ±inf when the samples do not overlap and NaN when they cannot tell, never a stand-in 0.
+    Where an end of the interval is infinite, `reason` says why; elsewhere it is "".
+    """
+
+    mu: FloatArray
+    std_error: FloatArray
+    lower: FloatArray
+    upper: FloatArray
+    level: float
+    n_p: int
+    n_q: int
+    method: Method
+    reason: npt.NDArray[np.str_]
+
+    def __post_init__(self) -> None:
+        shapes = {
+            f.name: np.shape(getattr(self, f.name))
+            for f in fields(self)
+            if f.name in ("mu", "std_error", "lower", "upper", "reason")
+        }
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"an estimate needs fields of one shape, got {shapes}")
+        if np.isnan(self.lower).any() or (self.lower > self.upper).any():
+            raise ValueError("an interval needs lower <= upper; say 'unknown' with infinite ends")
+        unexplained = (np.isinf(self.lower) | np.isinf(self.upper)) & (self.reason == "")
+        if unexplained.any():
+            raise ValueError("an infinite interval needs a reason")
+
+
+def estimate_mu(
+    p: ArrayLike,
+    q: ArrayLike,
+    method: Method = "two_stage",
+    level: float = 0.95,
+    *,
+    block: int = 1,
+    clip: float = 0.01,
+) -> InfluenceEstimate:
+    """Signed μ from `p` (..., n_p) and `q` (..., n_q), samples in the order of the run.
+
+    `method`: "two_stage" (default), "max" (the published rule), "moment" or "rank": see
+    the functions of these names. `level`: nominal coverage of the interval, in (0, 1).
+    `block`: length of the alternating stages of "two_stage" (≥ 1). `clip`: where "max" cuts error
+    rates, in [0, 0.5).
+    """
+    estimators: dict[str, Callable[[], InfluenceEstimate]] = {
+        "two_stage": lambda: two_stage_mu(p, q, level, block),
+        "max": lambda: max_mu(p, q, level, clip),
+        "moment": lambda: moment_mu(p, q, level),
+        "rank": lambda: rank_mu(p, q, level),
+    }
+    if method not in estimators:
+        raise ValueError(f"method must be one of {sorted(estimators)}, got {method!r}")
+    return estimators[method]()
+
+
+def two_stage_mu(
+    p: ArrayLike, q: ArrayLike, level: float = 0.95, block: int = 1
+) -> InfluenceEstimate:
+    """One half of the samples chooses the rejection threshold, the other measures its errors.
+
+    Stages of `block` consecutive samples alternate between the halves over the whole run, so both
+    see every phase of training; a longer block separates the halves of an autocorrelated signal.
+    The first half takes the τ with the largest |μ̂|/SE (not the largest |μ̂|, which sits in the
+    tails, where nothing can be measured). The second half counts α̂ and β̂ at that τ, which owe
+    nothing to the choice: Clopper–Pearson intervals of both, each at level^(1/2) as the arms are
+    independent, give the interval, which holds at least at `level` for μ at that τ. The estimate
+    itself uses (k + ½)/(n + 1), finite for every count.
+    """
+    xp, xq = _arms(p, q, level, "two_stage")
+    if block < 1 or 2 * block > min(xp.shape[-1], xq.shape[-1]):
+        raise ValueError(
+            f"block must lie between 1 and half of the smaller sample "
+            f"({min(xp.shape[-1], xq.shape[-1]) // 2}), got {block!r}; both halves need samples"
+        )
+    choose_p, measure_p = _halves(xp, block)
+    choose_q, measure_q = _halves(xq, block)
+    thresholds, alpha, beta = error_curve(choose_p, choose_q)
+    informative = _informative(alpha, beta)
+    silent = np.asarray(~informative.any(axis=-1), dtype=np.bool_)
+    alpha = _shrink(alpha, choose_p.shape[-1])
+    beta = _shrink(beta, choose_q.shape[-1])
+    strength = np.abs(signed_mu(alpha, beta)) / _rate_error(
+        alpha, beta, choose_p.shape[-1], choose_q.shape[-1]
+    )
+    best = np.argmax(np.where(informative, strength, -1.0), axis=-1)[..., None]
+    threshold = np.take_along_axis(thresholds, best, axis=-1)
+
+    n_p, n_q = measure_p.shape[-1], measure_q.shape[-1]
+    hits_p = np.count_nonzero(measure_p < threshold, axis=-1).astype(np.float64)
+    hits_q = np.count_nonzero(measure_q >= threshold, axis=-1).astype(np.float64)
+    # A test that rejected none, or all, of both halves has said nothing about μ: NaN, not 0.
+    told = np.where(np.isnan(signed_mu(hits_p / n_p, hits_q / n_q)), np.nan, 1.0)
+    alpha, beta = _shrink(hits_p / n_p, n_p), _shrink(hits_q / n_q, n_q)
+    one_sided = (hits_p % n_p == 0) | (hits_q % n_q == 0)
+    each = float(np.sqrt(level))
+    alpha_low, alpha_high = clopper_pearson(hits_p, n_p, each)
+    beta_low, beta_high = clopper_pearson(hits_q, n_q, each)
+    return _estimate(
+        xp,
+        xq,
+        "two_stage",
+        level,
+        told * signed_mu(alpha, beta),
+        np.where(one_sided, np.inf, _rate_error(alpha, beta, n_p, n_q)),
+        # The ends are one-sided, so (0, 1) and (1, 0) cannot meet here: k = 0 and k = n give
+        # one end each.
+        -ndtri(alpha_high) - ndtri(beta_high),
+        -ndtri(alpha_low) - ndtri(beta_low),
+        [
+            (silent, "all choosing samples are equal: no threshold separates"),
+            (
+                one_sided,
+                f"no error, or only errors, among the measuring samples ({n_p} P, {n_q} Q): "
+                "more samples are needed",
+            ),
+        ],
+    )
+
+
+def max_mu(
+    p: ArrayLike, q: ArrayLike, level: float = 0.95, clip: float = 0.01
+) -> InfluenceEstimate:
+    """The published rule: sweep all thresholds and keep the signed μ of largest |μ|.
+
+    Panda et al., arXiv 2510.10510. The paper's grid is not known to us; we sweep every sample,
+    leave out thresholds that reject nothing or everything, and clip α̂ and β̂ to
+    [c, 1 − c], c = max(`clip`, ½/n). So |μ̂| ≤ 2Φ⁻¹(1 − c), 4.65 by default; clipping at ½/n alone
+    lets the noise of the farthest tail decide, and the bias then hardly falls with n.
+
+    The maximum over thresholds is biased away from 0, at a true 0 most of all, and `std_error` is
+    that of a threshold fixed in advance: neither knows of the search. The interval does: bands of
+    Dvoretzky, Kiefer and Wolfowitz (constant of Massart) hold at all thresholds at once, and their
+    values of μ are intersected, which is right if one μ describes all thresholds, as G_μ supposes.
+    It need not contain the biased estimate. An empty intersection means that no G_μ fits.
+    """
+    xp, xq = _arms(p, q, level, "max")
+    if not 0.0 <= clip < 0.5:
+        raise ValueError(f"clip must lie in [0, 0.5), got {clip!r}; it is an error rate, try 0.01")
+    n_p, n_q = xp.shape[-1], xq.shape[-1]
+    _, alpha, beta = error_curve(xp, xq)
+    informative = _informative(alpha, beta)
+    silent = np.asarray(~informative.any(axis=-1), dtype=np.bool_)
+    cut_p, cut_q = max(clip, 0.5 / n_p), max(clip, 0.5 / n_q)
+    clipped_alpha = np.clip(alpha, cut_p, 1.0 - cut_p)
+    clipped_beta = np.clip(beta, cut_q, 1.0 - cut_q)
+    mu = signed_mu(clipped_alpha, clipped_beta)
+    best = np.argmax(np.where(informative, np.abs(mu), -1.0), axis=-1)[..., None]
+
+    miss = 0.5 * (1.0 - np.sqrt(level))  # two independent bands, hence the root
+    band_p, band_q = np.sqrt(-np.log(miss) / (2.0 * n_p)), np.sqrt(-np.log(miss) / (2.0 * n_q))
+    low = -ndtri(np.minimum(alpha + band_p, 1.0)) - ndtri(np.minimum(beta + band_q, 1.0))
+    high = -ndtri(np.maximum(alpha - band_p, 0.0)) - ndtri(np.maximum(beta - band_q, 0.0))
+    lower, upper = low.max(axis=-1), high.min(axis=-1)
+    return _estimate(
+        xp,
+        xq,
+        "max",
+        level,
+        np.take_along_axis(mu, best, axis=-1)[..., 0],
+        np.take_along_axis(_rate_error(clipped_alpha, clipped_beta, n_p, n_q), best, axis=-1)[
+            ..., 0
+        ],
+        lower,
+        upper,
+        [
+            (silent, "all samples are equal: no threshold separates"),
+            (lower > upper, "no single mu fits all thresholds: the shift is not Gaussian"),
+            (
+                np.isinf(lower) | np.isinf(upper),
+                f"too few samples ({n_p} P, {n_q} Q) to bound the errors at any threshold",
+            ),
+        ],
+    )
+
+
+def moment_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimate:
+    """μ̂ = (mean P − mean Q)/s, s² the pooled variance (n − 1 in each arm).
+
+    Efficient when P and Q are Gaussian of equal spread, and the standardised mean difference
+    whatever they are. The standard error is that of its influence function, so that skewness,
+    heavy tails and unequal variances are in it; the interval is Student's with n_p + n_q − 2.
+    """
+    xp, xq = _arms(p, q, level, "moment")
+    n_p, n_q = xp.shape[-1], xq.shape[-1]
+    freedom = n_p + n_q - 2
+    share_p, share_q = (n_p - 1) / freedom, (n_q - 1) / freedom
+    dev_p, dev_q = xp - xp.mean(-1, keepdims=True), xq - xq.mean(-1, keepdims=True)
+    # Rounding leaves a constant sample a spread of its last digit, so compare the values instead.
+    constant_p, constant_q = np.ptp(xp, axis=-1) == 0.0, np.ptp(xq, axis=-1) == 0.0
+    known = ~(constant_p & constant_q)
+    # In units of the largest deviation, as squares of vanishing gradients underflow.
+    unit = np.maximum(np.abs(dev_p).max(-1), np.abs(dev_q).max(-1))
+    unit = np.where(known, unit, 1.0)
+    dev_p, dev_q = dev_p / unit[..., None], dev_q / unit[..., None]
+    variance = share_p * dev_p.var(-1, ddof=1) + share_q * dev_q.var(-1, ddof=1)
+    sigma = np.sqrt(np.where(known, variance, 1.0))
+    shift = np.where(known, (xp.mean(-1) - xq.mean(-1)) / unit, xp[..., 0] - xq[..., 0])
+    with np.errstate(invalid="ignore"):
+        mu = np.where(known, shift / sigma, shift * np.inf)  # 0·inf: nothing is known at all
+    z_p, z_q = dev_p / sigma[..., None], dev_q / sigma[..., None]
+    pull = np.where(known, 0.5 * mu, 0.0)[..., None]
+    error = np.sqrt(
+        (z_p - share_p * pull * z_p**2).var(-1, ddof=1) / n_p
+        + (z_q + share_q * pull * z_q**2).var(-1, ddof=1) / n_q
+    )
+    reach = stdtrit(freedom, 0.5 + 0.5 * level) * error
+    error = np.where(constant_p | constant_q, np.inf, error)
+    return _estimate(
+        xp,
+        xq,
+        "moment",
+        level,
+        mu,
+        error,
+        mu - reach,
+        mu + reach,
+        [
+            (~known, "both samples are constant: there is no noise to measure the shift by"),
+            (constant_p, "the P samples are constant: their noise cannot be measured"),
+            (constant_q, "the Q samples are constant: their noise cannot be measured"),
+        ],
+    )
+
+
+def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimate:
+    """μ̂ = √2 Φ⁻¹(AUC), AUC = P(x_P > x_Q) + ½ P(tie): unchanged by any monotone transform.
+
+    Standard error of DeLong, DeLong and Clarke-Pearson (1988) carried through Φ⁻¹; the interval
+    is normal on the scale of μ. Without any overlap (AUC 0 or 1) μ̂ is ±inf and the finite end
+    comes from min(n_p, n_q) disjoint, hence independent, pairs that all agree.
+    """
+    xp, xq = _arms(p, q, level, "rank")
+    n_p, n_q = xp.shape[-1], xq.shape[-1]
+    pooled = rankdata(np.concatenate([xp, xq], axis=-1), axis=-1)
+    # A sample's place among the other arm: the share below it, ties counting one half.
+    place_p = (pooled[..., :n_p] - rankdata(xp, axis=-1)) / n_q
+    place_q = (pooled[..., n_p:] - rankdata(xq, axis=-1)) / n_p
+    auc = place_p.mean(-1)
+    error = np.sqrt(place_p.var(-1, ddof=1) / n_p + place_q.var(-1, ddof=1) / n_q)
+    quantile = ndtri(auc)
+    mu = np.sqrt(2.0) * quantile
+    apart = np.isinf(mu)
+    constant = (np.ptp(xp, axis=-1) == 0.0) & (np.ptp(xq, axis=-1) == 0.0) & ~apart
+    mu = np.where(constant, np.nan, mu)
+    density = np.exp(-0.5 * np.where(apart, 0.0, quantile) ** 2) / np.sqrt(2.0 * np.pi)
+    error = np.where(apart, np.inf, np.sqrt(2.0) * error / density)
+    reach = ndtri(0.5 + 0.5 * level) * error
+    agree = np.sqrt(2.0) * ndtri((0.5 - 0.5 * level) ** (1.0 / min(n_p, n_q)))
+    return _estimate(
+        xp,
+        xq,
+        "rank",
+        level,
+        mu,
+        error,
+        np.where(apart, np.where(mu > 0.0, agree, -np.inf), mu - np.where(apart, 0.0, reach)),
+        np.where(apart, np.where(mu < 0.0, -agree, np.inf), mu + np.where(apart, 0.0, reach)),
+        [
+            (constant, "all samples are equal: their order says nothing"),
+            (apart, f"P and Q do not overlap in {n_p} and {n_q} samples: |mu| has no upper end"),
+        ],
+    )
+
+
+def clopper_pearson(
+    hits: ArrayLike, trials: ArrayLike, level: float = 0.95
+) -> tuple[FloatArray, FloatArray]:
+    """Exact two-sided interval of a probability after `hits` of `trials` (arrays, same shape).
+
+    Clopper and Pearson (1934): quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k). Covers at
+    least at `level` for every true probability.
+    """
+    _check_level(level)
+    k, n = np.broadcast_arrays(
+        np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
+    )
+    if not ((n >= 1) & (k >= 0) & (k <= n)).all():
+        raise ValueError("clopper_pearson needs trials >= 1 and 0 <= hits <= trials")
+    miss = 0.5 - 0.5 * level
+    none, every = k == 0, k == n
+    low = betaincinv(np.where(none, 1.0, k), n - k + 1.0, miss)
+    high = betaincinv(k + 1.0, np.where(every, 1.0, n - k), 1.0 - miss)
+    return np.where(none, 0.0, low), np.where(every, 1.0, high)
+
+
+# p-values of subsets --------------------------------------------------------------------------
+
+
+def permutation_p_value(
+    p: ArrayLike,
+    q: ArrayLike,
+    rng: np.random.Generator,
+    *,
+    statistic: Literal["mean", "rank"] = "mean",
+    alternative: Alternative = "two-sided",
+    paired: bool = False,
+    n_permutations: int = 999,
+) -> FloatArray:
+    """p-value of "S has no influence" (P = Q) by exchanging labels; shapes as `estimate_mu`.
+
+    p = (1 + #{permuted statistic at least as extreme}) / (1 + `n_permutations`): never 0, and
+    valid in finite samples (Phipson and Smyth 2010). "greater" asks for P above Q (S helps).
+    `paired`: labels are exchanged only within sample t of P and sample t of Q, which is valid
+    when the signal drifts along the run but the two batches of one step are exchangeable.
+    """
+    xp, xq = _arms(p, q, 0.95, "moment")
+    _check_alternative(alternative)
+    n_p, n_q = xp.shape[-1], xq.shape[-1]
+    if paired and n_p != n_q:
+        raise ValueError(f"paired=True needs one P and one Q sample a step, got {n_p} and {n_q}")
+    if n_permutations < 1:
+        raise ValueError(f"n_permutations must be >= 1, got {n_permutations!r}; try 999")
+    if statistic not in ("mean", "rank"):
+        raise ValueError(f"statistic must be 'mean' or 'rank', got {statistic!r}")
+    pooled = np.concatenate([xp, xq], axis=-1)
+    if statistic == "rank":
+        pooled = rankdata(pooled, axis=-1)
+    # Centred and scaled, so that "at least as extreme" can allow for rounding of equal sums.
+    pooled = pooled - pooled.mean(-1, keepdims=True)
+    scale = np.abs(pooled).max(-1, keepdims=True)
+    pooled = pooled / np.where(scale > 0.0, scale, 1.0)
+    sign = {"two-sided": 0.0, "greater": 1.0, "less": -1.0}[alternative]
+
+    def extremity(total: FloatArray) -> FloatArray:
+        return np.abs(total) if sign == 0.0 else sign * total
+
+    # With the pooled sum fixed at 0 the P sum decides the difference of the means.
+    observed = extremity(pooled[..., :n_p].sum(-1))
+    tie = 1e-12 * (n_p + n_q)
+    as_extreme = np.zeros(observed.shape)
+    gaps = 0.5 * (pooled[..., :n_p] - pooled[..., n_p:]) if paired else None
+    for _ in range(n_permutations):
+        if gaps is not None:
+            flips = 1.0 - 2.0 * rng.integers(0, 2, size=gaps.shape)
+            total = (gaps * flips).sum(-1)
+        else:
+            total = rng.permuted(pooled, axis=-1)[..., :n_p].sum(-1)
+        as_extreme += extremity(total) >= observed - tie
+    return np.asarray((1.0 + as_extreme) / (1.0 + n_permutations), dtype=np.float64)
+
+
+def analytic_p_value(
+    p: ArrayLike,
+    q: ArrayLike,
+    *,
+    statistic: Literal["mean", "rank"] = "mean",
+    alternative: Alternative = "two-sided",
+) -> FloatArray:
+    """p-value of "S has no influence" in closed form; shapes as `estimate_mu`.
+
+    "mean": Welch's t-test (unequal variances). "rank": Mann–Whitney with the normal limit,
+    variance corrected for ties and ½ for continuity; from about 10 samples an arm. All samples
+    equal gives 1: no evidence. Constant arms that differ have no Welch test and are refused.
+    """
+    xp, xq = _arms(p, q, 0.95, "moment")
+    _check_alternative(alternative)
+    n_p, n_q = xp.shape[-1], xq.shape[-1]
+    if statistic == "mean":
+        spread_p = np.where(np.ptp(xp, axis=-1) == 0.0, 0.0, xp.var(-1, ddof=1)) / n_p
+        spread_q = np.where(np.ptp(xq, axis=-1) == 0.0, 0.0, xq.var(-1, ddof=1)) / n_q
+        spread = spread_p + spread_q
+        still = spread == 0.0
+        if (still & (xp[..., 0] != xq[..., 0])).any():
+            raise ValueError(
+                "both samples are constant and differ: Welch's test has no noise to go by; "
+                "use permutation_p_value or statistic='rank'"
+            )
+        shift = np.where(still, 0.0, xp.mean(-1) - xq.mean(-1))
+        spread = np.where(still, 1.0, spread)
+        freedom = spread**2 / (spread_p**2 / (n_p - 1) + spread_q**2 / (n_q - 1) + still)
+        z = shift / np.sqrt(spread)
+        tails = stdtr(freedom, z), stdtr(freedom, -z)
+    elif statistic == "rank":
+        pooled = np.concatenate([xp, xq], axis=-1)
+        ranks = rankdata(pooled, axis=-1)
+        n = n_p + n_q
+        excess = ranks[..., :n_p].sum(-1) - 0.5 * n_p * (n + 1)
+        # The variance of mid-ranks already contains the tie correction.
+        variance = n_p * n_q / n * ranks.var(-1, ddof=1)
+        still = variance == 0.0
+        root = np.sqrt(np.where(still, 1.0, variance))
+        tails = ndtr((excess + 0.5) / root), ndtr((0.5 - excess) / root)
+    else:
+        raise ValueError(f"statistic must be 'mean' or 'rank', got {statistic!r}")
+    less, greater = tails
+    if alternative == "two-sided":
+        value = 2.0 * np.minimum(less, greater)
+    else:
+        value = greater if alternative == "greater" else less
+    return np.asarray(np.where(still, 1.0, np.minimum(value, 1.0)), dtype=np.float64)
+
+
+# Unlike trusted data --------------------------------------------------------------------------
+
+
+def trusted_size_needed(level: float, n_tests: int = 1, n_expected: int = 1) -> int:
+    """Trusted examples needed before a false discovery rate of `level` can discover anything.
+
+    The smallest conformal p-value is 1/(n + 1); Benjamini–Hochberg rejects `n_expected` of
+    `n_tests` only at p ≤ level·n_expected/n_tests, so n ≥ n_tests/(level·n_expected) − 1.
+    """
+    _check_level(level)
+    if not 1 <= n_expected <= n_tests:
+        raise ValueError(f"need 1 <= n_expected <= n_tests, got {n_expected!r} of {n_tests!r}")
+    # The small allowance keeps 1/0.05, which is 20.000000000000004 or so, from costing one more.
+    return max(int(np.ceil(n_tests / (level * n_expected) - 1.0 - 1e-9)), 1)
+
+
+def conformal_p_values(
+    scores: ArrayLike,
+    trusted: ArrayLike,
+    suspicious: Literal["high", "low"],
+    *,
+    ties: Literal["conservative", "random"] = "conservative",
+    rng: np.random.Generator | None = None,
+    level: float | None = None,
+) -> FloatArray:
+    """p-value of "this example is like the trusted ones", for each score; same shape as `scores`.
+
+    `scores`: any shape; `trusted`: (n,) scores of data known to be clean and *trained on like the
+    rest*. `suspicious`: the direction that counts as evidence, declared by the target.
+
+        p = (1 + #{trusted at least as suspicious}) / (n + 1)
+
+    Valid in finite samples whatever the scores' distribution, jointly positively dependent, so
+    that Benjamini–Hochberg holds its rate (Bates, Candès, Lei, Romano and Sesia 2023). With
+    `ties="conservative"` trusted values equal to the score count in full; "random" counts a
+    uniform share of them and of the 1, making p exactly uniform (needs `rng`; the proof of the
+    joint property does not cover it). `level`: when given, a trusted set too small for any
+    discovery at that level is refused.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    clean = check_samples(trusted, "trusted")
+    if clean.ndim != 1:
+        raise ValueError(f"trusted must be 1-d, got shape {clean.shape}")
+    if values.size and not np.isfinite(values).all():
+        raise ValueError(
+            "scores hold NaN or infinite values; an undefined score has no p-value: leave it out"
+        )
+    if suspicious not in ("high", "low"):
+        raise ValueError(f"suspicious must be 'high' or 'low', got {suspicious!r}")
+    n = clean.size
+    if level is not None and n < trusted_size_needed(level):
+        raise ValueError(
+            f"{n} trusted example(s) give p-values of at least 1/{n + 1}, above the level "
+            f"{level:g}: no discovery is possible. At least {trusted_size_needed(level)} are "
+            f"needed, and {trusted_size_needed(level, max(values.size, 1))} to find a single bad "
+            f"one among {max(values.size, 1)}"
+        )
+    sign = -1.0 if suspicious == "high" else 1.0
+    values, clean = sign * values, np.sort(sign * clean)
+    below = np.searchsorted(clean, values, side="left")
+    through = np.searchsorted(clean, values, side="right")
+    if ties == "conservative":
+        return np.asarray((1.0 + through) / (n + 1.0), dtype=np.float64)
+    if ties != "random":
+        raise ValueError(f"ties must be 'conservative' or 'random', got {ties!r}")
+    if rng is None:
+        raise ValueError("ties='random' needs rng=numpy.random.default_rng(seed)")
+    share = rng.uniform(size=values.shape)
+    return np.asarray((below + share * (1.0 + through - below)) / (n + 1.0), dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Discoveries:
+    """Which hypotheses are rejected at a false discovery rate of `level`."""
+
+    rejected: npt.NDArray[np.bool_]
+    adjusted: FloatArray
+    """Smallest level at which each would be rejected."""
+    level: float
+
+
+def benjamini_hochberg(p_values: ArrayLike, level: float = 0.1) -> Discoveries:
+    """Benjamini and Hochberg (1995) on `p_values` (m,): false discovery rate at most `level`.
+
+    Adjusted p: min over larger p_(j) of m·p_(j)/j. Holds for independent and for positively
+    dependent p-values (conformal ones are). An empty list has no discoveries.
+    """
+    _check_level(level)
+    values = check_probability(p_values, "p_values")
+    if values.ndim != 1:
+        raise ValueError(f"p_values must be 1-d, got shape {values.shape}; flatten the table first")
+    m = values.size
+    order = np.argsort(-values, kind="stable")
+    scaled = values[order] * (m / np.arange(m, 0, -1))
+    adjusted = np.empty(m)
+    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
+    # The same sum decides mask and table, so that they can never disagree.
+    return Discoveries(adjusted <= level, adjusted, level)
+
+
+# Pieces shared by the estimators --------------------------------------------------------------
+
+
+def _check_level(level: float) -> None:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}; try 0.95")
+
+
+def _check_alternative(alternative: str) -> None:
+    if alternative not in get_args(Alternative):
+        raise ValueError(f"alternative must be one of {get_args(Alternative)}, got {alternative!r}")
+
+
+def _arms(p: ArrayLike, q: ArrayLike, level: float, method: str) -> tuple[FloatArray, FloatArray]:
+    """Both samples, checked: finite, long enough for the method, same leading axes."""
+    _check_level(level)
+    least = _LEAST_SAMPLES[method]
+    xp, xq = check_samples(p, "p", least), check_samples(q, "q", least)
+    if xp.shape[:-1] != xq.shape[:-1]:
+        raise ValueError(
+            f"p {xp.shape} and q {xq.shape} must agree in all axes but the last; "
+            "stack the subsets of both in the same order"
+        )
+    return xp, xq
+
+
+def _halves(samples: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:
+    """Alternating stages of `block` consecutive samples."""
+    second = np.arange(samples.shape[-1]) // block % 2 == 1
+    return samples[..., ~second], samples[..., second]
+
+
+def _informative(alpha: FloatArray, beta: FloatArray) -> npt.NDArray[np.bool_]:
+    """Thresholds that reject something, but not everything."""
+    trivial = ((alpha == 0.0) & (beta == 1.0)) | ((alpha == 1.0) & (beta == 0.0))
+    return np.asarray(~trivial, dtype=np.bool_)
+
+
+def _shrink(rate: FloatArray, n: int) -> FloatArray:
+    """(k + ½)/(n + 1) for a rate k/n: inside (0, 1), so that Φ⁻¹ is finite."""
+    return (rate * n + 0.5) / (n + 1.0)
+
+
+def _rate_error(alpha: FloatArray, beta: FloatArray, n_p: int, n_q: int) -> FloatArray:
+    """Standard error of Φ⁻¹(1 − α̂) − Φ⁻¹(β̂) at a fixed threshold: binomial, through Φ⁻¹."""
+
+    def part(rate: FloatArray, n: int) -> FloatArray:
+        density_squared = np.exp(-(ndtri(rate) ** 2)) / (2.0 * np.pi)
+        return np.asarray(rate * (1.0 - rate) / (n * density_squared), dtype=np.float64)
+
+    return np.asarray(np.sqrt(part(alpha, n_p) + part(beta, n_q)), dtype=np.float64)
+
+
+def _estimate(
+    xp: FloatArray,
+    xq: FloatArray,
+    method: Method,
+    level: float,
+    mu: ArrayLike,
+    std_error: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    failures: list[tuple[npt.NDArray[np.bool_], str]],
+) -> InfluenceEstimate:
+    """Put the result together; where a failure applies, open the interval and give the reason.
+
+    Of several failures the first is named, and the first of the list means that nothing is known:
+    μ is then NaN, unless infinite. A failure that leaves one finite end (no overlap, no error
+    counted) keeps that end.
+    """
+    shape = xp.shape[:-1]
+    mu, std_error, lower, upper = (
+        np.array(np.broadcast_to(np.asarray(v, dtype=np.float64), shape))
+        for v in (mu, std_error, lower, upper)
+    )
+    texts = np.array(["", *(text for _, text in failures)])
+    which = np.zeros(shape, dtype=np.intp)
+    for number, (mask, _) in reversed(list(enumerate(failures, start=1))):
+        which = np.where(mask, number, which)
+    unknown = which == 1
+    open_ends = (which > 0) & ~(np.isinf(lower) ^ np.isinf(upper)) | np.isnan(lower)
+    mu = np.where(unknown & np.isfinite(mu), np.nan, mu)
+    std_error = np.where(unknown, np.inf, std_error)
+    return InfluenceEstimate(
+        mu=mu,
+        std_error=std_error,
+        lower=np.where(open_ends, -np.inf, lower),
+        upper=np.where(open_ends, np.inf, upper),
+        level=level,
+        n_p=xp.shape[-1],
+        n_q=xq.shape[-1],
+        method=method,
+        reason=texts[which],
+    )

@@ -1,1 +1,0 @@
-"""How f-INE watches a training run, without any training framework: schedules and geometries."""
