@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.metrics.cure import CurePoint
 from fine_bench.models import DivergedError
 from fine_bench.report.cure import figure, frame, markdown
 from fine_bench.report.figures.style import FORMATS, to_bytes
 from fine_bench.report.figures.tables import kind_of
-from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS, Point, cure
+from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS, cure
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import job_of
 from fine_bench.store.records import RecordStore, StoreError, newest, write_atomic
@@ -178,7 +179,7 @@ def _write(
     job: Job,
     first: RunRecord,
     chosen: Mapping[str, Sequence[RunRecord]],
-    points: Sequence[Point],
+    points: Sequence[CurePoint],
 ) -> None:
     data = job.data
     size = (

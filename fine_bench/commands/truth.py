@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fine_bench.report.evidence import write_evidence
 from fine_bench.retraining.bank import Bank, load_bank
-from fine_bench.retraining.evidence import write_evidence
 from fine_bench.retraining.truth import HALVES, Truth
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import StoreError

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import panels_of, reach, title_of
 from fine_bench.report.figures.style import BLACK, GREY, PALE, Kind, Look, canvas, looks, styled
-from fine_bench.runner.cure import ORACLE, RANDOM, Point
 
 TITLES = {"remove": "removed", "relabel": "relabelled", "downweight": "weighted down"}
 
 
-def frame(points: Sequence[Point], task: str, setting: str, target: str) -> pd.DataFrame:
+def frame(points: Sequence[CurePoint], task: str, setting: str, target: str) -> pd.DataFrame:
     """One row a point, numbers in full."""
     rows = []
     for p in points:
@@ -37,7 +37,7 @@ def frame(points: Sequence[Point], task: str, setting: str, target: str) -> pd.D
     return pd.DataFrame(rows)
 
 
-def markdown(points: Sequence[Point], heading: str, notes: Sequence[str]) -> str:
+def markdown(points: Sequence[CurePoint], heading: str, notes: Sequence[str]) -> str:
     """A table for each treatment, the methods side by side."""
     plain = next(p for p in points if p.treatment == "none")
     text = ["# Cure: does acting on the scores help?", "", heading, ""]
@@ -64,7 +64,9 @@ def _three(interval: Interval) -> str:
 
 
 @styled
-def figure(points: Sequence[Point], kinds: Mapping[str, Kind], *, size: str, rate: float) -> Figure:
+def figure(
+    points: Sequence[CurePoint], kinds: Mapping[str, Kind], *, size: str, rate: float
+) -> Figure:
     """Test accuracy against the share touched, a panel for each treatment, bars for intervals."""
     treatments = list(dict.fromkeys(p.treatment for p in points if p.treatment != "none"))
     plain = next(p for p in points if p.treatment == "none")

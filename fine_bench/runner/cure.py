@@ -9,7 +9,6 @@ that is right need not help: this measures whether it does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Literal, TypeAlias, get_args
 
@@ -18,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
 from fine_bench.metrics.detection import suspicion
-from fine_bench.metrics.intervals import Interval, mean_interval
+from fine_bench.metrics.intervals import mean_interval
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import MeanProbabilities, Retrain, mean_probabilities, retrain
 from fine_bench.seeds import derive
@@ -29,36 +29,10 @@ Treatment: TypeAlias = Literal["remove", "relabel", "downweight"]
 Order: TypeAlias = NDArray[np.int64]
 
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
-ORACLE, RANDOM = "oracle", "random order"
 MIN_SEEDS = 5
 FIRST_SEED = 1000
 """Retraining seeds count from here, away from those of the runs that were scored."""
 _AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Point:
-    """One method, treatment and number of examples touched.
-
-    Attributes:
-        method: of the order; ``"oracle"`` and ``"random order"`` besides the scored ones.
-        treatment: what was done; ``"none"`` for the untreated models.
-        touched: number of examples touched.
-        share: of the training set.
-        bad_touched: how many of them are bad, mean over seeds.
-        accuracy: mean test accuracy over the retraining seeds with its interval.
-        gain: accuracy minus that of the untreated model of the same seed, with its interval.
-        n_seeds: number of retraining seeds.
-    """
-
-    method: str
-    treatment: str
-    touched: int
-    share: float
-    bad_touched: float
-    accuracy: Interval
-    gain: Interval
-    n_seeds: int
 
 
 def order_of(scores: InfluenceScores, end: End) -> Order:
@@ -115,7 +89,7 @@ def cure(
     train: Retrain = retrain,
     probabilities: MeanProbabilities = mean_probabilities,
     advance: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Point]:
+) -> list[CurePoint]:
     """Treat, retrain and compare.
 
     Retraining seed j uses a method's scores of its (j mod R)-th stored run of R, so that the
@@ -184,7 +158,7 @@ def cure(
 
     plain = found["", "none", 0]
     return [
-        Point(
+        CurePoint(
             method=name,
             treatment=treatment,
             touched=k,

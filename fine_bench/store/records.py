@@ -744,10 +744,6 @@ def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        if distribution == "fine_bench":
-            from fine_bench import __version__
-
-            return __version__
         return "unknown"
 
 
