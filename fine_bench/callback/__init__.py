@@ -2,5 +2,6 @@
 
 from fine_bench.callback.fine import FINECallback
 from fine_bench.callback.paper import PaperFINECallback
+from fine_bench.fine.batch_adapter import BatchAdapter
 
-__all__ = ["FINECallback", "PaperFINECallback"]
+__all__ = ["BatchAdapter", "FINECallback", "PaperFINECallback"]
