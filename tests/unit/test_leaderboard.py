@@ -19,8 +19,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fine_bench.leaderboard import render as view
 from fine_bench.commands.leaderboard import main
+from fine_bench.leaderboard import render as view
 from fine_bench.leaderboard.board import Leaderboard, Row, build, cells
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
