@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fine_bench.store.records import RecordStore, StoreError, newest
-from fine_bench.theory.composition import PrivacyCurve, privacy_curve
+from fine_bench.theory.privacy import PrivacyCurve, privacy_curve
 from fine_bench.types import TARGETS, RunRecord
 
 

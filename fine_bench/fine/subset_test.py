@@ -47,7 +47,8 @@ from fine_bench.fine.accumulator import Observable
 from fine_bench.fine.subsets import Draw, Subsets
 from fine_bench.gradients.per_example import Direction, PerExampleGradients
 from fine_bench.seeds import derive
-from fine_bench.theory.estimation import InfluenceEstimate, estimate_mu, permutation_p_value
+from fine_bench.theory.estimation import InfluenceEstimate, estimate_mu
+from fine_bench.theory.p_values import permutation_p_value
 from fine_bench.types import InfluenceScores, Target
 
 Selection: TypeAlias = Literal["split", "max"]

@@ -49,7 +49,7 @@ from fine_bench.metrics._arrays import ArrayLike, End
 from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import Interval
 from fine_bench.seeds import derive
-from fine_bench.theory.estimation import benjamini_hochberg, conformal_p_values
+from fine_bench.theory.false_discovery import benjamini_hochberg, conformal_p_values
 
 Mask: TypeAlias = NDArray[np.bool_]
 Vector: TypeAlias = NDArray[np.float64]

@@ -18,7 +18,7 @@ from scipy.special import ndtr, ndtri
 from fine_bench.metrics._arrays import Vector
 from fine_bench.metrics.retraining import Matrix, arms, checked
 from fine_bench.seeds import derive
-from fine_bench.theory.tradeoff import error_curve
+from fine_bench.theory.error_rates import error_curve
 
 LEAST_FOR_NORMALITY = 20
 """Fewest models of a group for which normality is tested (the kurtosis needs them)."""

@@ -1,4 +1,4 @@
-"""From samples to influence: estimates of μ, p-values, and discoveries among many.
+"""From samples to influence: estimates of μ with their intervals.
 
 P samples are statistics of batches that include the data S, Q samples of batches that exclude it;
 x is larger when S lowers the query's loss. The test rejects "saw S" when x < τ, and
@@ -7,35 +7,34 @@ x is larger when S lowers the query's loss. The test rejects "saw S" when x < τ
 
 is positive when P lies above Q. Under a Gaussian shift every τ has the same μ.
 
-Two questions are kept apart. *Is this effect larger than the run's noise?* is answered by the
-estimates and p-values of one subset; *is this example unlike trusted data?* by conformal p-values,
-followed by a false discovery rate. Every interval and p-value takes the samples of an arm as
-independent and identically distributed: subtract an auxiliary run or test pairs (`paired=True`)
-when the signal drifts along the run.
+Two questions are kept apart. *Is this effect larger than the run's noise?* is answered here and in
+`fine_bench.theory.p_values`, subset by subset; *is this example unlike trusted data?* by
+`fine_bench.theory.false_discovery`. Every interval takes the samples of an arm as independent and
+identically distributed: subtract an auxiliary run, or test pairs (`permutation_p_value` with
+`paired=True`), when the signal drifts along the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, ndtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtrit
 from scipy.stats import rankdata
 
-from fine_bench.theory.tradeoff import (
-    ArrayLike,
-    FloatArray,
-    check_probability,
-    check_samples,
+from fine_bench.theory.arrays import ArrayLike, FloatArray, check_arms, check_level
+from fine_bench.theory.error_rates import (
+    clopper_pearson,
     error_curve,
+    rate_error,
+    shrunk,
     signed_mu,
 )
 
 Method = Literal["two_stage", "max", "moment", "rank"]
-Alternative = Literal["two-sided", "greater", "less"]
 
 _LEAST_SAMPLES: dict[str, int] = {"two_stage": 4, "max": 2, "moment": 2, "rank": 2}
 
@@ -124,9 +123,9 @@ def two_stage_mu(
     thresholds, alpha, beta = error_curve(choose_p, choose_q)
     informative = _informative(alpha, beta)
     silent = np.asarray(~informative.any(axis=-1), dtype=np.bool_)
-    alpha = _shrink(alpha, choose_p.shape[-1])
-    beta = _shrink(beta, choose_q.shape[-1])
-    strength = np.abs(signed_mu(alpha, beta)) / _rate_error(
+    alpha = shrunk(alpha, choose_p.shape[-1])
+    beta = shrunk(beta, choose_q.shape[-1])
+    strength = np.abs(signed_mu(alpha, beta)) / rate_error(
         alpha, beta, choose_p.shape[-1], choose_q.shape[-1]
     )
     best = np.argmax(np.where(informative, strength, -1.0), axis=-1)[..., None]
@@ -137,7 +136,7 @@ def two_stage_mu(
     hits_q = np.count_nonzero(measure_q >= threshold, axis=-1).astype(np.float64)
     # A test that rejected none, or all, of both halves has said nothing about μ: NaN, not 0.
     told = np.where(np.isnan(signed_mu(hits_p / n_p, hits_q / n_q)), np.nan, 1.0)
-    alpha, beta = _shrink(hits_p / n_p, n_p), _shrink(hits_q / n_q, n_q)
+    alpha, beta = shrunk(hits_p / n_p, n_p), shrunk(hits_q / n_q, n_q)
     one_sided = (hits_p % n_p == 0) | (hits_q % n_q == 0)
     each = float(np.sqrt(level))
     alpha_low, alpha_high = clopper_pearson(hits_p, n_p, each)
@@ -148,7 +147,7 @@ def two_stage_mu(
         "two_stage",
         level,
         told * signed_mu(alpha, beta),
-        np.where(one_sided, np.inf, _rate_error(alpha, beta, n_p, n_q)),
+        np.where(one_sided, np.inf, rate_error(alpha, beta, n_p, n_q)),
         # The ends are one-sided, so (0, 1) and (1, 0) cannot meet here: k = 0 and k = n give
         # one end each.
         -ndtri(alpha_high) - ndtri(beta_high),
@@ -204,7 +203,7 @@ def max_mu(
         "max",
         level,
         np.take_along_axis(mu, best, axis=-1)[..., 0],
-        np.take_along_axis(_rate_error(clipped_alpha, clipped_beta, n_p, n_q), best, axis=-1)[
+        np.take_along_axis(rate_error(clipped_alpha, clipped_beta, n_p, n_q), best, axis=-1)[
             ..., 0
         ],
         lower,
@@ -309,258 +308,10 @@ def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimat
     )
 
 
-def clopper_pearson(
-    hits: ArrayLike, trials: ArrayLike, level: float = 0.95
-) -> tuple[FloatArray, FloatArray]:
-    """Exact two-sided interval of a probability after `hits` of `trials` (arrays, same shape).
-
-    Clopper and Pearson (1934): quantiles of Beta(k, n − k + 1) and Beta(k + 1, n − k). Covers at
-    least at `level` for every true probability.
-    """
-    _check_level(level)
-    k, n = np.broadcast_arrays(
-        np.asarray(hits, dtype=np.float64), np.asarray(trials, dtype=np.float64)
-    )
-    if not ((n >= 1) & (k >= 0) & (k <= n)).all():
-        raise ValueError("clopper_pearson needs trials >= 1 and 0 <= hits <= trials")
-    miss = 0.5 - 0.5 * level
-    none, every = k == 0, k == n
-    low = betaincinv(np.where(none, 1.0, k), n - k + 1.0, miss)
-    high = betaincinv(k + 1.0, np.where(every, 1.0, n - k), 1.0 - miss)
-    return np.where(none, 0.0, low), np.where(every, 1.0, high)
-
-
-# p-values of subsets --------------------------------------------------------------------------
-
-
-def permutation_p_value(
-    p: ArrayLike,
-    q: ArrayLike,
-    rng: np.random.Generator,
-    *,
-    statistic: Literal["mean", "rank"] = "mean",
-    alternative: Alternative = "two-sided",
-    paired: bool = False,
-    n_permutations: int = 999,
-) -> FloatArray:
-    """p-value of "S has no influence" (P = Q) by exchanging labels; shapes as `estimate_mu`.
-
-    p = (1 + #{permuted statistic at least as extreme}) / (1 + `n_permutations`): never 0, and
-    valid in finite samples (Phipson and Smyth 2010). "greater" asks for P above Q (S helps).
-    `paired`: labels are exchanged only within sample t of P and sample t of Q, which is valid
-    when the signal drifts along the run but the two batches of one step are exchangeable.
-    """
-    xp, xq = _arms(p, q, 0.95, "moment")
-    _check_alternative(alternative)
-    n_p, n_q = xp.shape[-1], xq.shape[-1]
-    if paired and n_p != n_q:
-        raise ValueError(f"paired=True needs one P and one Q sample a step, got {n_p} and {n_q}")
-    if n_permutations < 1:
-        raise ValueError(f"n_permutations must be >= 1, got {n_permutations!r}; try 999")
-    if statistic not in ("mean", "rank"):
-        raise ValueError(f"statistic must be 'mean' or 'rank', got {statistic!r}")
-    pooled = np.concatenate([xp, xq], axis=-1)
-    if statistic == "rank":
-        pooled = rankdata(pooled, axis=-1)
-    # Centred and scaled, so that "at least as extreme" can allow for rounding of equal sums.
-    pooled = pooled - pooled.mean(-1, keepdims=True)
-    scale = np.abs(pooled).max(-1, keepdims=True)
-    pooled = pooled / np.where(scale > 0.0, scale, 1.0)
-    sign = {"two-sided": 0.0, "greater": 1.0, "less": -1.0}[alternative]
-
-    def extremity(total: FloatArray) -> FloatArray:
-        return np.abs(total) if sign == 0.0 else sign * total
-
-    # With the pooled sum fixed at 0 the P sum decides the difference of the means.
-    observed = extremity(pooled[..., :n_p].sum(-1))
-    tie = 1e-12 * (n_p + n_q)
-    as_extreme = np.zeros(observed.shape)
-    gaps = 0.5 * (pooled[..., :n_p] - pooled[..., n_p:]) if paired else None
-    for _ in range(n_permutations):
-        if gaps is not None:
-            flips = 1.0 - 2.0 * rng.integers(0, 2, size=gaps.shape)
-            total = (gaps * flips).sum(-1)
-        else:
-            total = rng.permuted(pooled, axis=-1)[..., :n_p].sum(-1)
-        as_extreme += extremity(total) >= observed - tie
-    return np.asarray((1.0 + as_extreme) / (1.0 + n_permutations), dtype=np.float64)
-
-
-def analytic_p_value(
-    p: ArrayLike,
-    q: ArrayLike,
-    *,
-    statistic: Literal["mean", "rank"] = "mean",
-    alternative: Alternative = "two-sided",
-) -> FloatArray:
-    """p-value of "S has no influence" in closed form; shapes as `estimate_mu`.
-
-    "mean": Welch's t-test (unequal variances). "rank": Mann–Whitney with the normal limit,
-    variance corrected for ties and ½ for continuity; from about 10 samples an arm. All samples
-    equal gives 1: no evidence. Constant arms that differ have no Welch test and are refused.
-    """
-    xp, xq = _arms(p, q, 0.95, "moment")
-    _check_alternative(alternative)
-    n_p, n_q = xp.shape[-1], xq.shape[-1]
-    if statistic == "mean":
-        spread_p = np.where(np.ptp(xp, axis=-1) == 0.0, 0.0, xp.var(-1, ddof=1)) / n_p
-        spread_q = np.where(np.ptp(xq, axis=-1) == 0.0, 0.0, xq.var(-1, ddof=1)) / n_q
-        spread = spread_p + spread_q
-        still = spread == 0.0
-        if (still & (xp[..., 0] != xq[..., 0])).any():
-            raise ValueError(
-                "both samples are constant and differ: Welch's test has no noise to go by; "
-                "use permutation_p_value or statistic='rank'"
-            )
-        shift = np.where(still, 0.0, xp.mean(-1) - xq.mean(-1))
-        spread = np.where(still, 1.0, spread)
-        freedom = spread**2 / (spread_p**2 / (n_p - 1) + spread_q**2 / (n_q - 1) + still)
-        z = shift / np.sqrt(spread)
-        tails = stdtr(freedom, z), stdtr(freedom, -z)
-    elif statistic == "rank":
-        pooled = np.concatenate([xp, xq], axis=-1)
-        ranks = rankdata(pooled, axis=-1)
-        n = n_p + n_q
-        excess = ranks[..., :n_p].sum(-1) - 0.5 * n_p * (n + 1)
-        # The variance of mid-ranks already contains the tie correction.
-        variance = n_p * n_q / n * ranks.var(-1, ddof=1)
-        still = variance == 0.0
-        root = np.sqrt(np.where(still, 1.0, variance))
-        tails = ndtr((excess + 0.5) / root), ndtr((0.5 - excess) / root)
-    else:
-        raise ValueError(f"statistic must be 'mean' or 'rank', got {statistic!r}")
-    less, greater = tails
-    if alternative == "two-sided":
-        value = 2.0 * np.minimum(less, greater)
-    else:
-        value = greater if alternative == "greater" else less
-    return np.asarray(np.where(still, 1.0, np.minimum(value, 1.0)), dtype=np.float64)
-
-
-# Unlike trusted data --------------------------------------------------------------------------
-
-
-def trusted_size_needed(level: float, n_tests: int = 1, n_expected: int = 1) -> int:
-    """Trusted examples needed before a false discovery rate of `level` can discover anything.
-
-    The smallest conformal p-value is 1/(n + 1); Benjamini–Hochberg rejects `n_expected` of
-    `n_tests` only at p ≤ level·n_expected/n_tests, so n ≥ n_tests/(level·n_expected) − 1.
-    """
-    _check_level(level)
-    if not 1 <= n_expected <= n_tests:
-        raise ValueError(f"need 1 <= n_expected <= n_tests, got {n_expected!r} of {n_tests!r}")
-    # The small allowance keeps 1/0.05, which is 20.000000000000004 or so, from costing one more.
-    return max(int(np.ceil(n_tests / (level * n_expected) - 1.0 - 1e-9)), 1)
-
-
-def conformal_p_values(
-    scores: ArrayLike,
-    trusted: ArrayLike,
-    suspicious: Literal["high", "low"],
-    *,
-    ties: Literal["conservative", "random"] = "conservative",
-    rng: np.random.Generator | None = None,
-    level: float | None = None,
-) -> FloatArray:
-    """p-value of "this example is like the trusted ones", for each score; same shape as `scores`.
-
-    `scores`: any shape; `trusted`: (n,) scores of data known to be clean and *trained on like the
-    rest*. `suspicious`: the direction that counts as evidence, declared by the target.
-
-        p = (1 + #{trusted at least as suspicious}) / (n + 1)
-
-    Valid in finite samples whatever the scores' distribution, jointly positively dependent, so
-    that Benjamini–Hochberg holds its rate (Bates, Candès, Lei, Romano and Sesia 2023). With
-    `ties="conservative"` trusted values equal to the score count in full; "random" counts a
-    uniform share of them and of the 1, making p exactly uniform (needs `rng`; the proof of the
-    joint property does not cover it). `level`: when given, a trusted set too small for any
-    discovery at that level is refused.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    clean = check_samples(trusted, "trusted")
-    if clean.ndim != 1:
-        raise ValueError(f"trusted must be 1-d, got shape {clean.shape}")
-    if values.size and not np.isfinite(values).all():
-        raise ValueError(
-            "scores hold NaN or infinite values; an undefined score has no p-value: leave it out"
-        )
-    if suspicious not in ("high", "low"):
-        raise ValueError(f"suspicious must be 'high' or 'low', got {suspicious!r}")
-    n = clean.size
-    if level is not None and n < trusted_size_needed(level):
-        raise ValueError(
-            f"{n} trusted example(s) give p-values of at least 1/{n + 1}, above the level "
-            f"{level:g}: no discovery is possible. At least {trusted_size_needed(level)} are "
-            f"needed, and {trusted_size_needed(level, max(values.size, 1))} to find a single bad "
-            f"one among {max(values.size, 1)}"
-        )
-    sign = -1.0 if suspicious == "high" else 1.0
-    values, clean = sign * values, np.sort(sign * clean)
-    below = np.searchsorted(clean, values, side="left")
-    through = np.searchsorted(clean, values, side="right")
-    if ties == "conservative":
-        return np.asarray((1.0 + through) / (n + 1.0), dtype=np.float64)
-    if ties != "random":
-        raise ValueError(f"ties must be 'conservative' or 'random', got {ties!r}")
-    if rng is None:
-        raise ValueError("ties='random' needs rng=numpy.random.default_rng(seed)")
-    share = rng.uniform(size=values.shape)
-    return np.asarray((below + share * (1.0 + through - below)) / (n + 1.0), dtype=np.float64)
-
-
-@dataclass(frozen=True, eq=False)
-class Discoveries:
-    """Which hypotheses are rejected at a false discovery rate of `level`."""
-
-    rejected: npt.NDArray[np.bool_]
-    adjusted: FloatArray
-    """Smallest level at which each would be rejected."""
-    level: float
-
-
-def benjamini_hochberg(p_values: ArrayLike, level: float = 0.1) -> Discoveries:
-    """Benjamini and Hochberg (1995) on `p_values` (m,): false discovery rate at most `level`.
-
-    Adjusted p: min over larger p_(j) of m·p_(j)/j. Holds for independent and for positively
-    dependent p-values (conformal ones are). An empty list has no discoveries.
-    """
-    _check_level(level)
-    values = check_probability(p_values, "p_values")
-    if values.ndim != 1:
-        raise ValueError(f"p_values must be 1-d, got shape {values.shape}; flatten the table first")
-    m = values.size
-    order = np.argsort(-values, kind="stable")
-    scaled = values[order] * (m / np.arange(m, 0, -1))
-    adjusted = np.empty(m)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1.0)
-    # The same sum decides mask and table, so that they can never disagree.
-    return Discoveries(adjusted <= level, adjusted, level)
-
-
-# Pieces shared by the estimators --------------------------------------------------------------
-
-
-def _check_level(level: float) -> None:
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}; try 0.95")
-
-
-def _check_alternative(alternative: str) -> None:
-    if alternative not in get_args(Alternative):
-        raise ValueError(f"alternative must be one of {get_args(Alternative)}, got {alternative!r}")
-
-
 def _arms(p: ArrayLike, q: ArrayLike, level: float, method: str) -> tuple[FloatArray, FloatArray]:
     """Both samples, checked: finite, long enough for the method, same leading axes."""
-    _check_level(level)
-    least = _LEAST_SAMPLES[method]
-    xp, xq = check_samples(p, "p", least), check_samples(q, "q", least)
-    if xp.shape[:-1] != xq.shape[:-1]:
-        raise ValueError(
-            f"p {xp.shape} and q {xq.shape} must agree in all axes but the last; "
-            "stack the subsets of both in the same order"
-        )
-    return xp, xq
+    check_level(level)
+    return check_arms(p, q, _LEAST_SAMPLES[method])
 
 
 def _halves(samples: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:
@@ -573,21 +324,6 @@ def _informative(alpha: FloatArray, beta: FloatArray) -> npt.NDArray[np.bool_]:
     """Thresholds that reject something, but not everything."""
     trivial = ((alpha == 0.0) & (beta == 1.0)) | ((alpha == 1.0) & (beta == 0.0))
     return np.asarray(~trivial, dtype=np.bool_)
-
-
-def _shrink(rate: FloatArray, n: int) -> FloatArray:
-    """(k + ½)/(n + 1) for a rate k/n: inside (0, 1), so that Φ⁻¹ is finite."""
-    return (rate * n + 0.5) / (n + 1.0)
-
-
-def _rate_error(alpha: FloatArray, beta: FloatArray, n_p: int, n_q: int) -> FloatArray:
-    """Standard error of Φ⁻¹(1 − α̂) − Φ⁻¹(β̂) at a fixed threshold: binomial, through Φ⁻¹."""
-
-    def part(rate: FloatArray, n: int) -> FloatArray:
-        density_squared = np.exp(-(ndtri(rate) ** 2)) / (2.0 * np.pi)
-        return np.asarray(rate * (1.0 - rate) / (n * density_squared), dtype=np.float64)
-
-    return np.asarray(np.sqrt(part(alpha, n_p) + part(beta, n_q)), dtype=np.float64)
 
 
 def _estimate(

@@ -35,7 +35,7 @@ from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_byt
 from fine_bench.report.figures.tables import TRUTH, kind_of, shelves
 from fine_bench.store.records import PENDING, RecordStore
 from fine_bench.theory.composition import compose
-from fine_bench.theory.tradeoff import compare
+from fine_bench.theory.ordering import compare
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 80

@@ -23,7 +23,7 @@ from fine_bench.report.figures.style import Kind, looks
 from fine_bench.report.figures.tables import Shelf, shelves
 from fine_bench.report.figures.theory import Trace
 from fine_bench.store.records import RecordStore
-from fine_bench.theory.tradeoff import GaussianTradeOff
+from fine_bench.theory.families import GaussianTradeOff
 
 LOOKS = looks(
     {

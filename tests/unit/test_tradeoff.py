@@ -14,25 +14,13 @@ from scipy.integrate import quad
 from scipy.optimize import linprog
 from scipy.stats import norm
 
-from fine_bench.theory.tradeoff import (
-    FloatArray,
-    GaussianTradeOff,
-    InverseTradeOff,
-    LaplaceTradeOff,
-    MixedTradeOff,
-    PiecewiseLinear,
-    SymmetrizedTradeOff,
-    TradeOff,
-    compare,
-    convexify,
-    equal_mean_example,
-    error_curve,
-    from_pmf,
-    from_samples,
-    mix,
-    signed_mu,
-    subsample,
-)
+from fine_bench.theory.arrays import FloatArray
+from fine_bench.theory.error_rates import error_curve, signed_mu
+from fine_bench.theory.families import GaussianTradeOff, LaplaceTradeOff
+from fine_bench.theory.ordering import compare, equal_mean_example
+from fine_bench.theory.piecewise_linear import PiecewiseLinear, convexify, from_pmf, from_samples
+from fine_bench.theory.subsampling import MixedTradeOff, mix, subsample
+from fine_bench.theory.tradeoff import InverseTradeOff, SymmetrizedTradeOff, TradeOff
 
 ALPHA = np.linspace(0.0, 1.0, 201)
 EPSILON = np.linspace(-6.0, 6.0, 49)

@@ -22,17 +22,14 @@ from fine_bench.report.figures.style import (
     canvas,
     styled,
 )
-from fine_bench.theory.composition import central_limit, compose
+from fine_bench.theory.central_limit import central_limit
+from fine_bench.theory.composition import compose
 from fine_bench.theory.estimation import moment_mu
-from fine_bench.theory.tradeoff import (
-    GaussianTradeOff,
-    LaplaceTradeOff,
-    TradeOff,
-    compare,
-    equal_mean_example,
-    from_pmf,
-    mix,
-)
+from fine_bench.theory.families import GaussianTradeOff, LaplaceTradeOff
+from fine_bench.theory.ordering import compare, equal_mean_example
+from fine_bench.theory.piecewise_linear import from_pmf
+from fine_bench.theory.subsampling import mix
+from fine_bench.theory.tradeoff import TradeOff
 
 Array = NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from fine_bench.report.figures.style import BLACK, BLUE, GREEN, ORANGE, VERMILLI
 from fine_bench.report.figures.tables import Shelf
 from fine_bench.report.figures.theory import Trace, unit_square
 from fine_bench.theory.estimation import moment_mu
-from fine_bench.theory.tradeoff import GaussianTradeOff, from_samples
+from fine_bench.theory.families import GaussianTradeOff
+from fine_bench.theory.piecewise_linear import from_samples
 
 _ALPHA = np.linspace(0.0, 1.0, 401)
 _STYLES = ((VERMILLION, "-", "o"), (BLUE, "--", "s"), (GREEN, "-.", "^"), (ORANGE, ":", "D"))

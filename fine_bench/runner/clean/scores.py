@@ -30,7 +30,7 @@ from fine_bench.models import Classifier, DivergedError, cnn, mlp
 from fine_bench.runner.backends.images import _quiet
 from fine_bench.runner.clean.data_files import LabelledData
 from fine_bench.seeds import derive, stream
-from fine_bench.theory.estimation import trusted_size_needed
+from fine_bench.theory.false_discovery import trusted_size_needed
 from fine_bench.types import Checkpoint, Problem
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}

@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.stats import norm
 
+from fine_bench.theory.arrays import FloatArray
+from fine_bench.theory.error_rates import clopper_pearson
 from fine_bench.theory.estimation import (
     InfluenceEstimate,
     Method,
-    analytic_p_value,
-    benjamini_hochberg,
-    clopper_pearson,
-    conformal_p_values,
     estimate_mu,
     max_mu,
     moment_mu,
-    permutation_p_value,
     rank_mu,
-    trusted_size_needed,
     two_stage_mu,
 )
-from fine_bench.theory.tradeoff import FloatArray
+from fine_bench.theory.false_discovery import (
+    benjamini_hochberg,
+    conformal_p_values,
+    trusted_size_needed,
+)
+from fine_bench.theory.p_values import analytic_p_value, permutation_p_value
 
 METHODS: tuple[Method, ...] = ("two_stage", "max", "moment", "rank")
 

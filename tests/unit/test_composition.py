@@ -12,28 +12,20 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from fine_bench.theory.composition import (
-    central_limit,
-    compose,
-    compose_mu,
+from fine_bench.theory.arrays import FloatArray
+from fine_bench.theory.central_limit import central_limit, loss_moments, poisson_clt_mu
+from fine_bench.theory.composition import compose, compose_mu
+from fine_bench.theory.families import GaussianTradeOff, LaplaceTradeOff
+from fine_bench.theory.ordering import compare
+from fine_bench.theory.piecewise_linear import from_pmf
+from fine_bench.theory.privacy import (
     epsilon_delta_trade_off,
-    loss_moments,
     mu_from_epsilon_delta,
-    poisson_clt_mu,
     privacy_curve,
     trade_off_from_delta,
 )
-from fine_bench.theory.tradeoff import (
-    FloatArray,
-    GaussianTradeOff,
-    LaplaceTradeOff,
-    MixedTradeOff,
-    TradeOff,
-    compare,
-    from_pmf,
-    mix,
-    subsample,
-)
+from fine_bench.theory.subsampling import MixedTradeOff, mix, subsample
+from fine_bench.theory.tradeoff import TradeOff
 
 ALPHA = np.linspace(0.0, 1.0, 401)
 EPSILON = np.array([0.0, 0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
