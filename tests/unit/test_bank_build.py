@@ -149,8 +149,8 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from bank_networks import RECIPE, WORKSHOP, examples, new_bank
-from fine_bench.bank.build import build
-from fine_bench.bank.design import single_models
+from fine_bench.retraining.build import build
+from fine_bench.retraining.design import single_models
 if __name__ == "__main__":
     workshop = replace(WORKSHOP, recipe=replace(RECIPE, max_epochs=int(sys.argv[2])))
     models = single_models(int(sys.argv[3]))

@@ -225,9 +225,9 @@ def test_records_alone_are_enough_for_a_page(
 
 def test_no_trainer_is_imported(complete: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom fine_bench.report import making\n"
+        "import sys\nfrom fine_bench.report.html import build\n"
         "from fine_bench.commands.report import main\n"
-        "making.draw = lambda *_: iter(())\n"
+        "build.draw = lambda *_: iter(())\n"
         f"main(['--results', {str(complete)!r}, '--out', {str(tmp_path / 'r.html')!r}])\n"
         "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"
     )
