@@ -95,7 +95,8 @@ def differences(old: Path, new: Path) -> tuple[int, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See ``--help``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    raw = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--old", metavar="COMMIT", help="the commit before")
     parser.add_argument("--new", metavar="COMMIT", default="HEAD", help="default: HEAD")
     parser.add_argument("--task", choices=("digits", "mnist"), default="digits")
