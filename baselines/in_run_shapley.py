@@ -7,8 +7,6 @@ callback.scores().values                               # (1, n_train), in units 
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.utils.data import Dataset, default_collate
 
 from baselines import shapley
 from baselines.shapley import Order, ShapleyAccumulator
+from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, training_set
 from fine_bench.fine.training_data import batch_index, step_size
 from fine_bench.gradients.blocks.direction import Direction
@@ -44,7 +43,7 @@ _REDUCE: Mapping[Target, Reduce] = {
 }
 
 
-class InRunShapleyCallback(pl.Callback):
+class InRunShapleyCallback(InRunMethod):
     """Shares the drop of the validation loss among the training examples, step by step.
 
     The examples' gradients are read off the training pass; the validation gradient is taken at
@@ -91,37 +90,45 @@ class InRunShapleyCallback(pl.Callback):
         self.order: Order = order
         self.forward = forward or (lambda module, x: module(x))
         self.loss = loss
-        self._state_key = self._generate_state_key(target=target, order=order)
-        self.seconds = 0.0
-        self.gradient_evaluations = 0
+        super().__init__(target=target, order=order)
         self._recorder: LayerRecorder | None = None
         self._engine: GradientEngine | None = None
-        self._accumulator: ShapleyAccumulator | None = None
-        self._saved: Mapping[str, Any] | None = None
+        self._observed: ShapleyAccumulator | None
         self._index: Tensor | None = None
         self._like: Direction | None = None
+
+    @classmethod
+    def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
+        """The queries; refuses updates that are not −η times a gradient.
+
+        It does so before any training: in the run itself, one refusal stops the other callbacks.
+
+        Raises:
+            UnsupportedProblemError: the run is not plain SGD.
+        """
+        optimizer = {"sgd": "SGD", "adamw": "AdamW"}.get(run.optimizer, run.optimizer)
+        shapley.refuse_other_updates(optimizer, run.momentum, run.weight_decay)
+        return super().needs(target, options, run)
 
     # ------------------------------------------------------------------ results
 
     def scores(self) -> InfluenceScores:
         """The values so far, ``(n_query, n_train)``; see ``ShapleyAccumulator.scores``."""
-        return self._observed().scores(self.target)
+        return self._accumulator.scores(self.target)
 
     def drop(self) -> Tensor:
         """What the values add up to, ``(n_query,)``: nearly the drop of each row's loss."""
-        return self._observed().drop()
+        return self._accumulator.drop()
 
     @property
     def n_not_finite(self) -> int:
         """Steps left out because of NaN or infinite values."""
-        return 0 if self._accumulator is None else self._accumulator.n_not_finite
+        return 0 if self._observed is None else self._observed.n_not_finite
 
-    def _observed(self) -> ShapleyAccumulator:
-        if self._accumulator is None:
-            raise RuntimeError(
-                "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
-            )
-        return self._accumulator
+    @property
+    def _accumulator(self) -> ShapleyAccumulator:
+        accumulator: ShapleyAccumulator = self._require()
+        return accumulator
 
     # ------------------------------------------------------------------ Lightning events
 
@@ -142,7 +149,8 @@ class InRunShapleyCallback(pl.Callback):
                 f'precision="{trainer.precision}" mixes precisions in the gradients that in-run '
                 'Shapley multiplies, and may scale them; use "32-true"'
             )
-        self._close()
+        self._forget()
+        self._like = None
         self._recorder = LayerRecorder(pl_module, None, tap=True)
         if self._recorder.leftover:
             names = self._recorder.leftover
@@ -151,8 +159,6 @@ class InRunShapleyCallback(pl.Callback):
                 f"the layers of {names} have no per-example factors, so the examples' shares of "
                 "a step would not add up to it"
             )
-        self.seconds, self.gradient_evaluations = 0.0, 0
-        self._accumulator = self._like = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the optimiser, the data and the queries."""
@@ -172,13 +178,10 @@ class InRunShapleyCallback(pl.Callback):
         self._x, self._y = x.to(pl_module.device), y.to(pl_module.device)
         self._weights = query_groups(self._y.cpu(), _REDUCE[self.target])
         n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
-        self._accumulator = ShapleyAccumulator(n_train, len(self._weights))
         self._engine = GradientEngine(
             pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
         )
-        if self._saved is not None:
-            self._accumulator.load_state_dict(self._saved)
-            self._saved = None
+        self._start_with(ShapleyAccumulator(n_train, len(self._weights)))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
@@ -189,52 +192,24 @@ class InRunShapleyCallback(pl.Callback):
     ) -> None:
         """Note who is in the batch and record its pass."""
         assert self._recorder is not None
-        self._index = batch_index(batch, len(self._observed().n_observations))
+        self._index = batch_index(batch, len(self._accumulator.n_observations))
         self._recorder.start()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """The backward pass is done and the parameters are still θ_t."""
-        start = time.perf_counter()
         recorder, index = self._recorder, self._index
         assert recorder is not None
         assert index is not None
-        recorder.stop()
-        shares = PerExampleGradients(recorder.blocks(len(index)))
-        values = self._values(pl_module, shares, step_size(optimizer))
-        recorder.clear()
-        self._index = None
-        if not self._observed().observe(index, values) and self.n_not_finite == 1:
-            warnings.warn(
-                f"NaN or infinite gradients at step {trainer.global_step}: this step and later "
-                "ones like it are left out of the in-run Shapley values; lower the learning rate",
-                stacklevel=2,
-            )
-        self.seconds += time.perf_counter() - start
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Detach the hooks."""
-        self._close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Detach the hooks; the values so far stay."""
-        self._close()
-
-    @property
-    def state_key(self) -> str:
-        """Callbacks that ask something else keep their states apart."""
-        return self._state_key  # Lightning asks for it around every event: many times a step
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for Lightning's checkpoints."""
-        return {} if self._accumulator is None else self._accumulator.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after an interruption."""
-        self._saved = state_dict or None
+        with self._timed():
+            recorder.stop()
+            shares = PerExampleGradients(recorder.blocks(len(index)))
+            values = self._values(pl_module, shares, step_size(optimizer))
+            recorder.clear()
+            self._index = None
+            if not self._accumulator.observe(index, values):
+                self._warn_not_finite(trainer.global_step, "the in-run Shapley values")
 
     # ------------------------------------------------------------------ one step
 
@@ -242,7 +217,7 @@ class InRunShapleyCallback(pl.Callback):
         """φ of the present step, ``(R, m)``."""
         engine = self._engine
         assert engine is not None
-        self.gradient_evaluations += self._n_query * self.order
+        self._evaluations += self._n_query * self.order
         if self.target == "queries":
             with beside_training(module):
                 return shapley.query_values(shares, engine(self._x, self._y), lr)

@@ -8,7 +8,6 @@ callback.scores().values                               # (1, n_train)
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fine_bench.callback.base import InRunMethod
 from fine_bench.callback.trainer import (
     beside_training,
     loss_scale,
@@ -49,7 +49,7 @@ from fine_bench.types import (
 )
 
 
-class FINECallback(pl.Callback):
+class FINECallback(InRunMethod):
     """Scores every training example while the model trains.
 
     The training pass already holds each layer's inputs and output gradients; per-example gradients
@@ -155,6 +155,7 @@ class FINECallback(pl.Callback):
 
     name = "fine"
     version = accumulator.VERSION
+    all_examples = True
 
     def __init__(
         self,
@@ -216,22 +217,16 @@ class FINECallback(pl.Callback):
             loss=loss,
             adapter=adapter,
         )
-        self._state_key = self._generate_state_key(**_distinguishing(self.options))
-        self.seconds = 0.0
+        super().__init__(**_distinguishing(self.options))
+        self._observed: InBatch | Snapshots | None
         self._recorder: LayerRecorder | None = None
-        self._schedule: InBatch | Snapshots | None = None
         self._compiled = False
         self._first: FirstBatch | None = None
-        self._saved: Mapping[str, Any] | None = None
 
     # ------------------------------------------------------------------ results
 
     def scores(self) -> InfluenceScores:
         """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``."""
-        if self._schedule is None:
-            raise RuntimeError(
-                "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
-            )
         self._schedule.flush()
         target = self.options.target
         factor = inflation(target, self.options.geometry)
@@ -240,15 +235,20 @@ class FINECallback(pl.Callback):
     @property
     def n_not_finite(self) -> int:
         """Steps, or snapshots, left out because of NaN or infinite gradients."""
-        if self._schedule is None:
+        if self._observed is None:
             return 0
-        self._schedule.flush()
-        return self._schedule.n_not_finite
+        self._observed.flush()
+        return self._observed.n_not_finite
 
     @property
     def gradient_evaluations(self) -> int:
         """Per-example gradients taken beside those of the training."""
-        return 0 if self._schedule is None else self._schedule.passes.evaluations
+        return 0 if self._observed is None else self._observed.passes.evaluations
+
+    @property
+    def _schedule(self) -> InBatch | Snapshots:
+        schedule: InBatch | Snapshots = self._require()
+        return schedule
 
     # ------------------------------------------------------------------ Lightning events
 
@@ -256,10 +256,8 @@ class FINECallback(pl.Callback):
         """Attach the hooks."""
         refuse_strategy(trainer)
         self._compiled = refuse_compiled(pl_module, self.options.schedule)
-        self._close()
+        self._forget()
         self._recorder = make_recorder(self.options, pl_module)
-        self.seconds = 0.0
-        self._schedule = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the training data and the queries, and lay out the sums."""
@@ -283,15 +281,12 @@ class FINECallback(pl.Callback):
         )
         self._first = make_first_batch(options, pl_module, data, aside)
         if options.schedule == "in_batch":
-            self._schedule = InBatch(options, passes, recorder)
+            self._start_with(InBatch(options, passes, recorder))
         else:
             recorder.close()
             known = options.n_snapshots is not None
             total = trainer.estimated_stepping_batches if known else float("inf")
-            self._schedule = Snapshots(options, passes, total)
-        if self._saved is not None:
-            self._schedule.load_state_dict(self._saved)
-            self._saved = None
+            self._start_with(Snapshots(options, passes, total))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
@@ -301,17 +296,17 @@ class FINECallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch."""
-        with self._timed() as schedule:
+        with self._timed():
             if self._first is not None and not self._first.size:
                 self._first.starts(batch)
-            schedule.batch_starts(batch, trainer.global_step, trainer.current_epoch)
+            self._schedule.batch_starts(batch, trainer.global_step, trainer.current_epoch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a batch, or of a micro-batch, are there."""
         if self._recorder is not None:  # what its hooks did within the backward pass
             self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
-        with self._timed() as schedule:
-            schedule.backward_ends(
+        with self._timed():
+            self._schedule.backward_ends(
                 trainer.current_epoch,
                 accumulates=trainer.accumulate_grad_batches,
                 loss_scale=loss_scale(trainer),
@@ -321,8 +316,8 @@ class FINECallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """The backward pass is done and the parameters are still θ_t."""
-        with self._timed() as schedule:
-            schedule.before_step(
+        with self._timed():
+            self._schedule.before_step(
                 step_size(optimizer),
                 trainer.global_step,
                 trainer.current_epoch,
@@ -338,75 +333,33 @@ class FINECallback(pl.Callback):
         batch_idx: int,
     ) -> None:
         """The step is done: time for a snapshot?"""
-        with self._timed() as schedule:
+        with self._timed():
             first, self._first = self._first, None
             found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if first is not None and isinstance(found, Tensor) and found.numel() == 1:
                 # Lightning hands on the loss divided
                 first.ends(float(found) * trainer.accumulate_grad_batches)
-            schedule.batch_ends(
+            self._schedule.batch_ends(
                 trainer.global_step, trainer.current_epoch, epoch_ends=trainer.is_last_batch
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Account for what is left."""
-        with self._timed() as schedule:
-            schedule.training_ends(trainer.global_step)
+        with self._timed():
+            self._schedule.training_ends(trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach the hooks."""
-        if self._schedule is not None:
-            self._schedule.flush()
-        self._close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Detach the hooks; the scores so far stay."""
-        self._close()
-
-    @property
-    def state_key(self) -> str:
-        """Callbacks that score differently keep their states apart."""
-        return self._state_key  # Lightning asks for it around every event: many times a step
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for Lightning's checkpoints."""
-        return {} if self._schedule is None else self._schedule.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after an interruption."""
-        self._saved = state_dict or None
-
-    def _timed(self) -> _Timed:
-        """The schedule, in a context that adds its time to ``seconds``."""
-        return _Timed(self)
+        if self._observed is not None:
+            self._observed.flush()
+        super().on_fit_end(trainer, pl_module)
 
     def _close(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        if self._schedule is not None:
-            self._schedule.close()
-
-
-class _Timed:
-    """See ``FINECallback._timed``. It is entered several times a step; a generator costs more."""
-
-    __slots__ = ("callback", "start")
-
-    def __init__(self, callback: FINECallback) -> None:
-        self.callback = callback
-
-    def __enter__(self) -> InBatch | Snapshots:
-        schedule = self.callback._schedule
-        assert schedule is not None
-        self.start = time.perf_counter()
-        return schedule
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.callback.seconds += time.perf_counter() - self.start
+        if self._observed is not None:
+            self._observed.close()
 
 
 def _distinguishing(options: Options) -> dict[str, Any]:

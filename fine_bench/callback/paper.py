@@ -15,10 +15,8 @@ Trainer(callbacks=[callback]).fit(module, loader)
 
 from __future__ import annotations
 
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -27,6 +25,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
 from fine_bench.fine import subset_test
 from fine_bench.fine.accumulator import Observable, choose
@@ -57,6 +56,7 @@ from fine_bench.types import (
     InfluenceScores,
     Loss,
     QueryWeighting,
+    Target,
     UnsupportedProblemError,
     dataset_size,
 )
@@ -64,7 +64,7 @@ from fine_bench.types import (
 _READ_AT_ONCE = 4096
 
 
-class PaperFINECallback(pl.Callback):
+class PaperFINECallback(InRunMethod):
     """Measures batches with and without each subset while a model trains.
 
     The measured batches come from a random stream of their own, and the training batches stay
@@ -189,7 +189,7 @@ class PaperFINECallback(pl.Callback):
         self.every_n_steps = every_n_steps
         self.members = members
         self.selection: Selection = selection
-        self.auxiliary: Auxiliary = auxiliary
+        self.auxiliary_run: Auxiliary = auxiliary
         self.auxiliary_signal = auxiliary_signal
         self.query_weighting: QueryWeighting = query_weighting
         self.refresh_every = refresh_every
@@ -199,13 +199,9 @@ class PaperFINECallback(pl.Callback):
         self.layers = layers
         self.forward = forward or (lambda module, x: module(x))
         self.loss = loss
-        self._state_key = self._generate_state_key(
+        super().__init__(
             target=target, observable=observable, sample=sample, subsets=sorted(subsets or {})
         )
-        self.seconds = 0.0
-        self.gradient_evaluations = 0
-        self._accumulator: PaperAccumulator | None = None
-        self._saved: Mapping[str, Any] | None = None
         self._engine: GradientEngine | None = None
         self._data: TrainingData | None = None
         self._query_batch: tuple[Tensor, Tensor] | None = None
@@ -213,14 +209,38 @@ class PaperFINECallback(pl.Callback):
         self._refreshed = 0
         self._result: tuple[Any, PaperResult] | None = None
 
-    def check(self, n_train: int, batch_size: int) -> None:
-        """Refuse what a training set of ``n_train`` examples in such batches makes impossible.
+    # ------------------------------------------------------------------ what a run asks
+
+    @classmethod
+    def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
+        """The queries, and the task's groups as subsets besides those of the options."""
+        subsets = {**run.groups, **(options.get("subsets") or {})}
+        return super().needs(target, options, run) | {"subsets": subsets}
+
+    def check(self, run: WatchedRun) -> None:
+        """Refuse what a training set of such a length in such batches makes impossible.
 
         Raises:
             ValueError: what ``on_train_start`` would raise, before anything is trained.
         """
-        watched = self._watch(n_train, lambda: torch.zeros(n_train, dtype=torch.int64))
-        members_per_batch(watched, self.batch_size or batch_size, self.members)
+        watched = self._watch(run.n_train, lambda: torch.zeros(run.n_train, dtype=torch.int64))
+        members_per_batch(watched, self.batch_size or run.batch_size, self.members)
+
+    def metrics(self) -> dict[str, float]:
+        """``group/<name>/<number>``; ``index`` is the group's number in the scores' traces."""
+        return {
+            f"group/{line.name}/{name}": value
+            for index, line in enumerate(self.group_results())
+            for name, value in [("index", float(index)), *line.numbers().items()]
+        }
+
+    def auxiliary(self) -> bool:
+        """Whether the signal of a second run is subtracted."""
+        return self.auxiliary_run is not None
+
+    def subtract(self, other: Self) -> None:
+        """Subtract the signal that ``other`` saw in a second run."""
+        self.auxiliary_signal = other.signal()
 
     def _watch(self, n_train: int, labels: Callable[[], Tensor]) -> Subsets:
         return watch(
@@ -236,10 +256,8 @@ class PaperFINECallback(pl.Callback):
 
     def scores(self) -> InfluenceScores:
         """The sampled single examples, ``(1, n_train)``; see ``fine_paper.to_scores``."""
-        result = self._evaluated()
-        assert self._accumulator is not None
         return subset_test.to_scores(
-            result, self._accumulator, self._subtracted(), target=self.target
+            self._evaluated(), self._accumulator, self._subtracted(), target=self.target
         )
 
     def results(self) -> tuple[SubsetInfluence, ...]:
@@ -249,21 +267,19 @@ class PaperFINECallback(pl.Callback):
     def group_results(self) -> tuple[SubsetInfluence, ...]:
         """The lines of the groups alone."""
         lines = self.results()
-        return lines[len(self._observed().subsets.singles) :]
+        return lines[len(self._accumulator.subsets.singles) :]
 
     def signal(self) -> Signal:
         """This run's signal, for another run to subtract: ``auxiliary_signal=helper.signal()``."""
-        return self._observed().signal()
+        return self._accumulator.signal()
 
-    def _observed(self) -> PaperAccumulator:
-        if self._accumulator is None:
-            raise RuntimeError(
-                "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
-            )
-        return self._accumulator
+    @property
+    def _accumulator(self) -> PaperAccumulator:
+        accumulator: PaperAccumulator = self._require()
+        return accumulator
 
     def _subtracted(self) -> Signal | None:
-        if self.auxiliary is not None and self.auxiliary_signal is None:
+        if self.auxiliary_run is not None and self.auxiliary_signal is None:
             raise RuntimeError(
                 'auxiliary="reseed" subtracts the signal of a second run: train another model of '
                 "the same kind on the same data with PaperFINECallback of the same subsets, set "
@@ -272,7 +288,7 @@ class PaperFINECallback(pl.Callback):
         return self.auxiliary_signal
 
     def _evaluated(self) -> PaperResult:
-        accumulator, auxiliary = self._observed(), self._subtracted()
+        accumulator, auxiliary = self._accumulator, self._subtracted()
         state = (accumulator, len(accumulator.steps), auxiliary)
         if self._result is None or self._result[0] != state:
             result = subset_test.evaluate(
@@ -289,12 +305,15 @@ class PaperFINECallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the data and lay out the subsets."""
-        start = time.perf_counter()
+        self._forget()
+        with self._timed():
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size != 1:
             raise UnsupportedProblemError(
                 f"training on {trainer.world_size} processes is not supported yet; use devices=1"
             )
-        self._close()
         loader, dataset = trainer.train_dataloader, training_set(trainer, "PaperFINECallback")
         n = dataset_size(dataset, "the training set")
         self._data = TrainingData(
@@ -312,7 +331,6 @@ class PaperFINECallback(pl.Callback):
         with isolate_rng():
             watched = self._watch(n, lambda: self._labels(n))
         self._k = members_per_batch(watched, self._m, self.members)
-        self._accumulator = PaperAccumulator(watched)
         self._engine = GradientEngine(
             pl_module, self.loss, self.layers, lambda x: self.forward(pl_module, x)
         )
@@ -320,13 +338,9 @@ class PaperFINECallback(pl.Callback):
             n_query = dataset_size(self.queries, "queries")
             xq, yq, *_ = default_collate([self.queries[i] for i in range(n_query)])
             self._query_batch = (xq.to(pl_module.device), yq.to(pl_module.device))
-        self.seconds, self.gradient_evaluations = 0.0, 0
         self._direction, self._refreshed = None, 0
-        if self._saved is not None:
-            self._accumulator.load_state_dict(self._saved["accumulator"])
-            self._saved = None
+        self._start_with(PaperAccumulator(watched))
         self._last_step = trainer.global_step
-        self.seconds += time.perf_counter() - start
 
     def on_train_batch_end(
         self,
@@ -341,51 +355,29 @@ class PaperFINECallback(pl.Callback):
         if step == self._last_step:
             return  # gradients are still being accumulated
         self._last_step = step
-        accumulator = self._observed()
+        accumulator = self._accumulator
         accumulator.n_steps = step
         if step % self.every_n_steps:
             return
-        start = time.perf_counter()
-        with beside_training(pl_module):
-            samples = self._samples(step)
-        if not accumulator.observe(step, samples) and accumulator.n_not_finite == 1:
-            warnings.warn(
-                f"NaN or infinite gradients at step {step}: this step and later ones like it are "
-                "left out of the f-INE samples; lower the learning rate",
-                stacklevel=2,
-            )
-        self.seconds += time.perf_counter() - start
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Detach the hooks."""
-        self._close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Detach the hooks; the samples so far stay."""
-        self._close()
-
-    @property
-    def state_key(self) -> str:
-        """Callbacks of different targets or subsets keep their states apart."""
-        return self._state_key  # Lightning asks for it around every event: many times a step
+        with self._timed():
+            with beside_training(pl_module):
+                samples = self._samples(step)
+            if not accumulator.observe(step, samples):
+                self._warn_not_finite(step, "the f-INE samples")
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
-        if self._accumulator is None:
-            return {}
-        return {"accumulator": self._accumulator.state_dict()}
+        return {} if self._observed is None else {"accumulator": self._observed.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after an interruption."""
-        self._saved = state_dict or None
+        super().load_state_dict(state_dict.get("accumulator", {}))
 
     # ------------------------------------------------------------------ one step
 
     def _draw(self, step: int) -> Draw:
         return draw_batches(
-            self._observed().subsets,
+            self._accumulator.subsets,
             self._k,
             self._m,
             stream(self.seed, f"fine_paper/step {step}"),
@@ -411,7 +403,7 @@ class PaperFINECallback(pl.Callback):
     def _gradients(self, ids: Tensor, observable: Observable = "loss") -> PerExampleGradients:
         assert self._engine is not None
         assert self._data is not None
-        self.gradient_evaluations += len(ids)
+        self._evaluations += len(ids)
         x, y = self._data.read(ids)
         return self._engine(x, y, observable)
 
@@ -420,7 +412,7 @@ class PaperFINECallback(pl.Callback):
         assert self._engine is not None
         assert self._query_batch is not None
         queries = self._engine(*self._query_batch, self.observable)
-        self.gradient_evaluations += len(queries)
+        self._evaluations += len(queries)
         weights = query_weights(queries, reference, self.query_weighting)
         groups = query_groups(self._query_batch[1], "mean")
         self._direction = queries.weighted_sum(groups.to(weights) * weights)

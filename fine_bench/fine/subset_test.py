@@ -34,6 +34,7 @@ a step is measured after its update, with the parameters that the next step star
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,6 +195,21 @@ class SubsetInfluence:
     p_value: float | None
     n_samples: int
     reason: str
+
+    def numbers(self) -> dict[str, float]:
+        """What a record keeps of a group, by name."""
+        return {
+            "mu": float(self.mu),
+            "std_error": float(self.std_error),
+            "lower": float(self.lower),
+            "upper": float(self.upper),
+            "p_value": math.nan if self.p_value is None else float(self.p_value),
+            "size": float(self.size),
+            "mu_run": float(self.mu_run),
+            "moment": float(self.moment),
+            "rank": float(self.rank),
+            "maximum": float(self.maximum),
+        }
 
 
 class PaperAccumulator:

@@ -194,7 +194,7 @@ class _Auxiliary:
         self.cells = {
             cell: watcher
             for cell, watcher in watchers.items()
-            if isinstance(watcher, PaperFINECallback) and watcher.auxiliary == "reseed"
+            if isinstance(watcher, PaperFINECallback) and watcher.auxiliary()
         }
         if not self.cells:
             return

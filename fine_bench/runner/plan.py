@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from baselines.in_run_shapley import InRunShapleyCallback
 from baselines.shapley import refuse_other_updates
 from fine_bench.callback import FINECallback
+from fine_bench.callback.base import WatchedRun
 from fine_bench.callback.paper import PaperFINECallback
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
@@ -160,7 +161,18 @@ class Job:
         passed["subsets"] = {**self.data.groups, **(cell.options.get("subsets") or {})}
         paper: PaperFINECallback = self.estimator(cell, target=cell.target, **passed)
         try:
-            paper.check(self.data.n_train, self.config.trainer.batch_size)
+            trainer = self.config.trainer
+            paper.check(
+                WatchedRun(
+                    n_train=self.data.n_train,
+                    batch_size=trainer.batch_size,
+                    optimizer=trainer.optimizer,
+                    momentum=trainer.momentum,
+                    weight_decay=trainer.weight_decay,
+                    queries=passed.get("queries"),
+                    groups=self.data.groups,
+                )
+            )
         except ValueError as error:
             raise ConfigError(f"estimators.{cell.estimator}: {error}") from error
         return paper

@@ -267,7 +267,7 @@ def test_planted_influence_is_recovered() -> None:
     params = {k: v.detach().double() for k, v in module.net.named_parameters()}
     direction = per_example(params, *queries.tensors, "margin").mean(0)
     c = per_example(params, x, y, "loss") @ direction
-    subsets = callback._observed().subsets
+    subsets = callback._accumulator.subsets
     members = [[i] for i in subsets.singles.tolist()] + [g.tolist() for g in subsets.groups]
     for line, own in zip(callback.results(), members, strict=True):
         outside = c[[i for i in range(N) if i not in own]]
@@ -349,7 +349,7 @@ def test_two_runs_through_the_users_own_trainer() -> None:
     signal = helper.signal()
     callback = PaperFINECallback(**options("self"), auxiliary_signal=signal)
     fit([callback])
-    accumulator = callback._observed()
+    accumulator = callback._accumulator
     raw, result = accumulator.stacked(), callback._evaluated()
     for t in range(len(result.steps)):
         for s in range(len(accumulator.subsets)):
@@ -390,7 +390,7 @@ def test_reproducible_and_its_own_seed() -> None:
     runs = [PaperFINECallback(**options("self"), auxiliary=None, seed=s) for s in (0, 0, 1)]
     for callback in runs:
         fit([callback])
-    samples = [callback._observed().stacked() for callback in runs]
+    samples = [callback._accumulator.stacked() for callback in runs]
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
     assert torch.equal(runs[0].scores().values, runs[1].scores().values)
@@ -424,7 +424,7 @@ def test_a_resumed_run_gives_the_results_of_an_uninterrupted_one(tmp_path: Path)
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = callback()
     fit([resumed], epochs=4, order=0, resume=tmp_path / "half.ckpt")
-    assert torch.equal(whole._observed().stacked(), resumed._observed().stacked())
+    assert torch.equal(whole._accumulator.stacked(), resumed._accumulator.stacked())
     assert whole.results()[0].mu_run == resumed.results()[0].mu_run
 
 
@@ -571,7 +571,7 @@ def test_steps_that_are_not_finite_are_left_out() -> None:
         pytest.raises(RuntimeError, match="training loss became nan"),
     ):
         fit([Broken(), callback], epochs=1)
-    assert callback._observed().steps == [1, 2]
+    assert callback._accumulator.steps == [1, 2]
 
 
 def test_saved_state_of_other_subsets_is_refused() -> None:

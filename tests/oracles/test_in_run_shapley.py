@@ -158,7 +158,7 @@ def test_against_the_formula(kind: str, target: Any, order: Any) -> None:
     callback, diary = InRunShapleyCallback(target, queries=queries(), order=order), Diary()
     fit([callback, diary], kind=kind)
     expected = twin(kind, diary, target, order, 0.3)
-    found = callback._observed()._values
+    found = callback._accumulator._values
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(callback.scores().values, found.float())
@@ -188,7 +188,7 @@ def test_a_summed_loss_is_shared_as_it_is() -> None:
 
     run(mean, 0.3, "mean")
     run(total, 0.3 / N, "sum")
-    torch.testing.assert_close(mean._observed()._values, total._observed()._values)
+    torch.testing.assert_close(mean._accumulator._values, total._accumulator._values)
 
 
 def shapley_values(m: int, worth: Any) -> Tensor:
@@ -217,7 +217,7 @@ def test_values_are_the_shapley_values_of_the_game() -> None:
             value, theta, _ = flat_loss(net, params, xq, yq)
             _, _, each = flat_loss(net, params, x[index], y[index])
             shares = torch.autograd.functional.jacobian(each, theta) / len(index)
-            found = callback._observed()._values[0, index]
+            found = callback._accumulator._values[0, index]
             if order == 2:
                 slope = torch.autograd.functional.jacobian(value, theta)
                 hessian = torch.autograd.functional.hessian(value, theta)

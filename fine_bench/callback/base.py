@@ -1,0 +1,221 @@
+"""In-run methods: callbacks that score training examples while a Lightning Trainer trains.
+
+A further method is a class below ``InRunMethod`` in a file of its own. It translates Lightning's
+events into calls of plain functions; what all of them share stands here: the name under which
+Lightning keeps the state, going on after an interruption, the time, and what a run that trains
+models for many methods asks of each.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fine_bench.types import InfluenceScores, Target
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedRun:
+    """What a run tells an in-run method before it starts.
+
+    Attributes:
+        n_train: training examples.
+        batch_size: examples of a batch.
+        optimizer: the optimiser's name, ``"sgd"`` or ``"adamw"``.
+        momentum, weight_decay: of the optimiser, ≥ 0.
+        queries: dataset of ``(x, y)``; None for the target ``"self"``.
+        groups: the task's named groups of training examples, as positions or
+            as a mask ``(n_train,)``.
+    """
+
+    n_train: int
+    batch_size: int
+    optimizer: str
+    momentum: float
+    weight_decay: float
+    queries: Dataset[Any] | None
+    groups: Mapping[str, Sequence[int] | Tensor]
+
+
+class Resumable(Protocol):
+    """What a method knows of the run so far."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Go on from ``state_dict()``."""
+        ...
+
+
+class InRunMethod(pl.Callback):
+    """Scores training examples while the model trains; the run itself stays what it is.
+
+    Args:
+        asked: plain options by which Lightning keeps the states of several callbacks apart.
+
+    Attributes:
+        name, version: of the method; the version is raised when scores may change.
+        all_examples: whether it estimates, for every training example and from the run's own
+            batches, the influence that the paper's estimator tests: that one is compared with it.
+        seconds: time in this callback so far.
+        gradient_evaluations: per-example gradients so far beyond those of the training itself.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    all_examples: ClassVar[bool] = False
+
+    def __init__(self, **asked: object) -> None:
+        self._state_key = self._generate_state_key(**asked)
+        self.seconds = 0.0
+        self._evaluations = 0
+        self._observed: Resumable | None = None
+        self._saved: Mapping[str, Any] | None = None
+        self._warned = False
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Per-example gradients taken beside those of the training."""
+        return self._evaluations
+
+    # ------------------------------------------------------------------ what a run asks
+
+    @classmethod
+    def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
+        """Keyword arguments to build the method with, besides its options and the target.
+
+        Args:
+            target: what is asked of it.
+            options: its options, as they are configured.
+            run: the run that it will watch.
+
+        Raises:
+            UnsupportedProblemError: the method does not serve such a run.
+        """
+        return {} if run.queries is None else {"queries": run.queries}
+
+    def check(self, run: WatchedRun) -> None:
+        """Refuse, before anything is trained, what the run's data make impossible.
+
+        Raises:
+            ValueError: with what cannot be.
+        """
+
+    def scores(self) -> InfluenceScores:
+        """The scores so far, ``(n_query, n_train)``."""
+        raise NotImplementedError
+
+    def metrics(self) -> dict[str, float]:
+        """Further numbers for the record of the run, by name."""
+        return {}
+
+    def auxiliary(self) -> bool:
+        """Whether a second run with other randomness must be watched; see ``subtract``."""
+        return False
+
+    def subtract(self, other: Self) -> None:
+        """Take what ``other``, of the same options, saw of the second run."""
+        raise NotImplementedError(f"{self.name} takes nothing from a second run")
+
+    # ------------------------------------------------------------------ Lightning events
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach the hooks."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Detach the hooks; what was seen so far stays."""
+        self._close()
+
+    @property
+    def state_key(self) -> str:
+        """Callbacks that ask something else keep their states apart."""
+        return self._state_key  # Lightning asks for it around every event: many times a step
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for Lightning's checkpoints."""
+        return {} if self._observed is None else self._observed.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after an interruption."""
+        self._saved = state_dict or None
+
+    # ------------------------------------------------------------------ for the methods
+
+    def _forget(self) -> None:
+        """A run begins: nothing has been seen, nothing spent."""
+        self._close()
+        self._observed = None
+        self.seconds, self._evaluations = 0.0, 0
+        self._warned = False
+
+    def _start_with(self, observed: Resumable) -> None:
+        """The sums of this run; they go on where an interrupted run stopped."""
+        self._observed = observed
+        if self._saved is not None:
+            observed.load_state_dict(self._saved)
+            self._saved = None
+
+    def _require(self) -> Any:
+        """What was given to ``_start_with``.
+
+        Raises:
+            RuntimeError: no run has been observed.
+        """
+        if self._observed is None:
+            raise RuntimeError(
+                "no run has been observed; pass the callback to Trainer(callbacks=[…]) and fit"
+            )
+        return self._observed
+
+    def _close(self) -> None:
+        """Detach every hook; what was seen stays."""
+
+    def _timed(self) -> Timed:
+        """A context whose time counts as the method's, unless it ends in an error."""
+        return Timed(self)
+
+    def _warn_not_finite(self, step: int, left_out: str) -> None:
+        """Say once a run that a step is left out.
+
+        Args:
+            step: its number.
+            left_out: of what, in the user's words.
+        """
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"NaN or infinite gradients at step {step}: this step and later ones like it are "
+                f"left out of {left_out}; lower the learning rate",
+                stacklevel=3,
+            )
+
+
+class Timed:
+    """See ``InRunMethod._timed``. It is entered several times a step; a generator costs more."""
+
+    __slots__ = ("method", "start")
+
+    def __init__(self, method: InRunMethod) -> None:
+        self.method = method
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.method.seconds += time.perf_counter() - self.start
+
+
+__all__ = ["InRunMethod", "WatchedRun"]
