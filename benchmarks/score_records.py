@@ -2,7 +2,7 @@
 
     python benchmarks/score_records.py --task mnist_atypical [--target self] [--results results]
 
-Every finished cell of the task is scored as ``python -m fine_bench.score`` would, on the published
+Every finished cell of the task is scored as ``fine-bench score`` would, on the published
 half of the truth; the table has one line a row of the leaderboard: mean over seeds of the fidelity
 (Spearman's correlation with the μ that retraining shows), of the same over the ceiling that the
 truth's noise sets, and of the average precision at the examples that the task marks. Rows that
@@ -36,7 +36,7 @@ def table(results: Path, task: str, target: str) -> tuple[pd.DataFrame, float]:
         if truth is None:
             raise SystemExit(
                 f"no ground truth of {task}, setting {record.setting[:8]}, in {results}; build a "
-                "bank and freeze it: python -m fine_bench.bank, python -m fine_bench.truth"
+                "bank and freeze it: fine-bench bank, fine-bench truth"
             )
         scores = store.load_scores(record)
         if scores.watched is not None:  # a sample of the examples: no rank among all of them

@@ -56,7 +56,7 @@ class LanguageTask:
     Attributes:
         name: name of the task.
         x, y: training ids and labels ``(n_train, T)`` int64; see
-        ``fine_bench.gradients.token_losses``.
+            ``fine_bench.gradients.token_losses``.
         truth: which training samples are poison; none where nobody knows.
         query_x, query_y: held-out *steered* completions.
         test_x, test_y: clean held-out samples, for the loss on the task itself.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -40,7 +41,9 @@ def commands(text: str) -> Iterator[str]:
             yield from line.split("&&")
     sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     for code in re.findall(r"`([^`]+)`", sentences):
-        if re.match(r"(python|pip)\s", code):
+        if re.fullmatch(r"fine-bench\s+[a-z]+", code):
+            yield f"{code} --help"  # its name, which is no call
+        elif re.match(r"(python|pip|fine-bench)\s", code):
             yield code
 
 
@@ -85,8 +88,13 @@ def understand_overrides(name: str, arguments: Sequence[str]) -> int:
 
 
 def understand_arguments(
-    module: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    name: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Parse the arguments of one command of ``fine-bench``, and no more."""
+    assert importlib.util.find_spec(f"fine_bench.commands.{name}") is not None, name
+    if list(arguments) == ["--help"]:
+        return
+    command = importlib.import_module(f"fine_bench.commands.{name}")
     parse = argparse.ArgumentParser.parse_args
 
     def parsed(self: Any, args: Any = None, namespace: Any = None) -> None:
@@ -94,11 +102,21 @@ def understand_arguments(
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
-    if ROOT.joinpath(*module.split("."), "__main__.py").is_file():
-        module = f"{module}.__main__"
-    command = importlib.import_module(module)
     with pytest.raises(Parsed):
         command.main(list(arguments))
+
+
+def understand_fine_bench(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word names the command; ``run`` and ``bank`` take Hydra's overrides."""
+    if not arguments or list(arguments) == ["--help"]:
+        return  # the list of commands
+    name, *rest = arguments
+    if name in ("run", "bank") and rest != ["--help"]:
+        if any("llm" in argument for argument in rest):
+            pytest.importorskip("transformers", reason="the extra llm is not installed")
+        assert understand_overrides("bank" if name == "bank" else "config", rest) >= 1
+    elif name != "run":
+        understand_arguments(name, rest, monkeypatch)
 
 
 def understand_installation(arguments: Sequence[str]) -> None:
@@ -123,13 +141,8 @@ def understand(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         understand_installation(rest)
     elif program == "pytest" or (program, rest[:2]) == ("python3", ["-m", "venv"]):
         assert re.search(rf"bin/{program}\b|-m venv", (ROOT / ".ci" / "run").read_text())
-    elif program == "python" and rest[0] == "-m" and rest[1] in ("fine_bench", "fine_bench.bank"):
-        if "llm" in command:
-            pytest.importorskip("transformers", reason="the extra llm is not installed")
-        name = "bank" if rest[1].endswith("bank") else "config"
-        assert understand_overrides(name, rest[2:]) >= 1
-    elif program == "python" and rest[0] == "-m":
-        understand_arguments(rest[1], rest[2:], monkeypatch)
+    elif program == "fine-bench" or (program == "python" and rest[:2] == ["-m", "fine_bench"]):
+        understand_fine_bench(rest if program == "fine-bench" else ["run", *rest[2:]], monkeypatch)
     elif program == "python" and rest[0].startswith("benchmarks/"):
         source = (ROOT / rest[0]).read_text()
         for option in (a for a in rest[1:] if a.startswith("--")):
@@ -145,11 +158,12 @@ def test_a_command_is_understood(page: str, command: str, monkeypatch: pytest.Mo
 
 def test_commands_are_found() -> None:
     readme = [command for page, command in ALL if page == "README"]
-    assert any("fine_bench.leaderboard.board" in command for command in readme)
+    assert any("fine-bench leaderboard" in command for command in readme)
     assert any("+experiment=mnist_mislabel -m seed=0,1,2" in command for command in readme)
     assert {page for page, _ in ALL} >= {"README", "sweeps", "verify", "report", "records"}
-    assert list(commands("```bash\npip x && python y \\\n  z\n```\n`python\n-m z`")) == [
-        "pip x ", " python y    z", "python\n-m z",
+    text = "```bash\npip x && python y \\\n  z\n```\n`python\n-m z`, `fine-bench bank`"
+    assert list(commands(text)) == [
+        "pip x ", " python y    z", "python\n-m z", "fine-bench bank --help",
     ]  # fmt: skip
 
 
@@ -159,8 +173,12 @@ def test_commands_are_found() -> None:
         "python -m fine_bench +experiment=no_such",
         "python -m fine_bench trainer.lrr=0.1 seed=0,1",
         "python -m fine_bench seed=0,-1",
-        "python -m fine_bench.bank bank.modles=3",
-        "python -m fine_bench.audit --tsk mnist",
+        "fine-bench run seed=0,-1",
+        "fine-bench bank bank.modles=3",
+        "fine-bench audit --tsk mnist",
+        "fine-bench audit",
+        "fine-bench leaderbord",
+        "fine-bench no_such --help",
         "python benchmarks/callback_overhead.py --no-such-option",
         "pip install -c constraints.txt '.[no_such]'",
         "make all",

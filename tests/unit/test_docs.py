@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,11 @@ import yaml
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
-# public modules that the API pages leave out, with what is below them, and why
+# packages and modules that the API pages leave out, and why
 INTERNAL = {
     "fine_bench.runner": "the runner: people meet it as commands and their configuration",
-    "fine_bench.watch": "what is behind the callbacks, whose own pages say what it does",
-    "fine_bench.figures": "drawing, for a command: python -m fine_bench.figures",
-    "fine_bench.report": "the page of a command: python -m fine_bench.report",
-    "fine_bench.clean": "a command, see its --help",
-    "fine_bench.cure": "a command, see its --help",
-    "fine_bench.verify": "a command, with a page of its own",
+    "fine_bench.commands": "arguments of commands, see their --help",
+    "fine_bench.report": "drawing, for commands: fine-bench figures, fine-bench report",
     "fine_bench.terminal": "the progress bar of the commands",
 }
 
@@ -63,22 +60,27 @@ def modules() -> set[str]:
     return found
 
 
-def test_every_public_module_is_documented_or_internal() -> None:
-    named = [
-        name
-        for page in PAGES
-        if page.stem.startswith("api")
-        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
-    ]
-    assert len(named) == len(set(named))
-    internal = {
-        module
-        for module in modules()
-        if any(module == name or module.startswith(f"{name}.") for name in INTERNAL)
+def named_on_api_pages() -> tuple[list[str], set[str]]:
+    """What the API pages name, and which of that they show with all that is below it."""
+    text = "\n".join(page.read_text() for page in PAGES if page.stem.startswith("api"))
+    blocks = re.findall(r"^::: ([\w.]+)\n((?: +.*\n)*)", text, re.MULTILINE)
+    return [name for name, _ in blocks], {
+        name for name, options in blocks if "show_submodules: true" in options
     }
-    assert set(INTERNAL) <= modules()
-    assert not internal & set(named)
-    assert modules() - internal == set(named)
+
+
+def below(module: str, packages: Iterable[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in packages)
+
+
+def test_every_public_module_is_documented_or_internal() -> None:
+    named, whole = named_on_api_pages()
+    assert len(named) == len(set(named))
+    assert {*INTERNAL, *named} <= modules()
+    assert whole
+    for module in modules():
+        homes = [name for name in named if name == module or below(module, {name} & whole)]
+        assert len(homes) + below(module, INTERNAL) == 1, module
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
