@@ -42,3 +42,23 @@ def oriented(values: NDArray[np.float64], end: str) -> NDArray[np.float64]:
     if end not in ("high", "low"):
         raise ValueError(f'end must be "high" or "low", got {end!r}')
     return values if end == "high" else -values
+
+
+def suspicion(values: ArrayLike, end: End) -> Vector:
+    """One suspicion for each training example.
+
+    Args:
+        values: scores, ``(n_train,)`` or ``(n_query, n_train)``. Several rows (queries, or
+            classes of the validation set) are summarised by their mean, each row counted the
+            same: the influence on the mean query.
+        end: the suspicious end of the scores.
+
+    Returns:
+        ``(n_train,)`` float64, high for suspicious.
+    """
+    array = as_array(values, "values")
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(
+            f"values must have shape (n_train,) or (n_query, n_train), got {array.shape}"
+        )
+    return oriented(array if array.ndim == 1 else array.mean(axis=0), end)

@@ -15,8 +15,23 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fine_bench.metrics._arrays import ArrayLike, End, Vector, as_array, as_vector, oriented
+from fine_bench.metrics.registry import BETWEEN_RUNS, Metric
+from fine_bench.metrics.top import TOP
 
 KEYS = ("spearman", "kendall", "jaccard", "jaccard_corrected")
+
+METRICS = (
+    Metric("spearman", "Spearman", "higher", source="consistency", table=BETWEEN_RUNS, rank=50,
+           title="Spearman correlation between runs"),
+    Metric("kendall", "Kendall", "higher", source="consistency", table=BETWEEN_RUNS, rank=51),
+    Metric("jaccard", "Jaccard@k", "higher", source="consistency", table=BETWEEN_RUNS, rank=52),
+    Metric("jaccard_corrected", "corrected", "higher", source="consistency", table=BETWEEN_RUNS,
+           title="Jaccard@k between runs, corrected for chance", rank=53),
+    # every row has it; it is shown where the top of the list is looked at
+    Metric("cv_median", "variation", "lower", source="consistency", table=TOP,
+           beside="recall_top_20", rank=34),
+)  # fmt: skip
+"""Computed between the runs of a row, by the leaderboard."""
 
 
 @lru_cache(maxsize=64)

@@ -18,27 +18,15 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
-from fine_bench.metrics._arrays import ArrayLike, End, Vector, as_array, as_vector, oriented
+from fine_bench.metrics._arrays import ArrayLike, Vector, as_vector
+from fine_bench.metrics._arrays import suspicion as suspicion
+from fine_bench.metrics.registry import DETECTION, Given, Metric, metric
 
-
-def suspicion(values: ArrayLike, end: End) -> Vector:
-    """One suspicion for each training example.
-
-    Args:
-        values: scores, ``(n_train,)`` or ``(n_query, n_train)``. Several rows (queries, or
-            classes of the validation set) are summarised by their mean, each row counted the
-            same: the influence on the mean query.
-        end: the suspicious end of the scores.
-
-    Returns:
-        ``(n_train,)`` float64, high for suspicious.
-    """
-    array = as_array(values, "values")
-    if array.ndim not in (1, 2) or array.size == 0:
-        raise ValueError(
-            f"values must have shape (n_train,) or (n_query, n_train), got {array.shape}"
-        )
-    return oriented(array if array.ndim == 1 else array.mean(axis=0), end)
+METRICS = (
+    Metric("n_bad", "bad examples", unit="examples", table=""),
+    Metric("n_watched", "examples scored", unit="examples", table=""),
+)
+"""Counts that stand in a record beside its metrics."""
 
 
 def _checked(
@@ -90,6 +78,19 @@ def detection_metrics(suspicion: ArrayLike, is_bad: Tensor | NDArray[Any]) -> di
         "recall_at_rate": _recall_at(scores, bad, int(bad.sum())),
         "recall_curve_area": rate / 2 + (1 - rate) * auroc,
     }
+
+
+@metric(
+    Metric("auroc", "AUROC", "higher", table=DETECTION, rank=10),
+    Metric("average_precision", "avg. precision", "higher", table=DETECTION,
+           title="average precision", rank=11),
+    Metric("recall_at_rate", "recall@rate", "higher", table=DETECTION, rank=12),
+    Metric("recall_curve_area", "curve area", "higher", table=DETECTION, rank=13),
+    needs=["bad"],
+)  # fmt: skip
+def detection(given: Given) -> dict[str, float]:
+    """``detection_metrics`` of a run."""
+    return detection_metrics(given.suspicion, given.bad)
 
 
 def _recall_at(scores: Vector, bad: NDArray[np.bool_], k: int) -> float:

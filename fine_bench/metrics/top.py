@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fine_bench.metrics._arrays import ArrayLike, as_vector
+from fine_bench.metrics.registry import Given, Metric, metric
+
+TOP = "top of the list, and spread over runs"
 
 
 def found_in_top(suspicion: ArrayLike, is_bad: Tensor | NDArray[Any], k: int) -> float:
@@ -69,3 +72,15 @@ def top_metrics(
         if k < n:
             result[f"precision_at_{k}"] = found_in_top(scores, is_bad, k) / k
     return result
+
+
+@metric(
+    Metric("recall_top_20", "recall in top 20 %", "higher", table=TOP, rank=30),
+    Metric("precision_at_10", "precision@10", "higher", table=TOP, rank=31),
+    Metric("precision_at_20", "precision@20", "higher", table=TOP, rank=32),
+    Metric("precision_at_50", "precision@50", "higher", table=TOP, rank=33),
+    needs=["bad", "language"],
+)
+def top(given: Given) -> dict[str, float]:
+    """``top_metrics`` of a run of a language task, whose sources are few and inspected by hand."""
+    return top_metrics(given.suspicion, given.bad)

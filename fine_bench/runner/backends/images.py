@@ -7,22 +7,21 @@ import logging
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
 from fine_bench import terminal as bars
 from fine_bench.data.task import TaskData, loader
-from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.metrics import registry
+from fine_bench.metrics.registry import Given
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner import checkpoints as keeping
 from fine_bench.runner.config import build
@@ -280,28 +279,43 @@ def describe(facts: Mapping[str, Any]) -> str:
 def measure(
     job: Job, target: Target, scores: InfluenceScores, facts: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Detection of the bad examples among those that have a score."""
-    del facts
-    return detected(job, target, scores, detection_metrics)
+    """Every declared metric that has what it needs (``metrics.registry``)."""
+    return detected(job, target, scores, facts)
 
 
 def detected(
     job: Job,
     target: Target,
     scores: InfluenceScores,
-    metrics: Callable[[NDArray[np.float64], torch.Tensor], dict[str, float]],
+    facts: Mapping[str, Any],
+    *,
+    takes_effect: bool = True,
 ) -> dict[str, float]:
-    """Metrics of the suspicions; without bad examples, or with nothing else, there are none."""
-    bad = job.data.truth.is_bad
+    """Metrics of the examples that have a score, and how many those are.
+
+    Args:
+        job, target, scores: of the cell.
+        facts: about the training run.
+        takes_effect: whether the bad examples did anything; if not, nobody looks for them.
+    """
+    bad, mu = job.data.truth.is_bad, None if job.truth is None else job.truth.published.mu_margin
     found: dict[str, float] = {}
     if scores.watched is not None:
-        bad = bad[scores.watched]
+        bad, mu = bad[scores.watched], None if mu is None else mu[scores.watched.numpy()]
         found["n_watched"] = float(len(bad))
-    n_bad = int(bad.sum())
-    found["n_bad"] = float(n_bad)
-    if 0 < n_bad < len(bad):
-        found |= metrics(suspicion(scores.watched_values, job.end(target)), bad)
-    return found
+    found["n_bad"] = float(bad.sum())
+    if not len(bad):
+        return found
+    given = Given(
+        values=scores.watched_values,
+        target=target,
+        end=job.end(target),
+        is_bad=bad if takes_effect else None,
+        kind=job.data.kind,
+        mu=mu,
+        facts=facts,
+    )
+    return found | registry.measure(given, job.packages)
 
 
 def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:

@@ -20,8 +20,7 @@ from fine_bench.gradients.cache import GradientMemory
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import Steering
 from fine_bench.llm.tuner import EpochCheckpoints, kept_epochs, read_checkpoint
-from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.metrics.top import top_metrics
+from fine_bench.metrics.detection import suspicion
 from fine_bench.runner import checkpoints as keeping
 from fine_bench.runner.backends.images import TrainedRun, detected, folder_of, reseeded
 from fine_bench.runner.backends.language_cure import cure, oracle
@@ -166,17 +165,12 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of a cell.
 
-    Detection, the top of the list and, if the task asks for it, a cure: only where the poison took
-    (or nobody measured whether it did).
+    Metrics of the poison (detection, the top of the list and, if the task asks for it, a cure) only
+    where it took, or nobody measured whether it did.
     """
     task = task_of(job)
     took = bool(facts.get("steering_took", True))
-    metrics = detected(
-        job,
-        target,
-        scores,
-        lambda row, bad: detection_metrics(row, bad) | top_metrics(row, bad) if took else {},
-    )
+    metrics = detected(job, target, scores, facts, takes_effect=took)
     if took and task.cure and scores.watched is None:
         row = suspicion(scores.values, job.end(target))
         metrics |= cure(job, torch.from_numpy(row), task.cure, facts)
