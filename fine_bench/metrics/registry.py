@@ -263,10 +263,8 @@ def measure(given: Given, packages: Iterable[str] = ()) -> dict[str, float]:
                 raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
             declared = {one.name for one in said.metrics}
             numbers = found if isinstance(found, Mapping) else {said.metrics[0].name: found}
-            strange = sorted(set(numbers) - {one.name for one in said.metrics})
-            if strange:
-                raise ValueError(
-                    f"{where} returned {', '.join(strange)}, which it does not declare"
-                )
+            if set(numbers) - declared:
+                strange = ", ".join(sorted(set(numbers) - declared))
+                raise ValueError(f"{where} returned {strange}, which it does not declare")
             result |= {name: float(value) for name, value in numbers.items()}
     return result
