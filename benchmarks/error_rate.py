@@ -27,7 +27,8 @@ from rich.progress import Progress
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.error_rate import MIN_DRAWS, NOISY_SHARE, Choice, Mask, Rate, repeated
-from fine_bench.store.records import RecordStore, StoreError, newest, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, InfluenceScores, RunRecord
 
 TRUTH = "truth/is_bad"

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fine_bench.store.records import RecordStore, StoreError, newest
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore, newest
 from fine_bench.theory.privacy import PrivacyCurve, privacy_curve
 from fine_bench.types import TARGETS, RunRecord
 

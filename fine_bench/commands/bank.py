@@ -21,7 +21,7 @@ from fine_bench.retraining.train import DivergedModelError
 from fine_bench.runner import bank_config
 from fine_bench.runner.bank import BAD_INPUT, INCOMPLETE, INTERRUPTED, BankJob, out
 from fine_bench.runner.config import config_folder, explain
-from fine_bench.store.records import StoreError
+from fine_bench.store.files import StoreError
 from fine_bench.types import UnsupportedProblemError
 
 

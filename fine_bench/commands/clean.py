@@ -24,7 +24,7 @@ from fine_bench.runner.clean.scores import (
     score,
     warnings_of,
 )
-from fine_bench.store.records import StoreError, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.terminal import bar_on
 
 SHOWN = 10

@@ -18,7 +18,8 @@ from fine_bench.report.figures.tables import kind_of
 from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS, cure
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import job_of
-from fine_bench.store.records import RecordStore, StoreError, newest, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.records import RecordStore, newest
 from fine_bench.terminal import bar_on
 from fine_bench.types import RunRecord
 

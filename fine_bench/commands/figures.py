@@ -14,7 +14,8 @@ from fine_bench.report.figures.collection import CONSISTENCY, DETECTION, Choice,
 from fine_bench.report.figures.output import write
 from fine_bench.report.figures.style import FORMATS
 from fine_bench.report.figures.tables import shelves, suffixes, undrawn_cells
-from fine_bench.store.records import RecordStore, StoreError
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 
 

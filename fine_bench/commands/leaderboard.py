@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from fine_bench.leaderboard import board, render
-from fine_bench.store.records import RecordStore, StoreError
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fine_bench.leaderboard.board import Table, build
 from fine_bench.report.html.build import make, shelves_of, steps
-from fine_bench.store.records import RecordStore, StoreError, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 
 EXAMPLES = 24

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fine_bench.leaderboard import sensitivity_files, sensitivity_tables
 from fine_bench.leaderboard.sensitivity import spreads
-from fine_bench.store.records import RecordStore, StoreError
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from fine_bench.errors import DataError
 from fine_bench.leaderboard.board import COLUMNS, Leaderboard, Row, Table, build
-from fine_bench.store.records import RecordStore, StoreError, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 from fine_bench.types import TARGETS
 

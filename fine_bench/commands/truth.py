@@ -14,7 +14,7 @@ from fine_bench.report.evidence import write_evidence
 from fine_bench.retraining.bank import Bank, load_bank
 from fine_bench.retraining.truth import HALVES, Truth
 from fine_bench.retraining.truth_files import save
-from fine_bench.store.records import StoreError
+from fine_bench.store.files import StoreError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from rich.markup import escape
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.retraining.truth_files import TruthError
 from fine_bench.runner.verify import Verdict, results_of, verify
-from fine_bench.store.records import StoreError, read_record
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import read_record
 from fine_bench.terminal import bar_on
 
 

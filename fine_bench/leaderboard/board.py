@@ -25,14 +25,9 @@ from fine_bench.leaderboard.ties import PairValues, RowKey, with_ties
 from fine_bench.metrics.consistency import coefficient_of_variation, pairwise_consistency
 from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
-from fine_bench.store.records import (
-    Consistency,
-    RecordStore,
-    Scan,
-    StoreError,
-    consistency_digest,
-    newest,
-)
+from fine_bench.store.comparisons import Consistency, consistency_digest
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import SUSPICIOUS_END, TARGETS, InfluenceScores, RunRecord
 
 METRIC_VERSION = 1

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fine_bench.metrics.intervals import MIN_SEEDS_FOR_SIGNIFICANCE
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 
 if TYPE_CHECKING:  # the board builds on this module, which knows its types by name only
     from fine_bench.leaderboard.board import Column, Leaderboard, Row, Stat, Table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fine_bench.leaderboard.sensitivity import Spread
 from fine_bench.leaderboard.sensitivity_tables import to_csv, to_markdown
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 
 
 def write(found: Sequence[Spread], root: Path) -> list[Path]:

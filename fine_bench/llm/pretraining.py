@@ -19,7 +19,7 @@ from fine_bench.errors import ConfigError, DataError
 from fine_bench.llm import corpus, hub
 from fine_bench.llm.tokens import train_tokenizer
 from fine_bench.seeds import derive, stream
-from fine_bench.store.records import digest
+from fine_bench.store.digest import digest
 
 VERSION = 1
 """Raised when the same options may give other weights."""

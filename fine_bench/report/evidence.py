@@ -14,7 +14,7 @@ from fine_bench.report.figures.style import FORMATS, to_bytes
 from fine_bench.retraining.bank import Bank
 from fine_bench.retraining.definition import Compared, compare
 from fine_bench.retraining.outputs import BankModels
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 
 RANKS = (
     ("largest μ", 1.0),

@@ -35,7 +35,9 @@ from numpy.typing import NDArray
 from fine_bench.retraining.design import PARTS, Model, Part
 from fine_bench.retraining.identity import as_json, bank_folder, differences
 from fine_bench.retraining.outputs import BankModels
-from fine_bench.store.records import StoreError, digest, environment, write_atomic
+from fine_bench.store.digest import digest
+from fine_bench.store.environment import environment
+from fine_bench.store.files import StoreError, write_atomic
 
 FORMAT = 1
 _ABOUT = ("format", "created", "environment", "bad")

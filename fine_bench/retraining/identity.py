@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fine_bench.store.records import digest
+from fine_bench.store.digest import digest
 
 
 def as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from fine_bench.retraining.truth import ARRAYS, HALVES, UNKNOWN, HalfTruth, SubsetTruth, Truth
-from fine_bench.store.records import StoreError, write_atomic
+from fine_bench.store.files import StoreError, write_atomic
 
 FORMAT = 1
 KEY = "fine_bench_truth"

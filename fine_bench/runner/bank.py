@@ -36,7 +36,7 @@ from fine_bench.runner import bank_config
 from fine_bench.runner.bank_config import BankConfig, MakeNetwork
 from fine_bench.runner.config import ALWAYS_ALLOWED, RunConfig
 from fine_bench.runner.plan import plan
-from fine_bench.store.records import StoreError
+from fine_bench.store.files import StoreError
 
 INTERRUPTED = 130
 BAD_INPUT = 2

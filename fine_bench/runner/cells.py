@@ -23,7 +23,10 @@ from fine_bench.runner.backends import images
 from fine_bench.runner.backends.choice import backend_of
 from fine_bench.runner.config import PLACES
 from fine_bench.runner.plan import Cell, Job, Watcher
-from fine_bench.store.records import RecordStore, StoreError, environment, scores_digest
+from fine_bench.store.environment import environment
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
+from fine_bench.store.scores import scores_digest
 from fine_bench.types import (
     InfluenceScores,
     Problem,

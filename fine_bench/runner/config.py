@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.option_grid import Point, points
 from fine_bench.runner import addresses
-from fine_bench.store.records import digest
+from fine_bench.store.digest import digest
 from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting, UnsupportedProblemError
 
 ALWAYS_ALLOWED = ("fine_bench", "baselines")
@@ -275,7 +275,7 @@ def target_of(options: Mapping[str, Any], where: str, packages: tuple[str, ...])
         found = get_object(addresses.today(path))
     except Exception as error:
         raise ConfigError(f"{where}._target_={path} cannot be imported: {error}") from error
-    # a module of ours imports others: fine_bench.store.records.os.system is not ours to call
+    # a module of ours imports others: fine_bench.store.files.os.system is not ours to call
     home = str(getattr(found, "__module__", "") or "").split(".")[0]
     if home not in packages or not callable(found):
         raise ConfigError(

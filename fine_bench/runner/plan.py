@@ -34,7 +34,8 @@ from fine_bench.runner.config import (
     target_of,
     varied,
 )
-from fine_bench.store.records import RecordStore, digest
+from fine_bench.store.digest import digest
+from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
 
 AnyTask: TypeAlias = TaskData | LanguageTask

@@ -30,7 +30,9 @@ from fine_bench.runner.cells import execute
 from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.retrain import check_package
-from fine_bench.store.records import RecordStore, StoreError, environment
+from fine_bench.store.environment import environment
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 FACTS = ("test_accuracy", "train_accuracy", "test_loss", "train_loss", "n_steps")

@@ -35,7 +35,8 @@ from fine_bench.runner.cure import (
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import epochs, job_of, mean_probabilities, retrain
 from fine_bench.seeds import stream
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 

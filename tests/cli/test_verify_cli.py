@@ -19,7 +19,9 @@ from fine_bench.runner.cells import execute
 from fine_bench.runner.config import check
 from fine_bench.runner.plan import plan
 from fine_bench.runner.verify import distance, job_of, results_of, verify
-from fine_bench.store.records import PENDING, RecordStore, StoreError, read_record
+from fine_bench.store.files import StoreError
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore, read_record
 from fine_bench.types import InfluenceScores, RunRecord
 
 ESTIMATORS = {
@@ -248,9 +250,9 @@ def test_job_needs_allowed_packages(tmp_path: Path) -> None:
 
 
 def test_a_record_cannot_call_what_modules_of_ours_import(tmp_path: Path) -> None:
-    """``fine_bench.store.records.os.system`` begins with an allowed package and is not ours."""
+    """``fine_bench.store.files.os.system`` begins with an allowed package and is not ours."""
     touched = tmp_path / "touched"
-    evil = {"_target_": "fine_bench.store.records.os.system", "command": f"touch {touched}"}
+    evil = {"_target_": "fine_bench.store.files.os.system", "command": f"touch {touched}"}
     fine = {"_target_": "fine_bench.models.networks.mlp", "hidden": [4]}
     method = {"_target_": "baselines.tracin.TracIn"}
     task = {"_target_": "fine_bench.data.digits.digits_mislabel", "seed": 0}

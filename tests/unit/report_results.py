@@ -13,7 +13,8 @@ from fine_bench.data.digits import digits_mislabel
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.report.figures.tables import TRUTH
 from fine_bench.retraining.truth import HalfTruth, Truth
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 60

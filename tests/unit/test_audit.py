@@ -9,7 +9,8 @@ import torch
 from scipy.stats import norm
 
 from fine_bench.commands import audit
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 

@@ -19,7 +19,7 @@ from fine_bench.retraining.bank import Bank, find_bank, load_bank
 from fine_bench.retraining.design import Model, definition_models, repeated_models, single_models
 from fine_bench.retraining.identity import bank_folder, differences
 from fine_bench.retraining.outputs import BankModels
-from fine_bench.store.records import StoreError
+from fine_bench.store.files import StoreError
 
 N, Q = 21, 3
 IDENTITY: dict[str, Any] = {

@@ -169,7 +169,7 @@ def test_every_other_file(group: str) -> None:
         ("task._target_=os.system", r"type 'allow_packages=\[os\]'"),
         ("task._target_=fine_bench.nothing", "cannot be imported"),
         (
-            "task._target_=fine_bench.store.records.os.system",
+            "task._target_=fine_bench.store.files.os.system",
             r"comes from posix, so if you trust it",
         ),
         ("model._target_=fine_bench.runner.config.get_object", r"type 'allow_packages=\[hydra\]'"),

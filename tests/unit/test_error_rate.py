@@ -29,7 +29,8 @@ from fine_bench.metrics.error_rate import (
     repeated,
     trusted_mask,
 )
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 

@@ -19,7 +19,7 @@ from fine_bench.runner.cells import execute
 from fine_bench.runner.config import check, config_folder, register
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.sweep import conclude
-from fine_bench.store import records as records_module
+from fine_bench.store import files as files_module
 from fine_bench.store.records import RecordStore
 
 SMALL = (
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_costs_the_cells_that_no_longer_fit(
     conclude([first], "sweep")
     before = whole(tmp_path)
     second = job(tmp_path, "seed=1")
-    write, link, written = records_module._write_whole, records_module._link, 0
+    write, link, written = files_module._write_whole, files_module._link, 0
 
     def count(temporary: Path, final: Path) -> None:
         nonlocal written
@@ -90,8 +90,8 @@ def test_a_disk_that_fills_up_costs_the_cells_that_no_longer_fit(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(records_module, "_link", count)
-    monkeypatch.setattr(records_module, "_write_whole", full)
+    monkeypatch.setattr(files_module, "_link", count)
+    monkeypatch.setattr(files_module, "_write_whole", full)
     said = run(second)
     assert "No space left on device" in said
     assert "--seed1--" in said
@@ -121,7 +121,7 @@ def test_a_full_disk_at_the_end_is_a_failure_too(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records_module, "_write_whole", full)
+    monkeypatch.setattr(files_module, "_write_whole", full)
     hook = sweep.SweepHook()
     hook.jobs = [planned]
     hook.folder = tmp_path

@@ -33,7 +33,8 @@ from fine_bench.report.figures import benchmark, labels, runs, theory
 from fine_bench.report.figures.collection import Choice, draw, traced
 from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_bytes
 from fine_bench.report.figures.tables import TRUTH, kind_of, shelves
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.theory.composition import compose
 from fine_bench.theory.ordering import compare
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target

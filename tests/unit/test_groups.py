@@ -23,7 +23,8 @@ from fine_bench.metrics.groups import (
     refuse_overlaps,
     standing,
 )
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import RunRecord
 
 N, D, M, STEPS, LR = 60, 4, 6, 200, 2e-4

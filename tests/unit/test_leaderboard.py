@@ -25,8 +25,10 @@ from fine_bench.leaderboard.board import Leaderboard, Row, build, cells
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
-from fine_bench.store import records as records_module
-from fine_bench.store.records import PENDING, RecordStore, StoreError
+from fine_bench.store import files as files_module
+from fine_bench.store.files import StoreError
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore, Scan
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 
 N = 60
@@ -421,7 +423,7 @@ def test_rebuild_is_byte_identical_whatever_the_order_of_the_files(
     monkeypatch.setattr(Path, "rglob", lambda p, pattern: list(glob(p, pattern))[::-1])
     assert outputs() == first
     scan = store.scan()
-    shuffled = records_module.Scan(scan.records[::-1], scan.problems, scan.consistency[::-1])
+    shuffled = Scan(scan.records[::-1], scan.problems, scan.consistency[::-1])
     monkeypatch.setattr(RecordStore, "scan", lambda _: shuffled)
     assert outputs() == first
 
@@ -486,7 +488,7 @@ def test_a_full_disk_while_caching_keeps_the_numbers_and_is_named(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records_module, "_write_whole", full)
+    monkeypatch.setattr(files_module, "_write_whole", full)
     board = build(store)
     assert row_of(board, "fine").stats == row_of(expected, "fine").stats
     assert len(board.problems) == 6

@@ -19,17 +19,15 @@ import numpy as np
 import pytest
 import torch
 
-from fine_bench.store import records as module
-from fine_bench.store.records import (
-    PENDING,
-    Consistency,
-    RecordStore,
-    StoreError,
-    digest,
-    environment,
-    newest,
-    scores_digest,
-)
+from fine_bench.store import environment as environment_module
+from fine_bench.store import files as files_module
+from fine_bench.store.comparisons import Consistency
+from fine_bench.store.digest import digest
+from fine_bench.store.environment import environment
+from fine_bench.store.files import StoreError
+from fine_bench.store.record_json import IDENTITY, PENDING
+from fine_bench.store.records import RecordStore, newest
+from fine_bench.store.scores import pack, scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
 
 
@@ -177,7 +175,7 @@ def test_the_same_scores_always_give_the_same_bytes() -> None:
     extras = {"b": values, "a": values}
     scores = InfluenceScores(values, "m", "queries", std_error=values, extras=extras)
     # safetensors by itself orders its metadata differently at every call
-    assert len({module._pack(scores) for _ in range(20)}) == 1
+    assert len({pack(scores) for _ in range(20)}) == 1
 
 
 def test_scores_digest_covers_type_shape_and_values() -> None:
@@ -250,10 +248,10 @@ def test_a_revision_is_not_reused_even_if_its_record_is_unreadable(tmp_path: Pat
 
 
 def find(store: RecordStore, record: RunRecord) -> RunRecord | None:
-    return store.find(**{name: getattr(record, name) for name in module.IDENTITY})
+    return store.find(**{name: getattr(record, name) for name in IDENTITY})
 
 
-@pytest.mark.parametrize("name", module.IDENTITY)
+@pytest.mark.parametrize("name", IDENTITY)
 def test_every_part_of_the_identity_tells_records_apart(tmp_path: Path, name: str) -> None:
     store = RecordStore(tmp_path)
     one = make_record()
@@ -321,7 +319,7 @@ def start(work: Callable[..., None], *arguments: object) -> Any:
 
 def die_before_naming(root: Path, suffix: str) -> None:
     link = os.link
-    module._link = lambda a, b: os._exit(9) if b.suffix == suffix else link(a, b)
+    files_module._link = lambda a, b: os._exit(9) if b.suffix == suffix else link(a, b)
     RecordStore(root).save(make_record(seed=1), make_scores(1))
 
 
@@ -374,7 +372,7 @@ def test_disk_full_names_the_file_and_leaves_nothing(
     kept = store.save(make_record(), make_scores())
     before = files(tmp_path)
     calls = 0
-    write = module._write_whole
+    write = files_module._write_whole
 
     def full(path: Path, data: bytes) -> None:
         nonlocal calls
@@ -384,7 +382,7 @@ def test_disk_full_names_the_file_and_leaves_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(module, "_write_whole", full)
+    monkeypatch.setattr(files_module, "_write_whole", full)
     suffix = ".safetensors" if nth == 1 else ".json"
     with pytest.raises(StoreError, match=rf"seed1--.*{suffix}: No space left on device"):
         store.save(make_record(seed=1), make_scores())
@@ -415,7 +413,7 @@ def test_without_hard_links_nothing_is_overwritten_either(
 def test_without_locks_a_taken_name_means_the_next_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(files_module, "fcntl", None)
     monkeypatch.setattr(RecordStore, "_last_revision", staticmethod(lambda *_: 0))
     store = RecordStore(tmp_path)
     saved = [store.save(make_record(), make_scores(i)) for i in range(3)]
@@ -615,16 +613,18 @@ def test_commit_and_dirty_flag_speak_of_the_source_tree(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("")
     unknown = {"commit": "unknown", "dirty": "unknown"}
-    assert module._git(package) == unknown
+    assert environment_module._git(package) == unknown
     git(tmp_path, "init")
-    assert module._git(package) == unknown  # a repository, but the package is not tracked in it
+    assert (
+        environment_module._git(package) == unknown
+    )  # a repository, but the package is not tracked in it
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "one")
-    clean = module._git(package)
+    clean = environment_module._git(package)
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "new.json").write_text("")
-    assert module._git(package)["dirty"] is False  # results are not source
+    assert environment_module._git(package)["dirty"] is False  # results are not source
     (package / "new.py").write_text("")
-    assert module._git(package)["dirty"] is True
+    assert environment_module._git(package)["dirty"] is True

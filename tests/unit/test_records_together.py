@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from fine_bench.store import records as module
-from fine_bench.store.records import PENDING, Consistency, RecordStore, write_atomic
+from fine_bench.store import files as files_module
+from fine_bench.store.comparisons import Consistency
+from fine_bench.store.files import write_atomic
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -53,7 +56,7 @@ def consistency(value: float) -> Consistency:
 
 def write(root: Path, writer: int, start: Any, locks: bool) -> None:
     if not locks:
-        module.fcntl = None
+        files_module.fcntl = None
     store = RecordStore(root)
     start.wait(60)
     for number in range(TIMES):

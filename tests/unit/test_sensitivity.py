@@ -35,7 +35,8 @@ from fine_bench.runner.config import check, config_folder, register
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.sweep import announce, conclude
 from fine_bench.runner.verify import verify
-from fine_bench.store.records import PENDING, RecordStore
+from fine_bench.store.record_json import PENDING
+from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord, Status
 
 CONF = config_folder()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fine_bench.report.figures.collection import Drawn
 from fine_bench.report.figures.style import to_bytes
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 
 
 def write(drawn: Drawn, folder: Path, formats: Sequence[str]) -> dict[Path, bytes]:

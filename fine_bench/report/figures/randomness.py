@@ -20,7 +20,7 @@ from fine_bench.report.figures.benchmark import TARGET_TITLES, panels_of, reach,
 from fine_bench.report.figures.requirements import interval_of
 from fine_bench.report.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, canvas, span, styled
 from fine_bench.report.figures.tables import Shelf
-from fine_bench.store.records import digest
+from fine_bench.store.digest import digest
 
 SOURCES: Mapping[str, tuple[str, str]] = {
     "initialisation": (BLUE, ""),

@@ -13,7 +13,8 @@ from fine_bench.leaderboard.board import Leaderboard, Row, Table
 from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.metrics.detection import suspicion
 from fine_bench.report.figures.style import Kind, Look, looks
-from fine_bench.store.records import RecordStore, Scan, StoreError, newest
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import InfluenceScores, RunRecord
 
 Array = NDArray[np.float64]

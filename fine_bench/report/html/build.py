@@ -18,7 +18,8 @@ from fine_bench.report.html.images import Album, album
 from fine_bench.report.html.page import Chapter, page
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import TruthError, find, folders
-from fine_bench.store.records import RecordStore, StoreError
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 
 Step = Callable[[str], None]
 

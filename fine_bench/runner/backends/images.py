@@ -27,7 +27,7 @@ from fine_bench.runner import checkpoints as keeping
 from fine_bench.runner.config import build
 from fine_bench.runner.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
 
 _EVALUATION_BATCH = 1024

@@ -33,7 +33,7 @@ from fine_bench.runner.backends.language_fit import (
     task_of,
 )
 from fine_bench.runner.plan import Job, Watcher
-from fine_bench.store.records import write_atomic
+from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, Target
 
 

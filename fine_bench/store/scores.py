@@ -1,0 +1,78 @@
+"""Scores as safetensors: data, never code, with a digest of every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fine_bench.store.digest import digest
+from fine_bench.types import InfluenceScores, Target
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous()
+    name = str(data.dtype).removeprefix("torch.")
+    state = hashlib.sha256(f"{name} {tuple(data.shape)} ".encode())
+    state.update(data.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def scores_digest(scores: InfluenceScores) -> str:
+    """SHA-256 over dtype, shape and bytes of ``scores.values``: equal only when bit-identical.
+
+    Scores of some examples only: over that and over which ones they are.
+    """
+    values = tensor_digest(scores.values)
+    if scores.watched is None:
+        return values
+    return digest([values, tensor_digest(scores.watched)])
+
+
+def pack(scores: InfluenceScores) -> bytes:
+    """The safetensors file of ``scores``; the same scores always give the same bytes."""
+    tensors = {"values": scores.values}
+    if scores.std_error is not None:
+        tensors["std_error"] = scores.std_error
+    if scores.n_observations is not None:
+        tensors["n_observations"] = scores.n_observations
+    if scores.watched is not None:
+        tensors["watched"] = scores.watched
+    tensors |= {f"extra.{name}": tensor for name, tensor in scores.extras.items()}
+    # cloned, because safetensors refuses tensors that share memory
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
+    about = {"method": scores.method, "target": scores.target, "version": str(scores.version)}
+    about |= {f"sha256.{name}": tensor_digest(tensor) for name, tensor in tensors.items()}
+    blob = safetensors.torch.save(tensors, metadata=about)
+    # safetensors orders the metadata by a hash that differs between processes: sort it
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + blob[end:]
+
+
+def unpack(path: Path) -> InfluenceScores:
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = file.metadata() or {}
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in tensors.items():
+        if about.get(f"sha256.{name}") != tensor_digest(tensor):
+            raise ValueError(f"{name} is not what was written")
+    return InfluenceScores(
+        values=tensors["values"],
+        method=about["method"],
+        target=cast(Target, about["target"]),
+        std_error=tensors.get("std_error"),
+        n_observations=tensors.get("n_observations"),
+        version=int(about["version"]),
+        extras={k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")},
+        watched=tensors.get("watched"),
+    )
