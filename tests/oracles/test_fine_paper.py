@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
+from fine_bench.callback.base import WatchedRun
 from fine_bench.callback.paper import PaperFINECallback
 from fine_bench.fine.subset_test import PaperAccumulator, Signal, evaluate, extremes, to_scores
 from fine_bench.fine.subsets import (
@@ -474,7 +475,7 @@ def test_masks_columns_and_lists_are_the_same_subsets() -> None:
 def test_impossible_subsets(given: dict[str, Any], message: str) -> None:
     callback = PaperFINECallback("self", **given)
     with pytest.raises(ValueError, match=message):
-        callback.check(N, BATCH)
+        callback.check(WatchedRun(N, BATCH, "sgd", 0.0, 0.0, None, {}))
     with pytest.raises(ValueError, match=message):
         fit([callback], epochs=1)
 
