@@ -18,6 +18,7 @@ from fine_bench.data.loading import cache_directory
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.llm import corpus, hub
 from fine_bench.llm.tokens import train_tokenizer
+from fine_bench.models.lr_schedule import cosine
 from fine_bench.seeds import derive, stream
 from fine_bench.store.digest import digest
 
@@ -164,7 +165,7 @@ def _fit(model: Any, ids: Tensor, tiny: Tiny) -> float:
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda t: min(1.0, (t + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * t / tiny.steps)),
+        lambda t: min(1.0, (t + 1) / WARM_UP) * cosine(t, tiny.steps),
     )
     average = 0.0
     model.train()

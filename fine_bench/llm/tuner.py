@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +17,7 @@ from fine_bench.gradients.adam import AdamCheckpoint
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.tokens import collate
 from fine_bench.models.classifier import DivergedError
+from fine_bench.models.lr_schedule import check_schedule, scheduled
 from fine_bench.types import Loss, LRSchedule
 
 BETAS = (0.9, 0.999)
@@ -32,7 +32,7 @@ class Tuner(pl.LightningModule):
         loss: one loss a sample; the batch's loss is their mean.
         lr: step size of AdamW, > 0.
         weight_decay: of AdamW, ≥ 0.
-        lr_schedule: ``"constant"``, or ``"cosine"``: lr · (1 + cos(π t / T)) / 2 at step t of T.
+        lr_schedule: ``"constant"`` or ``"cosine"``; see ``fine_bench.models.lr_schedule``.
     """
 
     def __init__(
@@ -45,10 +45,7 @@ class Tuner(pl.LightningModule):
         lr_schedule: LRSchedule = "constant",
     ) -> None:
         super().__init__()
-        if lr_schedule not in get_args(LRSchedule):
-            raise ValueError(
-                f"lr_schedule must be one of {get_args(LRSchedule)}, got {lr_schedule!r}"
-            )
+        check_schedule(lr_schedule)
         self.net, self.loss = net, loss
         self.lr, self.weight_decay, self.lr_schedule = lr, weight_decay, lr_schedule
         self.losses: list[float] = []
@@ -93,16 +90,7 @@ class Tuner(pl.LightningModule):
             weight_decay=self.weight_decay,
             fused=True,
         )
-        if self.lr_schedule == "constant":
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda t: 0.5 * (1.0 + math.cos(math.pi * t / steps))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return scheduled(self, optimizer, self.lr_schedule)
 
 
 class TokenDataset(Dataset[dict[str, Any]]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, get_args
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from fine_bench.models.lr_schedule import check_schedule, scheduled
 from fine_bench.types import LRSchedule
 
 
@@ -26,7 +26,7 @@ class Classifier(pl.LightningModule):
         n_classes: number of classes.
         lr: step size, > 0.
         momentum, weight_decay: of SGD, ≥ 0; plain SGD by default.
-        lr_schedule: ``"constant"``, or ``"cosine"``: lr · (1 + cos(π t / T)) / 2 at step t of T.
+        lr_schedule: ``"constant"`` or ``"cosine"``; see ``lr_schedule``.
     """
 
     def __init__(
@@ -41,10 +41,7 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.net = net
-        if lr_schedule not in get_args(LRSchedule):
-            raise ValueError(
-                f"lr_schedule must be one of {get_args(LRSchedule)}, got {lr_schedule!r}"
-            )
+        check_schedule(lr_schedule)
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.lr_schedule = lr_schedule
         self.test_accuracy = MulticlassAccuracy(n_classes, average="micro")
@@ -103,16 +100,7 @@ class Classifier(pl.LightningModule):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
-        if self.lr_schedule == "constant":
-            return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda t: 0.5 * (1.0 + math.cos(math.pi * t / steps))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return scheduled(self, optimizer, self.lr_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the step size of the last step beside the weights: TracIn needs it."""

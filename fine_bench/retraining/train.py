@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_bench.models.lr_schedule import check_schedule, lr_at
 from fine_bench.retraining.train_dense import DenseStack, is_dense
 from fine_bench.retraining.train_mapped import ModuleStack
 from fine_bench.types import LRSchedule
@@ -45,7 +46,7 @@ class Recipe:
         batch_size: examples a step, ≥ 1; the last batch of an epoch may be shorter.
         lr: step size, > 0.
         momentum, weight_decay: of ``torch.optim.SGD``, ≥ 0.
-        lr_schedule: ``"constant"``, or ``"cosine"``: lr · (1 + cos(π t / T)) / 2 at step t of T.
+        lr_schedule: ``"constant"`` or ``"cosine"``; see ``fine_bench.models.lr_schedule``.
     """
 
     max_epochs: int
@@ -64,16 +65,11 @@ class Recipe:
         for name in ("momentum", "weight_decay"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.lr_schedule not in get_args(LRSchedule):
-            raise ValueError(
-                f"lr_schedule must be one of {get_args(LRSchedule)}, got {self.lr_schedule!r}"
-            )
+        check_schedule(self.lr_schedule)
 
     def lr_at(self, step: int, n_steps: int) -> float:
         """Step size of step ``step`` of ``n_steps``, counted from 0."""
-        if self.lr_schedule == "constant":
-            return self.lr
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * step / n_steps))
+        return lr_at(self.lr_schedule, self.lr, step, n_steps)
 
     def steps_per_epoch(self, n: int) -> int:
         """Batches in a pass over ``n`` examples."""

@@ -7,11 +7,10 @@ benchmark, step for step and bit for bit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from fine_bench.data.task import loader
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.models.classifier import DivergedError
+from fine_bench.models.lr_schedule import lr_at
 from fine_bench.runner.backends.images import build_model
 from fine_bench.runner.config import ALWAYS_ALLOWED, check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import stream
-from fine_bench.types import RunRecord
+from fine_bench.types import LRSchedule, RunRecord
 
 Retrain: TypeAlias = Callable[[Job, Tensor, Tensor, Sequence[int]], list[float]]
 """``retrain(job, labels (K, n), weights (K, n), seeds (K)) -> K test accuracies``"""
@@ -34,7 +34,6 @@ MeanProbabilities: TypeAlias = Callable[[Job, int], Tensor]
 """``mean_probabilities(job, seed) -> (n, n_classes)``"""
 
 _EVALUATION_BATCH = 1024
-_SCHEDULES = ("constant", "cosine")
 
 
 def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
@@ -142,11 +141,12 @@ def epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Modul
     It is one network, which goes on training when the next is asked for.
     """
     trainer = job.config.trainer
-    if trainer.lr_schedule not in _SCHEDULES:
+    if trainer.lr_schedule not in get_args(LRSchedule):
         raise ConfigError(
             f"lr_schedule={trainer.lr_schedule} cannot be trained again here; use a task trained "
-            f"with one of {', '.join(_SCHEDULES)}"
+            f"with one of {', '.join(get_args(LRSchedule))}"
         )
+    schedule = cast(LRSchedule, trainer.lr_schedule)
     kept = weights.nonzero()[:, 0]
     if len(kept) == 0:
         raise ValueError("no example is left to train on; touch fewer")
@@ -167,9 +167,7 @@ def epochs(job: Job, y: Tensor, weights: Tensor, seed: int) -> Iterator[nn.Modul
     for _ in range(trainer.max_epochs):
         # not read beyond the last batch, as Lightning does not: the sampler's end draws too
         for batch_x, batch_y, rows in islice(batches, len(batches)):
-            if trainer.lr_schedule == "cosine":
-                rate = trainer.lr * 0.5 * (1.0 + math.cos(math.pi * step / total))
-                optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = lr_at(schedule, trainer.lr, step, total)
             optimizer.zero_grad()
             logits = net(batch_x)
             if uniform:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
 from fine_bench import terminal as bars
@@ -25,6 +21,7 @@ from fine_bench.metrics.registry import Given
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner import checkpoints as keeping
 from fine_bench.runner.config import build
+from fine_bench.runner.fit import fit
 from fine_bench.runner.plan import Job, Watcher
 from fine_bench.seeds import derive, stream
 from fine_bench.store.files import write_atomic
@@ -138,50 +135,38 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     # only one progress line a run, and none in a log file
     progress = trainer_config.progress and bars.shown()
     curves = Curves()
-    extra: list[pl.Callback] = [curves]
-    if progress:
-        extra.append(TQDMProgressBar(refresh_rate=25))
     with keeping.scratch(folder) as temporary:
-        with _quiet():
-            pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
-            trainer = pl.Trainer(
-                accelerator="auto",
-                devices=1,
-                max_epochs=trainer_config.max_epochs,
-                logger=logger or False,
-                log_every_n_steps=1,
-                enable_progress_bar=progress,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                deterministic="warn",
-                callbacks=[
-                    *callbacks,
-                    *extra,
-                    ModelCheckpoint(
-                        dirpath=temporary,
-                        filename="{epoch:04d}",
-                        save_top_k=-1,
-                        every_n_epochs=1,
-                        save_weights_only=True,
-                        save_on_train_epoch_end=True,
-                    ),
-                ],
-            )
-            start = time.perf_counter()
-            trainer.fit(module, train_loader(job), test)
-            seconds = time.perf_counter() - start
-            facts = {
-                "seconds": seconds - sum(callback.seconds for callback in callbacks),
-                "seconds_with_callbacks": seconds,
-                "n_steps": trainer.global_step,
-                "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
-                "test_loss": float(trainer.callback_metrics["test_loss"]),
-                "train_loss": float(trainer.callback_metrics["train_loss"]),
-                "curves": curves.values,
-                "train_accuracy": accuracy(module, job.images),
-                "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "device": str(trainer.strategy.root_device),
-            }
+        keep = ModelCheckpoint(
+            dirpath=temporary,
+            filename="{epoch:04d}",
+            save_top_k=-1,
+            every_n_epochs=1,
+            save_weights_only=True,
+            save_on_train_epoch_end=True,
+        )
+        done = fit(
+            module,
+            train_loader(job),
+            epochs=trainer_config.max_epochs,
+            seed=job.config.seed,
+            callbacks=[*callbacks, curves, keep],
+            test=test,
+            logger=logger,
+            progress=progress,
+        )
+        trainer = done.trainer
+        facts = {
+            "seconds": done.seconds - sum(callback.seconds for callback in callbacks),
+            "seconds_with_callbacks": done.seconds,
+            "n_steps": trainer.global_step,
+            "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
+            "test_loss": float(trainer.callback_metrics["test_loss"]),
+            "train_loss": float(trainer.callback_metrics["train_loss"]),
+            "curves": curves.values,
+            "train_accuracy": accuracy(module, job.images),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "device": str(trainer.strategy.root_device),
+        }
         for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
             if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
                 path.unlink()
@@ -235,25 +220,14 @@ def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
         seconds of plain training, without the callbacks' own.
     """
     job = reseeded(job)
-    module = build_model(job)
-    with _quiet():
-        pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=1,
-            max_epochs=job.config.trainer.max_epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            deterministic="warn",
-            callbacks=list(callbacks),
-        )
-        start = time.perf_counter()
-        trainer.fit(module, train_loader(job))
-        seconds = time.perf_counter() - start
-    return seconds - sum(callback.seconds for callback in callbacks)
+    done = fit(
+        build_model(job),
+        train_loader(job),
+        epochs=job.config.trainer.max_epochs,
+        seed=job.config.seed,
+        callbacks=callbacks,
+    )
+    return done.seconds - sum(callback.seconds for callback in callbacks)
 
 
 @torch.no_grad()
@@ -333,19 +307,3 @@ def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
     net = build_model(job).net
     net.load_state_dict(dict(checkpoints[-1].params))
     return TrainedRun(net, checkpoints, facts)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's notices about hardware and workers do not help this run's reader."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*exists and is not empty.*"):
-            warnings.filterwarnings("ignore", message)
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

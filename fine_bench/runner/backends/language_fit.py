@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
@@ -18,9 +16,9 @@ from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import answers
 from fine_bench.llm.task import LanguageTask
 from fine_bench.llm.tuner import Tuner, token_loader
-from fine_bench.runner.backends.images import _quiet
+from fine_bench.runner import fit as lightning
 from fine_bench.runner.plan import Job
-from fine_bench.seeds import derive, stream
+from fine_bench.seeds import stream
 from fine_bench.types import LRSchedule
 
 
@@ -57,26 +55,16 @@ def fit(
     seed = job.config.seed if config.order_seed is None else config.order_seed
     loader = token_loader(x, y, batch_size=config.batch_size, generator=stream(seed, "order"))
     progress = config.progress and logger is not None and bars.shown()
-    extra = [TQDMProgressBar(refresh_rate=25)] if progress else []
-    with _quiet():
-        pl.seed_everything(derive(job.config.seed, "global") % 2**32, verbose=False)
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=1,
-            max_epochs=config.max_epochs,
-            logger=logger or False,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            deterministic="warn",
-            callbacks=[*callbacks, *extra],
-        )
-        start = time.perf_counter()
-        trainer.fit(tuner, loader)
-        seconds = time.perf_counter() - start
-    return tuner, seconds, int(trainer.global_step)
+    done = lightning.fit(
+        tuner,
+        loader,
+        epochs=config.max_epochs,
+        seed=job.config.seed,
+        callbacks=callbacks,
+        logger=logger,
+        progress=progress,
+    )
+    return tuner, done.seconds, int(done.trainer.global_step)
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from fine_bench.errors import ConfigError
 from fine_bench.estimator import InfluenceEstimator, replay
 from fine_bench.metrics.error_rate import Flags, Vector
 from fine_bench.models import Classifier, DivergedError, cnn, mlp
-from fine_bench.runner.backends.images import _quiet
 from fine_bench.runner.clean.data_files import LabelledData
+from fine_bench.runner.fit import fit
 from fine_bench.seeds import derive, stream
 from fine_bench.theory.false_discovery import trusted_size_needed
 from fine_bench.types import Checkpoint, Problem
@@ -129,30 +129,16 @@ def score(
     watcher = FINECallback(target="self")
     if method == "fine":
         callbacks.append(watcher)
-    with _quiet():
-        pl.seed_everything(derive(seed, "global") % 2**32, verbose=False)
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=1,
-            max_epochs=epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            deterministic="warn",
-            callbacks=callbacks,
-        )
-        batches = loader(
-            x, y, batch_size=min(batch_size, len(x)), generator=stream(seed, "order"), shuffle=True
-        )
-        try:
-            trainer.fit(Classifier(net, n_classes, lr=lr), batches)
-        except DivergedError as error:
-            raise ConfigError(
-                f"training diverged with --lr {lr:g}; use a smaller step, for instance "
-                f"--lr {lr / 10:g}"
-            ) from error
+    batches = loader(
+        x, y, batch_size=min(batch_size, len(x)), generator=stream(seed, "order"), shuffle=True
+    )
+    try:
+        module = Classifier(net, n_classes, lr=lr)
+        fit(module, batches, epochs=epochs, seed=seed, callbacks=callbacks)
+    except DivergedError as error:
+        raise ConfigError(
+            f"training diverged with --lr {lr:g}; use a smaller step, for instance --lr {lr / 10:g}"
+        ) from error
     net = net.cpu()
     problem = Problem(net, F.cross_entropy, TensorDataset(x, y), "self")
     if method == "fine":
