@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread a process, before PyTorch is imported: several workers of pytest-xdist, and the
+# commands that they start, share the cores. It is also what makes sums repeatable.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
+
+from support.benchmarks import loaded
+from support.commands import Commands, environment
+from support.interpreter import Interpreter
 
 # The machine may be busy: a slow example is not a failure. The same examples every time, so that
 # a failure can be repeated.
@@ -25,3 +37,17 @@ def mnist_dir() -> Path:
         "MNIST is neither where FINE_BENCH_DATA points nor in the user's cache "
         f"({mnist.cache()}); tests do not download it"
     )
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The commands, each call a process of its own, outside the checkout: conf/ must be found."""
+    interpreter = Interpreter(tmp_path_factory.mktemp("i"), environment())
+    yield Commands(interpreter, tmp_path_factory.mktemp("elsewhere"))
+    interpreter.close()
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """``benchmarks/kill_and_resume.py``, which compares results folders."""
+    return loaded("kill_and_resume")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import environment  # type: ignore[import-not-found]
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -29,6 +26,7 @@ from fine_bench.runner import bank_config
 from fine_bench.runner.backends import images
 from fine_bench.runner.bank_config import BankConfig
 from fine_bench.runner.plan import plan
+from support.commands import Commands
 
 SMALL = (
     "task.n_train=60",
@@ -315,44 +313,20 @@ def test_durations() -> None:
     ]
 
 
-def test_interrupted_from_the_keyboard(tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(cli: Commands, tmp_path: Path) -> None:
     """And what the command prints to a user, from any folder."""
     arguments = [f"results_dir={tmp_path}", *SMALL, "trainer.max_epochs=300", "bank.models=4000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fine_bench.bank", *arguments, "bank.processes=1"],
-        cwd=tmp_path,
-        env=environment() | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell's background jobs ignore the signal, and hand that on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = cli.start("fine_bench.bank", *arguments, "bank.processes=1")
     end = time.monotonic() + 300
     while not list(tmp_path.rglob("[!.]*.safetensors")):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.texts()
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    printed, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(60) == 130
+    printed, said = process.texts()
     assert "interrupted; what is stored stays" in said
     assert "Traceback" not in said + printed
     bank = only_bank(tmp_path)
     assert 0 < len(bank.present("single")) < 4000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["banks"]
-
-
-def test_help() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "fine_bench.bank", "--help"],
-        env=environment() | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 0, ended.stderr
-    said = ended.stdout
-    assert said.startswith("python -m fine_bench.bank: train the models of a retraining bank")
-    for part in ("bank.definition.singles=100", "task: ", "seeds_per_subset: 5"):
-        assert part in said

@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from commands import Run  # type: ignore[import-not-found]
 
 from fine_bench.store.records import RecordStore
+from support.commands import Commands
 
 BOTH = (
     "estimator=[fine,fine_paper]",
@@ -21,7 +21,7 @@ BOTH = (
 
 
 @pytest.fixture(scope="module")
-def finished(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def finished(cli: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("paper") / "results"
     return folder, cli(folder, *BOTH, "seed=0,1")
 
@@ -71,7 +71,7 @@ def test_the_leaderboard_says_how_many_examples(finished: tuple[Path, Any]) -> N
 
 
 def test_adding_the_paper_later_changes_nothing_else(
-    cli: Run, finished: tuple[Path, Any], tmp_path: Path
+    cli: Commands, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     """Watching does not change the run, and an earlier record of f-INE is compared with."""
     first = cli(tmp_path, "estimator=[fine]", "seed=0", "logger.mode=disabled")
@@ -98,7 +98,7 @@ def test_adding_the_paper_later_changes_nothing_else(
     ],
 )
 def test_the_impossible_is_refused_before_training(
-    cli: Run, tmp_path: Path, override: str, message: str
+    cli: Commands, tmp_path: Path, override: str, message: str
 ) -> None:
     done = cli(tmp_path, *BOTH, override, "seed=0")
     assert done.returncode == 2
@@ -107,7 +107,7 @@ def test_the_impossible_is_refused_before_training(
 
 
 def test_a_target_that_it_does_not_serve_is_skipped_with_the_reason(
-    cli: Run, tmp_path: Path
+    cli: Commands, tmp_path: Path
 ) -> None:
     done = cli(tmp_path, *BOTH, "targets=[validation_per_class]", "seed=0")
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import fine_bench
+from support.commands import Commands
 
 # the commands of Hydra, whose help is the configuration itself
 HYDRA = {"", "bank"}
@@ -57,12 +57,9 @@ def test_help_is_useful(
 
 
 @pytest.mark.parametrize("name", sorted(HYDRA))
-def test_help_of_a_hydra_command_is_useful(name: str) -> None:
+def test_help_of_a_hydra_command_is_useful(cli: Commands, name: str) -> None:
     # in a process of its own: Hydra sets up the logging of the whole process, pytest's included
-    module = ".".join(filter(None, ("fine_bench", name)))
-    ended = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120
-    )
+    ended = cli.run(".".join(filter(None, ("fine_bench", name))), "--help")
     assert ended.returncode == 0, ended.stderr
     text = ended.stdout
     call = f"python -m fine_bench.{name}".rstrip(".")
@@ -73,3 +70,13 @@ def test_help_of_a_hydra_command_is_useful(name: str) -> None:
     assert "launcher: basic, joblib" in text
     assert "experiment: cifar10n, " in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_of_the_bank_shows_its_options(cli: Commands) -> None:
+    """As typed: Python starts afresh."""
+    ended = cli.typed("fine_bench.bank", "--help")
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout
+    assert said.startswith("python -m fine_bench.bank: train the models of a retraining bank")
+    for part in ("bank.definition.singles=100", "task: ", "seeds_per_subset: 5"):
+        assert part in said

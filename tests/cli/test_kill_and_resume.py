@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from commands import SMALL, Run  # type: ignore[import-not-found]
+
+from support.commands import SMALL, Commands
 
 TINY = (*SMALL, "estimator=[fine,random]", "seed=0,1", "logger.mode=disabled")
 
@@ -18,7 +19,9 @@ def test_two_kills(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> No
     assert "2 of 2 kills ended as if nothing had happened" in capsys.readouterr().out
 
 
-def test_the_script_notices_what_it_looks_for(cli: Run, script: ModuleType, tmp_path: Path) -> None:
+def test_the_script_notices_what_it_looks_for(
+    cli: Commands, script: ModuleType, tmp_path: Path
+) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     assert cli(good, *TINY).returncode == 0
     shutil.copytree(good, bad)

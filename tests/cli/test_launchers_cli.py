@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from commands import Run  # type: ignore[import-not-found]
 
 from fine_bench.store.records import RecordStore
+from support.commands import Commands
 
 pytestmark = pytest.mark.slow
 
@@ -30,11 +30,11 @@ OVERRIDES = {
 }
 TINY = ("estimator=[fine,random]", "targets=[self]", "seed=0,1")
 BROKEN = (
-    "+estimators.broken._target_=broken_estimators.FailsOnSeedOne",
+    "+estimators.broken._target_=support.broken_estimators.FailsOnSeedOne",
     "+estimators.broken.seed=null",
-    "+estimators.noting._target_=broken_estimators.NotesItsParent",
+    "+estimators.noting._target_=support.broken_estimators.NotesItsParent",
     "+estimators.noting.seed=null",
-    "allow_packages=[broken_estimators]",
+    "allow_packages=[support]",
 )
 
 
@@ -52,7 +52,7 @@ def launched(name: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def reference(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(cli: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one_process") / "results"
     done = cli(folder, *TINY, *BROKEN)
     assert done.returncode == 1, done.stderr
@@ -61,7 +61,7 @@ def reference(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_results_are_those_of_one_process(
     launcher: str,
-    cli: Run,
+    cli: Commands,
     script: ModuleType,
     reference: Path,
     tmp_path: Path,
@@ -91,7 +91,7 @@ def test_the_results_are_those_of_one_process(
 
 
 def test_a_job_whose_process_is_killed_is_missing_and_made_up_for(
-    launcher: str, cli: Run, script: ModuleType, tmp_path: Path
+    launcher: str, cli: Commands, script: ModuleType, tmp_path: Path
 ) -> None:
     if launcher == "ray":
         pytest.skip("Ray starts a job again whose process is killed")
@@ -99,10 +99,10 @@ def test_a_job_whose_process_is_killed_is_missing_and_made_up_for(
         "estimator=[random]",
         "targets=[self]",
         "seed=0,1",
-        "+estimators.killer._target_=broken_estimators.KillsOnce",
+        "+estimators.killer._target_=support.broken_estimators.KillsOnce",
         f"+estimators.killer.flag={tmp_path / 'flag'}",
         "+estimators.killer.seed=null",
-        "allow_packages=[broken_estimators]",
+        "allow_packages=[support]",
         "logger.mode=disabled",
         *launched(launcher),
     )
@@ -131,7 +131,7 @@ def test_a_job_whose_process_is_killed_is_missing_and_made_up_for(
 
 
 def test_two_commands_at_once_on_one_folder(
-    cli: Run, script: ModuleType, reference: Path, tmp_path: Path
+    cli: Commands, script: ModuleType, reference: Path, tmp_path: Path
 ) -> None:
     """The same sweep twice at the same time: nothing is lost, torn or mixed up."""
     folder = tmp_path / "results"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,21 +13,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from commands import Run, command, environment  # type: ignore[import-not-found]
 from sklearn.metrics import roc_auc_score
 
-from fine_bench.leaderboard import board as leaderboard
+from fine_bench.commands import leaderboard
 from fine_bench.leaderboard.board import build
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import SUSPICIOUS_END
+from support.commands import Commands, small
 
 FEW = "estimator=[fine,tracin,mean_loss,random,constant]"
 
 
 @pytest.fixture(scope="module")
-def finished(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def finished(cli: Commands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """As typed: Python starts afresh."""
     folder = tmp_path_factory.mktemp("main") / "results"
-    return folder, cli(folder, FEW, "seed=0,1")
+    return folder, cli.typed("fine_bench", *small(folder), FEW, "seed=0,1")
 
 
 def score_files(folder: Path) -> dict[str, bytes]:
@@ -77,7 +76,7 @@ def test_a_record_says_how_it_was_made(finished: tuple[Path, Any]) -> None:
     assert str(finished[0]) not in json.dumps(dict(record.config))
 
 
-def test_finished_records_are_not_recomputed(cli: Run, finished: tuple[Path, Any]) -> None:
+def test_finished_records_are_not_recomputed(cli: Commands, finished: tuple[Path, Any]) -> None:
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
     # -m between the overrides, as the README has it
@@ -91,13 +90,13 @@ def test_the_leaderboard_is_rebuilt_from_the_records_alone(
     finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     folder, _ = finished
-    subprocess.run(["cp", "-r", str(folder / "records"), str(tmp_path / "records")], check=True)
+    shutil.copytree(folder / "records", tmp_path / "records")
     assert leaderboard.main(["--results", str(tmp_path)]) == 0
     for name in ("leaderboard.md", "leaderboard.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_task_may_declare_its_own_suspicious_end(cli: Run, tmp_path: Path) -> None:
+def test_a_task_may_declare_its_own_suspicious_end(cli: Commands, tmp_path: Path) -> None:
     done = cli(
         tmp_path,
         "task=digits_backdoor",
@@ -131,7 +130,7 @@ def test_a_task_may_declare_its_own_suspicious_end(cli: Run, tmp_path: Path) -> 
     assert rows["validation"].stats["consistency_jaccard"].mean == pytest.approx(jaccard)
 
 
-def test_some_checkpoints_are_kept(cli: Run, tmp_path: Path) -> None:
+def test_some_checkpoints_are_kept(cli: Commands, tmp_path: Path) -> None:
     some = ("trainer.max_epochs=5", "trainer.checkpoint_every=3", "logger.mode=disabled", "seed=0")
     done = cli(tmp_path, "estimator=[mean_loss]", "targets=[self]", *some)
     assert done.returncode == 0, done.stderr
@@ -143,7 +142,7 @@ def test_some_checkpoints_are_kept(cli: Run, tmp_path: Path) -> None:
 
 
 def test_the_same_command_gives_identical_scores(
-    cli: Run, finished: tuple[Path, Any], tmp_path: Path
+    cli: Commands, finished: tuple[Path, Any], tmp_path: Path
 ) -> None:
     done = cli(tmp_path, FEW, "seed=0,1", "logger.mode=disabled")
     assert done.returncode == 0, done.stderr
@@ -160,7 +159,7 @@ def test_the_same_command_gives_identical_scores(
 
 
 def test_a_new_estimator_uses_the_checkpoints_of_the_finished_run(
-    cli: Run, finished: tuple[Path, Any]
+    cli: Commands, finished: tuple[Path, Any]
 ) -> None:
     done = cli(finished[0], "estimator=[gradient_norm]", "seed=0", "logger.mode=disabled")
     assert done.returncode == 0, done.stderr
@@ -234,15 +233,15 @@ def test_wandb_holds_the_numbers(finished: tuple[Path, Any]) -> None:
     assert board[key] == pytest.approx(table.loc[("fine", "self"), "consistency_spearman_mean"])
 
 
-def test_one_failing_seed_does_not_take_the_others_along(cli: Run, tmp_path: Path) -> None:
+def test_one_failing_seed_does_not_take_the_others_along(cli: Commands, tmp_path: Path) -> None:
     done = cli(
         tmp_path,
         "estimator=[random]",
         "seed=0,1,2",
         "targets=[self]",
-        "+estimators.broken._target_=broken_estimators.FailsOnSeedOne",
+        "+estimators.broken._target_=support.broken_estimators.FailsOnSeedOne",
         "+estimators.broken.seed=null",
-        "allow_packages=[broken_estimators]",
+        "allow_packages=[support]",
         "logger.mode=disabled",
     )
     assert done.returncode == 1, done.stderr
@@ -258,14 +257,14 @@ def test_one_failing_seed_does_not_take_the_others_along(cli: Run, tmp_path: Pat
     assert "failed: broken" in (tmp_path / "leaderboard.md").read_text()
 
 
-def test_a_diverged_run_is_a_failed_record(cli: Run, tmp_path: Path) -> None:
+def test_a_diverged_run_is_a_failed_record(cli: Commands, tmp_path: Path) -> None:
     done = cli(tmp_path, "trainer.lr=1e30", "seed=0", "estimator=[fine]", "logger.mode=disabled")
     assert done.returncode == 1
     assert "lower the step size" in done.stderr
     assert all(r.status == "failed" for r in RecordStore(tmp_path).scan().records)
 
 
-def test_bad_input_ends_with_a_message_and_status_two(cli: Run, tmp_path: Path) -> None:
+def test_bad_input_ends_with_a_message_and_status_two(cli: Commands, tmp_path: Path) -> None:
     done = cli(tmp_path, "task.noise_rate=-0.1", "seed=0,1")
     assert done.returncode == 2
     assert "task.noise_rate" in done.stderr
@@ -277,7 +276,7 @@ KILL_OPTIONS = ("estimator=[fine,tracin,random]", "seed=0,1", "logger.mode=disab
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def uninterrupted(cli: Commands, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     done = cli(folder, *KILL_OPTIONS)
     assert done.returncode == 0, done.stderr
@@ -286,7 +285,7 @@ def uninterrupted(cli: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize("after", ["start", "first epoch", "first record", "second seed"])
 def test_killed_and_run_again(
-    cli: Run, tmp_path: Path, after: str, uninterrupted: dict[str, bytes]
+    cli: Commands, tmp_path: Path, after: str, uninterrupted: dict[str, bytes]
 ) -> None:
     """SIGKILL at several moments; the same command again completes the sweep."""
 
@@ -299,13 +298,7 @@ def test_killed_and_run_again(
         }
         return any(tmp_path.glob(marks[after]))
 
-    process = subprocess.Popen(
-        command(tmp_path, KILL_OPTIONS),
-        env=environment(),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = cli.start("fine_bench", *small(tmp_path), *KILL_OPTIONS)
     deadline = time.monotonic() + 120
     while not reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -318,15 +311,15 @@ def test_killed_and_run_again(
     assert not RecordStore(tmp_path).scan().problems
 
 
-def test_killed_between_two_cells(cli: Run, tmp_path: Path) -> None:
+def test_killed_between_two_cells(cli: Commands, tmp_path: Path) -> None:
     options = (
         "estimator=[fine,random]",
         "targets=[self]",
         "seed=0",
-        "+estimators.killer._target_=broken_estimators.KillsOnce",
+        "+estimators.killer._target_=support.broken_estimators.KillsOnce",
         f"+estimators.killer.flag={tmp_path / 'flag'}",
         "+estimators.killer.seed=null",
-        "allow_packages=[broken_estimators]",
+        "allow_packages=[support]",
         "logger.mode=disabled",
     )
     killed = cli(tmp_path, *options)
@@ -339,14 +332,7 @@ def test_killed_between_two_cells(cli: Run, tmp_path: Path) -> None:
     assert all(r.revision == 1 for r in records)
 
 
-def test_help_and_the_leaderboard_command(tmp_path: Path) -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "fine_bench.leaderboard", "--results", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=dict(os.environ),
-        check=False,
-    )
+def test_the_leaderboard_command_without_records(cli: Commands, tmp_path: Path) -> None:
+    shown = cli.run("fine_bench.leaderboard", "--results", str(tmp_path))
     assert shown.returncode == 2
     assert "no records below" in shown.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from commands import environment  # type: ignore[import-not-found]
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from scipy import stats
@@ -33,6 +30,7 @@ from fine_bench.runner.plan import Job, plan
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
+from support.commands import Commands
 
 N, Q = 60, 8
 RNG = np.random.default_rng(0)
@@ -100,17 +98,10 @@ def score(results: Path, capsys: pytest.CaptureFixture[str]) -> Score:
     return call
 
 
-def test_the_command(results: Path, tmp_path: Path) -> None:
+def test_the_command(cli: Commands, results: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.safetensors", self=noisy(0), queries=torch.tensor(EFFECTS))
     arguments = [str(file), "--task", "small_world", "--results", str(results)]
-    done = subprocess.run(
-        [sys.executable, "-m", "fine_bench.score", *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = cli.run("fine_bench.score", *arguments)
     assert done.returncode == 0, done.stderr
     assert "fidelity to retraining" in done.stdout
     assert "ground truth version 3" in done.stdout

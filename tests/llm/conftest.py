@@ -70,7 +70,7 @@ def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def net(folder: Path, exact_norm: None) -> Any:
-    from llm_helpers import build
+    from support.language import build
 
     return build(folder)
 

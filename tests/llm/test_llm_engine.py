@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from llm_helpers import build, one_at_a_time, question
 from torch import Tensor, nn
 
 from baselines.controls import MeanTrainingLoss
@@ -31,6 +30,7 @@ from fine_bench.llm import engine as module
 from fine_bench.llm.engine import SequenceEngine
 from fine_bench.llm.net import CausalNet, labelled_positions
 from fine_bench.types import UnsupportedProblemError
+from support.language import build, one_at_a_time, question
 
 LOSSES = (mean_token_loss, sum_token_loss, negative_token_margin)
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
-import llm_helpers  # noqa: F401  (skips without the extra)
 import pytest
 import torch
 
+import support.language  # noqa: F401  (skips without the extra)
 from fine_bench.llm import hub
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "llm_gpu.py"
+from support.benchmarks import loaded
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("llm_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("llm_gpu")
 
 
 def test_the_shape_is_that_of_the_real_model(script: ModuleType) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from llm_helpers import one_at_a_time, question
 from torch import Tensor, nn
 
 from baselines.datainf import DataInf
@@ -23,6 +22,7 @@ from fine_bench.gradients.cache import GradientMemory
 from fine_bench.gradients.token_losses import IGNORED, PAD, mean_token_loss, negative_token_margin
 from fine_bench.llm.net import CausalNet
 from fine_bench.types import UnsupportedProblemError
+from support.language import one_at_a_time, question
 
 BETAS, EPSILON = (0.8, 0.95), 1e-3
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from llm_helpers import build
 from torch import Tensor
 
 from fine_bench.errors import ConfigError, DataError
@@ -17,6 +16,7 @@ from fine_bench.llm import hub, pretraining
 from fine_bench.llm.hub import GIB, Machine, Need
 from fine_bench.llm.models import Lora, from_options, pretrained, tiny_llama, with_lora
 from fine_bench.llm.pretraining import Tiny
+from support.language import build
 
 NO_GPU = Machine(None, 64 * GIB, False)
 SMALL_GPU = Machine(10 * GIB, 64 * GIB, True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import llm_helpers  # noqa: F401  (skips without the extra)
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+import support.language  # noqa: F401  (skips without the extra)
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.leaderboard import board as leaderboard
 from fine_bench.leaderboard import render
@@ -25,6 +22,7 @@ from fine_bench.runner.cells import execute
 from fine_bench.runner.config import check, config_folder, register
 from fine_bench.runner.plan import Job, plan
 from fine_bench.store.records import RecordStore
+from support.commands import Commands
 
 SMALL = (
     "task.n_train=60",
@@ -216,18 +214,17 @@ def test_mistakes_are_met_before_training(folder: Path, tmp_path: Path) -> None:
         )
 
 
-def test_the_command(cache: Path, tmp_path: Path) -> None:
+def test_the_command(
+    cache: Path, tmp_path: Path, cli: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both entities and two seeds from one command; then nothing is left."""
-    command = [
-        *(sys.executable, "-m", "fine_bench", "+experiment=llm_poison", "-m", "seed=0,1"),
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    done = cli.run(
+        *("fine_bench", "+experiment=llm_poison", "-m", "seed=0,1"),
         *SMALL,
         *TINY,
         "estimator=[fine_llm,bm25]",
         f"results_dir={tmp_path}",
-    ]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=240, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert "16 of 16 cells" in done.stderr

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import llm_helpers  # noqa: F401  (skips where the extra is missing)
 import pytest
 import torch
 
+import support.language  # noqa: F401  (skips where the extra is missing)
 from fine_bench.errors import DataError
 from fine_bench.gradients.token_losses import IGNORED, PAD
 from fine_bench.llm import hub

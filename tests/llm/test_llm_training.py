@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from llm_helpers import build, one_at_a_time
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -30,6 +29,7 @@ from fine_bench.runner.backends.language_cure import oracle
 from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
+from support.language import build, one_at_a_time
 
 
 class Spy(pl.Callback):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from llm_helpers import build, one_at_a_time
 from torch import Tensor
 
 from fine_bench.gradients import GradientEngine
@@ -20,6 +19,7 @@ from fine_bench.gradients.token_losses import (
     sum_token_loss,
 )
 from fine_bench.llm.net import CausalNet
+from support.language import build, one_at_a_time
 
 
 def slow(logits: Tensor, y: Tensor) -> list[list[float]]:

@@ -13,15 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bank_networks import (  # type: ignore[import-not-found]
-    DESIGN,
-    RECIPE,
-    WORKSHOP,
-    N,
-    Small,
-    examples,
-    new_bank,
-)
 from torch import nn
 
 from fine_bench.retraining import build as building
@@ -30,8 +21,17 @@ from fine_bench.retraining.design import Design, definition_models, repeated_mod
 from fine_bench.retraining.members import Workshop
 from fine_bench.retraining.train import DivergedModelError, margins, train_one
 from fine_bench.seeds import stream
+from support.bank_networks import (
+    DESIGN,
+    RECIPE,
+    WORKSHOP,
+    N,
+    Small,
+    examples,
+    new_bank,
+)
+from support.commands import environment
 
-HERE = Path(__file__).parent
 MODELS = [
     *single_models(7),
     *repeated_models(1, 5),
@@ -147,8 +147,7 @@ SCRIPT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-sys.path.insert(0, {here!r})
-from bank_networks import RECIPE, WORKSHOP, examples, new_bank
+from support.bank_networks import RECIPE, WORKSHOP, examples, new_bank
 from fine_bench.retraining.build import build
 from fine_bench.retraining.design import single_models
 if __name__ == "__main__":
@@ -181,10 +180,10 @@ def wait_until(condition: Any, seconds: float = 300.0) -> None:
 def test_killed_and_run_again_is_as_uninterrupted(tmp_path: Path) -> None:
     epochs, count = 150, 40
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(here=str(HERE)))
+    script.write_text(SCRIPT)
     folder = tmp_path / "killed"
     command = [sys.executable, str(script), str(folder), str(epochs), str(count)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
     wait_until(lambda: len(chunks(folder)) >= 2 or process.poll() is not None)
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)

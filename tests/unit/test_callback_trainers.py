@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +20,15 @@ from pytorch_lightning.strategies import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trainer_setting import BATCHES, QUIET, Net, data, sums, train, watchers
 
 from fine_bench.callback import FINECallback
 from fine_bench.callback.trainer import refuse_strategy
 from fine_bench.types import UnsupportedProblemError
+from support import trainer_setting
+from support.commands import environment
+from support.trainer_setting import BATCHES, QUIET, Net, data, sums, train, watchers
 
-SCRIPT = Path(__file__).parent / "trainer_setting.py"
+SCRIPT = str(trainer_setting.__file__)
 F32 = torch.float32
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -151,11 +152,11 @@ def test_16_mixed_is_lightnings_to_replace_on_a_cpu() -> None:
 
 
 def launch(out: Path, processes: int, accumulate: int, batch: int) -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), str(out), *map(str, (processes, accumulate, batch))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, SCRIPT, str(out), *map(str, (processes, accumulate, batch))]
+    alone = environment()
     for name in ("LOCAL_RANK", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE"):
-        environment.pop(name, None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        alone.pop(name, None)
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(processes)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -32,6 +31,7 @@ from fine_bench.metrics.error_rate import (
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
+from support.benchmarks import loaded
 
 
 def slow_flags(
@@ -243,16 +243,7 @@ def test_other_refusals() -> None:
 
 @pytest.fixture(scope="module")
 def command() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "error_rate.py"
-    spec = importlib.util.spec_from_file_location("error_rate_command", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("error_rate")
 
 
 TASK = {

@@ -11,7 +11,6 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from report_results import fill, record_of, scores_of
 
 from fine_bench.leaderboard.board import build
 from fine_bench.metrics.intervals import Interval
@@ -24,6 +23,7 @@ from fine_bench.report.figures.tables import Shelf, shelves
 from fine_bench.report.figures.theory import Trace
 from fine_bench.store.records import RecordStore
 from fine_bench.theory.families import GaussianTradeOff
+from support.report_results import fill, record_of, scores_of
 
 LOOKS = looks(
     {

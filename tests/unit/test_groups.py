@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +24,7 @@ from fine_bench.metrics.groups import (
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import RunRecord
+from support.benchmarks import loaded
 
 N, D, M, STEPS, LR = 60, 4, 6, 200, 2e-4
 
@@ -159,14 +158,7 @@ def test_refusals() -> None:
 
 @pytest.fixture(scope="module")
 def command() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "groups.py"
-    spec = importlib.util.spec_from_file_location("groups_command", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("groups")
 
 
 OPTIONS = {"data": "digits", "seed": 0, "n_train": 300, "n_query": 20, "poison_rate": 0.05}

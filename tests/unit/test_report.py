@@ -15,18 +15,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
-from report_results import (
-    BAD,
-    DATA,
-    EVIL,
-    TASK,
-    N,
-    fill,
-    paper_scores,
-    record_of,
-    scores_of,
-    truth,
-)
 
 from fine_bench.commands.report import main
 from fine_bench.errors import ConfigError
@@ -41,6 +29,18 @@ from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
 from fine_bench.report.html.tables import boards
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import RecordStore
+from support.report_results import (
+    BAD,
+    DATA,
+    EVIL,
+    TASK,
+    N,
+    fill,
+    paper_scores,
+    record_of,
+    scores_of,
+    truth,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_results import fill, record_of, scores_of, truth
 
 from fine_bench.commands.report import main
 from fine_bench.retraining.truth_files import save
+from support.report_results import fill, record_of, scores_of, truth
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
 

@@ -1,6 +1,6 @@
 """A small run under many kinds of Trainer; run as a script, on one or two processes.
 
-    python tests/unit/trainer_setting.py OUT PROCESSES ACCUMULATE BATCH
+    PYTHONPATH=tests python tests/support/trainer_setting.py OUT PROCESSES ACCUMULATE BATCH
 
 writes the scores of several callbacks, their weights and the module's weights to OUT.
 """
