@@ -19,7 +19,7 @@ from fine_bench.runner.config import config_folder, register
 
 COMMANDS = (
     "leaderboard", "summary", "sensitivity", "figures", "report", "verify", "score", "audit",
-    "bank", "truth", "clean", "cure",
+    "bank", "truth", "clean", "cure", "publish",
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ PENDING = "pending"
 
 
 def record_json(record: RunRecord) -> bytes:
+    """The file of a record."""
     payload = {f.name: getattr(record, f.name) for f in fields(record)}
     # words stay as they are: a reason may well be "NaN", and only mappings are decoded
     return to_json({k: v if isinstance(v, str) else encode(v, k) for k, v in payload.items()})
@@ -55,12 +56,10 @@ def record_from(payload: Mapping[str, Any]) -> RunRecord:
         raise ValueError(str(error).replace("RunRecord.__init__()", "a record")) from None
 
 
-def read(path: Path) -> RunRecord | Consistency:
-    """One file below ``records/``; ``ValueError`` says why it cannot be used."""
+def parse(text: bytes) -> RunRecord | Consistency:
+    """What a JSON text of the store says; ``ValueError`` says why it cannot be used."""
     try:
-        payload = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+        payload = json.loads(text.decode())
     except ValueError as error:
         raise ValueError(f"is not whole JSON ({error})") from None
     if not isinstance(payload, dict):
@@ -75,7 +74,17 @@ def read(path: Path) -> RunRecord | Consistency:
     return record_from(payload)
 
 
+def read(path: Path) -> RunRecord | Consistency:
+    """One file below ``records/``; ``ValueError`` says why it cannot be used."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    return parse(text)
+
+
 def key_of(record: RunRecord, names: Sequence[str] = IDENTITY) -> tuple[Any, ...]:
+    """These fields of a record, its identity by default."""
     return tuple(getattr(record, name) for name in names)
 
 
@@ -89,3 +98,15 @@ def file_stem(record: RunRecord) -> str:
     short = digest([getattr(record, name) for name in IDENTITY])[:8]
     row = f"{slug(record.estimator)}--{slug(record.target)}"
     return f"{row}--seed{record.seed}--{short}"
+
+
+def record_file(record: RunRecord) -> Path:
+    """Where a record's file lies below ``records/``."""
+    name = f"{file_stem(record)}--r{record.revision}.json"
+    return table_folder(record.task, record.setting) / name
+
+
+def comparison_file(found: Consistency) -> Path:
+    """Where the file of a comparison lies below ``records/``."""
+    name = f"consistency--{slug(found.estimator)}--{slug(found.target)}--{found.digest[:8]}.json"
+    return table_folder(found.task, found.setting) / name

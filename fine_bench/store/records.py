@@ -5,6 +5,10 @@ Layout below the results folder (``setting8`` and ``digest8`` are the first eigh
     records/<task>/<setting8>/<estimator>--<target>--seed<seed>--<digest8>--r<revision>.json
     records/<task>/<setting8>/consistency--<estimator>--<target>--<digest8>.json
     scores/<task>/<setting8>/<the record's file name>.safetensors
+    published/<task>--<setting8>.jsonl
+
+The first three are the working store, where runs write. What is published is packed below
+``published/`` and read together with it (``published``, ``publication``).
 
 A record's ``digest8`` covers its whole identity (task, setting, estimator, estimator_hash, method
 version, target, seed, data_sha256), so different configurations never meet in one name. The name
@@ -36,14 +40,16 @@ from fine_bench.store.files import (
     lock,
     make_folder,
     remove_leftovers,
-    slug,
     write_atomic,
     write_new,
 )
+from fine_bench.store.published import Entry, Published, one_line, published_entry, table_name
 from fine_bench.store.record_json import (
     CELL,
+    comparison_file,
     file_stem,
     key_of,
+    parse,
     read,
     record_from,
     record_json,
@@ -55,11 +61,12 @@ from fine_bench.types import InfluenceScores, RunRecord
 
 @dataclass(frozen=True)
 class Scan:
-    """Everything readable below ``records/``, and what was not.
+    """Everything readable below ``published/`` and ``records/``, and what was not.
 
     Attributes:
-        records: all revisions of all records, ordered by file name.
-        problems: one line a file that could not be read; the others are unaffected.
+        records: all revisions of all records, the published ones first.
+        problems: one line a file (or line of a packed file) that could not be read; the others
+            are unaffected.
         consistency: the cached comparisons.
     """
 
@@ -71,15 +78,20 @@ class Scan:
 class RecordStore:
     """Records and scores below one results folder; see the module's text for the layout.
 
-    Any number of processes may write into one folder. Locks between machines are those of the
-    shared file system.
+    What is published is read together with the working store, and written by ``publication``
+    alone. Any number of processes may write into one folder. Locks between machines are those of
+    the shared file system.
 
     Args:
         root: the results folder; made on the first write.
+        published_only: read what is published and leave out the working store's records.
     """
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, *, published_only: bool = False) -> None:
         self.root = Path(root)
+        self.published = Published(self.root)
+        self.published_only = published_only
+        self.sources = ""  # what the last scan read, in words
         self.records = self.root / "records"
         self.scores = self.root / "scores"
 
@@ -126,7 +138,8 @@ class RecordStore:
         with lock(folder) as locked:
             remove_leftovers(folder, locked)
             remove_leftovers(score_folder, locked)
-            revision = self._last_revision(folder, stem) + 1
+            last = max(self._last_revision(folder, stem), self._published_revision(record))
+            revision = last + 1
             while True:
                 name = f"{stem}--r{revision}"
                 score_path = score_folder / f"{name}.safetensors"
@@ -161,27 +174,53 @@ class RecordStore:
         found = (re.search(r"--r(\d+)\.json$", path.name) for path in folder.glob(f"{stem}--r*"))
         return max((int(match[1]) for match in found if match), default=0)
 
-    def scan(self) -> Scan:
-        """Read everything below ``records/``; what cannot be read becomes a line in ``problems``.
+    def _published_revision(self, record: RunRecord) -> int:
+        """Highest published revision of the record's identity; 0 without one."""
+        table = self.published.table(table_name(record.task, record.setting))
+        found = (e.found for e in table.entries if isinstance(e.found, RunRecord))
+        return max((r.revision for r in found if key_of(r) == key_of(record)), default=0)
 
-        Temporary files are ignored. The order depends on the names of the files alone.
+    def entries(self) -> tuple[list[Entry], list[Entry], list[str]]:
+        """What is published, what the working store has besides, and what cannot be read.
+
+        A file below ``records/`` that says what a published line says is the same entry. The order
+        depends on the names and the content of the files alone; temporary files are ignored.
         """
-        records: list[RunRecord] = []
+        published: list[Entry] = []
+        own: list[Entry] = []
         problems: list[str] = []
-        consistency: list[Consistency] = []
-        for path in sorted(self.records.rglob("*.json")):
+        for table in self.published.tables():
+            published += table.entries
+            problems += table.problems
+        known = {entry.key: entry.line for entry in published}
+        files = () if self.published_only else sorted(self.records.rglob("*.json"))
+        for path in files:
             if path.name.startswith("."):
                 continue
+            where = path.relative_to(self.root).as_posix()
             try:
-                found = read(path)
-            except ValueError as error:
-                problems.append(f"{path.relative_to(self.root).as_posix()}: {error}")
+                text = path.read_bytes()
+                entry = Entry(parse(text), one_line(text), where)
+            except OSError as error:
+                problems.append(f"{where}: cannot be read ({error.strerror})")
                 continue
-            if isinstance(found, RunRecord):
-                records.append(found)
-            else:
-                consistency.append(found)
-        return Scan(records, problems, consistency)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+                continue
+            if known.get(entry.key) != entry.line:
+                own.append(entry)
+        return published, own, problems
+
+    def scan(self) -> Scan:
+        """Read everything; what cannot be read becomes a line in ``problems``."""
+        published, own, problems = self.entries()
+        found = [entry.found for entry in (*published, *own)]
+        records = [f for f in found if isinstance(f, RunRecord)]
+        n_published = sum(isinstance(entry.found, RunRecord) for entry in published)
+        self.sources = (
+            f"{n_published:,} published records, {len(records) - n_published:,} of your own"
+        )
+        return Scan(records, problems, [f for f in found if isinstance(f, Consistency)])
 
     def find(
         self,
@@ -197,20 +236,23 @@ class RecordStore:
     ) -> RunRecord | None:
         """The newest revision of one identity, whatever its status; ``None`` when there is none.
 
-        Reads only the files of that identity. A damaged file among them is passed over here (and
-        named by ``scan``), so that its cell is computed again.
+        Reads only the published table and the files of that identity. A damaged file among them is
+        passed over here (and named by ``scan``), so that its cell is computed again.
         """
         wanted = RunRecord(
             task, setting, estimator, estimator_hash, version, target, seed, "failed", "-"
         )
         wanted = replace(wanted, data_sha256=data_sha256)
-        found = []
-        for path in (self.records / table_folder(task, setting)).glob(f"{file_stem(wanted)}--r*"):
+        table = self.published.table(table_name(task, setting))
+        packed = (entry.found for entry in table.entries)
+        found = [r for r in packed if isinstance(r, RunRecord) and key_of(r) == key_of(wanted)]
+        folder = self.records / table_folder(task, setting)
+        for path in () if self.published_only else folder.glob(f"{file_stem(wanted)}--r*"):
             with contextlib.suppress(ValueError):
                 record = read(path)
                 if isinstance(record, RunRecord) and key_of(record) == key_of(wanted):
                     found.append(record)
-        return max(found, key=lambda record: record.revision, default=None)
+        return max(found, key=lambda record: (record.revision, record.created), default=None)
 
     def load_scores(self, record: RunRecord) -> InfluenceScores:
         """The scores of a finished record, verified bit for bit.
@@ -226,7 +268,8 @@ class RecordStore:
             raise StoreError(f"{who} names the score file {path}, which is outside {self.scores}")
         if not path.is_file():
             raise StoreError(
-                f"the score file {path} of {who} is missing; recompute with force=true"
+                f"the score file {path} of {who} is missing. Published scores come in an archive: "
+                "unpack it with `fine-bench publish --unpack ARCHIVE`; or recompute with force=true"
             )
         try:
             scores = unpack(path)
@@ -243,7 +286,7 @@ class RecordStore:
 
     def save_consistency(self, consistency: Consistency) -> Path:
         """Cache a comparison. Its name follows from what was compared, so it may be replaced."""
-        path = self._consistency_path(consistency)
+        path = self.records / comparison_file(consistency)
         write_atomic(path, consistency_json(consistency))
         return path
 
@@ -260,34 +303,45 @@ class RecordStore:
     ) -> Consistency | None:
         """The cached comparison of exactly these scores (seed → digest); ``None`` if unreadable."""
         wanted = Consistency(task, setting, estimator, target, k, metric_version, scores, {})
-        try:
-            found = read(self._consistency_path(wanted))
-        except ValueError:
-            return None
-        if isinstance(found, Consistency) and replace(found, pairs={}, variation={}) == wanted:
-            return found
+        table = self.published.table(table_name(task, setting))
+        found: list[RunRecord | Consistency] = [entry.found for entry in table.entries]
+        if not self.published_only:
+            with contextlib.suppress(ValueError):
+                found.append(read(self.records / comparison_file(wanted)))
+        for one in found:
+            if isinstance(one, Consistency) and replace(one, pairs={}, variation={}) == wanted:
+                return one
         return None
-
-    def _consistency_path(self, key: Consistency) -> Path:
-        name = f"consistency--{slug(key.estimator)}--{slug(key.target)}--{key.digest[:8]}.json"
-        return self.records / table_folder(key.task, key.setting) / name
 
 
 def read_record(path: Path | str) -> RunRecord:
-    """One record from its file.
+    """One record from its file, or from the published line that says the same.
+
+    Args:
+        path: ``DIR/records/TASK/SETTING8/NAME.json``. Where there is no such file, the record of
+            that name is looked for below ``DIR/published/``.
 
     Raises:
-        StoreError: no such file, or not a record that this version reads; the message names it.
+        StoreError: no such record, or none that this version reads; the message names it.
     """
     path = Path(path)
-    if not path.is_file():
+    found: RunRecord | Consistency | None = None
+    if path.is_file():
+        try:
+            found = read(path)
+        except ValueError as error:
+            raise StoreError(f"{path} {error}") from error
+    else:
+        parents = path.absolute().parents
+        if len(parents) > 3 and parents[2].name == "records":
+            name = path.absolute().relative_to(parents[2]).as_posix()
+            entry = published_entry(parents[3] / "published", name)
+            found = entry.found if entry is not None else None
+    if found is None:
         raise StoreError(
-            f"there is no record {path}; records lie below results/records, one JSON file each"
+            f"there is no record {path}; records lie below results/records, one JSON file each, "
+            "and published ones, under the same names, in results/published"
         )
-    try:
-        found = read(path)
-    except ValueError as error:
-        raise StoreError(f"{path} {error}") from error
     if not isinstance(found, RunRecord):
         raise StoreError(f"{path} compares seeds and is no record; name the record of one seed")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ from fine_bench.types import InfluenceScores, Target
 
 
 def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous()
     name = str(data.dtype).removeprefix("torch.")
     state = hashlib.sha256(f"{name} {tuple(data.shape)} ".encode())
@@ -35,8 +37,8 @@ def scores_digest(scores: InfluenceScores) -> str:
     return digest([values, tensor_digest(scores.watched)])
 
 
-def pack(scores: InfluenceScores) -> bytes:
-    """The safetensors file of ``scores``; the same scores always give the same bytes."""
+def tensors_of(scores: InfluenceScores) -> dict[str, Tensor]:
+    """The tensors of ``scores`` by their names in a file, in order."""
     tensors = {"values": scores.values}
     if scores.std_error is not None:
         tensors["std_error"] = scores.std_error
@@ -45,8 +47,29 @@ def pack(scores: InfluenceScores) -> bytes:
     if scores.watched is not None:
         tensors["watched"] = scores.watched
     tensors |= {f"extra.{name}": tensor for name, tensor in scores.extras.items()}
+    return dict(sorted(tensors.items()))
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor], method: str, target: Target, version: int
+) -> InfluenceScores:
+    """Inverse of ``tensors_of``."""
+    return InfluenceScores(
+        values=tensors["values"],
+        method=method,
+        target=target,
+        std_error=tensors.get("std_error"),
+        n_observations=tensors.get("n_observations"),
+        version=version,
+        extras={k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")},
+        watched=tensors.get("watched"),
+    )
+
+
+def pack(scores: InfluenceScores) -> bytes:
+    """The safetensors file of ``scores``; the same scores always give the same bytes."""
     # cloned, because safetensors refuses tensors that share memory
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors_of(scores).items()}
     about = {"method": scores.method, "target": scores.target, "version": str(scores.version)}
     about |= {f"sha256.{name}": tensor_digest(tensor) for name, tensor in tensors.items()}
     blob = safetensors.torch.save(tensors, metadata=about)
@@ -60,19 +83,13 @@ def pack(scores: InfluenceScores) -> bytes:
 
 
 def unpack(path: Path) -> InfluenceScores:
+    """The scores of a file, each tensor held against its digest."""
     with safetensors.safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
         if about.get(f"sha256.{name}") != tensor_digest(tensor):
             raise ValueError(f"{name} is not what was written")
-    return InfluenceScores(
-        values=tensors["values"],
-        method=about["method"],
-        target=cast(Target, about["target"]),
-        std_error=tensors.get("std_error"),
-        n_observations=tensors.get("n_observations"),
-        version=int(about["version"]),
-        extras={k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")},
-        watched=tensors.get("watched"),
+    return from_tensors(
+        tensors, about["method"], cast(Target, about["target"]), int(about["version"])
     )

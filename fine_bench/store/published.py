@@ -1,0 +1,159 @@
+"""Published records: packed, one JSON-lines file a table.
+
+Layout below the results folder (``setting8``: the first eight hex digits of the setting)::
+
+    published/<task>--<setting8>.jsonl
+
+Each line is one record or one comparison of seeds: the JSON of its file below ``records/`` without
+the white space between its parts. So a line says what the file says, to the last digit, and the
+file can be made from it again. Lines are ordered by row, seed and revision, and a line that is
+there is never altered: see ``publication``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fine_bench.store.comparisons import Consistency
+from fine_bench.store.files import slug
+from fine_bench.store.record_json import comparison_file, key_of, parse, record_file
+from fine_bench.types import RunRecord
+
+Key: TypeAlias = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record or a comparison, with its text.
+
+    Attributes:
+        found: what it says.
+        line: its JSON on one line.
+        where: the file below the results folder; for a packed one with the number of the line.
+    """
+
+    found: RunRecord | Consistency
+    line: str
+    where: str
+
+    @property
+    def key(self) -> Key:
+        """Identity and revision of a record; what was compared, of a comparison."""
+        if isinstance(self.found, RunRecord):
+            return (*key_of(self.found), self.found.revision)
+        c = self.found
+        return ("comparison", c.task, c.setting, c.estimator, c.target, c.digest)
+
+    @property
+    def order(self) -> Key:
+        """Place in its file: by row, records before comparisons, then seed and revision."""
+        f = self.found
+        row = (f.task, f.setting, f.estimator, f.target)
+        if isinstance(f, RunRecord):
+            return (*row, 0, f.seed, f.estimator_hash, f.version, f.data_sha256, f.revision)
+        return (*row, 1, f.k, f.metric_version, f.digest)
+
+    @property
+    def name(self) -> str:
+        """The file below ``records/`` that says the same."""
+        f = self.found
+        return (record_file(f) if isinstance(f, RunRecord) else comparison_file(f)).as_posix()
+
+    @property
+    def table(self) -> str:
+        """The packed file that it belongs to."""
+        return table_name(self.found.task, self.found.setting)
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """One packed file: what could be read, and a line of text for each line that could not."""
+
+    entries: tuple[Entry, ...]
+    problems: tuple[str, ...]
+
+
+def table_name(task: str, setting: str) -> str:
+    """``mnist_mlp--462e64e6.jsonl``."""
+    return f"{slug(task)}--{slug(setting[:8])}.jsonl"
+
+
+def one_line(text: bytes) -> str:
+    """The JSON of a record's file without the white space between its parts."""
+    return json.dumps(
+        json.loads(text), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def file_text(line: str) -> bytes:
+    """Inverse of ``one_line`` for the files that ``RecordStore`` writes."""
+    text = json.dumps(json.loads(line), sort_keys=True, indent=1, ensure_ascii=False)
+    return (text + "\n").encode()
+
+
+def read_table(path: Path) -> PackedTable:
+    """One packed file. A damaged line is named as ``published/FILE:LINE``; the rest goes on."""
+    entries: list[Entry] = []
+    problems: list[str] = []
+    seen: dict[Key, Entry] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        return PackedTable((), (f"published/{path.name}: cannot be read ({error.strerror})",))
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        where = f"published/{path.name}:{number}"
+        try:
+            entry = Entry(parse(line), line.decode(), where)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        first = seen.setdefault(entry.key, entry)
+        if first is entry:
+            entries.append(entry)
+        elif first.line != entry.line:
+            problems.append(f"{where}: says something else of the same revision than {first.where}")
+    return PackedTable(tuple(entries), tuple(problems))
+
+
+class Published:
+    """The packed tables of one results folder, each read again only when its file has changed.
+
+    Args:
+        root: the results folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "published"
+        self._read: dict[str, tuple[tuple[int, int, int], PackedTable]] = {}
+
+    def table(self, name: str) -> PackedTable:
+        """The table of this file name; an empty one when there is no such file."""
+        path = self.folder / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return PackedTable((), ())
+        stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if name not in self._read or self._read[name][0] != stamp:
+            self._read[name] = (stamp, read_table(path))
+        return self._read[name][1]
+
+    def tables(self) -> Iterator[PackedTable]:
+        """All of them, by name."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            yield self.table(path.name)
+
+
+def published_entry(folder: Path, name: str) -> Entry | None:
+    """The packed record or comparison whose file would be ``records/<name>``."""
+    parts = Path(name).parts
+    if len(parts) != 3:
+        return None
+    table = read_table(folder / f"{parts[0]}--{parts[1]}.jsonl")
+    return next((entry for entry in table.entries if entry.name == Path(name).as_posix()), None)
