@@ -15,19 +15,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fine_bench.leaderboard.board import COLUMNS, Column, OnRow, Row, build_from, by_table
+from fine_bench.leaderboard.build import OnRow, build_from, by_table
+from fine_bench.leaderboard.consistency import Comparisons
 from fine_bench.leaderboard.option_grid import label_of
+from fine_bench.leaderboard.tables import Row, TableKey
+from fine_bench.metrics.cure import CURE
+from fine_bench.metrics.registry import Metric, columns
 from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import TARGETS, RunRecord, Status
 
 UNNAMED = "default"
 """Stands for the own value of an option that the row's configuration leaves to the method."""
 
-QUALITY = tuple(c for c in COLUMNS if c.source != "cost" and not c.name.startswith("cure/"))
+QUALITY = tuple(c for c in columns() if c.source != "cost" and c.table != CURE)
 """Columns that get a band; what a configuration costs is no question of quality."""
-
-_KEYS = frozenset(column.key for column in QUALITY)
-
 
 @dataclass(frozen=True)
 class Band:
@@ -88,7 +89,7 @@ class Spread:
 class _Range:
     """The records of one range: by configuration (its label, empty for the row's own) and seed."""
 
-    key: tuple[str, str, str]
+    key: TableKey
     row: str
     base: str
     target: str
@@ -130,6 +131,7 @@ def spreads(store: RecordStore, scan: Scan, on_row: OnRow | None = None) -> list
         return []
     ranges = [found for key, table in by_table(records).items() for found in _ranges(key, table)]
     ranges = [r for r in ranges if any(x.status != "skipped" for x in r.records.values())]
+    comparisons = Comparisons(store, scan.consistency)
     # one range at a time: two of them may ask for the row's own numbers over different seeds
     found = []
     for number, one in enumerate(ranges):
@@ -141,7 +143,7 @@ def spreads(store: RecordStore, scan: Scan, on_row: OnRow | None = None) -> list
         ]
         if on_row is not None:
             on_row(number, len(ranges), f"{one.key[0]} {one.row} {one.target}")
-        board = build_from(store, mine, Scan([], [], scan.consistency))
+        board = build_from(mine, comparisons)
         rows = {(r.estimator, r.estimator_hash): r for t in board.tables for r in t.rows}
         found.append(_spread(one, rows, board.problems))
     return sorted(found, key=_order)
@@ -159,7 +161,7 @@ def _told(record: RunRecord) -> Mapping[str, Any]:
     return told if isinstance(told, Mapping) else {}
 
 
-def _ranges(key: tuple[str, str, str], table: Sequence[RunRecord]) -> Iterable[_Range]:
+def _ranges(key: TableKey, table: Sequence[RunRecord]) -> Iterable[_Range]:
     """The ranges of one table of the leaderboard."""
     groups: dict[tuple[str, str, str], list[RunRecord]] = {}
     for record in table:
@@ -265,14 +267,14 @@ def _size(value: Any) -> tuple[bool, float, str]:
     return not number, float(value) if number else 0.0, json.dumps(value, default=str)
 
 
-def columns_of(found: Iterable[Spread]) -> list[Column]:
+def columns_of(found: Iterable[Spread]) -> list[Metric]:
     """The columns for which one of the spreads has a band, in the leaderboard's order.
 
-    Columns of a block of the leaderboard are there where the block is.
+    What is shown beside another number only is there where that one is.
     """
     known = list(found)
 
     def there(key: str) -> bool:
         return any(key in spread.bands for spread in known)
 
-    return [c for c in QUALITY if there(c.key) and (c.needs not in _KEYS or there(c.needs))]
+    return [c for c in QUALITY if there(c.key) and (not c.beside or there(c.beside))]

@@ -1,22 +1,24 @@
-"""How bands look: terminal, Markdown, csv. No number is computed here."""
+"""How bands look: terminal, Markdown, csv, and their files. No number is computed here."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
-from fine_bench.leaderboard.board import Column
-from fine_bench.leaderboard.render import NONE, WIDTH, markdown_table, one_line, short
-from fine_bench.leaderboard.sensitivity import Band, Spread, columns_of
+from fine_bench.leaderboard import sheet as sheets
+from fine_bench.leaderboard.captions import one_line
+from fine_bench.leaderboard.sensitivity import Spread, columns_of
+from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, head_of, markdown, number
+from fine_bench.metrics.registry import Metric
+from fine_bench.store.files import write_atomic
 
 NOTES = (
     "A number is the mean with the row's own options. Its band goes from the lowest to the highest "
@@ -31,87 +33,73 @@ NOTES = (
 SHOWN = ("auroc", "average_precision", "fidelity", "lds", "consistency_spearman")
 """What the terminal shows; the other columns are in the files."""
 
-
-def own_of(band: Band) -> str:
-    """The row's own mean."""
-    return f"{band.own:.3f}" if math.isfinite(band.own) else "undefined"
+Form: TypeAlias = Literal["narrow", "wide", "page"]
+"""How much a table says of a range: for a terminal, a file, a page."""
 
 
-def range_of(band: Band) -> str:
-    """``.930–.962``."""
-    return f"{short(band.lowest)}–{short(band.highest)}"
+def sheet_of(found: Sequence[Spread], columns: Sequence[Metric], form: Form) -> Sheet:
+    """The ranges of one table of the leaderboard, a line each."""
+    first: dict[Form, list[Head]] = {
+        "narrow": [Head("seeds", left=True), Head("cells", count=True)],
+        "wide": [
+            Head("options, its own value first", left=True),
+            Head("seeds", left=True),
+            Head("configurations"),
+            Head("cells"),
+        ],
+        "page": [Head("range, its own value first", left=True)],
+    }
+    heads = [Head("estimator", left=True), *first[form], *map(head_of, columns)]
+    lines = [Line(s.target, (*_about(s, form), *(_band(s, c) for c in columns))) for s in found]
+    title = f"{found[0].task} · setting {found[0].setting[:8]}" if found else ""
+    return Sheet(title, tuple(heads), tuple(lines))
 
 
-def option_lines(spread: Spread) -> list[str]:
-    """``refresh_every 20 | 5 | 100`` for each option, the row's own value first."""
-    return [f"{name} {' | '.join(map(_word, values))}" for name, values in spread.options.items()]
-
-
-def options_of(spread: Spread) -> str:
-    """``option_lines`` in one line."""
-    return "; ".join(option_lines(spread))
+def _about(spread: Spread, form: Form) -> list[Entry]:
+    """The range's name, what it varies, over which seeds, and how much of it is there."""
+    options = [f"{name} {' | '.join(map(_word, values))}" for name, values in spread.options.items()]
+    name, seeds = Entry(spread.estimator), ", ".join(map(str, spread.seeds))
+    cells = f"{spread.finished}/{spread.expected}"
+    if form == "narrow":
+        return [replace(name, below=("; ".join(options),)), Entry(seeds), Entry(cells)]
+    if form == "wide":
+        numbers = [f"{len(spread.seeds)} ({seeds})", str(spread.configurations), cells]
+        return [name, Entry("; ".join(options)), *map(Entry, numbers)]
+    word = "seeds" if len(spread.seeds) > 1 else "seed"
+    there = f"{word} {seeds}; {spread.finished} of {spread.expected} cells"
+    return [name, Entry("", below=(*(f"{option};" for option in options), there))]
 
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def seeds_of(spread: Spread) -> str:
-    """``3 (0, 1, 2)``."""
-    return f"{len(spread.seeds)} ({', '.join(map(str, spread.seeds))})"
+def _band(spread: Spread, column: Metric) -> Entry:
+    band = spread.bands.get(column.key)
+    if band is None:
+        return Entry(NONE)
+    few = "" if band.n == spread.configurations else f" of {band.n}"
+    return replace(number(band.own, band.lowest, band.highest), few=few)
 
 
-def missing_of(spread: Spread) -> list[str]:
+def missing_of(found: Iterable[Spread]) -> list[str]:
     """What is not there, each line with the row's name."""
-    return [f"{spread.estimator} · {spread.target} · {one_line(m)}" for m in spread.missing]
+    return [f"{s.estimator} · {s.target} · {one_line(line)}" for s in found for line in s.missing]
 
 
-def _tables(found: Sequence[Spread]) -> list[tuple[tuple[str, str, str], list[Spread]]]:
-    def where(s: Spread) -> tuple[str, str, str]:
-        return s.task, s.setting, s.data
-
-    return [(key, list(group)) for key, group in groupby(found, key=where)]
+def _tables(found: Sequence[Spread]) -> list[list[Spread]]:
+    return [list(group) for _, group in groupby(found, lambda s: (s.task, s.setting, s.data))]
 
 
 def show(found: Sequence[Spread], console: Console | None = None) -> None:
     """Print the tables, at most 100 columns wide."""
-    if console is None:
-        console = Console(highlight=False)
-        wide = not console.is_terminal or console.width >= WIDTH
-        console = Console(highlight=False, width=WIDTH if wide else console.width)
-    for (task, setting, _), mine in _tables(found):
+    for mine in _tables(found):
         columns = [c for c in columns_of(mine) if c.key in SHOWN]
-        table = RichTable(
-            box=box.SIMPLE_HEAD,
-            width=WIDTH,
-            pad_edge=False,
-            collapse_padding=True,
-            title=f"{task} · setting {setting[:8]} · sensitivity to options",
-            title_justify="left",
-            title_style="bold",
-        )
-        table.add_column("estimator", overflow="fold", ratio=1)
-        table.add_column("target", overflow="fold")
-        table.add_column("seeds", overflow="fold")
-        table.add_column("cells", justify="right", no_wrap=True)
-        for column in columns:
-            table.add_column(column.label, no_wrap=True)
-        for s in mine:
-            numbers = [_piece(s.bands.get(c.key)) for c in columns]
-            name = Text.assemble(s.estimator, (f"\n{options_of(s)}", "dim"))
-            seeds = ", ".join(map(str, s.seeds))
-            table.add_row(name, s.target, seeds, f"{s.finished}/{s.expected}", *numbers)
-        console.print(table)
-        for line in (line for s in mine for line in missing_of(s)):
-            console.print(Text(line, style="red"))
-    for line in NOTES if found else ():
-        console.print(Text(line, style="dim"))
-
-
-def _piece(band: Band | None) -> Text:
-    if band is None:
-        return Text(NONE)
-    return Text.assemble(own_of(band), (f"\n{range_of(band)}", "dim"))
+        sheet = sheet_of(mine, columns, "narrow")
+        table = sheets.rich_table(sheet, f"{sheet.title} · sensitivity to options")
+        gaps = (Text(line, style="red") for line in missing_of(mine))
+        sheets.show([table, *gaps], console)
+    sheets.show((Text(line, style="dim") for line in NOTES if found), console)
 
 
 def to_markdown(found: Sequence[Spread]) -> str:
@@ -120,40 +108,20 @@ def to_markdown(found: Sequence[Spread]) -> str:
     lines += ["Rebuilt from the records by `python -m fine_bench.sensitivity`.", ""]
     for note in NOTES:
         lines += [note, ""]
-    for (task, setting, _), mine in _tables(found):
-        columns = columns_of(mine)
-        head = ["target", "estimator", "options, its own value first", "seeds", "configurations",
-                "cells", *(_heading(c) for c in columns)]  # fmt: skip
-        body = [
-            [s.target, s.estimator, options_of(s), seeds_of(s), str(s.configurations),
-             f"{s.finished}/{s.expected}", *(_markdown(s, c) for c in columns)]
-            for s in mine
-        ]  # fmt: skip
-        lines += [f"## {task} · setting {setting[:8]}", ""]
-        lines += [*markdown_table(head, body, left=4), ""]
-        gaps = [line for s in mine for line in missing_of(s)]
+    for mine in _tables(found):
+        sheet = sheet_of(mine, columns_of(mine), "wide")
+        lines += [f"## {sheet.title}", "", *markdown(sheet), ""]
+        gaps = missing_of(mine)
         if gaps:
             lines += ["Not in the bands:", "", *(f"- {line}" for line in gaps), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _heading(column: Column) -> str:
-    return f"{column.label} {'↑' if column.higher else '↓'}"
-
-
-def _markdown(spread: Spread, column: Column) -> str:
-    band = spread.bands.get(column.key)
-    if band is None:
-        return NONE
-    ends = f"{band.lowest:.3f}, {band.highest:.3f}"
-    few = "" if band.n == spread.configurations else f" of {band.n}"
-    return f"{own_of(band)} [{ends}]{few}"
-
-
 def to_csv(found: Sequence[Spread]) -> str:
     """One line a row, target and number, at full precision."""
-    lines = [
-        {
+    lines = []
+    for s in found:
+        about = {
             "task": s.task,
             "setting": s.setting,
             "data_sha256": s.data,
@@ -166,14 +134,21 @@ def to_csv(found: Sequence[Spread]) -> str:
             "configurations": s.configurations,
             "cells_finished": s.finished,
             "cells_expected": s.expected,
-            "metric": column.key,
-            "own": s.bands[column.key].own,
-            "lowest": s.bands[column.key].lowest,
-            "highest": s.bands[column.key].highest,
-            "configurations_in_band": s.bands[column.key].n,
-            "missing": "; ".join(s.missing),
         }
-        for s in found
-        for column in columns_of([s])
-    ]
+        for column in columns_of([s]):
+            band = asdict(s.bands[column.key])
+            few = {"configurations_in_band": band.pop("n"), "missing": "; ".join(s.missing)}
+            lines.append({**about, "metric": column.key, **band, **few})
     return str(pd.DataFrame(lines).to_csv(index=False, lineterminator="\n"))
+
+
+def write(found: Sequence[Spread], root: Path) -> list[Path]:
+    """Write ``sensitivity.md`` and ``sensitivity.csv`` below ``root``, each whole or not at all.
+
+    Raises:
+        StoreError: a file cannot be written; the message names it.
+    """
+    texts = {"sensitivity.md": to_markdown(found), "sensitivity.csv": to_csv(found)}
+    for name, text in texts.items():
+        write_atomic(root / name, text.encode())
+    return [root / name for name in texts]

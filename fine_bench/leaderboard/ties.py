@@ -13,28 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from fine_bench.leaderboard.tables import Row, RowKey, key_of
 from fine_bench.metrics.intervals import pair_mean_interval, paired_difference
+from fine_bench.metrics.registry import Metric
 from fine_bench.types import RunRecord
 
-if TYPE_CHECKING:  # the board builds on this module, which knows its types by name only
-    from fine_bench.leaderboard.board import Column, Row
-
-RowKey: TypeAlias = tuple[str, str, str]
 PairValues: TypeAlias = Mapping[tuple[int, int], Mapping[str, float]]
-
-
-def key_of(row: Row | RunRecord) -> RowKey:
-    """Estimator, its configuration and target: what makes a row."""
-    return (row.estimator, row.estimator_hash, row.target)
 
 
 def with_ties(
     rows: Sequence[Row],
     records: Iterable[RunRecord],
     pairs: Mapping[RowKey, PairValues],
-    columns: Sequence[Column],
+    columns: Sequence[Metric],
     level: float,
 ) -> list[Row]:
     """The rows with their ``ties`` filled.
@@ -43,7 +36,7 @@ def with_ties(
         rows: of one table.
         records: what the rows were made of.
         pairs: consistency of each row by pair of seeds.
-        columns: what is compared; costs are not.
+        columns: what is compared; costs are not, nor what is neither better high nor low.
         level: of the intervals.
     """
     by_row: dict[RowKey, dict[int, RunRecord]] = {}
@@ -60,7 +53,7 @@ def with_ties(
 
     ties: dict[int, set[str]] = {i: set() for i in range(len(rows))}
     for column in columns:
-        if column.source == "cost":
+        if column.source == "cost" or not column.better:
             continue
         for group in _groups(rows, column):
             best = _best(rows, group, column)
@@ -78,7 +71,7 @@ def with_ties(
     return [replace(row, ties=frozenset(ties[i])) for i, row in enumerate(rows)]
 
 
-def _groups(rows: Sequence[Row], column: Column) -> list[list[int]]:
+def _groups(rows: Sequence[Row], column: Metric) -> list[list[int]]:
     """Rows that may be compared: one target, the same examples, a defined value."""
     groups: dict[tuple[str, int | None], list[int]] = {}
     for i, row in enumerate(rows):
@@ -88,8 +81,8 @@ def _groups(rows: Sequence[Row], column: Column) -> list[list[int]]:
     return list(groups.values())
 
 
-def _best(rows: Sequence[Row], group: Sequence[int], column: Column) -> int:
-    sign = -1.0 if column.higher else 1.0
+def _best(rows: Sequence[Row], group: Sequence[int], column: Metric) -> int:
+    sign = -1.0 if column.better == "higher" else 1.0
     return min(group, key=lambda i: (sign * rows[i].stats[column.key].mean, *key_of(rows[i])))
 
 

@@ -29,7 +29,9 @@ METRICS = (
            title="Jaccard@k between runs, corrected for chance", rank=53),
     # every row has it; it is shown where the top of the list is looked at
     Metric("cv_median", "variation", "lower", source="consistency", table=TOP,
-           beside="recall_top_20", rank=34),
+           beside="recall_top_20", rank=34,
+           note="Variation: median over the examples of the coefficient of variation of their "
+           "scores over the seeds."),
 )  # fmt: skip
 """Computed between the runs of a row, by the leaderboard."""
 

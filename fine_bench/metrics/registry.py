@@ -39,6 +39,7 @@ Source: TypeAlias = Literal["metrics", "consistency", "cost"]
 Compute: TypeAlias = "Callable[[Given], float | Mapping[str, float]]"
 F = TypeVar("F", bound=Callable[..., Any])
 
+ARROWS: Mapping[Better, str] = {"higher": "↑", "lower": "↓", "": ""}
 OWN = "fine_bench"
 HOME = "metrics"
 """The module or package in which a package's metrics are looked for."""
@@ -72,6 +73,7 @@ class Metric:
             of its columns, and only the columns that one of them has.
         beside: key of another number of that table without which a row does not show this one.
         title: in full, for axes and captions; the label where it is empty.
+        note: a sentence below tables that show it, for their readers.
         rank: place among the columns, ascending; those of other packages come last.
     """
 
@@ -84,6 +86,7 @@ class Metric:
     table: str = FURTHER
     beside: str = ""
     title: str = ""
+    note: str = ""
     rank: int = 1000
 
     def __post_init__(self) -> None:
@@ -102,10 +105,9 @@ class Metric:
         return stat_key(self.source, self.name)
 
     @property
-    def heading(self) -> str:
-        """The label with the arrow of its direction."""
-        arrow = {"higher": "↑", "lower": "↓", "": ""}[self.better]
-        return f"{self.label} {arrow}".rstrip()
+    def arrow(self) -> str:
+        """Which way is better."""
+        return ARROWS[self.better]
 
     @property
     def in_full(self) -> str:

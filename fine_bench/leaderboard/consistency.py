@@ -1,0 +1,142 @@
+"""Agreement between the seeds of a row: from kept comparisons where possible, else from scores.
+
+What is compared is what detection ranks: one suspicion an example (``metrics.detection``). A
+comparison is kept beside the records, so that later rebuilds need no scores; it is named after the
+digests of what was compared, so it never goes stale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fine_bench.leaderboard.tables import Stat
+from fine_bench.metrics.consistency import coefficient_of_variation, pairwise_consistency
+from fine_bench.metrics.detection import suspicion
+from fine_bench.metrics.intervals import pair_mean_interval
+from fine_bench.metrics.registry import stat_key
+from fine_bench.store.comparisons import Consistency, consistency_digest
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
+from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
+
+METRIC_VERSION = 1
+"""Of the consistency metrics; raise it when their values may change, and caches are made anew."""
+
+LEVEL = 0.95
+
+Where: TypeAlias = tuple[str, str, str, str]
+Pair: TypeAlias = tuple[str, str]
+
+
+class Comparisons:
+    """Comparisons of seeds: those that are kept, and new ones, which it keeps.
+
+    Args:
+        store: where scores are read and comparisons are kept.
+        kept: what ``store.scan()`` found of them.
+    """
+
+    def __init__(self, store: RecordStore, kept: Iterable[Consistency]) -> None:
+        self.store = store
+        self.kept: dict[Where, list[Consistency]] = {}
+        for one in kept:
+            where = (one.task, one.setting, one.estimator, one.target)
+            self.kept.setdefault(where, []).append(one)
+
+    def of(self, finished: Mapping[int, RunRecord], k: int) -> tuple[Consistency | None, str]:
+        """The comparison of a row's finished seeds.
+
+        Returns:
+            the comparison (``None`` below two seeds, or when it cannot be made) and what went
+            wrong, empty when nothing did.
+        """
+        if len(finished) < 2:
+            return None, ""
+        first = next(iter(finished.values()))
+        if first.metrics.get("n_watched") == 0:  # it scores groups, and no single example
+            return None, ""
+        if first.target not in SUSPICIOUS_END:
+            return None, f"unknown target {first.target!r}, so no consistency"
+        row = (first.task, first.setting, first.estimator, first.target)
+        scores = {seed: record.scores_sha256 for seed, record in sorted(finished.items())}
+        wanted = {(a, b): _pair(scores, a, b) for a, b in combinations(scores, 2)}
+        pairs: dict[Pair, Mapping[str, float]] = {}
+        name = ""
+        for old in self.kept.get(row, ()):
+            if old.k != k or old.metric_version != METRIC_VERSION:
+                continue
+            if old.pairs.keys() == wanted.keys():
+                name = name or consistency_digest(scores, k, METRIC_VERSION)
+                if old.digest == name:
+                    return old, ""
+            # seeds were added: their old pairs still hold
+            pairs |= {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
+        try:
+            variation = {"cv_median": self._compare(finished, wanted, k, pairs)}
+        except (StoreError, ValueError) as error:
+            if any(pair not in pairs for pair in wanted.values()):
+                return None, f"no consistency: {error}"
+            variation = {}
+        known = {seeds: pairs[pair] for seeds, pair in wanted.items()}
+        result = Consistency(*row, k, METRIC_VERSION, scores, known, variation)
+        if not variation:
+            return result, ""
+        try:
+            self.store.save_consistency(result)
+        except StoreError as error:
+            return result, str(error)
+        return result, ""
+
+    def _compare(
+        self,
+        finished: Mapping[int, RunRecord],
+        wanted: Mapping[tuple[int, int], Pair],
+        k: int,
+        pairs: dict[Pair, Mapping[str, float]],
+    ) -> float:
+        """Compare the pairs that are not known yet; returns the median coefficient of variation."""
+        end = next(iter(finished.values())).end
+        loaded = {seed: self.store.load_scores(finished[seed]) for seed in sorted(finished)}
+        if len({_watched_ones(found) for found in loaded.values()}) > 1:
+            raise ValueError("its seeds score different examples; set sample_seed to one number")
+        vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
+        for (a, b), pair in wanted.items():
+            if pair not in pairs:
+                pairs[pair] = _agreement(vectors[a], vectors[b], k)
+        return coefficient_of_variation(np.stack(list(vectors.values())))[1]
+
+
+def _watched_ones(scores: InfluenceScores) -> tuple[int, ...] | None:
+    return None if scores.watched is None else tuple(scores.watched.tolist())
+
+
+def _pair(scores: Mapping[int, str], a: int, b: int) -> Pair:
+    """Digests of what was compared, in an order that does not depend on the seeds' numbers."""
+    return min(scores[a], scores[b]), max(scores[a], scores[b])
+
+
+def _agreement(a: NDArray[np.float64], b: NDArray[np.float64], k: int) -> dict[str, float]:
+    values = pairwise_consistency(a, b, max(k, 1), "high")
+    if k == 0:  # nobody knows the bad examples, so there is no k
+        return {name: x for name, x in values.items() if not name.startswith("jaccard")}
+    return values
+
+
+def consistency_stats(consistency: Consistency | None) -> dict[str, Stat]:
+    """Mean and interval over pairs of seeds of every number of a comparison, by key."""
+    if consistency is None:
+        return {}
+    n = len(consistency.scores)
+    stats = {}
+    for name in sorted({name for values in consistency.pairs.values() for name in values}):
+        values = {pair: found.get(name, math.nan) for pair, found in consistency.pairs.items()}
+        stats[stat_key("consistency", name)] = Stat(*pair_mean_interval(values, LEVEL), n=n)
+    for name, value in consistency.variation.items():
+        stats[stat_key("consistency", name)] = Stat(value, math.nan, math.nan, n)
+    return stats

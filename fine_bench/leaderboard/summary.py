@@ -1,0 +1,135 @@
+"""One table over all tasks: each method by one measure.
+
+Made of the leaderboard, and rebuilt byte by byte. A method that has no row on a task has an empty
+cell; there is no mean over tasks, which would hide where a method fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fine_bench.errors import DataError
+from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, markdown, number
+from fine_bench.leaderboard.tables import Leaderboard, Row, Table
+from fine_bench.metrics.registry import DETECTION, Metric
+from fine_bench.types import TARGETS
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Methods by tasks.
+
+    Attributes:
+        measure, target: what is shown.
+        tables: the columns.
+        labels: of the methods, in order.
+        cells: by label and column, the row behind it, or None.
+    """
+
+    measure: Metric
+    target: str
+    tables: tuple[Table, ...]
+    labels: tuple[str, ...]
+    cells: tuple[tuple[Row | None, ...], ...]
+
+
+def summarise(board: Leaderboard, measure: str, target: str, tasks: Sequence[str] = ()) -> Summary:
+    """The summary of a leaderboard.
+
+    Methods are ordered by their mean rank over the tasks that they have a number on. A sample of
+    examples (``watched``) is compared with nothing, so its rows are left out.
+
+    Args:
+        measure: key of a column of the leaderboard, for instance ``average_precision``.
+        target: one of ``TARGETS``.
+        tasks: which, in this order; all when empty.
+
+    Raises:
+        DataError: an unknown measure, target or task, or no number at all.
+    """
+    ranked = {column.key: column for column in board.columns if column.better}
+    if measure not in ranked:
+        raise DataError(f"no measure {measure!r}; there are: {', '.join(ranked)}")
+    if target not in TARGETS:
+        raise DataError(f"no target {target!r}; there are: {', '.join(TARGETS)}")
+    known = list(dict.fromkeys(table.task for table in board.tables))
+    missing = [task for task in tasks if task not in known]
+    if missing:
+        raise DataError(f"no records of {', '.join(missing)}; there are: {', '.join(known)}")
+    wanted = tuple(tasks) or tuple(known)
+    tables: list[Table] = []
+    found: list[dict[str, Row]] = []
+    for table in sorted(
+        board.tables, key=lambda t: wanted.index(t.task) if t.task in wanted else 0
+    ):
+        if table.task not in wanted:
+            continue
+        rows = {
+            row.label: row
+            for row in table.rows
+            if row.target == target and row.watched is None and measure in row.stats
+        }
+        if rows:
+            tables.append(table)
+            found.append(rows)
+    if not tables:
+        raise DataError(
+            f"no record of {', '.join(wanted)} has {measure} on target {target}; run the "
+            "experiments first"
+        )
+    metric = ranked[measure]
+    labels = sorted(
+        {label for rows in found for label in rows},
+        key=lambda label: (_mean_rank(label, found, metric), label),
+    )
+    cells = tuple(tuple(rows.get(label) for rows in found) for label in labels)
+    return Summary(metric, target, tuple(tables), tuple(labels), cells)
+
+
+def _mean_rank(label: str, found: Sequence[dict[str, Row]], metric: Metric) -> tuple[bool, float]:
+    ranks = []
+    for rows in found:
+        if label in rows:
+            own = rows[label].stats[metric.key].mean
+            if math.isnan(own):
+                continue
+            others = [row.stats[metric.key].mean for row in rows.values()]
+            better = sum((x > own) if metric.better == "higher" else (x < own) for x in others)
+            ranks.append(better / len(rows))
+    return not ranks, sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def sheet_of(summary: Summary) -> Sheet:
+    """A line a method, a column a task; the best of each column is marked."""
+    metric = summary.measure
+    columns = []
+    for cells in zip(*summary.cells, strict=True):
+        stats = [None if row is None else row.stats[metric.key] for row in cells]
+        entries = [Entry(NONE) if s is None else number(s.mean, s.lower, s.upper) for s in stats]
+        # what looks equal is equally good
+        means = [round(s.mean, 3) for s in stats if s is not None and not math.isnan(s.mean)]
+        best = (max if metric.better == "higher" else min)(means, default=math.nan)
+        columns.append(
+            [replace(e, best=e.value is not None and round(e.value, 3) == best) for e in entries]
+        )
+    rows = zip(*columns, strict=True)
+    return Sheet(
+        f"{metric.label} {metric.arrow}, target *{summary.target}*",
+        (Head("method", left=True), *(Head(table.task) for table in summary.tables)),
+        tuple(
+            Line("", (Entry(label), *entries))
+            for label, entries in zip(summary.labels, rows, strict=True)
+        ),
+    )
+
+
+def to_markdown(summary: Summary) -> str:
+    """Mean over seeds with its interval; the best of each column is bold."""
+    sheet = sheet_of(summary)
+    lines = [f"#### {sheet.title}", "", *markdown(sheet)]
+    if summary.measure.table == DETECTION:
+        bad = (f"{table.k:,} of the examples of {table.task}" for table in summary.tables)
+        lines += ["", f"Known bad: {', '.join(bad)}."]
+    return "\n".join(lines) + "\n"
