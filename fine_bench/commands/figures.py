@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.build import build
 from fine_bench.report.figures.collection import CONSISTENCY, DETECTION, Choice, count, draw
 from fine_bench.report.figures.output import write
 from fine_bench.report.figures.style import FORMATS

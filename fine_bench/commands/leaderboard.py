@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fine_bench.leaderboard import board, render
+from fine_bench.leaderboard import render
+from fine_bench.leaderboard.build import build
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
@@ -35,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what is printed: tables of 100 columns (default), Markdown, csv or JSON",
     )
     parser.add_argument("--task", metavar="NAME", help="print the tables of one task only")
+    parser.add_argument(
+        "--allow-packages",
+        metavar="PACKAGE",
+        nargs="+",
+        default=[],
+        help="packages besides fine_bench whose metrics get columns",
+    )
     arguments = parser.parse_args(argv)
     errors = Console(stderr=True, highlight=False)
 
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         def show(done: int, total: int, name: str) -> None:
             progress.update(bar, completed=done, total=total, description=f"comparing {name}")
 
-        found = board.build(RecordStore(arguments.results), show)
+        found = build(RecordStore(arguments.results), show, arguments.allow_packages)
     if not found.tables and not found.problems:
         print(
             f"no records below {arguments.results / 'records'}. Make some with `python -m "

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fine_bench.leaderboard.board import Table, build
+from fine_bench.leaderboard.build import build
+from fine_bench.leaderboard.tables import Table
 from fine_bench.report.html.build import make, shelves_of, steps
 from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.store.records import RecordStore

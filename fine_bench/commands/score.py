@@ -29,19 +29,12 @@ import torch
 from numpy.typing import NDArray
 
 from fine_bench.leaderboard import render as view
-from fine_bench.leaderboard.board import (
-    COLUMNS,
-    LEVEL,
-    Cell,
-    Leaderboard,
-    Row,
-    Stat,
-    Table,
-    stat_key,
-)
+from fine_bench.leaderboard.consistency import LEVEL
+from fine_bench.leaderboard.tables import Cell, Leaderboard, Row, Stat, Table
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
+from fine_bench.metrics.registry import columns, stat_key
 from fine_bench.retraining.truth import HALVES, Half, Truth
 from fine_bench.retraining.truth_files import TruthError, folders, load, named
 from fine_bench.types import SUSPICIOUS_END
@@ -174,8 +167,8 @@ def board(
         rows=tuple(rows),
         cells=tuple(cells),
     )
-    columns = tuple(c for c in COLUMNS if any(c.key in row.stats for row in rows))
-    return Leaderboard((table,), (), columns)
+    shown = tuple(c for c in columns() if any(c.key in row.stats for row in rows))
+    return Leaderboard((table,), (), shown)
 
 
 def _consistency(own: Mapping[int, NDArray[np.float64]], target: str, k: int) -> dict[str, Stat]:

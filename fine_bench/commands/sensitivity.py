@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fine_bench.leaderboard import sensitivity_files, sensitivity_tables
+from fine_bench.leaderboard import sensitivity_tables
 from fine_bench.leaderboard.sensitivity import spreads
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ](chosen)
         )
     try:
-        written = sensitivity_files.write(found, arguments.results)
+        written = sensitivity_tables.write(found, arguments.results)
     except StoreError as error:
         print(error, file=sys.stderr)
         return 1

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 from fine_bench.leaderboard.captions import (
     TRAINING_FACTS,
-    TRUTH_VERSION,
     options_of,
     variants_of,
 )
@@ -33,6 +32,7 @@ from fine_bench.leaderboard.tables import (
     key_of,
 )
 from fine_bench.leaderboard.ties import PairValues, with_ties
+from fine_bench.metrics.fidelity import VERSION
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.metrics.registry import Metric, columns, stat_key
 from fine_bench.store.records import RecordStore, newest
@@ -304,14 +304,14 @@ def _truths(records: Sequence[RunRecord]) -> list[str]:
     """
     finished = [r for r in records if r.status == "finished"]
     lines = []
-    versions = sorted({int(x) for x in _values(finished, TRUTH_VERSION)})
+    versions = sorted({int(x) for x in _values(finished, VERSION)})
     if len(versions) > 1:
         lines.append(
             f"records compare with different versions of the ground truth: {versions}; compute the "
             "older ones again with force=true"
         )
     for (estimator, _, target), members in sorted(_by_row(finished).items()):
-        without = sorted({r.seed for r in members if TRUTH_VERSION not in r.metrics})
+        without = sorted({r.seed for r in members if VERSION not in r.metrics})
         if len(without) < len({r.seed for r in members}) and without:
             lines.append(
                 f"{estimator} {target}: seeds {', '.join(map(str, without))} have no fidelity and "

@@ -8,6 +8,7 @@ from typing import Any
 
 from fine_bench.leaderboard.sheet import in_words, number
 from fine_bench.leaderboard.tables import Table, TableKey, shows
+from fine_bench.metrics.fidelity import VERSION
 from fine_bench.metrics.intervals import MIN_SEEDS_FOR_SIGNIFICANCE
 from fine_bench.metrics.registry import Metric
 from fine_bench.types import RunRecord
@@ -15,7 +16,6 @@ from fine_bench.types import RunRecord
 DIRTY = "†"
 MADE_DIRTY = "made by code with uncommitted changes"
 TIED = "="
-TRUTH_VERSION = "truth_version"
 
 TOOK = "steering_took"
 # name among the facts of training, label, unit
@@ -75,9 +75,7 @@ DESCRIBING = (
 )
 
 
-def options_of(
-    groups: Mapping[TableKey, Sequence[RunRecord]], key: TableKey
-) -> dict[str, Any]:
+def options_of(groups: Mapping[TableKey, Sequence[RunRecord]], key: TableKey) -> dict[str, Any]:
     """What describes a setting: the usual options, and those that tell it from its siblings."""
 
     def setting_of(record: RunRecord) -> dict[str, Any]:
@@ -169,7 +167,7 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
             "(… examples): scores a sample of the training examples; all of its numbers, and its "
             "k, are of that sample."
         )
-    stats = [row.stats[TRUTH_VERSION] for row in table.rows if TRUTH_VERSION in row.stats]
+    stats = [row.stats[VERSION] for row in table.rows if VERSION in row.stats]
     versions = sorted({stat.mean for stat in stats})
     if versions:
         lines.append(

@@ -30,6 +30,10 @@ UNNAMED = "default"
 QUALITY = tuple(c for c in columns() if c.source != "cost" and c.table != CURE)
 """Columns that get a band; what a configuration costs is no question of quality."""
 
+
+_KEYS = frozenset(column.key for column in QUALITY)
+
+
 @dataclass(frozen=True)
 class Band:
     """One number over a range.
@@ -277,4 +281,4 @@ def columns_of(found: Iterable[Spread]) -> list[Metric]:
     def there(key: str) -> bool:
         return any(key in spread.bands for spread in known)
 
-    return [c for c in QUALITY if there(c.key) and (not c.beside or there(c.beside))]
+    return [c for c in QUALITY if there(c.key) and (c.beside not in _KEYS or there(c.beside))]

@@ -57,7 +57,9 @@ def sheet_of(found: Sequence[Spread], columns: Sequence[Metric], form: Form) -> 
 
 def _about(spread: Spread, form: Form) -> list[Entry]:
     """The range's name, what it varies, over which seeds, and how much of it is there."""
-    options = [f"{name} {' | '.join(map(_word, values))}" for name, values in spread.options.items()]
+    options = [
+        f"{name} {' | '.join(map(_word, values))}" for name, values in spread.options.items()
+    ]
     name, seeds = Entry(spread.estimator), ", ".join(map(str, spread.seeds))
     cells = f"{spread.finished}/{spread.expected}"
     if form == "narrow":

@@ -150,8 +150,7 @@ def markdown(sheet: Sheet) -> list[str]:
     several = any(line.target for line in sheet.lines)
     heads = [Head("target", left=True), *sheet.heads] if several else list(sheet.heads)
     body = [
-        [*([line.target] if several else []), *map(in_words, line.entries)]
-        for line in sheet.lines
+        [*([line.target] if several else []), *map(in_words, line.entries)] for line in sheet.lines
     ]
     rule = ["---" if head.left else "---:" for head in heads]
     return [

@@ -21,16 +21,20 @@ from fine_bench.metrics.registry import Metric
 from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, spearman
 
 FIDELITY = "fidelity to retraining"
+VERSION = "truth_version"
+"""Which ground truth a record was compared with; without it there was none."""
 _AXIS = "Spearman with the μ of retraining"
 METRICS = (
-    Metric("fidelity", "fidelity", "higher", table=FIDELITY, title=_AXIS, rank=20),
-    Metric("fidelity_of_ceiling", "fid. of ceiling", "higher", table=FIDELITY, rank=21),
-    Metric("fidelity_clean", "fid. within clean", "higher", table=FIDELITY, title=_AXIS, rank=22),
+    Metric("fidelity", "fidelity", "higher", table=FIDELITY, beside=VERSION, title=_AXIS, rank=20),
+    Metric("fidelity_of_ceiling", "fid. of ceiling", "higher", table=FIDELITY, beside=VERSION,
+           rank=21),
+    Metric("fidelity_clean", "fid. within clean", "higher", table=FIDELITY, beside=VERSION,
+           title=_AXIS, rank=22),
     Metric("fidelity_clean_of_ceiling", "fid. within clean, of ceiling", "higher", table=""),
     Metric("fidelity_slope", "true μ in one predicted unit", table=""),
     Metric("fidelity_log_linearity_error", "distance from proportional", "lower", table=""),
-    Metric("truth_version", "version of the ground truth", digits=0, table=""),
-)
+    Metric(VERSION, "version of the ground truth", digits=0, table=""),
+)  # fmt: skip
 """Computed by the ground truth (``retraining.truth``), which is read only where there is one."""
 
 N_BINS = 10

@@ -23,15 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fine_bench.metrics._arrays import ArrayLike, Vector, as_array
-from fine_bench.metrics.fidelity import FIDELITY
+from fine_bench.metrics.fidelity import FIDELITY, VERSION
 from fine_bench.metrics.registry import Metric
 from fine_bench.metrics.reliability import ceiling_of, spearman_brown, spearman_rows
 from fine_bench.seeds import derive
 
 METRICS = (
-    Metric("lds", "LDS", "higher", table=FIDELITY, rank=25,
+    Metric("lds", "LDS", "higher", table=FIDELITY, beside=VERSION, rank=25,
            title="LDS: rank correlation with models trained on subsets"),
-    Metric("lds_of_ceiling", "LDS of ceiling", "higher", table=FIDELITY, rank=26),
+    Metric("lds_of_ceiling", "LDS of ceiling", "higher", table=FIDELITY, beside=VERSION, rank=26),
 )  # fmt: skip
 """Computed by the ground truth (``retraining.truth``)."""
 

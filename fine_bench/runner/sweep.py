@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,11 +30,11 @@ from rich.markup import escape
 from rich.progress import TaskID
 
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard import build as leaderboard
 from fine_bench.leaderboard import render
-from fine_bench.leaderboard import sensitivity_files as sensitivity_files
 from fine_bench.leaderboard import sensitivity_tables as sensitivity_view
 from fine_bench.leaderboard.sensitivity import spreads
+from fine_bench.leaderboard.tables import Planned
 from fine_bench.runner import launchers, wandb_log
 from fine_bench.runner.cells import describe, execute
 from fine_bench.runner.config import check, explain
@@ -230,23 +231,17 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
         def reading(done: int, total: int, name: str) -> None:
             progress.update(bar, completed=done, total=total, description=f"comparing {name}")
 
-        board = leaderboard.build(store, reading)
+        board = leaderboard.build(store, reading, jobs[0].packages)
         bands = spreads(store, store.scan(), reading)
     settings = {job.setting for job in jobs}
-    shown = leaderboard.Leaderboard(
-        tuple(table for table in board.tables if table.setting in settings),
-        board.problems,
-        board.columns,
-    )
+    shown = replace(board, tables=tuple(t for t in board.tables if t.setting in settings))
     render.show(shown)
     written = render.write(board, root)
     if bands:
         sensitivity_view.show([band for band in bands if band.setting in settings])
-        written += sensitivity_files.write(bands, root)
+        written += sensitivity_view.write(bands, root)
     planned = [
-        leaderboard.Planned(
-            job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed
-        )
+        Planned(job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed)
         for job in jobs
         for cell in job.cells
     ]

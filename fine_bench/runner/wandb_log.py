@@ -141,10 +141,9 @@ def log_summary(
         run.log({"leaderboard": table})
         run.summary.update(
             {
-                f"{row['task']}/{row['estimator']}/{row['target']}/{name}": value
+                f"{row['task']}/{row['estimator']}/{row['target']}/{row['metric']}": row["mean"]
                 for row in rows
-                for name, value in row.items()
-                if isinstance(value, (int, float)) and value == value
+                if row["mean"] == row["mean"]
             }
         )
         artifact = wandb.Artifact("leaderboard", "leaderboard")

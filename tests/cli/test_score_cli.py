@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fine_bench.commands.score import main
 from fine_bench.errors import ConfigError
-from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.build import build
 from fine_bench.leaderboard.render import to_csv, to_markdown
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.retraining.truth import HalfTruth, SubsetTruth, Truth

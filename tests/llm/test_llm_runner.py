@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import support.language  # noqa: F401  (skips without the extra)
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.leaderboard import board as leaderboard
+from fine_bench.leaderboard import build as leaderboard
 from fine_bench.leaderboard import render
 from fine_bench.llm.instructions import InstructionSet
 from fine_bench.llm.jsonl import write_jsonl

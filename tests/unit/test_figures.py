@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fine_bench.commands.figures import main
-from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.build import build
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import Interval

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures import costs, fidelity, randomness, tradeoff
 from fine_bench.report.figures.benchmark import Point

@@ -20,8 +20,10 @@ import torch
 from rich.console import Console
 
 from fine_bench.commands.leaderboard import main
+from fine_bench.leaderboard import captions
 from fine_bench.leaderboard import render as view
-from fine_bench.leaderboard.board import Leaderboard, Row, build, cells
+from fine_bench.leaderboard.build import build, cells
+from fine_bench.leaderboard.tables import Leaderboard, Row
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
@@ -187,15 +189,25 @@ def test_a_single_seed_has_neither_interval_nor_consistency(tmp_path: Path) -> N
 
 
 def test_further_metrics_and_costs_reach_the_csv_by_themselves(tmp_path: Path) -> None:
-    lines = list(csv.DictReader(io.StringIO(view.to_csv(build(fill(tmp_path))))))
-    assert len(lines) == 6
-    first = lines[0]
-    assert float(first["lds_mean"]) == pytest.approx(0.51)
-    assert first["lds_n"] == "3"
-    assert float(first["cost_gradient_evaluations_mean"]) == 600
-    assert (first["seeds"], first["missing"], first["option_noise_rate"]) == ("0 1 2", "", "0.2")
+    def edit(r: RunRecord) -> RunRecord:
+        return replace(r, metrics={**r.metrics, "nobody/declared": 7.0})
+
+    lines = list(csv.DictReader(io.StringIO(view.to_csv(build(fill(tmp_path, edit=edit))))))
+    assert len({(x["estimator"], x["target"]) for x in lines}) == 6
+    assert len({(x["estimator"], x["target"], x["metric"]) for x in lines}) == len(lines)
+    first = {x["metric"]: x for x in lines if (x["estimator"], x["target"]) == ("fine", "self")}
+    lds = first["lds"]
+    assert float(lds["mean"]) == pytest.approx(0.51)
+    assert (lds["n"], lds["label"], lds["direction"]) == ("3", "LDS", "higher")
+    assert float(first["cost_gradient_evaluations"]["mean"]) == 600
+    assert (lds["seeds"], lds["missing"]) == ("0 1 2", "")
+    assert "noise_rate=0.2" in lds["setting_options"]
     aurocs = {s: finished("fine", "self", s).metrics["auroc"] for s in range(3)}
-    assert float(first["auroc_mean"]) == mean_interval(aurocs).mean  # to the last bit
+    assert float(first["auroc"]["mean"]) == mean_interval(aurocs).mean  # to the last bit
+    seconds = first["cost_seconds"]
+    assert (seconds["unit"], seconds["direction"], seconds["tie"]) == ("s", "lower", "False")
+    unknown = first["nobody/declared"]
+    assert (unknown["label"], unknown["direction"]) == ("nobody/declared", "")
 
 
 def test_a_metric_that_only_some_seeds_have_says_how_many(tmp_path: Path) -> None:
@@ -297,7 +309,7 @@ def test_settings_of_one_task_show_what_tells_them_apart(tmp_path: Path) -> None
     first, second = build(store).tables
     assert first.options["trainer.momentum"] == 0.0
     assert second.options["trainer.momentum"] == 0.9
-    text = view.caption(first)[0]
+    text = captions.caption(first)[0]
     assert text.startswith("60 training examples · noise rate 0.2 · 10 queries · mlp · 5 epochs · ")
     assert "batch 16 · lr 0.1 · trainer.momentum 0.0" in text
 
@@ -460,7 +472,7 @@ def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
         compared.append(1)
         return compare(*arguments)
 
-    monkeypatch.setattr("fine_bench.leaderboard.board.pairwise_consistency", counting)
+    monkeypatch.setattr("fine_bench.leaderboard.consistency.pairwise_consistency", counting)
     store = fill(tmp_path)
     full = build(store)
     once = 4 * 3 + 2  # the three constants are one and the same score
@@ -613,14 +625,11 @@ def test_cells_of_a_sweep() -> None:
     assert [(c.setting, c.estimator, c.estimator_hash, c.target, c.seed) for c in found] == planned
 
 
-def test_runs_as_a_module_and_needs_no_trainer(tmp_path: Path) -> None:
+def test_the_command_needs_no_trainer(tmp_path: Path) -> None:
     code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['leaderboard', '--results', {str(tmp_path)!r}]\n"
-        "try:\n"
-        "    runpy.run_module('fine_bench.leaderboard.board', run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    print(end.code)\n"
+        "import sys\n"
+        "from fine_bench.commands.leaderboard import main\n"
+        f"print(main(['--results', {str(tmp_path)!r}]))\n"
         "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
@@ -664,7 +673,7 @@ def test_a_row_of_some_examples_is_measured_on_them(tmp_path: Path) -> None:
         x for x in csv.DictReader(io.StringIO(view.to_csv(board))) if "paper" in x["estimator"]
     )
     assert (line["watched"], line["k"]) == ("20", "4")
-    assert build(store).frame().equals(board.frame())  # from the cache
+    assert view.to_csv(build(store)) == view.to_csv(board)  # from the cache
 
 
 PAIRS = [(0, 1), (0, 2), (1, 2)]

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fine_bench.commands import summary
-from fine_bench.leaderboard import board as leaderboard
-from fine_bench.leaderboard import render
+from fine_bench.leaderboard import build as leaderboard
+from fine_bench.leaderboard import render, summary
 from fine_bench.store.records import RecordStore
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from matplotlib import image
 
 from fine_bench.commands.report import main
 from fine_bench.errors import ConfigError
-from fine_bench.leaderboard.board import build
+from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.report.figures.tables import Shelf, shelves
 from fine_bench.report.html.examples import Room, gallery

@@ -19,12 +19,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from fine_bench.commands import summary
 from fine_bench.commands.report import main as report
 from fine_bench.commands.sensitivity import main
 from fine_bench.errors import ConfigError
-from fine_bench.leaderboard import board as leaderboard
-from fine_bench.leaderboard import render, sensitivity_tables
+from fine_bench.leaderboard import build as leaderboard
+from fine_bench.leaderboard import render, sensitivity_tables, summary
 from fine_bench.leaderboard.option_grid import declared_for, label_of, points
 from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.report.figures import option_ranges as ranges_figure

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fine_bench.commands.summary import main, summarise, to_markdown
+from fine_bench.commands.summary import main
 from fine_bench.errors import DataError
-from fine_bench.leaderboard.board import Leaderboard, Row, Stat, Table
+from fine_bench.leaderboard.summary import summarise, to_markdown
+from fine_bench.leaderboard.tables import Leaderboard, Row, Stat, Table
 
 
 def row(name: str, value: float, target: str = "self", watched: int | None = None) -> Row:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from fine_bench.leaderboard.board import Row
+from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_curve
 from fine_bench.report.figures import agreement as agreements

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fine_bench.leaderboard.board import Column
 from fine_bench.leaderboard.sensitivity import Spread, columns_of
+from fine_bench.metrics.registry import Metric
 from fine_bench.report.figures.benchmark import TARGET_TITLES, title_of
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.style import GREY, Look, canvas, span, styled
@@ -35,7 +35,7 @@ _NOBODY = Look(GREY, "o", "-", True)
 @styled
 def bands(
     found: Mapping[str, Sequence[Spread]],
-    columns: Sequence[Column],
+    columns: Sequence[Metric],
     looks: Mapping[str, Look],
     *,
     size: str,
@@ -74,7 +74,7 @@ def bands(
     return figure
 
 
-def _draw(axes: Axes, spreads: Sequence[Spread], column: Column, looks: Mapping[str, Look]) -> None:
+def _draw(axes: Axes, spreads: Sequence[Spread], column: Metric, looks: Mapping[str, Look]) -> None:
     for y, spread in enumerate(spreads):
         look, band = looks.get(spread.estimator, _NOBODY), spread.bands.get(column.key)
         if band is None:
@@ -95,7 +95,7 @@ def _draw(axes: Axes, spreads: Sequence[Spread], column: Column, looks: Mapping[
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y", visible=False)
     label = _LONGER.get(column.key, column.label)
-    axes.set_xlabel(f"{label} ({'higher' if column.higher else 'lower'} is better)")
+    axes.set_xlabel(f"{label} ({column.better} is better)" if column.better else label)
 
 
 def draw(shelf: Shelf) -> Figure:

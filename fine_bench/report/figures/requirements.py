@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from fine_bench.leaderboard.board import Row, stat_key
+from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.intervals import Interval
+from fine_bench.metrics.registry import Source, stat_key
 from fine_bench.report.figures.tables import Shelf
-
-Source = Literal["metrics", "consistency", "cost"]
 
 
 class LeftOutError(Exception):

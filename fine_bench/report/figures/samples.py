@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.leaderboard.board import Row
+from fine_bench.leaderboard.tables import Row
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.tables import Shelf
 from fine_bench.theory.estimation import moment_mu

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.leaderboard.board import Leaderboard, Row, Table
 from fine_bench.leaderboard.sensitivity import Spread, spreads
+from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
 from fine_bench.report.figures.style import Kind, Look, looks
 from fine_bench.store.files import StoreError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fine_bench.leaderboard.board import Leaderboard
+from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.report.figures.collection import Choice, count, draw
 from fine_bench.report.figures.output import write
 from fine_bench.report.figures.style import FORMATS

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.leaderboard.board import LEVEL, Row
+from fine_bench.leaderboard.consistency import LEVEL
+from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.intervals import Interval, mean_interval
 from fine_bench.report.figures.tables import Shelf, kind_of
 from fine_bench.retraining.truth import Truth

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_bench.leaderboard import render as view
-from fine_bench.leaderboard.board import Leaderboard, Table
+from fine_bench.leaderboard import captions as view
 from fine_bench.leaderboard.sensitivity import Spread
+from fine_bench.leaderboard.tables import Leaderboard, Table
 from fine_bench.report.html.examples import Room, gallery, groups
 from fine_bench.report.html.figures import ORDER, Plate, plate
 from fine_bench.report.html.images import Album

@@ -1,28 +1,128 @@
-"""The leaderboard as sortable HTML tables: one a target, all columns, intervals below means."""
+"""Printed tables as HTML, and the leaderboard among them: one sortable table a target."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from fine_bench.leaderboard import render as view
-from fine_bench.leaderboard.board import Column, Row, Stat, Table
+from fine_bench.leaderboard.captions import DIRTY, MADE_DIRTY, TIED, cell_lines, notes
+from fine_bench.leaderboard.render import entry_of, seeds_of
+from fine_bench.leaderboard.sheet import UNDEFINED, Entry, Head, Line, Sheet, head_of
+from fine_bench.leaderboard.tables import Row, Table, shows
+from fine_bench.metrics.registry import ARROWS, BETWEEN_RUNS, Metric
 from fine_bench.report.figures.benchmark import TARGET_TITLES
-from fine_bench.report.html.markup import Safe, join, number, slug, tag, text
+from fine_bench.report.html.markup import Safe, join, slug, tag
 
-GROUPS = {"metrics": "detection", "consistency": "consistency over seeds", "cost": "cost"}
+BETWEEN = {"consistency": "consistency over seeds", "cost": "cost"}
+"""Parts of the leaderboard's table ``BETWEEN_RUNS``, which are groups of columns here."""
 
 
-def boards(table: Table, columns: Sequence[Column]) -> Safe:
+# ---------------------------------------------------------------------------------- the writer
+
+
+def written(sheet: Sheet, target: str, *, kind: str, name: str = "") -> Safe:
+    """A table in a region of its own that scrolls.
+
+    Args:
+        sheet: the table; groups of heads stand above them.
+        target: what its lines answer.
+        kind: class of the table. A ``board`` has heads that sort.
+        name: of its caption, for those who link to it; without one the region is named itself.
+    """
+    title = TARGET_TITLES.get(target, f"target {target}")
+    board = kind == "board"
+    above = [tag("tr", *_groups(sheet.heads), class_="kinds")] if board else []
+    heads = [_sorting(head) if board else tag("th", head.text, scope="col") for head in sheet.heads]
+    rows = [tag("tr", *map(_entry, line.entries, sheet.heads)) for line in sheet.lines]
+    first: object = tag("strong", sheet.title) if board else sheet.title
+    label = {"aria_label": f"{sheet.title.lower()}, {title}"}
+    if name:
+        label = {"aria_labelledby": f"caption-{name}"}
+    return tag(
+        "div",
+        tag(
+            "table",
+            tag("caption", first, " · ", title, id=f"caption-{name}" if name else None),
+            tag("thead", *above, tag("tr", *heads)),
+            tag("tbody", *rows),
+            class_=kind,
+        ),
+        class_="scroll",
+        role="region",
+        tabindex="0",
+        **label,
+    )
+
+
+def _groups(heads: Sequence[Head]) -> list[Safe]:
+    """Headings above the heads of one group, and an empty place above those of none."""
+    cells = []
+    for group in dict.fromkeys(head.group for head in heads):
+        span = sum(head.group == group for head in heads)
+        cells.append(
+            tag("th", group, scope="colgroup", colspan=span) if group else tag("td", colspan=span)
+        )
+    return cells
+
+
+def _sorting(head: Head) -> Safe:
+    """A heading whose button sorts; the best comes first, names from the first letter on."""
+    better = f"{head.better} is better" if head.better else ""
+    arrow = tag("span", f" {ARROWS[head.better]}", class_="better", aria_hidden="true")
+    button = tag(
+        "button",
+        tag("span", head.label),
+        arrow if better else "",
+        type="button",
+        title=f"sort by {head.label}" + (f" ({better})" if better else ""),
+    )
+    first = "ascending" if head.left or head.better == "lower" else "descending"
+    kind = "text" if head.left else "number"
+    return tag("th", button, scope="col", aria_sort="none", data_kind=kind, data_first=first)
+
+
+def _entry(entry: Entry, head: Head) -> Safe:
+    below = [tag("div", line) for line in entry.below]
+    if head.left and below:
+        return tag("td", *below, class_="range")
+    if head.left:
+        signs = [tag("abbr", sign, title=means, class_="dirty") for sign, means in entry.marks]
+        return tag(
+            "th",
+            tag("span", entry.text, class_="name"),
+            *(join([" ", sign]) for sign in signs),
+            tag("span", entry.note, class_="variant") if entry.note else "",
+            scope="row",
+            data_value=f"{entry.text} {entry.note}".strip(),
+        )
+    if head.count:
+        return tag("td", entry.text, data_value=f"{entry.value:g}", class_="n")
+    if entry.value is None or not math.isfinite(entry.value):
+        word = entry.text if entry.value is None else UNDEFINED
+        return tag("td", word, data_value="", class_="none")
+    return tag(
+        "td",
+        tag("span", entry.text.replace("-", "−"), class_="mean best" if entry.best else "mean"),
+        *(tag("abbr", sign, title=means) for sign, means in entry.marks),
+        tag("span", f"{entry.short}{entry.few}", class_="ci") if entry.short else "",
+        data_value=repr(entry.value),
+    )
+
+
+# ----------------------------------------------------------------------------- the leaderboard
+
+
+def boards(table: Table, columns: Sequence[Metric]) -> Safe:
     """A table for each target of a setting, with its marks explained below."""
-    rows = view.shown_rows(table)
-    targets = list(dict.fromkeys(row.target for row in rows))
-    parts: list[object] = [
-        _board(table, target, [r for r in rows if r.target == target], columns)
-        for target in targets
-    ]
-    parts.append(tag("ul", *(tag("li", line) for line in _notes(table)), class_="notes"))
-    cells = view.cell_lines(table)
+    rows = table.shown_rows
+    parts: list[object] = []
+    for target in dict.fromkeys(row.target for row in rows):
+        sheet = _sheet(table, [row for row in rows if row.target == target], columns)
+        name = slug(f"{table.task}-{table.setting[:8]}-{target}")
+        parts.append(written(sheet, target, kind="board", name=name))
+    parts.append(tag("ul", *(tag("li", line) for line in _notes(table, columns)), class_="notes"))
+    cells = cell_lines(table)
     if cells:
         words = [tag("h4", "Not in the averages")]
         lines = [tag("li", line, class_=line.split(":", 1)[0]) for line in cells]
@@ -30,98 +130,59 @@ def boards(table: Table, columns: Sequence[Column]) -> Safe:
     return join(parts)
 
 
-def _notes(table: Table) -> list[str]:
+def _notes(table: Table, columns: Sequence[Metric]) -> list[str]:
     """The leaderboard's notes; ties are marked here in every column."""
-    lines = [line for line in view.notes(table) if not line.startswith(view.TIED)]
+    lines = [line for line in notes(table, columns) if not line.startswith(TIED)]
     if any(row.ties for row in table.rows):
         lines.insert(
             1,
-            f"Bold: the best of a column. {view.TIED} tie with it: the 95 % interval of the "
+            f"Bold: the best of a column. {TIED} tie with it: the 95 % interval of the "
             "difference, paired by seed, holds 0, or from six seeds on a sign-flip test does not "
             "find it significant.",
         )
     return lines
 
 
-def _board(table: Table, target: str, rows: Sequence[Row], columns: Sequence[Column]) -> Safe:
-    # a block's columns belong to the rows that the block is about
-    shown = [
-        c
-        for c in columns
-        if any(c.key in row.stats and (not c.needs or c.needs in row.stats) for row in rows)
-    ]
-    # columns of one kind side by side: detection, fidelity, consistency, cost
-    kinds = list(dict.fromkeys(c.block or GROUPS[c.source] for c in shown))
-    shown = [c for kind in kinds for c in shown if (c.block or GROUPS[c.source]) == kind]
-    best = {c.key: _best(rows, c) for c in shown}
-    above = [tag("td", colspan=2)]
-    for kind in kinds:
-        span = sum((c.block or GROUPS[c.source]) == kind for c in shown)
-        above.append(tag("th", kind, scope="colgroup", colspan=span))
-    heads = [_head("estimator", "text", "ascending"), _head("n", "number", "descending")]
-    heads += [
-        _head(c.label, "number", "descending" if c.higher else "ascending", _arrow(c))
-        for c in shown
-    ]
-    body = [
-        tag(
-            "tr",
-            tag("th", _name(row), scope="row", data_value=row.label),
-            tag("td", view.seeds_of(row, table), data_value=len(row.seeds), class_="n"),
-            *(_cell(row, c, best[c.key]) for c in shown),
+def _sheet(table: Table, rows: Sequence[Row], columns: Sequence[Metric]) -> Sheet:
+    """All columns that one of the rows shows, those of one kind side by side."""
+    groups: dict[str, list[Metric]] = {}
+    for column in columns:
+        if any(shows(row, column) for row in rows):
+            kind = BETWEEN[column.source] if column.table == BETWEEN_RUNS else column.table
+            groups.setdefault(kind, []).append(column)
+    shown = [(column, kind) for kind, own in groups.items() for column in own]
+    best = {column.key: _best(rows, column) for column, _ in shown}
+    lines = [
+        Line(
+            row.target,
+            (
+                _name(row),
+                Entry(seeds_of(row, table), value=len(row.seeds)),
+                *(_number(row, column, best[column.key]) for column, _ in shown),
+            ),
         )
         for row in rows
     ]
-    title = TARGET_TITLES.get(target, f"target {target}")
-    name = slug(f"{table.task}-{table.setting[:8]}-{target}")
-    return tag(
-        "div",
-        tag(
-            "table",
-            tag("caption", tag("strong", table.task), " · ", title, id=f"caption-{name}"),
-            tag("thead", tag("tr", *above, class_="kinds"), tag("tr", *heads)),
-            tag("tbody", *body),
-            class_="board",
-        ),
-        class_="scroll",
-        role="region",
-        tabindex="0",
-        aria_labelledby=f"caption-{name}",
-    )
+    heads = [Head("estimator", left=True), Head("n", count=True)]
+    heads += [head_of(column, kind) for column, kind in shown]
+    return Sheet(table.task, tuple(heads), tuple(lines))
 
 
-def _arrow(column: Column) -> str:
-    return "higher is better" if column.higher else "lower is better"
-
-
-def _head(label: str, kind: str, first: str, better: str = "") -> Safe:
-    """A heading whose button sorts; ``first`` is the direction of the first click."""
-    arrow = {"higher is better": "↑", "lower is better": "↓"}.get(better, "")
-    button = tag(
-        "button",
-        tag("span", label),
-        tag("span", f" {arrow}", class_="better", aria_hidden="true") if arrow else "",
-        type="button",
-        title=f"sort by {label}" + (f" ({better})" if better else ""),
-    )
-    return tag("th", button, scope="col", aria_sort="none", data_kind=kind, data_first=first)
-
-
-def _name(row: Row) -> Safe:
-    dirty = tag("abbr", view.DIRTY, title="made by code with uncommitted changes", class_="dirty")
-    notes = row.label.removeprefix(row.estimator)
+def _name(row: Row) -> Entry:
+    note = row.label.removeprefix(row.estimator).strip()
     if row.watched == 0:
-        notes = "(groups alone, see below)"
-    return join(
-        [
-            tag("span", row.estimator, class_="name"),
-            join([" ", dirty]) if row.dirty else "",
-            tag("span", notes, class_="variant") if notes else "",
-        ]
-    )
+        note = "(groups alone, see below)"
+    return Entry(row.estimator, note, ((DIRTY, MADE_DIRTY),) if row.dirty else ())
 
 
-def _best(rows: Sequence[Row], column: Column) -> float:
+def _number(row: Row, column: Metric, best: float) -> Entry:
+    entry = entry_of(row, column)
+    first = entry.value == best and row.watched is None and column.source != "cost"
+    tie = ((TIED, "tie with the best"),) if column.key in row.ties else ()
+    return replace(entry, best=first, marks=tie)
+
+
+def _best(rows: Sequence[Row], column: Metric) -> float:
     """The best mean of a column among rows that score all examples."""
     means = [
         row.stats[column.key].mean
@@ -130,27 +191,6 @@ def _best(rows: Sequence[Row], column: Column) -> float:
         and column.key in row.stats
         and math.isfinite(row.stats[column.key].mean)
     ]
-    if not means:
+    if not means or not column.better:
         return math.nan
-    return max(means) if column.higher else min(means)
-
-
-def _cell(row: Row, column: Column, best: float) -> Safe:
-    stat = row.stats.get(column.key)
-    if stat is None:
-        return tag("td", view.NONE, data_value="", class_="none")
-    if not math.isfinite(stat.mean):
-        return tag("td", "undefined", data_value="", class_="none")
-    cost = column.source == "cost"
-    write = view.amount_of if cost else number
-    first = stat.mean == best and row.watched is None and not cost
-    mean = tag("span", write(stat.mean), class_="mean best" if first else "mean")
-    tie = tag("abbr", view.TIED, title="tie with the best") if column.key in row.ties else ""
-    return tag("td", mean, tie, _interval(stat, cost), data_value=repr(float(stat.mean)))
-
-
-def _interval(stat: Stat, cost: bool) -> Safe:
-    if not math.isfinite(stat.lower):
-        return text("")
-    write = view.amount_of if cost else view.short
-    return tag("span", f"{write(stat.lower)}–{write(stat.upper)}", class_="ci")
+    return max(means) if column.better == "higher" else min(means)
