@@ -143,18 +143,17 @@ def test_several_files_are_several_seeds(score: Score, tmp_path: Path) -> None:
     status, printed, _ = score(*files, "--task", "small_world", "--format", "csv", "--name", "me")
     assert status == 0
     (tmp_path / "table.csv").write_text(printed)
-    table = pd.read_csv(tmp_path / "table.csv").set_index("target")
+    table = pd.read_csv(tmp_path / "table.csv").set_index(["target", "metric"])
     values = {s: stats.spearmanr(noisy(s), MU.astype(np.float32)).statistic for s in range(5)}
     interval = mean_interval(values)
-    row = table.loc["self"]
+    row = table.loc[("self", "fidelity")]
     assert row["estimator"] == "me"
-    assert row["fidelity_n"] == 5
-    assert (row["fidelity_mean"], row["fidelity_lower"], row["fidelity_upper"]) == pytest.approx(
-        tuple(interval)
-    )
+    assert row["n"] == 5
+    assert (row["mean"], row["lower"], row["upper"]) == pytest.approx(tuple(interval))
     pairs = [stats.spearmanr(noisy(a), noisy(b)).statistic for a in range(5) for b in range(a)]
-    assert row["consistency_spearman_mean"] == pytest.approx(np.mean(pairs))
-    assert table.loc["queries", "missing"] == "0 1 2 3"
+    consistency = table.loc[("self", "consistency_spearman")]
+    assert consistency["mean"] == pytest.approx(np.mean(pairs))
+    assert set(table.loc["queries", "missing"]) == {"0 1 2 3"}
     _, text, _ = score(*files, "--task", "small_world", "--format", "md")
     assert "missing: 0 · queries · seeds 0, 1, 2, 3: not in its file" in text
     assert "Jaccard@k" in text
