@@ -9,9 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fine_bench.commands.summary import summarise, to_markdown
 from fine_bench.errors import DataError
-from fine_bench.leaderboard import board, render
+from fine_bench.leaderboard import render
+from fine_bench.leaderboard.build import build
+from fine_bench.leaderboard.summary import summarise, to_markdown
+from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.store.publication import publish
 from fine_bench.store.records import RecordStore
@@ -80,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _build(store: RecordStore) -> board.Leaderboard:
+def _build(store: RecordStore) -> Leaderboard:
     with bar_on(Console(stderr=True, highlight=False)) as progress:
         bar = progress.add_task("reading records", total=None)
 
         def show(done: int, total: int, name: str) -> None:
             progress.update(bar, completed=done, total=total, description=f"comparing {name}")
 
-        return board.build(store, show)
+        return build(store, show)
 
 
 def _publish(store: RecordStore, tasks: Sequence[str]) -> int:
