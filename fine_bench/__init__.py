@@ -1,13 +1,16 @@
 """fine_bench: training-data influence under training randomness, measured reproducibly."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fine_bench.estimator import InfluenceEstimator, Schedule, replay
-from fine_bench.types import Checkpoint, GroundTruth, InfluenceScores, Problem, RunRecord
+if TYPE_CHECKING:
+    from fine_bench.estimator import InfluenceEstimator, Schedule, replay
+    from fine_bench.types import Checkpoint, GroundTruth, InfluenceScores, Problem, RunRecord
 
 __version__ = "0.1.0"
 
-# `python -m fine_bench.figures` and its siblings go on working for one release
+# `fine-bench figures` and its siblings go on working for one release
 __path__.append(str(Path(__file__).parent / "commands" / "former"))
 
 __all__ = [
@@ -21,3 +24,19 @@ __all__ = [
     "__version__",
     "replay",
 ]
+
+_OF_ESTIMATOR = ("InfluenceEstimator", "Schedule", "replay")
+
+
+def __getattr__(name: str) -> object:
+    """Public names are imported when they are asked for: a command's help needs no PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fine_bench' has no attribute {name!r}")
+    home = "fine_bench.estimator" if name in _OF_ESTIMATOR else "fine_bench.types"
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

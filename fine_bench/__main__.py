@@ -1,74 +1,78 @@
-"""``python -m fine_bench``: run a sweep and compare the leaderboard."""
+"""``fine-bench COMMAND`` and ``python -m fine_bench``: the first word picks a command.
+
+Everything else goes to Hydra, as ``fine-bench run`` does. ``fine-bench`` alone lists the commands.
+"""
 
 from __future__ import annotations
 
 import importlib
-import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from fine_bench import __version__
+from fine_bench.commands import COMMANDS
 
-from fine_bench.commands.hydra_help import narrow
-from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner import sweep
-from fine_bench.runner.config import config_folder, register
-
-COMMANDS = (
-    "leaderboard", "summary", "sensitivity", "figures", "report", "verify", "score", "audit",
-    "bank", "truth", "clean", "cure", "publish",
-)  # fmt: skip
+REFUSED = 2
 
 
 def main() -> None:
-    """Entry point; exit status 0 done, 1 something failed or is missing, 2 bad input."""
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        command = importlib.import_module(f"fine_bench.commands.{sys.argv.pop(1)}")
-        sys.exit(command.main())
-    run()
+    """The program ``fine-bench``."""
+    arguments = sys.argv[1:]
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(overview())
+        sys.exit(0)
+    if arguments[0] in ("-V", "--version"):
+        print(f"fine-bench {__version__}")
+        sys.exit(0)
+    sys.exit(call(arguments))
 
 
-def run() -> None:
-    """``fine-bench run``, and ``python -m fine_bench``: Hydra reads the arguments."""
-    # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = multirun_first(sys.argv[1:])
-    register()
-    entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-    try:
-        with narrow(sys.argv[1:]):
-            entry(_job)()
-    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-        if not sweep.running():
-            sweep.refuse(error)
-        sys.exit(sweep.cut_short(error))
-    except Exception as error:
-        if not sweep.running():
-            raise
-        sys.exit(sweep.cut_short(error))
-    sys.exit(sweep.exit_status())
+def call(arguments: Sequence[str]) -> int:
+    """Run a command, or Hydra's where the first word is none; returns the exit status."""
+    first = arguments[0] if arguments else ""
+    if first in COMMANDS:
+        sys.argv[0] = f"fine-bench {first}"
+        return _main_of(first, arguments[1:])
+    if re.fullmatch(r"[A-Za-z][\w-]*", first):  # neither an override nor an option of Hydra's
+        print(unknown(first), file=sys.stderr)
+        return REFUSED
+    return _main_of("run", arguments)
 
 
-def multirun_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments with ``-m`` in front, and with it where nothing speaks against it.
-
-    Hydra's parser takes one run of overrides only: with ``-m`` between them, as in
-    ``+experiment=mnist_mislabel -m seed=0,1,2``, it refuses what follows. Without it Hydra asks the
-    configuration for the mode, which is the same one; but where that has a mistake, it complains
-    about the commas of ``seed=0,1,2`` and not about the mistake.
-    """
-    rest = [a for a in arguments if a not in ("-m", "--multirun")]
-    given = len(rest) < len(arguments)
-    free = not any(a.startswith(("-", "hydra.mode=")) for a in rest)
-    return ["-m", *rest] if given or free else rest
+def _main_of(command: str, arguments: Sequence[str]) -> int:
+    status: int = importlib.import_module(f"fine_bench.commands.{command}").main(arguments)
+    return status
 
 
-def _job(config: DictConfig) -> None:
-    sweep.run_job(config)
+def unknown(word: str) -> str:
+    """What to say of a word that is no command."""
+    near = get_close_matches(word.lower(), COMMANDS)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return (
+        f"fine-bench has no command {word!r}; {meant}`fine-bench` lists them all, and an override "
+        "of the configuration is written key=value"
+    )
+
+
+def overview() -> str:
+    """The list of the commands."""
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(
+        [
+            "usage: fine-bench COMMAND [ARGUMENTS]",
+            "",
+            "Training-data influence under training randomness, measured reproducibly.",
+            "",
+            "Commands:",
+            *(f"  {name:<{width}}{line}" for name, line in COMMANDS.items()),
+            "",
+            "`fine-bench COMMAND --help` says more. Begin with `fine-bench run`, which takes three",
+            "seeds on the digits, offline, in a few minutes; then `fine-bench report`.",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(call(sys.argv[1:]))

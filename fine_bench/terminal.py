@@ -60,3 +60,32 @@ def bar_on(console: Console | None = None) -> Progress:
         # a step may take minutes: the speed of the last half hour counts
         speed_estimate_period=1800,
     )
+
+
+class RecordBar:
+    """A bar over the tables of a results folder, and then over what is made of them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("reading records", total=None)
+
+    def comparing(self, done: int, total: int, name: str) -> None:
+        """``done`` of ``total`` comparisons are done; ``name`` is the table of the next one."""
+        self._progress.update(
+            self._task, completed=done, total=total, description=f"comparing {name}"
+        )
+
+    def restart(self, total: int) -> None:
+        """Count to ``total`` from here on."""
+        self._progress.reset(self._task, total=total)
+
+    def step(self, name: str) -> None:
+        """One more is done; ``name`` says what."""
+        self._progress.update(self._task, advance=1, description=name)
+
+
+@contextmanager
+def record_bar(console: Console | None = None) -> Iterator[RecordBar]:
+    """A bar that begins with the reading of records. Arguments as ``bar_on``."""
+    with bar_on(console) as progress:
+        yield RecordBar(progress)

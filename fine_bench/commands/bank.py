@@ -1,10 +1,13 @@
-"""``fine-bench bank``: train the models of a bank, or those that it lacks."""
+"""``fine-bench bank``: train the models of a bank, or those that it lacks.
+
+Hydra reads the arguments. Exit status: 0 done, 1 something failed, 2 bad input, 130 interrupted.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -14,27 +17,30 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
+from fine_bench.commands.common import DONE, INCOMPLETE, INTERRUPTED, REFUSED
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.retraining.build import WorkerError
 from fine_bench.retraining.train import DivergedModelError
 from fine_bench.runner import bank_config
-from fine_bench.runner.bank import BAD_INPUT, INCOMPLETE, INTERRUPTED, BankJob, out
+from fine_bench.runner.bank import BankJob, out
 from fine_bench.runner.config import config_folder, explain
 from fine_bench.store.files import StoreError
 from fine_bench.types import UnsupportedProblemError
 
 
-def main() -> None:
-    """Entry point; exit status 0 done, 1 something failed, 2 bad input, 130 interrupted."""
+def main(argv: Sequence[str]) -> int:
+    """Train what the overrides ``argv`` ask for; 0 done, or an exit with another status."""
     # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
-        _end("a bank is one job, whose models get seeds of their own; leave out -m", BAD_INPUT)
+    sys.argv[1:] = argv
+    if {"-m", "--multirun"} & set(argv):
+        _end("a bank is one job, whose models get seeds of their own; leave out -m", REFUSED)
     bank_config.register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="bank")
-    with _explained(), narrow(sys.argv[1:]):
+    with _explained(), narrow(argv):
         run(_job)()
+    return DONE
 
 
 @contextmanager
@@ -43,9 +49,9 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-        _end(explain(error), BAD_INPUT)
+        _end(explain(error), REFUSED)
     except UnsupportedProblemError as error:
-        _end(f"model: {error}", BAD_INPUT)
+        _end(f"model: {error}", REFUSED)
     except (StoreError, WorkerError, DivergedModelError) as error:
         _end(str(error), INCOMPLETE)
     except KeyboardInterrupt:

@@ -1,57 +1,49 @@
-"""``python -m fine_bench.clean``: the command. Reading, scoring and flagging are elsewhere."""
+"""``fine-bench clean``: find wrong labels in a table of one's own."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
-from rich.console import Console
-from rich.table import Table
+from fine_bench.commands import common
+from fine_bench.errors import ConfigError, UserError
 
-from fine_bench.errors import ConfigError, DataError
-from fine_bench.metrics.error_rate import Flags, flag
-from fine_bench.runner.clean.data_files import LabelledData, read
-from fine_bench.runner.clean.scores import (
-    METHODS,
-    MODELS,
-    Scored,
-    explain,
-    result,
-    score,
-    warnings_of,
-)
-from fine_bench.store.files import StoreError, write_atomic
-from fine_bench.terminal import bar_on
+if TYPE_CHECKING:
+    import pandas as pd
 
+    from fine_bench.metrics.error_rate import Flags
+    from fine_bench.runner.clean.data_files import LabelledData
+    from fine_bench.runner.clean.scores import Scored
+
+MODELS = ("mlp", "cnn")
+METHODS = ("fine", "mean_loss", "aum")
 SHOWN = 10
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fine_bench.clean",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Find wrong labels in your own data, at an error rate.\n\n"
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = common.parser(
+        "clean",
+        "Find wrong labels in your own data, at an error rate.\n\n"
         "Verify a few hundred rows drawn at random (look at each, keep those that are right) and "
-        "name\nthem with --trusted. A model is trained on all rows; rows that went through "
-        "training unlike the\ntrusted ones are flagged. Of those flagged, at most the share "
-        "--level is right after all, on\naverage. Rows are counted from 0. Nothing is deleted or "
-        "changed.",
-        epilog="The csv that is written has a row for each flagged row, the most suspicious "
-        "first:\n  index, given_label, score, p_value, adjusted_p (the smallest level that flags "
-        "it) and\n  suggested_label, the model's most probable other label: a suggestion, which "
-        "no error rate covers.\n\n"
+        "name them with --trusted. A model is trained on all rows; rows that went through training "
+        "unlike the trusted ones are flagged. Of those flagged, at most the share --level is right "
+        "after all, on average. Rows are counted from 0. Nothing is deleted or changed.",
+        notes="The csv that is written has a row for each flagged row, the most suspicious first: "
+        "index, given_label, score, p_value, adjusted_p (the smallest level that flags it) and "
+        "suggested_label, the model's most probable other label: a suggestion, which no error rate "
+        "covers.\n\n"
         "Choose method and level before looking at the result: the error rate does not cover "
-        "trying several\nand keeping the one that flags the most.\n\n"
-        "Exit status: 0 done, whether anything was flagged or not; 2 bad input.\n\n"
-        "Examples:\n  python -m fine_bench.clean --data digits.npz --trusted checked.txt\n"
-        "  python -m fine_bench.clean --data table.csv --label species --trusted verified "
-        "--level 0.05",
+        "trying several and keeping the one that flags the most.",
+        statuses={0: "done, whether anything was flagged or not", 2: "bad input"},
+        examples=[
+            "--data digits.npz --trusted checked.txt",
+            "--data table.csv --label species --trusted verified --level 0.05",
+        ],
     )
-    add = parser.add_argument
+    add = made.add_argument
     add(
         "--data",
         metavar="FILE",
@@ -68,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--label", metavar="COLUMN", help="label column of the csv")
     add(
         "--model",
-        choices=tuple(MODELS),
+        choices=MODELS,
         default="mlp",
         help="mlp: one hidden layer of 256 (default); cnn: two convolutions, for images",
     )
@@ -106,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write, replaced if it exists (default: flagged.csv)",
     )
     add("--all", action="store_true", help="write every row, with the columns flagged and trusted")
-    return parser
+    return made
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -125,16 +117,23 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--out {arguments.out} would replace an input; name another file")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, flag, write and report; see ``--help``. Returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    out, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+@common.command(parser)
+def main(arguments: argparse.Namespace) -> int:
+    """Train, flag, write and report."""
+    import numpy as np
+
+    from fine_bench.metrics.error_rate import flag
+    from fine_bench.runner.clean.data_files import read
+    from fine_bench.runner.clean.scores import result, score, warnings_of
+    from fine_bench.store.files import write_atomic
+    from fine_bench.terminal import bar_on
+
+    _check(arguments)
     try:
-        _check(arguments)
         data = read(arguments.data, arguments.trusted, arguments.label)
         # refused before training: the answer does not depend on the scores
         flag(np.zeros(len(data.y)), data.trusted, arguments.level)
-        with bar_on(errors) as progress:
+        with bar_on() as progress:
             bar = progress.add_task(
                 f"training {arguments.model} on {len(data.y)} rows, epochs", total=arguments.epochs
             )
@@ -145,25 +144,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                 advance=lambda done: progress.update(bar, completed=done),
             )  # fmt: skip
         flags = flag(scored.suspicion, data.trusted, arguments.level)
-        table = result(data, scored, flags, arguments.all)
-        write_atomic(arguments.out, table.to_csv(index=False, lineterminator="\n").encode())
-    except (ConfigError, DataError, StoreError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    _report(out, arguments, data, scored, flags, result(data, scored, flags))
+    except UserError:
+        raise
+    except ValueError as error:  # of a model that cannot take these data
+        raise ConfigError(str(error)) from error
+    table = result(data, scored, flags, arguments.all)
+    write_atomic(arguments.out, table.to_csv(index=False, lineterminator="\n").encode())
+    _report(arguments, data, scored, flags, result(data, scored, flags))
     for line in warnings_of(data, scored):
         print(f"note: {line}", file=sys.stderr)
-    return 0
+    return common.DONE
 
 
 def _report(
-    out: Console,
     arguments: argparse.Namespace,
     data: LabelledData,
     scored: Scored,
     flags: Flags,
     flagged: pd.DataFrame,
 ) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fine_bench.runner.clean.scores import explain
+
+    out = Console(highlight=False)
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in (
         ("data", f"{arguments.data}: {len(data.y)} rows, {len(data.classes)} classes"),

@@ -1,22 +1,15 @@
-"""Draw the figures of a results folder; see ``--help``."""
+"""``fine-bench figures``: draw the figures of a results folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from rich.console import Console
+from fine_bench.commands import common
 
-from fine_bench.leaderboard.build import build
-from fine_bench.report.figures.collection import CONSISTENCY, DETECTION, Choice, count, draw
-from fine_bench.report.figures.output import write
-from fine_bench.report.figures.style import FORMATS
-from fine_bench.report.figures.tables import shelves, suffixes, undrawn_cells
-from fine_bench.store.files import StoreError
-from fine_bench.store.records import RecordStore
-from fine_bench.terminal import bar_on
+FORMATS = ("png", "svg")
+DETECTION = ("auroc", "average_precision")
+CONSISTENCY = ("spearman", "jaccard_corrected")
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -30,14 +23,14 @@ def _formats(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fine_bench.figures",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Draw figures from DIR/records and DIR/scores into DIR/figures. Nothing is "
-        "trained;\nthe same records give the same bytes. A figure for which something is missing "
-        "is left out\nand the reason printed.",
-        epilog="Figures, one of each a task (and setting, where a task has several):\n"
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = common.parser(
+        "figures",
+        "Draw figures from DIR/records and DIR/scores into DIR/figures. Nothing is trained; the "
+        "same records give the same bytes. A figure for which something is missing is left out "
+        "and the reason printed.",
+        notes="Figures, one of each a task (and setting, where a task has several):\n"
         "  detection_and_consistency  methods by how well and how reproducibly they find\n"
         "  recall_curves              bad examples found against share inspected\n"
         "  figure1_losses_vary        test losses and ranks over seeds\n"
@@ -50,78 +43,67 @@ def _parser() -> argparse.ArgumentParser:
         "  tradeoff_curves            trade-off curves of the subsets of figure5\n"
         "  consistency_by_source      runs that differ in initialisation, in order, in both\n"
         "  sensitivity                numbers over preset ranges of the methods' options\n"
-        "and figure3_equal_means, which needs no records.\n\n"
-        "Exit status: 0 every figure that the records allow was written; 1 a cell failed or is\n"
-        "missing, a file cannot be read or written (each is named); 2 no records, an unknown\n"
-        "task or a wrong argument. Example: python -m fine_bench.figures --task mnist_mislabel",
+        "and figure3_equal_means, which needs no records.",
+        statuses={
+            0: "every figure that the records allow was written",
+            1: "a cell failed or is missing, a file cannot be read or written (each is named)",
+            2: "no records, an unknown task or a wrong argument",
+        },
+        examples=["--task mnist_mislabel"],
     )
-    parser.add_argument(
-        "--results", metavar="DIR", type=Path, default=Path("results"), help="default: results"
-    )
-    parser.add_argument("--task", metavar="NAME", help="draw the figures of one task only")
-    parser.add_argument(
+    common.add_results(made)
+    add = made.add_argument
+    add("--task", metavar="NAME", help="draw the figures of one task only")
+    add(
         "--format",
         metavar="LIST",
         type=_formats,
         default=FORMATS,
         help="png, svg or png,svg (default: both)",
     )
-    parser.add_argument(
+    add(
         "--detection",
-        choices=tuple(DETECTION),
+        choices=DETECTION,
         default="auroc",
         help="detection in detection_and_consistency (default: auroc)",
     )
-    parser.add_argument(
+    add(
         "--consistency",
-        choices=tuple(CONSISTENCY),
+        choices=CONSISTENCY,
         default="spearman",
         help="consistency in detection_and_consistency (default: spearman)",
     )
-    return parser
+    return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, write and report; see ``--help``. Returns the exit status."""
-    arguments = _parser().parse_args(argv)
+@common.command(parser)
+def main(arguments: argparse.Namespace) -> int:
+    """Draw, write and report."""
+    from fine_bench.report.figures.collection import Choice, count, draw
+    from fine_bench.report.figures.output import write
+    from fine_bench.report.figures.tables import shelves, suffixes, undrawn_cells
+    from fine_bench.store.files import StoreError
+    from fine_bench.store.records import RecordStore
+    from fine_bench.terminal import record_bar
+
     store = RecordStore(arguments.results)
-    errors = Console(stderr=True, highlight=False)
-    with bar_on(errors) as progress:
-        bar = progress.add_task("reading records", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            progress.update(bar, completed=done, total=total, description=f"comparing {name}")
-
-        board = build(store, show)
-        if not board.tables and not board.problems:
-            print(
-                f"no records below {store.records}. Make some with `python -m fine_bench`, or "
-                "name the folder that holds records/ with --results DIR",
-                file=sys.stderr,
-            )
-            return 2
-        tasks = sorted({table.task for table in board.tables})
-        if arguments.task is not None and arguments.task not in tasks:
-            print(f"no task {arguments.task!r}; there are: {', '.join(tasks)}", file=sys.stderr)
-            return 2
+    with record_bar() as bar:
+        board, shown = common.read_leaderboard(arguments.results, arguments.task, bar)
         names = suffixes(board.tables)
-        shown = board if arguments.task is None else board.of_task(arguments.task)
         found = shelves(store, shown, store.scan())
         problems = list(shown.problems)
-        folder = arguments.results / "figures"
-        drawing = draw(
+        bar.restart(count(found))
+        for drawn in draw(
             found,
             [names[shelf.table.task, shelf.table.setting, shelf.table.data] for shelf in found],
             Choice(arguments.detection, arguments.consistency),
-        )
-        progress.reset(bar, total=count(found))
-        for drawn in drawing:
-            progress.update(bar, advance=1, description=drawn.name)
+        ):
+            bar.step(drawn.name)
             if drawn.figure is None:
                 print(f"left out: {drawn.name}: {drawn.reason}")
                 continue
             try:
-                for path in write(drawn, folder, arguments.format):
+                for path in write(drawn, arguments.results / "figures", arguments.format):
                     print(f"written: {path}")
             except StoreError as error:
                 problems.append(str(error))
@@ -133,8 +115,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems += [problem for shelf in found for problem in shelf.problems]
     for problem in dict.fromkeys(problems):
         print(problem, file=sys.stderr)
-    return 0 if shown.complete and not problems else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return common.DONE if shown.complete and not problems else common.INCOMPLETE

@@ -1,77 +1,83 @@
-"""``python -m fine_bench.verify``: the command. What is compared stands in ``verifying``."""
+"""``fine-bench verify``: compute a record again and compare."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
+from fine_bench.commands import common
+from fine_bench.errors import ConfigError, UserError
 
-from fine_bench.errors import ConfigError, DataError
-from fine_bench.retraining.truth_files import TruthError
-from fine_bench.runner.verify import Verdict, results_of, verify
-from fine_bench.store.files import StoreError
-from fine_bench.store.records import read_record
-from fine_bench.terminal import bar_on
+if TYPE_CHECKING:
+    from fine_bench.runner.verify import Verdict
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fine_bench.verify",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Compute one record again from its own configuration and compare: data, "
-        "scores (bit for bit),\nmetrics and training facts, which decide; commit, versions and "
-        "hardware, which explain. One model is\ntrained, in a temporary folder; nothing that is "
-        "stored is touched.",
-        epilog="Bit-equal scores can be expected on the same versions and kind of processor "
-        "alone. Where they\ndiffer, the printed distance says whether it is rounding or another "
-        "result.\n\n"
-        "Exit status: 0 equal; 1 something differs (each thing is named); 2 it cannot be computed "
-        "again.\n\nExample (one of the files that `python -m fine_bench` leaves):\n"
-        "  python -m fine_bench.verify \\\n"
-        "      results/records/digits_mislabel/1a2b3c4d/fine--self--seed0--5e6f7a8b--r1.json",
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = common.parser(
+        "verify",
+        "Compute one record again from its own configuration and compare: data, scores (bit for "
+        "bit), metrics and training facts, which decide; commit, versions and hardware, which "
+        "explain. One model is trained, in a temporary folder; nothing that is stored is touched.",
+        notes="Bit-equal scores can be expected on the same versions and kind of processor alone. "
+        "Where they differ, the printed distance says whether it is rounding or another result.",
+        statuses={
+            0: "equal",
+            1: "something differs (each thing is named)",
+            2: "it cannot be computed again",
+        },
+        examples=[
+            "\\\n    results/records/digits_mislabel/1a2b3c4d/fine--self--seed0--5e6f7a8b--r1.json",
+        ],
     )
-    parser.add_argument("record", metavar="RECORD", type=Path, help="a file below DIR/records")
-    parser.add_argument(
+    add = made.add_argument
+    add("record", metavar="RECORD", type=Path, help="a file below DIR/records")
+    add(
         "--results",
         metavar="DIR",
         type=Path,
         help="where its scores and ground truths are (default: the folder that the record lies in)",
     )
-    parser.add_argument(
+    add(
         "--allow-packages",
         metavar="PACKAGE",
         nargs="+",
         default=[],
         help="packages besides fine_bench and baselines that the record may name",
     )
-    return parser
+    return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Recompute, compare and report; see ``--help``. Returns the exit status."""
-    arguments = _parser().parse_args(argv)
+@common.command(parser)
+def main(arguments: argparse.Namespace) -> int:
+    """Recompute, compare and report."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from fine_bench.runner.verify import results_of, verify
+    from fine_bench.store.records import read_record
+    from fine_bench.terminal import bar_on
+
     out = Console(highlight=False, soft_wrap=True)
     errors = Console(stderr=True, highlight=False)
+    record = read_record(arguments.record)
+    results = arguments.results or results_of(arguments.record)
+    out.print(
+        f"{record.task} · {record.estimator} · {record.target} · seed {record.seed} · "
+        f"revision {record.revision}, made {record.created[:10] or 'at an unknown time'}",
+        markup=False,
+    )
+
+    @contextmanager
+    def busy(line: str) -> Iterator[None]:
+        with bar_on(errors) as progress:
+            progress.add_task(line.split(": ", 1)[-1], total=None)
+            yield
+
     try:
-        record = read_record(arguments.record)
-        results = arguments.results or results_of(arguments.record)
-        out.print(
-            f"{record.task} · {record.estimator} · {record.target} · seed {record.seed} · "
-            f"revision {record.revision}, made {record.created[:10] or 'at an unknown time'}",
-            markup=False,
-        )
-
-        @contextmanager
-        def busy(line: str) -> Iterator[None]:
-            with bar_on(errors) as progress:
-                progress.add_task(line.split(": ", 1)[-1], total=None)
-                yield
-
         verdict = verify(
             record,
             results,
@@ -79,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say=lambda line: errors.print("  " + escape(line)),
             busy=busy,
         )
-    except (ConfigError, DataError, StoreError, TruthError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except UserError:
+        raise
+    except ValueError as error:  # a record of somebody else may hold anything
+        raise ConfigError(str(error)) from error
     for line in lines_of(verdict):
         out.print(line, markup=False)
-    return 0 if verdict.equal else 1
+    return common.DONE if verdict.equal else common.INCOMPLETE
 
 
 def lines_of(verdict: Verdict) -> list[str]:

@@ -111,7 +111,7 @@ def show(board: Leaderboard, console: Console | None = None) -> None:
 def to_markdown(board: Leaderboard) -> str:
     """The whole board as Markdown."""
     lines = ["# Leaderboard", ""]
-    lines += ["Rebuilt from the records by `python -m fine_bench.leaderboard`.", ""]
+    lines += ["Rebuilt from the records by `fine-bench leaderboard`.", ""]
     for table in board.tables:
         lines += [f"## {title(table)}", ""]
         for line in caption(table):

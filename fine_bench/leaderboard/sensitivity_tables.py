@@ -107,7 +107,7 @@ def show(found: Sequence[Spread], console: Console | None = None) -> None:
 def to_markdown(found: Sequence[Spread]) -> str:
     """All bands as Markdown."""
     lines = ["# Sensitivity to options", ""]
-    lines += ["Rebuilt from the records by `python -m fine_bench.sensitivity`.", ""]
+    lines += ["Rebuilt from the records by `fine-bench sensitivity`.", ""]
     for note in NOTES:
         lines += [note, ""]
     for mine in _tables(found):

@@ -1,4 +1,4 @@
-"""One page to look at: ``python -m fine_bench.report`` writes ``results/report.html``.
+"""One page to look at: ``fine-bench report`` writes ``results/report.html``.
 
 Made from records, scores, ground truths and data sets on the disk; nothing is trained and nothing
 is fetched. The page holds its style, its script and its images, so it opens from the disk, and the

@@ -1,18 +1,139 @@
-"""Tables and figure of the cure experiment: points in, text and a drawing out."""
+"""The cure experiment: which records it uses, its tables and its figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fine_bench.data.task import TaskData
+from fine_bench.errors import DataError
 from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import panels_of, reach, title_of
-from fine_bench.report.figures.style import BLACK, GREY, PALE, Kind, Look, canvas, looks, styled
+from fine_bench.report.figures.style import (
+    BLACK,
+    FORMATS,
+    GREY,
+    PALE,
+    Kind,
+    Look,
+    canvas,
+    looks,
+    styled,
+    to_bytes,
+)
+from fine_bench.report.figures.tables import kind_of
+from fine_bench.store.files import write_atomic
+from fine_bench.types import RunRecord
 
 TITLES = {"remove": "removed", "relabel": "relabelled", "downweight": "weighted down"}
+
+
+def choose(
+    records: Sequence[RunRecord], task: str, setting: str, target: str, methods: Sequence[str]
+) -> dict[str, list[RunRecord]]:
+    """Finished records of each method by row name, one setting and one data set, seeds in order.
+
+    Raises:
+        DataError: nothing to choose from, several settings, or no scores of a method.
+    """
+    here = [
+        r for r in records
+        if r.status == "finished" and r.task == task and r.setting.startswith(setting)
+    ]  # fmt: skip
+    if not here:
+        tasks = sorted({r.task for r in records if r.status == "finished"})
+        raise DataError(
+            f"there are no finished records of task {task!r}"
+            + (f" and setting {setting!r}" if setting else "")
+            + (f"; there are: {', '.join(tasks)}" if tasks else "; make some with "
+               "`fine-bench run`, or name the folder with --results")
+        )  # fmt: skip
+    places = sorted({(r.setting[:8], r.data_sha256[:8]) for r in here})
+    if len(places) > 1:
+        raise DataError(
+            f"task {task!r} has several settings: {', '.join(s for s, _ in places)}; choose one "
+            "with --setting"
+        )
+    found = {}
+    rows = sorted({r.estimator for r in here if r.target == target})
+    for name in methods:
+        mine = sorted(
+            (r for r in here if r.estimator == name and r.target == target), key=lambda r: r.seed
+        )
+        if not mine:
+            raise DataError(
+                f"{task} has no finished scores of {name!r} for target {target}; there are: "
+                f"{', '.join(rows)}. Choose with --methods"
+            )
+        if len({r.estimator_hash for r in mine}) > 1:
+            raise DataError(
+                f"{name!r} stands for several configurations in these records; keep one of them "
+                "in a results folder of its own"
+            )
+        found[name] = mine
+    return found
+
+
+def write(
+    results: Path,
+    name: str,
+    points: Sequence[CurePoint],
+    data: TaskData,
+    chosen: Mapping[str, Sequence[RunRecord]],
+    *,
+    target: str,
+    weight: float,
+) -> list[Path]:
+    """Write ``NAME.csv``, ``NAME.md`` and the figure below a results folder.
+
+    Args:
+        results, name: where to, and what the files are called.
+        points: what was found.
+        data: of the task.
+        chosen: the records whose scores were used, by row.
+        target: of the scores.
+        weight: of an example that was weighted down.
+
+    Returns:
+        what was written.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    size = (
+        f"{data.name}, {data.n_train:,} training examples, {data.truth.n_bad:,} of them bad, "
+        f"{len(data.test_x):,} test examples, {points[0].n_seeds} retraining seeds"
+    )
+    notes = [
+        "Test accuracy, mean over retraining seeds with its 95 % bootstrap interval, and how many "
+        "of the touched examples are bad.",
+        f"Scores of target {target}, run seeds: "
+        + "; ".join(f"{m}: {', '.join(str(r.seed) for r in rs)}" for m, rs in chosen.items())
+        + ". Retraining seed j uses the scores of the (j mod R)-th of R runs.",
+        "Removed examples are in no batch; the number of epochs stays. The new label is the most "
+        "probable class besides the given one, by the mean probability over the epochs of an "
+        "untreated run of the same seed, on its own training data. A down-weighted example's "
+        f"loss counts {weight:g}.",
+        "The oracle touches the bad examples first, and relabels to the right label.",
+    ]
+    setting = next(iter(chosen.values()))[0].setting
+    table = frame(points, data.name, setting, target)
+    heading = f"Made by `fine-bench cure --task {data.name}`: {size}."
+    kinds = {row: kind_of(row, rs[0].config) for row, rs in chosen.items()}
+    drawn = figure(points, kinds, size=size, rate=data.truth.rate)
+    files = {
+        results / f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode(),
+        results / f"{name}.md": markdown(points, heading, notes).encode(),
+    }
+    for kind in FORMATS:
+        files[results / "figures" / f"{name}--{data.name}.{kind}"] = to_bytes(drawn, kind)
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)
 
 
 def frame(points: Sequence[CurePoint], task: str, setting: str, target: str) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """The frozen ground truth of one task and recipe: what a retraining bank says, in a small file.
 
-``python -m fine_bench.truth BANK_FOLDER --name mnist_mlp --version 1`` condenses a bank of
+``fine-bench truth BANK_FOLDER --name mnist_mlp --version 1`` condenses a bank of
 thousands of models into ``results/ground_truth/mnist_mlp.safetensors``. With it any method can be
-scored without retraining (``python -m fine_bench.score``), and the runner's records get their
+scored without retraining (``fine-bench score``), and the runner's records get their
 fidelity.
 
 The models are divided into two halves, by even and odd subsets, and a truth is made of each: what

@@ -102,7 +102,7 @@ class Bank:
         except FileNotFoundError:
             raise StoreError(
                 f"{folder} holds no bank: there is no manifest.json in it; train one with "
-                "python -m fine_bench.bank"
+                "fine-bench bank"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(
@@ -209,7 +209,7 @@ class Bank:
         if len(rows) < at_least:
             raise StoreError(
                 f"the part {part!r} of {self.folder} holds {len(rows)} models, at least {at_least} "
-                "are needed; run python -m fine_bench.bank with more of them"
+                "are needed; run fine-bench bank with more of them"
             )
         where = [rows[key] for key in sorted(rows)]
         arrays: dict[str, NDArray[Any]] = {}
@@ -251,7 +251,7 @@ class Bank:
         except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
             raise StoreError(
                 f"the chunk {path} is damaged or incomplete ({error}); delete it and run "
-                "python -m fine_bench.bank again: only its models are trained anew"
+                "fine-bench bank again: only its models are trained anew"
             ) from error
 
     def _check_metadata(self, path: Path, part: Part, metadata: Mapping[str, str] | None) -> None:
@@ -282,7 +282,7 @@ class Bank:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise StoreError(
                     f"{path} is damaged ({error}); restore it from a copy, or delete it and run "
-                    "python -m fine_bench.bank again"
+                    "fine-bench bank again"
                 ) from error
         return dict(sorted(found.items()))
 
@@ -329,7 +329,7 @@ def find_bank(root: Path | str, identity: Mapping[str, Any]) -> Bank:
             others.append(f"\n  {path.parent.name}: {'; '.join(found)}")
     raise StoreError(
         f"no bank of this task, data, model, recipe and design below {root}; train one with "
-        "python -m fine_bench.bank." + (" Those that are there:" + "".join(others)) * bool(others)
+        "fine-bench bank." + (" Those that are there:" + "".join(others)) * bool(others)
     )
 
 

@@ -23,15 +23,49 @@ from fine_bench.metrics.retraining import (
     require_models,
     retraining_mu,
 )
+from fine_bench.retraining.bank import Bank
 from fine_bench.retraining.definition import compare
 from fine_bench.retraining.outputs import BankModels
 from fine_bench.retraining.truth import HALVES, UNKNOWN, Half, HalfTruth, SubsetTruth, Truth
 
 
+def truth_of(bank: Bank, name: str, version: int) -> Truth:
+    """The ground truth of a bank's folder.
+
+    Raises:
+        StoreError: the bank is damaged.
+        ValueError: too few models, or a bank whose models do not vary as the benchmark's runs do.
+    """
+    about = bank.manifest
+    vary = about.get("design", {}).get("vary", "both")
+    if vary != "both":
+        raise ValueError(
+            f"the models of {bank.folder} differ in {vary} alone; the runs that are scored by a "
+            "truth differ in initialisation and order. Train a bank with bank.vary=both"
+        )
+    single = bank.part("single")
+    if single is None:
+        raise ValueError(
+            f"{bank.folder} has no models of the part 'single'; train some with "
+            "fine-bench bank bank.models=512"
+        )
+    return condense(
+        single,
+        bank.part("repeated"),
+        bank.part("definition"),
+        name=name,
+        task=about["task"],
+        version=version,
+        data_sha256=about["data_sha256"],
+        setting=about["setting"],
+        is_bad=np.isin(np.arange(single.n_train), about["bad"]),
+    )
+
+
 def condense(
     single: BankModels,
-    repeated: BankModels | None,
-    definition: BankModels | None,
+    repeated: BankModels | None = None,
+    definition: BankModels | None = None,
     *,
     name: str,
     task: str,
@@ -40,7 +74,17 @@ def condense(
     setting: str,
     is_bad: NDArray[np.bool_] | Tensor,
 ) -> Truth:
-    """``Truth.from_bank``."""
+    """The ground truth that the models of a bank's parts give.
+
+    Args:
+        single: models with a subset of their own each.
+        repeated: models with at least five seeds a subset, at least 20 subsets.
+        definition: models on all data (subset 0) and without each of several sets.
+        name, task, version, data_sha256, setting, is_bad: see ``Truth``.
+
+    Raises:
+        ValueError: too few models (with the number needed), or parts that do not fit.
+    """
     bad = np.asarray(is_bad.numpy() if isinstance(is_bad, Tensor) else is_bad)
     if bad.shape != (single.n_train,):
         raise ValueError(f"is_bad has shape {bad.shape}, the bank {single.n_train} examples")

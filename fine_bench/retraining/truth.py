@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,6 @@ from fine_bench.metrics._arrays import as_array
 from fine_bench.metrics.fidelity import fidelity
 from fine_bench.metrics.lds import lds
 from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, ceiling_of, spearman
-
-if TYPE_CHECKING:
-    from fine_bench.retraining.outputs import BankModels
 
 Half: TypeAlias = Literal["development", "published"]
 HALVES: tuple[Half, ...] = ("development", "published")
@@ -163,45 +161,31 @@ class Truth:
             raise ValueError(f"half must be one of {HALVES}, got {half!r}")
         return self.development if half == "development" else self.published
 
-    @classmethod
-    def from_bank(
-        cls,
-        single: BankModels,
-        repeated: BankModels | None = None,
-        definition: BankModels | None = None,
-        *,
-        name: str,
-        task: str,
-        version: int,
-        data_sha256: str,
-        setting: str,
-        is_bad: NDArray[np.bool_] | Tensor,
-    ) -> Truth:
-        """Condense a bank.
-
-        Args:
-            single: models with a subset of their own each.
-            repeated: models with at least five seeds a subset, at least 20 subsets.
-            definition: models on all data (subset 0) and without each of several sets.
-            name, task, version, data_sha256, setting, is_bad: see the class.
-
-        Raises:
-            ValueError: too few models (with the number needed), or parts that do not fit.
-        """
-        # here, because reading a truth needs nothing of a bank
-        from fine_bench.retraining.condense import condense
-
-        return condense(
-            single,
-            repeated,
-            definition,
-            name=name,
-            task=task,
-            version=version,
-            data_sha256=data_sha256,
-            setting=setting,
-            is_bad=is_bad,
-        )
+    def summary(self) -> str:
+        """What it is made of, for the terminal."""
+        lines = [
+            f"{self.name} version {self.version}: task {self.task}, {self.n_train:,} examples, "
+            f"{int(self.is_bad.sum()):,} bad, subsets of {self.keep:.0%}"
+        ]
+        for half in HALVES:
+            part = self.half(half)
+            line = (
+                f"  {half:<12} {part.n_models} models, ceiling {part.ceiling:.3f}, within clean "
+                f"{part.ceiling_clean:.3f}"
+            )
+            if self.subsets is not None:
+                n = len(self.subsets.members[self.subsets.of(half)])
+                line += (
+                    f"; LDS: {n} subsets, {self.subsets.n_seeds} seeds, {self.n_query} queries, "
+                    f"ceiling {part.lds_ceiling:.3f}"
+                )
+            lines.append(line)
+        lines += [
+            f"  {name:<44} {value:.4g}"
+            for name, value in sorted(self.facts.items())
+            if not math.isnan(value)
+        ]
+        return "\n".join(lines)
 
     def metrics(
         self,

@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fine_bench.errors import UserError
 from fine_bench.retraining.truth import ARRAYS, HALVES, UNKNOWN, HalfTruth, SubsetTruth, Truth
 from fine_bench.store.files import StoreError, write_atomic
 
@@ -30,7 +31,7 @@ _PLAIN = ("name", "task", "version", "data_sha256", "setting", "keep")
 _NUMBERS = ("n_models", "ceiling", "ceiling_clean", "lds_ceiling")
 
 
-class TruthError(ValueError):
+class TruthError(UserError, ValueError):
     """A ground-truth file is missing, damaged, or must not be replaced. The message names it."""
 
 
@@ -131,7 +132,7 @@ def named(name: str, places: Iterable[Path]) -> Truth:
     raise TruthError(
         f"no ground truth {name!r}; "
         + (f"there are: {', '.join(there)}" if there else "there is none at all")
-        + ". Name a file with --truth FILE, or make one with python -m fine_bench.truth"
+        + ". Name a file with --truth FILE, or make one with fine-bench truth"
     )
 
 
@@ -153,9 +154,7 @@ def _header(path: Path) -> dict[str, Any]:
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise TruthError(_damaged(path, error)) from error
     if about is None:
-        raise TruthError(
-            f"{path} is no ground truth of fine_bench; make one with python -m fine_bench.truth"
-        )
+        raise TruthError(f"{path} is no ground truth of fine_bench; make one with fine-bench truth")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else about
         raise TruthError(

@@ -1,4 +1,4 @@
-"""``python -m fine_bench.bank``: train the models of a bank, or those that it lacks."""
+"""The models of a bank, or those that it lacks: what ``fine-bench bank`` runs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,6 @@ from fine_bench.runner.bank_config import BankConfig, MakeNetwork
 from fine_bench.runner.config import ALWAYS_ALLOWED, RunConfig
 from fine_bench.runner.plan import plan
 from fine_bench.store.files import StoreError
-
-INTERRUPTED = 130
-BAD_INPUT = 2
-INCOMPLETE = 1
 
 _SINGLE = "example_"
 _SECONDS_BETWEEN_LINES = 30.0
@@ -117,7 +113,7 @@ class BankJob:
 
     def _announce(self) -> None:
         config, data, wanted, trainer = self.config, self.data, self.wanted, self.config.trainer
-        out.print(f"[bold]fine_bench.bank[/]  {data.name}, seed {wanted.seed}, vary {wanted.vary}")
+        out.print(f"[bold]fine-bench bank[/]  {data.name}, seed {wanted.seed}, vary {wanted.vary}")
         out.print(
             f"  data        {data.n_train:,} training examples, {data.truth.n_bad:,} bad, "
             f"{data.n_query:,} queries"

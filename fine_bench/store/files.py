@@ -18,13 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fine_bench.errors import UserError
+
 # Windows has no fcntl; the exclusive link then protects alone
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 _STALE_SECONDS = 24 * 3600
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError, RuntimeError):
     """A file of the store is missing or damaged, or could not be written. The message names it."""
 
 

@@ -1,4 +1,4 @@
-"""``python -m fine_bench.bank`` on a small slice of the digits."""
+"""``fine-bench bank`` on a small slice of the digits."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_durations() -> None:
 def test_interrupted_from_the_keyboard(cli: Commands, tmp_path: Path) -> None:
     """And what the command prints to a user, from any folder."""
     arguments = [f"results_dir={tmp_path}", *SMALL, "trainer.max_epochs=300", "bank.models=4000"]
-    process = cli.start("fine_bench.bank", *arguments, "bank.processes=1")
+    process = cli.start("fine_bench", "bank", *arguments, "bank.processes=1")
     end = time.monotonic() + 300
     while not list(tmp_path.rglob("[!.]*.safetensors")):
         assert process.poll() is None, process.texts()

@@ -1,9 +1,7 @@
-"""``python -m fine_bench.clean`` on the digits with planted flips."""
+"""``fine-bench clean`` on the digits with planted flips."""
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -286,12 +284,11 @@ def test_a_step_size_at_which_training_diverges(
     assert "training diverged with --lr 1e+09; use a smaller step" in capsys.readouterr().err
 
 
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["clean", "--help"])
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("fine_bench.clean", run_name="__main__")
+        main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "python -m fine_bench.clean --data digits.npz --trusted checked.txt" in shown
+    assert "fine-bench clean --data digits.npz --trusted checked.txt" in shown
     for default in ("(default: 0.1)", "default: 30", "(default: flagged.csv)", "(default: 0.05)"):
         assert default in shown

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from math import cos, pi
@@ -348,14 +346,13 @@ def test_the_command_refuses(results: Path, capsys: pytest.CaptureFixture[str]) 
     store.save(replace(entry, setting="b2" * 8, data_sha256=data), scores)
     assert "several settings: a1a1a1a1, b2b2b2b2; choose one" in refused()
     assert main(["--results", str(results / "no"), "--task", "x"]) == 2
-    assert "make some with `python -m fine_bench`" in capsys.readouterr().err
+    assert "make some with `fine-bench run`" in capsys.readouterr().err
 
 
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["cure", "--help"])
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("fine_bench.cure", run_name="__main__")
+        main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "python -m fine_bench.cure --task digits_mislabel" in shown
+    assert "fine-bench cure --task digits_mislabel" in shown
     assert "(default: 0.05 0.1 0.2 0.3)" in shown

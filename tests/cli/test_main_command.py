@@ -334,6 +334,6 @@ def test_killed_between_two_cells(cli: Commands, tmp_path: Path) -> None:
 
 
 def test_the_leaderboard_command_without_records(cli: Commands, tmp_path: Path) -> None:
-    shown = cli.run("fine_bench.leaderboard", "--results", str(tmp_path))
+    shown = cli.run("fine_bench", "leaderboard", "--results", str(tmp_path))
     assert shown.returncode == 2
     assert "no records below" in shown.stderr

@@ -101,7 +101,7 @@ def score(results: Path, capsys: pytest.CaptureFixture[str]) -> Score:
 def test_the_command(cli: Commands, results: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.safetensors", self=noisy(0), queries=torch.tensor(EFFECTS))
     arguments = [str(file), "--task", "small_world", "--results", str(results)]
-    done = cli.run("fine_bench.score", *arguments)
+    done = cli.run("fine_bench", "score", *arguments)
     assert done.returncode == 0, done.stderr
     assert "fidelity to retraining" in done.stdout
     assert "ground truth version 3" in done.stdout

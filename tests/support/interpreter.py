@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = (
-    "fine_bench.__main__",
+    "fine_bench.commands.run",
     "fine_bench.commands.bank",
     "fine_bench.runner.backends.images",
     "wandb",

@@ -143,7 +143,7 @@ def test_sets_have_names(bank: Bank) -> None:
     with pytest.raises(StoreError, match=r"the set 'b' of .* holds 2 other positions"):
         bank.add_sets({"b": [2]})
     next((bank.folder / "sets").glob("*.json")).write_text("{")
-    with pytest.raises(StoreError, match=r"is damaged .*run python -m fine_bench.bank again"):
+    with pytest.raises(StoreError, match=r"is damaged .*run fine-bench bank again"):
         bank.sets()
 
 

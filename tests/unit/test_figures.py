@@ -213,7 +213,7 @@ def test_the_same_records_give_the_same_bytes(complete: Path, tmp_path: Path) ->
         shutil.copytree(complete / part, tmp_path / part)
     # another process, another hash seed, a user's own Matplotlib style
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.facecolor: yellow\n")
-    command = [sys.executable, "-m", "fine_bench.figures", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "fine_bench", "figures", "--results", str(tmp_path)]
     command += ["--format", "svg"]
     environment = {"MATPLOTLIBRC": str(tmp_path), "PYTHONHASHSEED": "7", "MPLBACKEND": "svg"}
     done = subprocess.run(

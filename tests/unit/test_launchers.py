@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fine_bench import terminal
-from fine_bench.__main__ import multirun_first
+from fine_bench.commands.run import multirun_first
 from fine_bench.errors import DataError
 from fine_bench.runner import launchers, sweep
 from fine_bench.runner.cells import describe, execute

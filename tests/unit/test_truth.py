@@ -21,6 +21,7 @@ from fine_bench.commands.truth import main
 from fine_bench.metrics.lds import lds
 from fine_bench.metrics.retraining import retraining_mu
 from fine_bench.retraining.bank import Bank
+from fine_bench.retraining.condense import condense
 from fine_bench.retraining.design import PARTS, Model
 from fine_bench.retraining.outputs import BankModels
 from fine_bench.retraining.truth import HALVES, Truth
@@ -99,7 +100,7 @@ def freeze(world: World = WORLD, **changes: Any) -> Truth:
     }
     parts = {"repeated": world.repeated, "definition": world.definition}
     parts |= {key: changes.pop(key) for key in list(changes) if key in parts}
-    return Truth.from_bank(world.single, **parts, **{**about, **changes})
+    return condense(world.single, **parts, **{**about, **changes})
 
 
 TRUTH = freeze()

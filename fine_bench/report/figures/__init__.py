@@ -1,4 +1,4 @@
-"""Figures from records and scores alone; nothing is trained. ``python -m fine_bench.figures``.
+"""Figures from records and scores alone; nothing is trained. ``fine-bench figures``.
 
 - ``style``: one look for all figures, and how they become bytes: the same figure, the same bytes.
 - ``labels``: names beside the points of a scatter plot, without overlaps.

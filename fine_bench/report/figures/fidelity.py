@@ -153,7 +153,7 @@ def draw(shelf: Shelf) -> Figure:
     if not panels:
         raise LeftOutError(
             "no record was compared with retraining; train a bank and freeze its ground truth "
-            "(python -m fine_bench.bank, python -m fine_bench.truth), then run with force=true"
+            "(fine-bench bank, fine-bench truth), then run with force=true"
         )
     return faithfulness(
         panels, shelf.looks, size=f"{shelf.size}; mean and 95 % interval over seeds"

@@ -1,0 +1,149 @@
+"""What the commands share: one style of help, exit statuses, progress, and the end of a refusal.
+
+A command's file makes its parser with ``parser`` and decorates its function with ``command``. It is
+imported before its arguments are known, so what takes long to import stands in its function: a
+``--help`` imports neither PyTorch nor Matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from fine_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from fine_bench.leaderboard.tables import Leaderboard
+    from fine_bench.terminal import RecordBar
+
+DONE = 0
+INCOMPLETE = 1
+"""Something failed, is missing, or cannot be read or written; each thing is named."""
+REFUSED = 2
+"""What was asked cannot be done; nothing was made."""
+INTERRUPTED = 130
+
+Main: TypeAlias = Callable[[Sequence[str] | None], int]
+
+
+class _Style(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs are filled to the width of the terminal; indented lines stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = []
+        for paragraph in text.strip().split("\n\n"):
+            lines = paragraph.splitlines()
+            if any(line.startswith(" ") for line in lines):
+                paragraphs.append(paragraph)
+            else:
+                paragraphs.append(textwrap.fill(" ".join(lines), width, break_on_hyphens=False))
+        return "\n\n".join(paragraphs)
+
+
+def parser(
+    name: str,
+    description: str,
+    *,
+    statuses: Mapping[int, str],
+    examples: Sequence[str],
+    notes: str = "",
+) -> argparse.ArgumentParser:
+    """The parser of ``fine-bench NAME``, without its arguments.
+
+    Args:
+        name: of the command.
+        description: what it does, in paragraphs separated by blank lines.
+        statuses: what each exit status means.
+        examples: arguments after ``fine-bench NAME``, one example a line.
+        notes: further paragraphs below the arguments; a block with indented lines stays as it is.
+    """
+    meanings = "\n".join(
+        textwrap.fill(f"{status}  {meaning}", 96, initial_indent="  ", subsequent_indent="     ")
+        for status, meaning in statuses.items()
+    )
+    calls = "\n".join(f"  fine-bench {name} {example}".rstrip() for example in examples)
+    return argparse.ArgumentParser(
+        prog=f"fine-bench {name}",
+        formatter_class=_Style,
+        description=description,
+        epilog="\n\n".join(
+            part
+            for part in (notes.strip(), f"Exit status:\n{meanings}", f"Examples:\n{calls}")
+            if part
+        ),
+    )
+
+
+def add_results(to: argparse.ArgumentParser) -> None:
+    """``--results DIR``, the folder that a command reads."""
+    to.add_argument(
+        "--results", metavar="DIR", type=Path, default=Path("results"), help="default: results"
+    )
+
+
+def command(
+    make_parser: Callable[[], argparse.ArgumentParser],
+) -> Callable[[Callable[[argparse.Namespace], int]], Main]:
+    """Make a function of parsed arguments the ``main`` of a command.
+
+    A ``UserError`` becomes its message on the error stream and the status 2.
+    """
+
+    def decorate(function: Callable[[argparse.Namespace], int]) -> Main:
+        def main(argv: Sequence[str] | None = None) -> int:
+            arguments = make_parser().parse_args(argv)
+            try:
+                return function(arguments)
+            except UserError as error:
+                print(error, file=sys.stderr)
+                return REFUSED
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                return INTERRUPTED
+
+        main.__doc__ = function.__doc__
+        return main
+
+    return decorate
+
+
+def read_leaderboard(
+    results: Path, task: str | None, bar: RecordBar, packages: Sequence[str] = ()
+) -> tuple[Leaderboard, Leaderboard]:
+    """The leaderboard of a results folder, and the part of it that is asked for.
+
+    Args:
+        results: the folder.
+        task: show the tables of this one only; all without it.
+        bar: shows how far the reading is.
+        packages: besides ``fine_bench``, whose metrics get columns.
+
+    Raises:
+        UserError: no records, or no such task (the message names those that exist).
+    """
+    from fine_bench.leaderboard.build import build
+    from fine_bench.store.records import RecordStore
+
+    store = RecordStore(results)
+    board = build(store, bar.comparing, packages)
+    if not board.tables and not board.problems:
+        raise UserError(
+            f"no records below {store.records}. Make some with `fine-bench run`, or name the "
+            "folder that holds records/ with --results DIR"
+        )
+    check_name("task", task, {table.task for table in board.tables})
+    return board, board if task is None else board.of_task(task)
+
+
+def check_name(kind: str, name: str | None, known: set[str]) -> None:
+    """Refuse a name that is not among the known ones; None is no name.
+
+    Raises:
+        UserError: the message names those that exist.
+    """
+    if name is not None and name not in known:
+        raise UserError(f"no {kind} {name!r}; there are: {', '.join(sorted(known))}")
