@@ -3,7 +3,7 @@
     FINE_BENCH_DATA=… python benchmarks/gain.py compute --experiment mnist_mlp --seeds 0 1 2
     FINE_BENCH_DATA=… python benchmarks/gain.py table --half published
 
-``compute`` trains each seed once and scores it in every way of ``fine_bench.fine.factorial``:
+``compute`` trains each seed once and scores it in every way of ``summation_forms``:
 
     forms       raw, weighted, standardised, accumulated, and whitened (self with EK-FAC)
     observable  margin, loss
@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
+from summation_forms import FormSums, set_row
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fine_bench.fine.accumulator import direction_effects, self_effects
-from fine_bench.fine.factorial import FormSums, set_row
+from fine_bench.fine.effects import direction_effects, self_effects
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
 from fine_bench.gradients.engine import GradientEngine, inverse_or_zero

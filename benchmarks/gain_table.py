@@ -13,9 +13,9 @@ import pandas as pd
 import safetensors
 import torch
 from scipy.stats import spearmanr
+from summation_forms import FORMS
 from torch import Tensor
 
-from fine_bench.fine.factorial import FORMS
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics
 from fine_bench.metrics.fidelity import fidelity

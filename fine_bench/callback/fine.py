@@ -29,9 +29,9 @@ from fine_bench.callback.trainer import (
     training_set,
 )
 from fine_bench.fine import accumulator
-from fine_bench.fine.accumulator import Composition, Contrast, Noise, Observable, StepWeight
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.distributed import Processes
+from fine_bench.fine.effects import Composition, Contrast, Noise, Observable, StepWeight
 from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.geometry import Geometry
 from fine_bench.fine.in_batch import InBatch
@@ -64,7 +64,7 @@ class FINECallback(InRunMethod):
         composition: ``"accumulated"`` or ``"standardised"``; see ``fine_bench.fine.accumulator``.
         schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
             all are scored at the same parameters, now and then
-            (``fine_bench.fine.snapshot_effects``).
+            (``fine_bench.fine.snapshot_accumulator``).
         geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.fine.geometry``).
         preconditioner: ``"optimiser"`` takes all products in the geometry in which the optimiser
             moves (``fine_bench.fine.geometry_optimiser``): Adam's and AdamW's second moments; none

@@ -1,4 +1,4 @@
-"""The paper's estimator in anybody's Trainer. Lightning's events only; formulas: ``fine_paper``.
+"""The paper's estimator in anybody's Trainer. Lightning's events only; formulas: ``fine.subset_test``.
 
 callback = PaperFINECallback("self", sample=300, subsets={"group": [3, 14, 15]}, auxiliary=None)
 Trainer(callbacks=[callback]).fit(module, loader)
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, default_collate
 from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
 from fine_bench.fine import subset_test
-from fine_bench.fine.accumulator import Observable, choose
+from fine_bench.fine.effects import Observable, choose
 from fine_bench.fine.subset_test import (
     Auxiliary,
     PaperAccumulator,
@@ -84,7 +84,7 @@ class PaperFINECallback(InRunMethod):
         every_n_steps: update steps between two measured ones, ≥ 1. The paper measures every step
             (1); the cost is one pass over pool and watched examples each time.
         members: k, the members of a group in a P batch; None for max(1, round(m·|S|/n)).
-        selection: ``"split"`` or ``"max"`` (the published rule); see ``fine_paper``.
+        selection: ``"split"`` or ``"max"`` (the published rule); see ``fine.subset_test``.
         auxiliary: ``"reseed"``: subtract the signal of a second run on the same data with other
             randomness, given as ``auxiliary_signal``; None: test the signals as they are.
         auxiliary_signal: ``signal()`` of the other run; may also be set after the run, as an

@@ -36,23 +36,14 @@ examples at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fine_bench.fine.effects import Composition, choose
 from fine_bench.fine.standard_error import INFLATION, ratio_error
-from fine_bench.gradients.engine import inverse_or_zero
 from fine_bench.types import InfluenceScores, Target
-
-Observable: TypeAlias = Literal["margin", "loss"]
-Composition: TypeAlias = Literal["accumulated", "standardised"]
-Contrast: TypeAlias = Literal["substitution", "removal"]
-StepWeight: TypeAlias = Literal["lr", "uncertainty"]
-Noise: TypeAlias = Literal["sample", "model"]
-
-MIN_BATCH = 3
-"""Two reference examples j ≠ i are the fewest that have a standard deviation."""
 
 VERSION = 2
 """Raised when scores may change."""
@@ -62,109 +53,6 @@ SUMS = ("shift", "shift2", "variance", "mu", "mu2", "cross", "variance2")
 
 SUMS_BEFORE_BLOCKS = 5
 """States saved by earlier versions hold the first five only."""
-
-
-def choose(value: str, allowed: Any, name: str) -> None:
-    """Refuse a value outside of a ``Literal``."""
-    options = get_args(allowed)
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-
-
-def self_effects(
-    gram: Tensor, one_minus_p: Tensor | None, contrast: Contrast = "substitution"
-) -> tuple[Tensor, Tensor]:
-    """Effect and noise of each example on its own observable, from the batch's Gram matrix.
-
-    effect_i = (K_ii − mean_{j≠i} K_ij)/(1 − p_i) and σ_i = std_{j≠i} K_ij/(1 − p_i) for the margin;
-    without the divisors for the loss; without the mean for ``contrast="removal"``.
-
-    Args:
-        gram: K_ij = ⟨g_i, g_j⟩ of the loss gradients, ``(..., m, m)``, m ≥ 3.
-        one_minus_p: 1 − p_i for the margin, ``(..., m)``; None for the loss.
-
-    Returns:
-        effect and σ, each ``(..., m)`` in float64.
-    """
-    k = gram.double()
-    m = k.shape[-1]
-    own = k.diagonal(dim1=-2, dim2=-1)
-    # The row's sums without its diagonal. Squares of float32 numbers are exact in float64, so the
-    # one-pass variance loses nothing that matters there.
-    mean = (k.sum(-1) - own) / (m - 1)
-    squares = torch.linalg.vecdot(k, k) - own.square()
-    variance = (squares - (m - 1) * mean.square()).clamp_min_(0.0) / (m - 2)
-    effect = own - mean if contrast == "substitution" else own.clone()
-    sigma = variance.sqrt_()
-    if one_minus_p is not None:
-        inverse = inverse_or_zero(one_minus_p).double()
-        effect = effect * inverse
-        sigma = sigma * inverse
-    return effect, sigma
-
-
-def whitened_effects(
-    own: Tensor,
-    total: Tensor,
-    one_minus_p: Tensor | None,
-    contrast: Contrast = "substitution",
-) -> tuple[Tensor, Tensor]:
-    """Effect and noise on the example's own observable where the geometry states the noise.
-
-    With C the second moment of the gradients and K_ij = g_iᵀC⁻¹g_j, the variance of K_ij over j is
-    g_iᵀC⁻¹CC⁻¹g_i = K_ii. So σ_i = sqrt(K_ii), and nothing has to be estimated from a few batch
-    mates: effect_i = K_ii − mean_{j≠i} K_ij (``"removal"``: K_ii), both over 1 − p_i for the
-    margin. (The damping and C being the model's own Fisher, not the gradients' second moment, make
-    it an approximation.)
-
-    Args:
-        own: K_ii, ``(..., m)``, ≥ 0.
-        total: Σ_j K_ij over the batch, i included, ``(..., m)``.
-        one_minus_p, contrast: see ``self_effects``.
-
-    Returns:
-        effect and σ, each ``(..., m)`` in float64.
-    """
-    k, m = own.double(), own.shape[-1]
-    effect = k - (total.double() - k) / (m - 1) if contrast == "substitution" else k.clone()
-    sigma = k.clamp_min(0.0).sqrt()
-    if one_minus_p is not None:
-        inverse = inverse_or_zero(one_minus_p).double()
-        effect, sigma = effect * inverse, sigma * inverse
-    return effect, sigma
-
-
-def direction_effects(c: Tensor, contrast: Contrast = "substitution") -> tuple[Tensor, Tensor]:
-    """Effect and noise of each example on R given directions.
-
-    effect_i = c_i − mean_{j≠i} c_j and σ_i = std_{j≠i} c_j, by the leave-one-out identities
-    mean_{j≠i} = c̄ − (c_i − c̄)/(m − 1) and
-    Σ_{j≠i} (c_j − mean_{j≠i})² = Σ_j (c_j − c̄)² − m/(m − 1) · (c_i − c̄)².
-
-    Args:
-        c: ⟨g_i, ∇h_r⟩, ``(..., R, m)``, m ≥ 3.
-
-    Returns:
-        effect and σ, each ``(..., R, m)`` in float64.
-    """
-    c = c.double()
-    m = c.shape[-1]
-    d = c - c.mean(-1, keepdim=True)
-    ratio = m / (m - 1)
-    squares = d.square()
-    variance = (squares.sum(-1, keepdim=True) - ratio * squares).clamp_min_(0.0) / (m - 2)
-    effect = ratio * d if contrast == "substitution" else c
-    return effect, variance.sqrt_()
-
-
-def uncertainty_weight(lr: float, one_minus_p: Tensor) -> float:
-    """w = η · mean(1 − p), the weight of a step under ``step_weight="uncertainty"``.
-
-    Args:
-        lr: step size η.
-        one_minus_p: 1 − p of each example's label, ``(m,)``.
-    """
-    return lr * float(one_minus_p.double().mean())
 
 
 class FineAccumulator:
@@ -259,7 +147,7 @@ class FineAccumulator:
     def mu(self) -> tuple[Tensor, Tensor]:
         """μ and its spread within the run, each ``(n_rows, n_train)`` in float64.
 
-        The spread is what the run's own blocks show of μ's error (``fine_error``): ``scores``
+        The spread is what the run's own blocks show of μ's error (``fine.standard_error``): ``scores``
         inflates it.
         """
         s, blocks = self._whole_run()
@@ -291,7 +179,7 @@ class FineAccumulator:
 
         ``std_error`` accounts for other seeds: values ± 1.96 ``std_error`` is meant to cover the
         mean over other runs of the same training in 95 % of the examples. It is the run's own
-        spread over epochs times ``inflation`` (``fine_error.inflation`` says how often it did). An
+        spread over epochs times ``inflation`` (``standard_error.inflation`` says how often it did). An
         example with fewer than two observations has an infinite one; without any observation its
         value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
         weights.

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.fine.accumulator import MIN_BATCH, FineAccumulator, uncertainty_weight
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
 from fine_bench.fine.geometry import Euclidean, Whitened
 from fine_bench.fine.geometry_optimiser import Preconditioned
 from fine_bench.fine.gradient_queue import HeldSteps
@@ -74,7 +75,7 @@ class Observation:
 
     Attributes:
         window: what it is put together from.
-        lr: η_t ρ of ``watch.window``.
+        lr: η_t ρ of ``fine.micro_batches``.
         number: of the step, for reports.
         relative: see ``Step``.
     """
@@ -160,7 +161,7 @@ class InBatch:
 
         Args:
             epoch: number of the epoch.
-            accumulates: A of ``watch.window``; the loss was divided by it.
+            accumulates: A of ``fine.micro_batches``; the loss was divided by it.
             loss_scale: further factor on the loss, of 16-bit precision.
 
         Raises:

@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from fine_bench.fine.accumulator import Composition, Contrast, Noise, Observable, StepWeight, choose
 from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.effects import (
+    MIN_REFERENCE,
+    Composition,
+    Contrast,
+    Noise,
+    Observable,
+    StepWeight,
+    choose,
+)
 from fine_bench.fine.geometry import Euclidean, Geometry, Metric, Whitened
 from fine_bench.fine.geometry_optimiser import Preconditioned
-from fine_bench.fine.snapshot_effects import MIN_REFERENCE
 from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import (

@@ -1,6 +1,6 @@
 """The schedule ``snapshot``, carried out: when to look, and what the model says then.
 
-The formulas stand in ``fine_bench.fine.snapshot_effects``.
+The formulas stand in ``fine_bench.fine.snapshot_accumulator``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.fine.accumulator import whitened_effects
+from fine_bench.fine.effects import MIN_REFERENCE, reference_effects, whitened_effects
 from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.micro_batches import window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
-from fine_bench.fine.snapshot_effects import (
-    MIN_REFERENCE,
-    Interval,
-    SnapshotAccumulator,
-    SnapshotPlan,
-    reference_effects,
-)
+from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator, SnapshotPlan
 from fine_bench.gradients.engine import inverse_or_zero
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream

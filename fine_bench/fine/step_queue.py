@@ -8,14 +8,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fine_bench.fine.accumulator import (
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import (
     Contrast,
-    FineAccumulator,
     direction_effects,
+    reference_effects,
     self_effects,
     whitened_effects,
 )
-from fine_bench.fine.snapshot_effects import reference_effects
 from fine_bench.gradients.engine import inverse_or_zero
 
 Kind: TypeAlias = Literal["gram", "columns", "diagonal", "directions"]
@@ -38,7 +38,7 @@ class Step:
         one_minus_p: as in ``self_effects``; None for directions and for the loss.
         weight: step size η_t, or the step's weight w_t.
         number: of the step, for reports.
-        relative: r_i/ρ of ``watch.window``, ``(m,)``; None for ones.
+        relative: r_i/ρ of ``fine.micro_batches``, ``(m,)``; None for ones.
         factor: what makes effect and noise from this statistic those of each example's own loss.
     """
 

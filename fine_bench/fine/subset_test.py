@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fine_bench.fine.accumulator import Observable
+from fine_bench.fine.effects import Observable
 from fine_bench.fine.subsets import Draw, Subsets
 from fine_bench.gradients.per_example import Direction, PerExampleGradients
 from fine_bench.seeds import derive

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.callback.paper import PaperFINECallback
-from fine_bench.fine.accumulator import Composition, Contrast
+from fine_bench.fine.effects import Composition, Contrast
 from fine_bench.fine.subsets import Members
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.task import LOSSES, LossName

@@ -13,7 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.fine.accumulator import FineAccumulator, direction_effects, self_effects
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import direction_effects, self_effects
 from fine_bench.models.classifier import Classifier
 
 N, N_QUERY, CLASSES, LR, BATCH = 22, 7, 3, 0.3, 6  # 22 = 3 · 6 + 4: the last batch is shorter

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
-from fine_bench.fine.snapshot_effects import Interval, SnapshotAccumulator
+from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator
 from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
 from fine_bench.models import Classifier
 

@@ -18,13 +18,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.effects import reference_effects
 from fine_bench.fine.snapshot import Snapshots
-from fine_bench.fine.snapshot_effects import (
-    Interval,
-    SnapshotAccumulator,
-    SnapshotPlan,
-    reference_effects,
-)
+from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator, SnapshotPlan
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
 

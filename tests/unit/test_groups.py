@@ -13,7 +13,8 @@ import torch
 
 from fine_bench import InfluenceScores
 from fine_bench.data.backdoor import backdoor
-from fine_bench.fine.accumulator import FineAccumulator, direction_effects
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import direction_effects
 from fine_bench.metrics.groups import (
     between_runs,
     group_influence,

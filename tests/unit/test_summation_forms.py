@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from fine_bench.fine.accumulator import FineAccumulator, direction_effects
-from fine_bench.fine.factorial import FormSums, set_row
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import direction_effects
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "summation_forms.py"
+spec = importlib.util.spec_from_file_location("summation_forms", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+summation_forms = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(summation_forms)
+FormSums, set_row = summation_forms.FormSums, summation_forms.set_row
 
 
 def test_every_form_against_its_formula() -> None:

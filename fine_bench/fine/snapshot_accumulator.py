@@ -45,12 +45,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.fine.accumulator import Composition, Contrast, FineAccumulator
+from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.effects import Composition
 from fine_bench.fine.standard_error import INFLATION
 from fine_bench.types import InfluenceScores, Target
-
-MIN_REFERENCE = 3
-"""An example in its own reference leaves two others, the fewest that have a standard deviation."""
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Interval:
         roots: Σ √m_t.
 
     Where a step is put together from micro-batches, η_t counts times mean r_i in H_s and times ρ in
-    V_s, and √m_t times mean r_i/ρ (``watch.window``).
+    V_s, and √m_t times mean r_i/ρ (``fine.micro_batches``).
     """
 
     steps: int = 0
@@ -123,45 +121,11 @@ class SnapshotPlan:
         return epoch_ends
 
 
-def reference_effects(
-    own: Tensor, reference: Tensor, itself: Tensor, contrast: Contrast = "substitution"
-) -> tuple[Tensor, Tensor]:
-    """Effect and noise of examples against reference examples.
-
-    effect_i = c_i − mean_{j≠i} c_j and σ_i = std_{j≠i} c_j over the reference examples j. Where i
-    is one of the r itself, it is left out by mean_{j≠i} = c̄ − (c_i − c̄)/(r − 1) and
-    Σ_{j≠i} (c_j − mean_{j≠i})² = Σ_j (c_j − c̄)² − r/(r − 1) · (c_i − c̄)².
-
-    Args:
-        own: c_i, ``(R, B)``.
-        reference: c_j, ``(R, r)`` where all examples share the direction; ``(R, B, r)`` where each
-            has its own (target ``self``).
-        itself: which of the B examples are reference examples, ``(B,)`` boolean.
-        contrast: ``"removal"`` leaves c_i uncentred.
-
-    Returns:
-        effect and σ, each ``(R, B)`` in float64.
-    """
-    own, c = own.double(), reference.double()
-    r = c.shape[-1]
-    mean = c.mean(-1, keepdim=True)
-    squares = (c - mean).square().sum(-1)
-    mean = mean[..., 0]
-    if reference.ndim == 2:
-        mean, squares = mean[:, None], squares[:, None]
-    inside = itself.double()
-    d = own - mean
-    squares = (squares - inside * (r / (r - 1)) * d.square()).clamp_min(0.0)
-    sigma = (squares / (r - 1 - inside)).sqrt()
-    effect = d * (1.0 + inside / (r - 1)) if contrast == "substitution" else own
-    return effect, sigma
-
-
 class SnapshotAccumulator(FineAccumulator):
     """Sums over snapshots, from which μ, its error and the bound follow as for ``FineAccumulator``.
 
     ``n_observations`` counts snapshots. For ``std_error`` the snapshots of an epoch are one block
-    (``fine_error``); for ``standardised``, snapshots are taken as independent and equally spaced.
+    (``fine.standard_error``); for ``standardised``, snapshots are taken as independent and equally spaced.
 
     Args:
         n_train, n_rows, composition: see ``FineAccumulator``.
