@@ -1,4 +1,4 @@
-"""The paper's estimator in anybody's Trainer. Lightning's events only; formulas: ``fine.subset_test``.
+"""The paper's estimator in anybody's Trainer; formulas are in ``fine.subset_test``.
 
 callback = PaperFINECallback("self", sample=300, subsets={"group": [3, 14, 15]}, auxiliary=None)
 Trainer(callbacks=[callback]).fit(module, loader)

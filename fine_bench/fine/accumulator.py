@@ -147,8 +147,8 @@ class FineAccumulator:
     def mu(self) -> tuple[Tensor, Tensor]:
         """μ and its spread within the run, each ``(n_rows, n_train)`` in float64.
 
-        The spread is what the run's own blocks show of μ's error (``fine.standard_error``): ``scores``
-        inflates it.
+        The spread is what the run's own blocks show of μ's error (``fine.standard_error``):
+        ``scores`` inflates it.
         """
         s, blocks = self._whole_run()
         k = self.n_observations.double()
@@ -179,8 +179,8 @@ class FineAccumulator:
 
         ``std_error`` accounts for other seeds: values ± 1.96 ``std_error`` is meant to cover the
         mean over other runs of the same training in 95 % of the examples. It is the run's own
-        spread over epochs times ``inflation`` (``standard_error.inflation`` says how often it did). An
-        example with fewer than two observations has an infinite one; without any observation its
+        spread over epochs times ``inflation`` (``standard_error.inflation`` says how often it did).
+        An example with fewer than two observations has an infinite one; without any observation its
         value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
         weights.
         """

@@ -8,7 +8,7 @@ of the step is
     Σ_i w_i g_i,   w_i = 1/(A · W · m_k) for example i of micro-batch k.
 
 With r_i = m · w_i, which is 1 for all if the micro-batches are equally long and the window is
-full, and c̄, σ as in ``fine``, the statistic x = Σ_i w_i c_i is shifted by (r_i/m) (c_i − c̄) if i
+full, and c̄, σ as in ``fine.effects``, the statistic x = Σ_i w_i c_i is shifted by (r_i/m) (c_i − c̄) if i
 takes the place of an average example; its variance is ρ² σ²/m with ρ² = mean r². These are the
 formulas of one batch of m examples with step size η ρ and effects (r_i/ρ) (c_i − c̄). For instance,
 where an epoch ends after K < A micro-batches of one length, ρ = K/A and nothing else changes: the

@@ -125,7 +125,8 @@ class SnapshotAccumulator(FineAccumulator):
     """Sums over snapshots, from which μ, its error and the bound follow as for ``FineAccumulator``.
 
     ``n_observations`` counts snapshots. For ``std_error`` the snapshots of an epoch are one block
-    (``fine.standard_error``); for ``standardised``, snapshots are taken as independent and equally spaced.
+    (``fine.standard_error``); for ``standardised``, snapshots are taken as independent and equally
+    spaced.
 
     Args:
         n_train, n_rows, composition: see ``FineAccumulator``.
