@@ -29,29 +29,26 @@ from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
 from fine_bench.fine import subset_test
 from fine_bench.fine.effects import Observable, choose
+from fine_bench.fine.geometry import Euclidean
+from fine_bench.fine.passes import Passes, QueryDirections
+from fine_bench.fine.subset_samples import PaperAccumulator, Signal, SubsetSampler
 from fine_bench.fine.subset_test import (
     Auxiliary,
-    PaperAccumulator,
     PaperResult,
     PaperTarget,
     Selection,
-    Signal,
     SubsetInfluence,
 )
 from fine_bench.fine.subsets import (
     Column,
-    Draw,
     Members,
     Subsets,
-    draw_batches,
     members_per_batch,
     watch,
 )
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
-from fine_bench.gradients.query_weighting import check_weighting, query_groups, query_weights
-from fine_bench.seeds import stream
+from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.types import (
     InfluenceScores,
     Loss,
@@ -60,8 +57,6 @@ from fine_bench.types import (
     UnsupportedProblemError,
     dataset_size,
 )
-
-_READ_AT_ONCE = 4096
 
 
 class PaperFINECallback(InRunMethod):
@@ -202,11 +197,7 @@ class PaperFINECallback(InRunMethod):
         super().__init__(
             target=target, observable=observable, sample=sample, subsets=sorted(subsets or {})
         )
-        self._engine: GradientEngine | None = None
-        self._data: TrainingData | None = None
-        self._query_batch: tuple[Tensor, Tensor] | None = None
-        self._direction: Direction | None = None
-        self._refreshed = 0
+        self._sampler: SubsetSampler | None = None
         self._result: tuple[Any, PaperResult] | None = None
 
     # ------------------------------------------------------------------ what a run asks
@@ -274,6 +265,11 @@ class PaperFINECallback(InRunMethod):
         return self._accumulator.signal()
 
     @property
+    def gradient_evaluations(self) -> int:
+        """Per-example gradients taken beside those of the training."""
+        return 0 if self._sampler is None else self._sampler.passes.evaluations
+
+    @property
     def _accumulator(self) -> PaperAccumulator:
         accumulator: PaperAccumulator = self._require()
         return accumulator
@@ -306,6 +302,7 @@ class PaperFINECallback(InRunMethod):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the data and lay out the subsets."""
         self._forget()
+        self._sampler = None
         with self._timed():
             self._begin(trainer, pl_module)
 
@@ -316,7 +313,7 @@ class PaperFINECallback(InRunMethod):
             )
         loader, dataset = trainer.train_dataloader, training_set(trainer, "PaperFINECallback")
         n = dataset_size(dataset, "the training set")
-        self._data = TrainingData(
+        data = TrainingData(
             dataset,
             getattr(loader, "collate_fn", None),
             device=pl_module.device,
@@ -327,18 +324,33 @@ class PaperFINECallback(InRunMethod):
             raise ValueError(
                 "the training DataLoader has no batch_size; pass batch_size=… to PaperFINECallback"
             )
-        self._m = size if self.batch_size else size * trainer.accumulate_grad_batches
+        m = size if self.batch_size else size * trainer.accumulate_grad_batches
         with isolate_rng():
-            watched = self._watch(n, lambda: self._labels(n))
-        self._k = members_per_batch(watched, self._m, self.members)
-        self._engine = GradientEngine(
-            pl_module, self.loss, self.layers, lambda x: self.forward(pl_module, x)
-        )
+            watched = self._watch(n, data.labels)
+        members = members_per_batch(watched, m, self.members)
+        queries = None
         if self.queries is not None:
             n_query = dataset_size(self.queries, "queries")
-            xq, yq, *_ = default_collate([self.queries[i] for i in range(n_query)])
-            self._query_batch = (xq.to(pl_module.device), yq.to(pl_module.device))
-        self._direction, self._refreshed = None, 0
+            x, y, *_ = default_collate([self.queries[i] for i in range(n_query)])
+            x, y = x.to(pl_module.device), y.to(pl_module.device)
+            queries = QueryDirections(x, y, "mean", self.query_weighting, self.observable)
+        self._sampler = SubsetSampler(
+            Passes(
+                self._make_engine(pl_module),
+                data,
+                Euclidean(),
+                queries,
+                lambda: beside_training(pl_module),
+            ),
+            watched,
+            members,
+            m,
+            observable=self.observable,
+            pool_size=self.pool or 4 * m,
+            target_members=self.target_members,
+            refresh_every=self.refresh_every,
+            seed=self.seed,
+        )
         self._start_with(PaperAccumulator(watched))
         self._last_step = trainer.global_step
 
@@ -359,10 +371,9 @@ class PaperFINECallback(InRunMethod):
         accumulator.n_steps = step
         if step % self.every_n_steps:
             return
+        assert self._sampler is not None
         with self._timed():
-            with beside_training(pl_module):
-                samples = self._samples(step)
-            if not accumulator.observe(step, samples):
+            if not accumulator.observe(step, self._sampler.measure(step)):
                 self._warn_not_finite(step, "the f-INE samples")
 
     def state_dict(self) -> dict[str, Any]:
@@ -373,59 +384,15 @@ class PaperFINECallback(InRunMethod):
         """Go on after an interruption."""
         super().load_state_dict(state_dict.get("accumulator", {}))
 
-    # ------------------------------------------------------------------ one step
-
-    def _draw(self, step: int) -> Draw:
-        return draw_batches(
-            self._accumulator.subsets,
-            self._k,
-            self._m,
-            stream(self.seed, f"fine_paper/step {step}"),
-            pool_size=self.pool or 4 * self._m,
-            target_members=self.target_members if self.target == "self" else 0,
+    def _make_engine(self, pl_module: pl.LightningModule) -> GradientEngine:
+        """What takes the gradients of a model."""
+        return GradientEngine(
+            pl_module, self.loss, self.layers, lambda x: self.forward(pl_module, x)
         )
 
-    def _samples(self, step: int) -> Tensor:
-        draw = self._draw(step)
-        if self.target == "self":
-            batch = self._gradients(draw.batch_ids)
-            h = self._gradients(draw.target_ids, self.observable)
-            products = subset_test.self_products(batch, h, draw, self.observable)
-        else:
-            gradients = self._gradients(torch.cat([draw.batch_ids, draw.singles]))
-            if self._direction is None or step - self._refreshed >= self.refresh_every:
-                self._refresh(gradients.rows(slice(0, len(draw.pool))))
-                self._refreshed = step
-            assert self._direction is not None
-            products = subset_test.direction_products(gradients, self._direction, draw)
-        return subset_test.samples(*products, draw)
-
-    def _gradients(self, ids: Tensor, observable: Observable = "loss") -> PerExampleGradients:
-        assert self._engine is not None
-        assert self._data is not None
-        self._evaluations += len(ids)
-        x, y = self._data.read(ids)
-        return self._engine(x, y, observable)
-
-    def _refresh(self, reference: PerExampleGradients) -> None:
-        """The queries' direction at the present parameters."""
-        assert self._engine is not None
-        assert self._query_batch is not None
-        queries = self._engine(*self._query_batch, self.observable)
-        self._evaluations += len(queries)
-        weights = query_weights(queries, reference, self.query_weighting)
-        groups = query_groups(self._query_batch[1], "mean")
-        self._direction = queries.weighted_sum(groups.to(weights) * weights)
-
-    def _labels(self, n: int) -> Tensor:
-        assert self._data is not None
-        parts = [torch.arange(i, min(i + _READ_AT_ONCE, n)) for i in range(0, n, _READ_AT_ONCE)]
-        return torch.cat([self._data.read(part)[1].cpu() for part in parts])
-
     def _close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._sampler is not None:
+            self._sampler.passes.close()
 
 
 __all__ = ["PaperFINECallback"]

@@ -17,8 +17,9 @@ where F is small, weigh more than in the Euclidean geometry.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,24 +42,24 @@ CHUNK_FLOATS = 2**25
 """Numbers that the gradients of the examples handled at a time may take, should they be formed."""
 
 
-class Metric(Protocol):
+class Metric(ABC):
     """What f-INE asks of a geometry."""
 
+    @abstractmethod
     def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
         """Products of all pairs, ``(B, B')``; with itself by default."""
-        ...
 
+    @abstractmethod
     def norm2(self, x: PerExampleGradients) -> Tensor:
         """Products of every gradient with itself, ``(B,)``."""
-        ...
+
+    @abstractmethod
+    def solve(self, direction: Direction) -> Direction:
+        """Directions whose *plain* products with gradients are the products of this geometry."""
 
     def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
-        ...
-
-    def solve(self, direction: Direction) -> Direction:
-        """Directions whose *plain* products with gradients are the products of this geometry."""
-        ...
+        return self.norm2(x), self.gram(x.rows(chosen), x)
 
     def query_weights(
         self,
@@ -66,11 +67,16 @@ class Metric(Protocol):
         reference: PerExampleGradients,
         weighting: QueryWeighting,
     ) -> Tensor:
-        """One weight a query, ``(V,)``; see ``fine_bench.gradients.query_weighting``."""
-        ...
+        """One weight a query, ``(V,)``: ``"noise"`` is the spread of this geometry's statistic.
+
+        See ``fine_bench.gradients.query_weighting``.
+        """
+        if weighting != "noise":
+            return query_weights(queries, None, weighting)
+        return spread_weights(self.gram(reference, queries))
 
 
-class Euclidean:
+class Euclidean(Metric):
     """Plain dot products."""
 
     def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
@@ -99,7 +105,7 @@ class Euclidean:
         return query_weights(queries, reference, weighting)
 
 
-class Whitened:
+class Whitened(Metric):
     """Products ⟨g, (F + λ)⁻¹ g'⟩, with F fitted anew when it is due.
 
     Args:
@@ -203,10 +209,6 @@ class Whitened:
         parts = [x.rows(slice(i, i + size)) for i in range(0, len(x), size)]
         return torch.cat([self.fitted.quadratic(part) for part in parts])
 
-    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
-        return self.norm2(x), self.gram(x.rows(chosen), x)
-
     def own_and_total(self, x: PerExampleGradients) -> tuple[Tensor, Tensor]:
         """K_ii and Σ_j K_ij over the batch, each ``(B,)``."""
         return self.fitted.own_and_total(x)
@@ -214,17 +216,6 @@ class Whitened:
     def solve(self, direction: Direction) -> Direction:
         """(F + λ)⁻¹ times directions."""
         return self.fitted.solve(direction)
-
-    def query_weights(
-        self,
-        queries: PerExampleGradients,
-        reference: PerExampleGradients,
-        weighting: QueryWeighting,
-    ) -> Tensor:
-        """One weight a query, ``(V,)``: ``"noise"`` is the spread of this geometry's statistic."""
-        if weighting != "noise":
-            return query_weights(queries, None, weighting)
-        return spread_weights(self.gram(reference, queries))
 
     def state_dict(self) -> dict[str, Any]:
         """The present fit: a checkpoint in the middle of an epoch cannot fit it again."""

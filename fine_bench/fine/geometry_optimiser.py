@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from fine_bench.fine.geometry import spread_weights
+from fine_bench.fine.geometry import Metric
 from fine_bench.gradients.blocks.diagonal import (
     diagonal_gram,
     diagonal_norm2,
@@ -31,12 +31,11 @@ from fine_bench.gradients.blocks.diagonal import (
     weights_for_direction,
 )
 from fine_bench.gradients.per_example import Direction, PerExampleGradients
-from fine_bench.gradients.query_weighting import query_weights
-from fine_bench.types import QueryWeighting, UnsupportedProblemError
+from fine_bench.types import UnsupportedProblemError
 
 
-class Preconditioned:
-    """A ``Metric`` that follows the optimiser.
+class Preconditioned(Metric):
+    """The metric that follows the optimiser.
 
     Args:
         optimizer: of the run.
@@ -86,10 +85,6 @@ class Preconditioned:
         """⟨g_i, D⁻¹ g_i⟩, ``(B,)``."""
         return x.norm2() if self.plain else diagonal_norm2(x, self._weights(x))
 
-    def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
-        return self.norm2(x), self.gram(x.rows(chosen), x)
-
     def solve(self, direction: Direction) -> Direction:
         """D⁻¹ times directions."""
         if self.plain:
@@ -98,17 +93,6 @@ class Preconditioned:
         pairs = zip(direction, self._inverse.values(), strict=True)
         weights = [weights_for_direction(part, inverse) for part, inverse in pairs]
         return scaled_direction(direction, weights)
-
-    def query_weights(
-        self,
-        queries: PerExampleGradients,
-        reference: PerExampleGradients,
-        weighting: QueryWeighting,
-    ) -> Tensor:
-        """One weight a query, ``(V,)``: ``"noise"`` is the spread of this geometry's statistic."""
-        if weighting != "noise":
-            return query_weights(queries, None, weighting)
-        return spread_weights(self.gram(reference, queries))
 
 
 def inverse_scale(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

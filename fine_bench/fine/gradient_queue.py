@@ -24,7 +24,7 @@ WORTHWHILE = 3
 """Steps below which holding them back saves nothing."""
 
 
-class HeldSteps:
+class GradientQueue:
     """Room for the gradients of a few steps with equal shapes."""
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ number of a gradient. Small steps wait for each other (``fine_bench.fine.gradien
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,66 +23,21 @@ from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
 from fine_bench.fine.geometry import Euclidean, Whitened
 from fine_bench.fine.geometry_optimiser import Preconditioned
-from fine_bench.fine.gradient_queue import HeldSteps
-from fine_bench.fine.micro_batches import window_weights
+from fine_bench.fine.gradient_queue import GradientQueue
+from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, direction_from_state, direction_state, warn_of_gradients
-from fine_bench.fine.step_queue import Kind, Step, StepBuffer, Steps
+from fine_bench.fine.statistic import Statistic
+from fine_bench.fine.step_queue import Step, StepQueue, Steps
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
     refuse_other_losses,
-    refuse_repeats,
 )
-from fine_bench.gradients.blocks.stacking import stack_examples
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.sketch import Sketch
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """What one backward pass told.
-
-    Attributes:
-        index: which training examples, ``(m_k,)``.
-        gradients: as the pass has them; None in a step too short for a standard deviation.
-        scale: what makes them those of each example's own loss.
-        logit_gradients: of the loss at the logits, ``(m_k, classes)``, as the pass has them, where
-            1 − p is needed.
-        parts: into how many parts the step's gradient is divided, A · W.
-    """
-
-    index: Tensor
-    gradients: PerExampleGradients | None
-    scale: float
-    logit_gradients: Tensor | None
-    parts: int
-
-    @property
-    def complement(self) -> Tensor | None:
-        """1 − p, ``(m_k,)``."""
-        grad = self.logit_gradients
-        return None if grad is None else complement_from_logit_gradients(grad) * self.scale
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """A step whose statistic is still to come.
-
-    Attributes:
-        window: what it is put together from.
-        lr: η_t ρ of ``fine.micro_batches``.
-        number: of the step, for reports.
-        relative: see ``Step``.
-    """
-
-    window: list[MicroBatch]
-    lr: float
-    number: int
-    relative: Tensor | None
 
 
 class InBatch:
@@ -106,24 +60,18 @@ class InBatch:
         self.passes = passes
         self.recorder = recorder
         self.accumulator = FineAccumulator(passes.data.n, passes.n_rows, options.composition)
-        kind: Kind = "directions"
-        if passes.queries is None:
-            kind = "diagonal" if options.model_noise else "gram"
-        if options.reference_columns is not None:
-            kind = "columns"
-        self._buffer = StepBuffer(self.accumulator, options.contrast, kind=kind)
+        self._statistic = Statistic(options, passes)
+        self._steps = StepQueue(self.accumulator, options.contrast, kind=self._statistic.kind)
         self._sketch = None if options.sketch is None else Sketch(options.sketch, options.seed)
         recorder.reduce = self._sketch
-        self._held = HeldSteps()
-        self._waiting: list[Observation] = []
+        self._gradients = GradientQueue()
+        self._waiting: list[GlobalBatch] = []  # whose gradients are in that queue
         metric = passes.metric
         plain = isinstance(metric, Euclidean)
         plain = plain or (isinstance(metric, Preconditioned) and metric.plain)
-        self._holds = plain and passes.processes.count == 1  # others differ from step to step
+        self._may_queue = plain and passes.processes.count == 1  # others differ from step to step
         self._index: Tensor | None = None
         self._window: list[MicroBatch] = []
-        self._direction: Direction | None = None
-        self._steps_seen = 0
         self._checked_epoch = -1
         self._passes_over = False
         self._warned = False
@@ -134,7 +82,7 @@ class InBatch:
     def n_not_finite(self) -> int:
         """Steps left out because of NaN or infinite gradients."""
         self._settle()
-        return self._buffer.n_not_finite
+        return self._steps.n_not_finite
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
         """Note who is in the batch and record its pass."""
@@ -151,7 +99,7 @@ class InBatch:
         if self._sketch is not None:
             self._sketch.at_step(step)
         if self.passes.fit_if_due(step, epoch):
-            self._direction = None  # it was a direction of the old geometry
+            self._statistic.direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
         self.recorder.keep_outputs = self.options.needs_complement and epoch != self._checked_epoch
         self.recorder.start(len(index))
@@ -206,7 +154,7 @@ class InBatch:
         if not window:
             return  # nothing was trained on
         if not taken:
-            self._buffer.leave_out(step)
+            self._steps.leave_out(step)
             return
         numbers = self.passes.processes.numbers
         weights = window_weights(
@@ -219,7 +167,7 @@ class InBatch:
         if not self.passes.ready():
             self.n_without_memory += 1
             return
-        self._observe(Observation(window, lr * weights.rms, step, weights.relative))
+        self._observe(GlobalBatch(window, lr * weights.rms, step, weights.relative))
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Nothing: the step was observed before it was taken."""
@@ -230,11 +178,11 @@ class InBatch:
     def flush(self) -> None:
         """Bring the sums up to date."""
         self._settle()
-        buffer = self._buffer
-        buffer.flush()
-        if buffer.first_not_finite is not None and not self._warned:
+        self._steps.flush()
+        first = self._steps.first_not_finite
+        if first is not None and not self._warned:
             self._warned = True
-            warn_of_gradients(f"at step {buffer.first_not_finite}", "this step")
+            warn_of_gradients(f"at step {first}", "this step")
 
     def close(self) -> None:
         """Remove every hook; the sums stay."""
@@ -245,9 +193,10 @@ class InBatch:
         """Everything needed to go on, but for the directions of single queries: too large."""
         self.flush()
         state: dict[str, Any] = {"accumulator": self.accumulator.state_dict()}
-        if self._direction is not None and self.options.target != "queries":
-            state["direction"] = direction_state(self._direction)
-            state["steps_seen"] = self._steps_seen
+        statistic = self._statistic
+        if statistic.direction is not None and self.options.target != "queries":
+            state["direction"] = direction_state(statistic.direction)
+            state["steps_seen"] = statistic.steps_seen
         if isinstance(self.passes.metric, Whitened):
             state["metric"] = self.passes.metric.state_dict()
         return state
@@ -257,69 +206,43 @@ class InBatch:
         device = self.passes.data.device
         self.accumulator.load_state_dict(state["accumulator"])
         if "direction" in state:
-            self._direction = direction_from_state(state["direction"], device)
-            self._steps_seen = int(state["steps_seen"])
+            self._statistic.direction = direction_from_state(state["direction"], device)
+            self._statistic.steps_seen = int(state["steps_seen"])
         if isinstance(self.passes.metric, Whitened):
             self.passes.metric.load_state_dict(state["metric"], device)
 
-    def _union(self, window: list[MicroBatch]) -> tuple[Tensor, Tensor | None]:
-        """Indices and 1 − p of the global batch, ``(m,)`` each.
-
-        Raises:
-            ValueError: an example stands in it twice.
-        """
-        processes = self.passes.processes
-        index, complement = window[0].index, window[0].complement
-        if len(window) > 1:
-            index = torch.cat([b.index for b in window])
-            if complement is not None:
-                complement = torch.cat([b.complement for b in window if b.complement is not None])
-        if processes.count > 1:
-            index = processes.join(index)
-            complement = None if complement is None else processes.join(complement)
-        if processes.count > 1 or len(window) > 1:
-            refuse_repeats(
-                index,
-                "the micro-batches of one optimiser step, of all processes together, repeat an "
-                "example (a distributed sampler repeats some where examples do not divide evenly "
-                "among processes; drop_last=True leaves them out)",
-            )
-        return index, complement
-
-    def _together(self, window: list[MicroBatch]) -> tuple[PerExampleGradients, float]:
-        """The gradients of this process's examples, and their scale."""
-        parts = [(b.gradients, b.scale) for b in window if b.gradients is not None]
-        if len(parts) == 1 and self.passes.processes.count == 1:
-            return parts[0]
-        return stack_examples([_scaled(gradients, scale) for gradients, scale in parts]), 1.0
-
-    def _observe(self, observation: Observation) -> None:
+    def _observe(self, batch: GlobalBatch) -> None:
         """Take the statistic of a step, now or with those of the next ones."""
-        gradients, scale = self._together(observation.window)
-        self._look_at_queries(gradients, scale)
-        if self._holds and len(observation.window) == 1 and self._held.serves(gradients):
-            if not self._held.add(gradients):
+        processes, statistic, queue = self.passes.processes, self._statistic, self._gradients
+        gradients, scale = batch.gradients(processes)
+        if self.passes.queries is not None:
+            if statistic.needs_directions:
+                self._settle()  # what waits saw the old ones
+                statistic.renew_directions(gradients, scale)
+            statistic.steps_seen += 1
+        if self._may_queue and len(batch.parts) == 1 and queue.serves(gradients):
+            if not queue.add(gradients):
                 self._settle()
-                self._held.add(gradients)
-            self._waiting.append(observation)
-            if self._held.full:
+                queue.add(gradients)
+            self._waiting.append(batch)
+            if queue.full:
                 self._settle()
             return
         self._settle()
-        index, complement = self._union(observation.window)
-        weight = observation.lr
+        index, complement = batch.index_and_complement(processes)
+        weight = batch.lr
         if self.options.step_weight == "uncertainty":
             assert complement is not None
             weight = uncertainty_weight(weight, complement)
-        self._buffer.add(
+        self._steps.add(
             Step(
                 index,
-                self._statistic(gradients, scale, index, observation.number),
+                statistic.of_step(gradients, scale, index, batch.number),
                 complement if self.options.divides else None,
                 weight,
-                observation.number,
-                observation.relative,
-                self._factor(scale),
+                batch.number,
+                batch.relative,
+                statistic.factor(scale),
             )
         )
 
@@ -328,12 +251,13 @@ class InBatch:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        self._buffer.flush()
-        batches = [o.window[0] for o in waiting]
+        self._steps.flush()
+        batches = [b.parts[0] for b in waiting]
         index = torch.stack([b.index for b in batches])
-        statistics = self._statistics(self._held.take(), index, [o.number for o in waiting])
+        numbers = [b.number for b in waiting]
+        statistics = self._statistic.of_steps(self._gradients.take(), index, numbers)
         scales = torch.tensor([b.scale for b in batches], dtype=torch.float64)
-        weight = torch.tensor([o.lr for o in waiting], dtype=torch.float64)
+        weight = torch.tensor([b.lr for b in waiting], dtype=torch.float64)
         grads = [b.logit_gradients for b in batches if b.logit_gradients is not None]
         complement = None
         if grads:
@@ -341,98 +265,17 @@ class InBatch:
             complement = complement * scales.to(complement)[:, None]
             if self.options.step_weight == "uncertainty":
                 weight = weight * complement.double().mean(1).cpu()
-        factor = torch.tensor([self._factor(b.scale) for b in batches], dtype=torch.float64)
-        self._buffer.take(
+        factors = [self._statistic.factor(b.scale) for b in batches]
+        self._steps.take(
             Steps(
                 index,
                 statistics,
                 complement if self.options.divides else None,
                 weight,
-                factor,
-                [o.number for o in waiting],
+                torch.tensor(factors, dtype=torch.float64),
+                numbers,
             )
         )
-
-    def _statistics(
-        self, gradients: PerExampleGradients, index: Tensor, numbers: list[int]
-    ) -> Tensor:
-        """What the buffer takes of S steps, but for its scale, ``(S, …)``.
-
-        Args:
-            gradients: of one step after the other, ``(S · m, …)``.
-            index: ``(S, m)``.
-            numbers: of the steps.
-        """
-        count = len(index)
-        if self._direction is not None:
-            rows = gradients.contract(self._direction)
-            return rows.reshape(len(rows), count, -1).transpose(0, 1)
-        if self.options.reference_columns is None:
-            return gradients.grams(count)
-        chosen = self._chosen(index, numbers)
-        own = gradients.norm2().reshape(count, -1)
-        columns = gradients.grams(count, chosen)
-        return torch.cat([own[:, None], _mark(own, chosen), columns], 1)
-
-    def _look_at_queries(self, gradients: PerExampleGradients, scale: float) -> None:
-        """Compute the queries' directions, if it is time."""
-        passes = self.passes
-        if passes.queries is None:
-            return
-        if self._direction is None or self._steps_seen % self.options.refresh_every == 0:
-            self._settle()  # what waits saw the old ones
-            reference = passes.processes.gradients(_scaled(gradients, scale))
-            with passes.aside():
-                self._direction = passes.directions(reference)
-        self._steps_seen += 1
-
-    def _statistic(
-        self, gradients: PerExampleGradients, scale: float, index: Tensor, number: int
-    ) -> Tensor:
-        """What the buffer takes of one step, but for its scale.
-
-        Args:
-            gradients: of the examples of this process, which lack the factor ``scale``.
-            index: of the examples of all processes, ``(m,)``.
-            number: of the step.
-        """
-        passes = self.passes
-        if self._direction is not None:
-            return passes.processes.join(gradients.contract(self._direction).T).T
-        gradients = passes.processes.gradients(gradients)
-        if self.options.model_noise:
-            assert isinstance(passes.metric, Whitened)
-            # its noise is a root of its statistic, so the scale cannot wait
-            return torch.stack(passes.metric.own_and_total(gradients)) * scale**2
-        if self.options.reference_columns is not None:
-            chosen = self._chosen(index[None], [number])[0]
-            own, columns = passes.metric.own_and_rows(gradients, chosen)
-            return torch.cat([own[None], _mark(own, chosen), columns])
-        return passes.metric.gram(gradients)
-
-    def _factor(self, scale: float) -> float:
-        """The scale of effects: of products of two gradients that lack it, or of one."""
-        if self._direction is not None:
-            return scale
-        return 1.0 if self.options.model_noise else scale**2
-
-    def _chosen(self, index: Tensor, numbers: list[int]) -> Tensor:
-        """Which examples of each batch the others are compared with, ``(S, r)``.
-
-        Args:
-            index: ``(S, m)``.
-            numbers: of the steps.
-        """
-        m, seed = index.shape[1], self.options.seed
-        drawn = torch.stack(
-            [
-                torch.randperm(m, generator=stream(seed, f"fine/columns/step {number}"))
-                for number in numbers
-            ]
-        )[:, : self.options.reference_columns]
-        # among the examples by position: the draw does not depend on the order in the batch
-        chosen = index.cpu().argsort(1).gather(1, drawn)
-        return chosen.sort(1).values.to(index.device)
 
     def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
         """The gradient at the output of the layer that ran last, looked at once an epoch."""
@@ -452,13 +295,3 @@ class InBatch:
                 option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
                 refuse_other_losses(call.output, grad, option, instead, eps=eps)
         return plain
-
-
-def _scaled(gradients: PerExampleGradients, scale: float) -> PerExampleGradients:
-    values = gradients.blocks[0].values
-    return gradients.scaled(values.new_full((len(gradients),), scale))
-
-
-def _mark(own: Tensor, chosen: Tensor) -> Tensor:
-    """One where an example is chosen ``(…, r)``, zero elsewhere, ``(…, 1, m)`` like ``own``."""
-    return torch.zeros_like(own).scatter_(-1, chosen, 1.0).unsqueeze(-2)

@@ -8,7 +8,7 @@ of the step is
     Σ_i w_i g_i,   w_i = 1/(A · W · m_k) for example i of micro-batch k.
 
 With r_i = m · w_i, which is 1 for all if the micro-batches are equally long and the window is
-full, and c̄, σ as in ``fine.effects``, the statistic x = Σ_i w_i c_i is shifted by (r_i/m) (c_i − c̄) if i
+full, and c̄, σ as in ``effects``, the statistic x = Σ_i w_i c_i is shifted by (r_i/m) (c_i − c̄) if i
 takes the place of an average example; its variance is ρ² σ²/m with ρ² = mean r². These are the
 formulas of one batch of m examples with step size η ρ and effects (r_i/ρ) (c_i − c̄). For instance,
 where an epoch ends after K < A micro-batches of one length, ρ = K/A and nothing else changes: the
@@ -23,6 +23,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fine_bench.fine.distributed import Processes
+from fine_bench.fine.training_data import complement_from_logit_gradients, refuse_repeats
+from fine_bench.gradients.blocks.stacking import stack_examples
+from fine_bench.gradients.per_example import PerExampleGradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,3 +63,85 @@ def window_weights(sizes: Sequence[int], parts: Sequence[int]) -> WindowWeights:
     each = torch.tensor(r, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
     rms = math.sqrt(float(each.square().mean()))
     return WindowWeights(m, float(each.mean()), rms, each / rms)
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one backward pass told.
+
+    Attributes:
+        index: which training examples, ``(m_k,)``.
+        gradients: as the pass has them; None in a step too short for a standard deviation.
+        scale: what makes them those of each example's own loss.
+        logit_gradients: of the loss at the logits, ``(m_k, classes)``, as the pass has them, where
+            1 − p is needed.
+        parts: into how many parts the step's gradient is divided, A · W.
+    """
+
+    index: Tensor
+    gradients: PerExampleGradients | None
+    scale: float
+    logit_gradients: Tensor | None
+    parts: int
+
+    @property
+    def complement(self) -> Tensor | None:
+        """1 − p, ``(m_k,)``."""
+        grad = self.logit_gradients
+        return None if grad is None else complement_from_logit_gradients(grad) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalBatch:
+    """Everything that one optimiser step is put together from.
+
+    Attributes:
+        parts: this process's micro-batches.
+        lr: η_t ρ.
+        number: of the step, for reports.
+        relative: r_i/ρ of the examples of all processes, ``(m,)``; None for ones.
+    """
+
+    parts: list[MicroBatch]
+    lr: float
+    number: int
+    relative: Tensor | None
+
+    def index_and_complement(self, processes: Processes) -> tuple[Tensor, Tensor | None]:
+        """Indices and 1 − p of the global batch, ``(m,)`` each.
+
+        Raises:
+            ValueError: an example stands in it twice.
+        """
+        window = self.parts
+        index, complement = window[0].index, window[0].complement
+        if len(window) > 1:
+            index = torch.cat([b.index for b in window])
+            if complement is not None:
+                complement = torch.cat([b.complement for b in window if b.complement is not None])
+        if processes.count > 1:
+            index = processes.join(index)
+            complement = None if complement is None else processes.join(complement)
+        if processes.count > 1 or len(window) > 1:
+            refuse_repeats(
+                index,
+                "the micro-batches of one optimiser step, of all processes together, repeat an "
+                "example (a distributed sampler repeats some where examples do not divide evenly "
+                "among processes; drop_last=True leaves them out)",
+            )
+        return index, complement
+
+    def gradients(self, processes: Processes) -> tuple[PerExampleGradients, float]:
+        """The gradients of this process's examples, and their scale."""
+        parts = [(b.gradients, b.scale) for b in self.parts if b.gradients is not None]
+        if len(parts) == 1 and processes.count == 1:
+            return parts[0]
+        return stack_examples(
+            [scaled_gradients(gradients, scale) for gradients, scale in parts]
+        ), 1.0
+
+
+def scaled_gradients(gradients: PerExampleGradients, scale: float) -> PerExampleGradients:
+    """All gradients times one number."""
+    values = gradients.blocks[0].values
+    return gradients.scaled(values.new_full((len(gradients),), scale))

@@ -113,10 +113,12 @@ class Passes:
         """Rows of the scores."""
         return 1 if self.queries is None else self.queries.n_rows
 
-    def gradients(self, x: Any, y: Tensor) -> PerExampleGradients:
-        """Gradients of the loss, counted; to be called inside ``aside``."""
+    def gradients(
+        self, x: Any, y: Tensor, observable: Literal["margin", "loss"] = "loss"
+    ) -> PerExampleGradients:
+        """Gradients of the loss or the margin, counted; to be called inside ``aside``."""
         self.evaluations += len(y)
-        return self.engine(x, y)
+        return self.engine(x, y, observable)
 
     def directions(self, reference: PerExampleGradients) -> Direction:
         """The queries' directions at the present parameters; to be called inside ``aside``."""

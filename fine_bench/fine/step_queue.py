@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,16 +15,8 @@ from fine_bench.fine.effects import (
     self_effects,
     whitened_effects,
 )
+from fine_bench.fine.statistic import Kind
 from fine_bench.gradients.engine import inverse_or_zero
-
-Kind: TypeAlias = Literal["gram", "columns", "diagonal", "directions"]
-"""What a step's statistic is.
-
-``gram``: K, ``(m, m)``, for the target ``self``, which has one row. ``columns``: the diagonal of K,
-a mark on r reference examples, and their rows of K, ``(2 + r, m)``. ``diagonal``: the diagonal and
-the row sums, ``(2, m)``, where the geometry states the noise. ``directions``: the products with R
-directions, ``(R, m)``.
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +64,7 @@ class Steps:
     relative: Tensor | None = None
 
 
-class StepBuffer:
+class StepQueue:
     """Collects the statistics of a few steps and turns them into effects together.
 
     A step's statistics are a few thousand numbers, for which the fixed cost of a dozen tensor

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, default_collate
 from fine_bench.fine.batch_adapter import BatchAdapter, to_model
 from fine_bench.types import UnsupportedProblemError, dataset_size
 
+LABELS_AT_ONCE = 4096
+
 
 class TrainingData:
     """The training examples by their position in the set, apart from any DataLoader's order.
@@ -69,6 +71,11 @@ class TrainingData:
         for start in range(0, len(positions), size):
             rows = slice(start, min(start + size, len(positions)))
             yield rows, *self.read(positions[rows])
+
+    def labels(self) -> Tensor:
+        """The labels of all examples as training sees them, ``(n,)`` on the CPU."""
+        parts = self.batches(torch.arange(self.n), LABELS_AT_ONCE)
+        return torch.cat([y.cpu() for _, _, y in parts])
 
 
 def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -> Tensor:

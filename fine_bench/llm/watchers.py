@@ -16,6 +16,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.callback.paper import PaperFINECallback
 from fine_bench.fine.effects import Composition, Contrast
 from fine_bench.fine.subsets import Members
+from fine_bench.gradients.engine import GradientEngine
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.task import LOSSES, LossName
 from fine_bench.types import QueryWeighting, Target, UnsupportedProblemError
@@ -117,10 +118,9 @@ class SequencePaperFINE(PaperFINECallback):
             loss=LOSSES[loss],
         )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lay out the sources; where the model has its own kind of engine, take that."""
-        super().on_train_start(trainer, pl_module)
+    def _make_engine(self, pl_module: pl.LightningModule) -> GradientEngine:
+        """Where the model has its own kind of engine, that one."""
         net = getattr(pl_module, "net", None)
         if isinstance(net, CausalNet):
-            self._close()
-            self._engine = net.gradient_engine(self.loss, self.layers)
+            return net.gradient_engine(self.loss, self.layers)
+        return super()._make_engine(pl_module)

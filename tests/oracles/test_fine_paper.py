@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fine_bench.callback import FINECallback
 from fine_bench.callback.base import WatchedRun
 from fine_bench.callback.paper import PaperFINECallback
-from fine_bench.fine.subset_test import PaperAccumulator, Signal, evaluate, extremes, to_scores
+from fine_bench.fine.subset_samples import PaperAccumulator, Signal
+from fine_bench.fine.subset_test import evaluate, extremes, to_scores
 from fine_bench.fine.subsets import (
     Draw,
     Subsets,
@@ -42,9 +43,16 @@ class Recording(PaperFINECallback):
         super().__init__(*args, **options)
         self.draws: dict[int, Draw] = {}
 
-    def _draw(self, step: int) -> Draw:
-        self.draws[step] = super()._draw(step)
-        return self.draws[step]
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        assert self._sampler is not None
+        draw = self._sampler.draw
+
+        def noted(step: int) -> Draw:
+            self.draws[step] = draw(step)
+            return self.draws[step]
+
+        self._sampler.draw = noted  # type: ignore[method-assign]
 
 
 class Diary(pl.Callback):
