@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from functools import wraps
+from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 import pytorch_lightning as pl
 from torch import Tensor
@@ -54,6 +55,33 @@ class Resumable(Protocol):
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Go on from ``state_dict()``."""
         ...
+
+
+P = ParamSpec("P")
+Given = TypeVar("Given")
+Method = TypeVar("Method", bound="InRunMethod")
+
+
+def built_from(
+    options: Callable[P, Given],
+) -> Callable[[Callable[[Method, Given], None]], Callable[Concatenate[Method, P], None]]:
+    """Let a method be built by naming the fields of a dataclass of options.
+
+    The decorated ``__init__`` takes the options; whoever calls it gives their fields. Signature,
+    annotations and defaults are those of the dataclass, and so are declared once.
+
+    Args:
+        options: the dataclass.
+    """
+
+    def decorate(init: Callable[[Method, Given], None]) -> Callable[Concatenate[Method, P], None]:
+        @wraps(vars(options)["__init__"])
+        def from_fields(self: Method, /, *args: P.args, **named: P.kwargs) -> None:
+            init(self, options(*args, **named))
+
+        return from_fields
+
+    return decorate
 
 
 class InRunMethod(pl.Callback):
@@ -218,4 +246,4 @@ class Timed:
             self.method.seconds += time.perf_counter() - self.start
 
 
-__all__ = ["InRunMethod", "WatchedRun"]
+__all__ = ["InRunMethod", "WatchedRun", "built_from"]

@@ -7,17 +7,15 @@ callback.scores().values                               # (1, n_train)
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from fine_bench.callback.base import InRunMethod
+from fine_bench.callback.base import InRunMethod, built_from
 from fine_bench.callback.trainer import (
     beside_training,
     loss_scale,
@@ -31,11 +29,9 @@ from fine_bench.callback.trainer import (
 from fine_bench.fine import accumulator
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.distributed import Processes
-from fine_bench.fine.effects import Composition, Contrast, Noise, Observable, StepWeight
 from fine_bench.fine.first_batch import FirstBatch
-from fine_bench.fine.geometry import Geometry
 from fine_bench.fine.in_batch import InBatch
-from fine_bench.fine.options import Options, Preconditioner, ScheduleName
+from fine_bench.fine.options import Options
 from fine_bench.fine.setup import make_first_batch, make_passes, make_recorder
 from fine_bench.fine.snapshot import Snapshots
 from fine_bench.fine.standard_error import inflation
@@ -43,9 +39,6 @@ from fine_bench.fine.training_data import TrainingData, step_size
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
-    Loss,
-    QueryWeighting,
-    Target,
 )
 
 
@@ -55,58 +48,7 @@ class FINECallback(InRunMethod):
     The training pass already holds each layer's inputs and output gradients; per-example gradients
     are read off them. Nothing in the run changes: the weights are bit-identical with and without.
 
-    Args:
-        target: ``"self"`` (how well the run memorised each example), ``"queries"`` (one row a
-            query), ``"validation"`` (one row for the whole query set) or
-            ``"validation_per_class"``.
-        observable: ``"margin"``, h = −log(p/(1−p)), for softmax cross-entropy on the output of
-            the last layer; or ``"loss"``.
-        composition: ``"accumulated"`` or ``"standardised"``; see ``fine_bench.fine.accumulator``.
-        schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
-            all are scored at the same parameters, now and then
-            (``fine_bench.fine.snapshot_accumulator``).
-        geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.fine.geometry``).
-        preconditioner: ``"optimiser"`` takes all products in the geometry in which the optimiser
-            moves (``fine_bench.fine.geometry_optimiser``): Adam's and AdamW's second moments; none
-            for SGD. None: the gradients as they are.
-        contrast: ``"substitution"`` (against an average example) or ``"removal"``.
-        step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
-            η_t times the batch mean of 1 − p, for softmax cross-entropy.
-        noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* in
-            ``geometry="ekfac"``: the geometry states it, and estimating it from a few examples
-            only adds noise. Other targets take the sample's.
-        queries: dataset of ``(x, y)`` for every target but ``"self"``.
-        query_weighting: how queries are weighted in a mean: ``"noise"`` (the spread of each
-            query's statistic over the batch or the reference examples), ``"norm"`` or None.
-        refresh_every: in-batch, observed steps between two computations of the queries' gradients,
-            ≥ 1. A snapshot computes its own.
-        every_n_steps: snapshots after every so many steps, ≥ 1.
-        n_snapshots: so many snapshots, ≥ 1, equally spaced over the run. Without either of the
-            two: one an epoch, at its end.
-        n_reference: examples against which a snapshot compares, ≥ 3, drawn from the training set.
-        reference_columns: for *self* in-batch: compare each example with so many examples of its
-            batch, ≥ 3, drawn anew at every step, instead of with all the others. Cheaper, since
-            the Gram matrix has so many columns only, and noisier.
-        observe_every: in-batch: observe one step in so many, ≥ 1, a different one each epoch.
-            Cheaper in that proportion, and noisier; the observed steps stand for the others, so
-            that μ stays that of the whole run.
-        sketch: for *self* in-batch: estimate products of gradients from so many random
-            combinations of each layer's inputs and of its output gradients, ≥ 2, instead of taking
-            them exactly (``fine_bench.gradients.projection.sketch``). Cheaper, and noisier, for
-            layers that are applied at several positions of an example (tokens, pixels); others stay
-            exact.
-        watched: positions that snapshots score; None for all.
-        refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
-            None for one an epoch (before its first step; in snapshots at the epoch's first).
-        fit_examples: training examples in a fit, ≥ 2, drawn anew each time; all if there are fewer.
-        relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
-        seed: of the draws of reference and fit examples; it touches no other random stream.
-        layers: names of modules to watch; None for all.
-        forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
-            default.
-        loss: loss of these passes; must be the training loss, per example.
-        adapter: where things are in batches of another make, and how to get per-example losses of
-            modules of another make; see ``BatchAdapter``.
+    Its arguments are the fields of ``fine_bench.fine.options.Options``, which says what they mean.
 
     The loss that the run minimises must be the *mean* of the per-example losses of a batch.
 
@@ -157,67 +99,10 @@ class FINECallback(InRunMethod):
     version = accumulator.VERSION
     all_examples = True
 
-    def __init__(
-        self,
-        target: Target = "self",
-        observable: Observable = "margin",
-        composition: Composition = "accumulated",
-        schedule: ScheduleName = "in_batch",
-        geometry: Geometry = "euclidean",
-        *,
-        preconditioner: Preconditioner = None,
-        contrast: Contrast = "substitution",
-        step_weight: StepWeight = "lr",
-        noise: Noise = "sample",
-        queries: Dataset[Any] | None = None,
-        query_weighting: QueryWeighting = "noise",
-        refresh_every: int = 20,
-        every_n_steps: int | None = None,
-        n_snapshots: int | None = None,
-        n_reference: int = 64,
-        reference_columns: int | None = None,
-        observe_every: int = 1,
-        sketch: int | None = None,
-        watched: Sequence[int] | Tensor | None = None,
-        refit_every: int | None = None,
-        fit_examples: int = 2000,
-        relative_damping: float = 0.1,
-        seed: int = 0,
-        layers: Sequence[str] | None = None,
-        forward: Callable[[pl.LightningModule, Tensor], Tensor] | None = None,
-        loss: Loss = F.cross_entropy,
-        adapter: BatchAdapter | None = None,
-    ) -> None:
-        self.options = Options(
-            target=target,
-            observable=observable,
-            composition=composition,
-            schedule=schedule,
-            geometry=geometry,
-            preconditioner=preconditioner,
-            contrast=contrast,
-            step_weight=step_weight,
-            noise=noise,
-            queries=queries,
-            query_weighting=query_weighting,
-            refresh_every=refresh_every,
-            every_n_steps=every_n_steps,
-            n_snapshots=n_snapshots,
-            n_reference=n_reference,
-            reference_columns=reference_columns,
-            observe_every=observe_every,
-            sketch=sketch,
-            watched=watched,
-            refit_every=refit_every,
-            fit_examples=fit_examples,
-            relative_damping=relative_damping,
-            seed=seed,
-            layers=layers,
-            forward=forward,
-            loss=loss,
-            adapter=adapter,
-        )
-        super().__init__(**_distinguishing(self.options))
+    @built_from(Options)
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        super().__init__(**_distinguishing(options))
         self._observed: InBatch | Snapshots | None
         self._recorder: LayerRecorder | None = None
         self._compiled = False
@@ -366,11 +251,11 @@ def _distinguishing(options: Options) -> dict[str, Any]:
     """The plain options that differ from their defaults, and those that every state names."""
     always = {name: getattr(options, name) for name in ("target", "observable", "composition")}
     named: dict[str, Any] = {}
-    for name, parameter in inspect.signature(FINECallback).parameters.items():
-        value = getattr(options, name)
+    for field in fields(options):
+        value = getattr(options, field.name)
         plain = value is None or isinstance(value, str | int | float)
-        if plain and value != parameter.default:
-            named[name] = value
+        if plain and value != field.default:
+            named[field.name] = value
     return always | named
 
 

@@ -1,15 +1,14 @@
-"""The options of f-INE's callback, checked at birth. Their meaning stands in ``FINECallback``."""
+"""The options of f-INE, declared once: names, types, defaults, meaning, and what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from fine_bench.fine.batch_adapter import BatchAdapter
@@ -22,10 +21,8 @@ from fine_bench.fine.effects import (
     StepWeight,
     choose,
 )
-from fine_bench.fine.geometry import Euclidean, Geometry, Metric, Whitened
-from fine_bench.fine.geometry_optimiser import Preconditioned
+from fine_bench.fine.geometry import Geometry
 from fine_bench.gradients.query_weighting import check_weighting
-from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import (
     Loss,
     QueryWeighting,
@@ -47,35 +44,94 @@ _REDUCE: dict[Target, Reduce] = {
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """One field for each argument of ``FINECallback``."""
+    """What f-INE is to measure, when, and of which model.
 
-    target: Target
-    observable: Observable
-    composition: Composition
-    schedule: ScheduleName
-    geometry: Geometry
-    preconditioner: Preconditioner
-    contrast: Contrast
-    step_weight: StepWeight
-    noise: Noise
-    queries: Dataset[Any] | None
-    query_weighting: QueryWeighting
-    refresh_every: int
-    every_n_steps: int | None
-    n_snapshots: int | None
-    n_reference: int
-    reference_columns: int | None
-    observe_every: int
-    sketch: int | None
-    watched: Sequence[int] | Tensor | None
-    refit_every: int | None
-    fit_examples: int
-    relative_damping: float
-    seed: int
-    layers: Sequence[str] | None
-    forward: Callable[[Any, Tensor], Tensor] | None
-    loss: Loss
-    adapter: BatchAdapter | None
+    Args:
+        target: ``"self"`` (how well the run memorised each example), ``"queries"`` (one row a
+            query), ``"validation"`` (one row for the whole query set) or
+            ``"validation_per_class"``.
+        observable: ``"margin"``, h = −log(p/(1−p)), for softmax cross-entropy on the output of
+            the last layer; or ``"loss"``.
+        composition: ``"accumulated"`` or ``"standardised"``; see ``fine_bench.fine.accumulator``.
+        schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
+            all are scored at the same parameters, now and then
+            (``fine_bench.fine.snapshot_accumulator``).
+        geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.fine.geometry``).
+        preconditioner: ``"optimiser"`` takes all products in the geometry in which the optimiser
+            moves (``fine_bench.fine.geometry_optimiser``): Adam's and AdamW's second moments; none
+            for SGD. None: the gradients as they are.
+        contrast: ``"substitution"`` (against an average example) or ``"removal"``.
+        step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
+            η_t times the batch mean of 1 − p, for softmax cross-entropy.
+        noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* in
+            ``geometry="ekfac"``: the geometry states it, and estimating it from a few examples
+            only adds noise. Other targets take the sample's.
+        queries: dataset of ``(x, y)`` for every target but ``"self"``.
+        query_weighting: how queries are weighted in a mean: ``"noise"`` (the spread of each
+            query's statistic over the batch or the reference examples), ``"norm"`` or None.
+        refresh_every: in-batch, observed steps between two computations of the queries' gradients,
+            ≥ 1. A snapshot computes its own.
+        every_n_steps: snapshots after every so many steps, ≥ 1.
+        n_snapshots: so many snapshots, ≥ 1, equally spaced over the run. Without either of the
+            two: one an epoch, at its end.
+        n_reference: examples against which a snapshot compares, ≥ 3, drawn from the training set.
+        reference_columns: for *self* in-batch: compare each example with so many examples of its
+            batch, ≥ 3, drawn anew at every step, instead of with all the others. Cheaper, since
+            the Gram matrix has so many columns only, and noisier.
+        observe_every: in-batch: observe one step in so many, ≥ 1, a different one each epoch.
+            Cheaper in that proportion, and noisier; the observed steps stand for the others, so
+            that μ stays that of the whole run.
+        sketch: for *self* in-batch: estimate products of gradients from so many random
+            combinations of each layer's inputs and of its output gradients, ≥ 2, instead of taking
+            them exactly (``fine_bench.gradients.projection.sketch``). Cheaper, and noisier, for
+            layers that are applied at several positions of an example (tokens, pixels); others stay
+            exact.
+        watched: positions that snapshots score; None for all.
+        refit_every: steps between two EK-FAC fits, ≥ 1, in snapshots rounded up to the next one;
+            None for one an epoch (before its first step; in snapshots at the epoch's first).
+        fit_examples: training examples in a fit, ≥ 2, drawn anew each time; all if there are fewer.
+        relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
+        seed: of the draws of reference and fit examples; it touches no other random stream.
+        layers: names of modules to watch; None for all.
+        forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
+            default.
+        loss: loss of these passes; must be the training loss, per example.
+        adapter: where things are in batches of another make, and how to get per-example losses of
+            modules of another make; see ``BatchAdapter``.
+
+    Raises:
+        UnsupportedProblemError: a sketch for another target than ``self``.
+        ValueError: options that do not fit each other.
+    """
+
+    target: Target = "self"
+    observable: Observable = "margin"
+    composition: Composition = "accumulated"
+    schedule: ScheduleName = "in_batch"
+    geometry: Geometry = "euclidean"
+    _: KW_ONLY
+    preconditioner: Preconditioner = None
+    contrast: Contrast = "substitution"
+    step_weight: StepWeight = "lr"
+    noise: Noise = "sample"
+    queries: Dataset[Any] | None = None
+    query_weighting: QueryWeighting = "noise"
+    refresh_every: int = 20
+    every_n_steps: int | None = None
+    n_snapshots: int | None = None
+    n_reference: int = 64
+    reference_columns: int | None = None
+    observe_every: int = 1
+    sketch: int | None = None
+    watched: Sequence[int] | Tensor | None = None
+    refit_every: int | None = None
+    fit_examples: int = 2000
+    relative_damping: float = 0.1
+    seed: int = 0
+    layers: Sequence[str] | None = None
+    forward: Callable[[Any, Tensor], Tensor] | None = None
+    loss: Loss = F.cross_entropy
+    adapter: BatchAdapter | None = None
 
     def __post_init__(self) -> None:
         choose(self.target, Target, "target")
@@ -252,29 +308,6 @@ class Options:
         if self.adapter is not None and self.adapter.losses is not None:
             return self.adapter.losses, _as_they_are
         return self.forward or (lambda module, x: module(x)), self.loss
-
-    def metric(self, recorder: LayerRecorder, optimizers: Sequence[Optimizer]) -> Metric:
-        """The geometry.
-
-        Args:
-            recorder: of the model; it knows the parameters of each block.
-            optimizers: of the run.
-
-        Raises:
-            UnsupportedProblemError: a preconditioner that is not known.
-        """
-        if self.preconditioner is not None:
-            parameters = recorder.parameters()
-            return Preconditioned(optimizers[0], parameters)
-        if self.geometry == "euclidean":
-            return Euclidean()
-        return Whitened(
-            self.loss,
-            relative_damping=self.relative_damping,
-            refit_every=self.refit_every,
-            fit_examples=self.fit_examples,
-            seed=self.seed,
-        )
 
     def positions(self, n_train: int) -> Tensor | None:
         """The watched positions, ascending; None for all.

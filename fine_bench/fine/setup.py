@@ -12,6 +12,8 @@ from torch.utils.data import default_collate
 
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.geometry import Euclidean, Metric, Whitened
+from fine_bench.fine.geometry_optimiser import Preconditioned
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Aside, Passes, QueryDirections
 from fine_bench.fine.training_data import TrainingData
@@ -58,6 +60,32 @@ def make_queries(
     )
 
 
+def make_metric(
+    options: Options, recorder: LayerRecorder, optimizers: Sequence[Optimizer]
+) -> Metric:
+    """The geometry.
+
+    Args:
+        options: what to measure.
+        recorder: of the model; it knows the parameters of each block.
+        optimizers: of the run.
+
+    Raises:
+        UnsupportedProblemError: a preconditioner that is not known.
+    """
+    if options.preconditioner is not None:
+        return Preconditioned(optimizers[0], recorder.parameters())
+    if options.geometry == "euclidean":
+        return Euclidean()
+    return Whitened(
+        options.loss,
+        relative_damping=options.relative_damping,
+        refit_every=options.refit_every,
+        fit_examples=options.fit_examples,
+        seed=options.seed,
+    )
+
+
 def make_passes(
     options: Options,
     module: nn.Module,
@@ -82,7 +110,7 @@ def make_passes(
     if options.needs_engine:
         forward, loss = options.passes()
         engine = GradientEngine(module, loss, options.layers, lambda x: forward(module, x))
-    metric = options.metric(recorder, optimizers)
+    metric = make_metric(options, recorder, optimizers)
     queries = make_queries(options, data, data.device)
     return Passes(engine, data, metric, queries, aside, processes)
 
