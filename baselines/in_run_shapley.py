@@ -11,36 +11,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from baselines import shapley
-from baselines.shapley import Order, ShapleyAccumulator
+from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, training_set
 from fine_bench.fine.training_data import batch_index, step_size
-from fine_bench.gradients.blocks.direction import Direction
-from fine_bench.gradients.curvature.products import parameter_names
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.query_weighting import query_groups
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
     Loss,
-    Reduce,
     Target,
     UnsupportedProblemError,
     dataset_size,
 )
-
-_REDUCE: Mapping[Target, Reduce] = {
-    "queries": None,
-    "validation": "mean",
-    "validation_per_class": "class",
-}
 
 
 class InRunShapleyCallback(InRunMethod):
@@ -92,10 +81,9 @@ class InRunShapleyCallback(InRunMethod):
         self.loss = loss
         super().__init__(target=target, order=order)
         self._recorder: LayerRecorder | None = None
-        self._engine: GradientEngine | None = None
+        self._validation: ValidationLoss | None = None
         self._observed: ShapleyAccumulator | None
         self._index: Tensor | None = None
-        self._like: Direction | None = None
 
     @classmethod
     def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
@@ -126,6 +114,11 @@ class InRunShapleyCallback(InRunMethod):
         return 0 if self._observed is None else self._observed.n_not_finite
 
     @property
+    def gradient_evaluations(self) -> int:
+        """Gradients of validation examples."""
+        return 0 if self._validation is None else self._validation.evaluations
+
+    @property
     def _accumulator(self) -> ShapleyAccumulator:
         accumulator: ShapleyAccumulator = self._require()
         return accumulator
@@ -150,7 +143,7 @@ class InRunShapleyCallback(InRunMethod):
                 'Shapley multiplies, and may scale them; use "32-true"'
             )
         self._forget()
-        self._like = None
+        self._validation = None
         self._recorder = LayerRecorder(pl_module, None, tap=True)
         if self._recorder.leftover:
             names = self._recorder.leftover
@@ -175,13 +168,19 @@ class InRunShapleyCallback(InRunMethod):
                 f"{len(trainer.optimizers)} optimisers: in-run Shapley needs one step a batch"
             )
         x, y, *_ = default_collate([self.queries[i] for i in range(self._n_query)])
-        self._x, self._y = x.to(pl_module.device), y.to(pl_module.device)
-        self._weights = query_groups(self._y.cpu(), _REDUCE[self.target])
-        n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
-        self._engine = GradientEngine(
-            pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
+        self._validation = ValidationLoss(
+            pl_module,
+            GradientEngine(
+                pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
+            ),
+            x.to(pl_module.device),
+            y.to(pl_module.device),
+            target=self.target,
+            order=self.order,
+            aside=lambda: beside_training(pl_module),
         )
-        self._start_with(ShapleyAccumulator(n_train, len(self._weights)))
+        n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
+        self._start_with(ShapleyAccumulator(n_train, self._validation.n_rows))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
@@ -199,55 +198,25 @@ class InRunShapleyCallback(InRunMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """The backward pass is done and the parameters are still θ_t."""
-        recorder, index = self._recorder, self._index
+        recorder, validation, index = self._recorder, self._validation, self._index
         assert recorder is not None
+        assert validation is not None
         assert index is not None
         with self._timed():
             recorder.stop()
             shares = PerExampleGradients(recorder.blocks(len(index)))
-            values = self._values(pl_module, shares, step_size(optimizer))
+            values = validation.step_values(shares, step_size(optimizer))
             recorder.clear()
             self._index = None
             if not self._accumulator.observe(index, values):
                 self._warn_not_finite(trainer.global_step, "the in-run Shapley values")
 
-    # ------------------------------------------------------------------ one step
-
-    def _values(self, module: pl.LightningModule, shares: PerExampleGradients, lr: float) -> Tensor:
-        """φ of the present step, ``(R, m)``."""
-        engine = self._engine
-        assert engine is not None
-        self._evaluations += self._n_query * self.order
-        if self.target == "queries":
-            with beside_training(module):
-                return shapley.query_values(shares, engine(self._x, self._y), lr)
-        if self._like is None:
-            self._like = shares.weighted_sum(shares.blocks[0].values.new_ones(1, len(shares)))
-        params = dict(module.named_parameters())
-        watched = {name: params[name] for name in parameter_names(engine.recorder)}
-        update = None
-        if self.order == 2:
-            update = {
-                name: torch.zeros_like(p) if p.grad is None else lr * p.grad
-                for name, p in watched.items()
-            }
-        # other callbacks may be recording the training step of the same model
-        with beside_training(module), engine.recorder.alone():
-            gradient, product = shapley.loss_derivatives(
-                lambda values: engine.functional(values, self._x),
-                self.loss,
-                watched,
-                self._y,
-                self._weights,
-                update,
-            )
-        return shapley.step_values(shares, gradient, product, lr, self._like)
-
     def _close(self) -> None:
-        for part in (self._recorder, self._engine):
-            if part is not None:
-                part.close()
-        self._recorder = self._engine = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+        if self._validation is not None:
+            self._validation.engine.close()
 
 
 __all__ = ["InRunShapleyCallback"]

@@ -34,13 +34,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fine_bench.fine.passes import Aside
 from fine_bench.gradients.blocks.direction import Direction
-from fine_bench.gradients.curvature.products import as_direction
-from fine_bench.gradients.engine import per_example_loss
+from fine_bench.gradients.curvature.products import as_direction, parameter_names
+from fine_bench.gradients.engine import GradientEngine, per_example_loss
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.types import InfluenceScores, Loss, Target, UnsupportedProblemError
+from fine_bench.gradients.query_weighting import query_groups
+from fine_bench.types import InfluenceScores, Loss, Reduce, Target, UnsupportedProblemError
 
 Order: TypeAlias = Literal[1, 2]
 
@@ -48,6 +50,13 @@ NAME = "in_run_shapley"
 
 VERSION = 1
 """Raised when scores may change."""
+
+REDUCE: Mapping[Target, Reduce] = {
+    "queries": None,
+    "validation": "mean",
+    "validation_per_class": "class",
+}
+"""Rows of the scores, for each target."""
 
 
 def check_question(target: Target, order: Order, has_queries: bool) -> None:
@@ -188,6 +197,80 @@ def step_values(
 def query_values(shares: PerExampleGradients, queries: PerExampleGradients, lr: float) -> Tensor:
     """First-order φ of one step for every single query, η ⟨a_i, g_v⟩, ``(V, m)``."""
     return lr * queries.gram(shares)
+
+
+class ValidationLoss:
+    """The loss whose drop is shared, at the present parameters of a model in training.
+
+    Args:
+        module: the model.
+        engine: gradients of the model; it knows the loss.
+        x, y: the validation examples, ``(V, …)`` each, on the model's device.
+        target: rows: one a query, one for all, or one a class.
+        order: 1, or 2 with the curvature of the loss.
+        aside: opens a context beside the training; see ``fine_bench.fine.passes.Aside``.
+
+    Attributes:
+        evaluations: gradients of validation examples so far; with curvature, each counts twice.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        engine: GradientEngine,
+        x: Tensor,
+        y: Tensor,
+        *,
+        target: Target,
+        order: Order,
+        aside: Aside,
+    ) -> None:
+        self.module, self.engine = module, engine
+        self.x, self.y = x, y
+        self.target, self.order = target, order
+        self.aside = aside
+        self.evaluations = 0
+        self._weights = query_groups(y.cpu(), REDUCE[target])
+        self._like: Direction | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Rows R of the scores."""
+        return len(self._weights)
+
+    def step_values(self, shares: PerExampleGradients, lr: float) -> Tensor:
+        """φ of the present step, ``(R, m)``.
+
+        Args:
+            shares: a_i, the examples' shares of the training gradient.
+            lr: η.
+        """
+        engine = self.engine
+        self.evaluations += len(self.y) * self.order
+        if self.target == "queries":
+            with self.aside():
+                return query_values(shares, engine(self.x, self.y), lr)
+        if self._like is None:
+            self._like = shares.weighted_sum(shares.blocks[0].values.new_ones(1, len(shares)))
+        params = dict(self.module.named_parameters())
+        watched = {name: params[name] for name in parameter_names(engine.recorder)}
+        update = None
+        if self.order == 2:
+            update = {
+                name: torch.zeros_like(p) if p.grad is None else lr * p.grad
+                for name, p in watched.items()
+            }
+        # other callbacks may be recording the training step of the same model
+        with self.aside(), engine.recorder.alone():
+            gradient, product = loss_derivatives(
+                lambda values: engine.functional(values, self.x),
+                engine.loss,
+                watched,
+                self.y,
+                self._weights,
+                update,
+            )
+        return step_values(shares, gradient, product, lr, self._like)
 
 
 class ShapleyAccumulator:

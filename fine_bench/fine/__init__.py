@@ -1,1 +1,30 @@
-"""f-INE: formulas and schedules, without any training framework."""
+"""f-INE: how well a test can tell a model trained with an example from one trained without it.
+
+Formulas and what carries them out; Lightning stands one floor up, in ``fine_bench.callback``.
+
+What is computed:
+
+- ``effects``: an example's effect on one step's statistic, and the noise it stands out from.
+- ``accumulator``: effects of all steps summed to μ; ``snapshot_accumulator``: the same for
+  snapshots.
+- ``standard_error``: the error of μ that a run shows of itself.
+- ``geometry``: in which product gradients are compared; ``geometry_optimiser``: in the optimiser's
+  own.
+
+A run that is watched:
+
+- ``options``: everything that can be asked for, with defaults and refusals.
+- ``setup``: what a run needs before its first step; ``first_batch``: what is taken for granted of
+  it, looked at once.
+- ``training_data``, ``batch_adapter``: examples by position, and where things are in a batch.
+- ``passes``: gradients beside the training's own: queries, curvature.
+- ``in_batch``: an example is observed when it is in the batch. ``micro_batches``: what a step is
+  put together from; ``statistic``: what is taken of it; ``gradient_queue``, ``step_queue``: small
+  steps handled together; ``distributed``: the examples of other processes.
+- ``snapshot``: all examples are scored at the same parameters, now and then.
+
+The paper's own estimator, for single examples and groups:
+
+- ``subsets``: what is watched, and batches with and without it; ``subset_samples``: their samples;
+  ``subset_test``: the test.
+"""
