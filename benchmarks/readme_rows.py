@@ -1,11 +1,11 @@
 """Bring the README's leaderboard rows up to date: ``python benchmarks/readme_rows.py``.
 
-The README shows a choice of rows of ``results/leaderboard.md``. After a rebuild that changes only
-marks (``=``, ``†``), each of its rows is replaced by the row of the leaderboard that says the
-same but for the marks. A row whose numbers changed is named and left alone.
+The README shows a choice of rows of ``results/published/leaderboard.md``. After a rebuild that
+changes only marks (``=``, ``†``), each of its rows is replaced by the row of the leaderboard that
+says the same but for the marks. A row whose numbers changed is named and left alone.
 
-The README's short table over tasks is made anew from ``results/summary.md``: the means of some of
-its columns, *self* first.
+The README's short table over tasks is made anew from ``results/published/summary.md``: the means of
+some of its columns, *self* first.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def main() -> int:
     text = readme.read_text()
     before, rest = text.split(START)
     shown, after = rest.split(END)
-    lines = (ROOT / "results" / "leaderboard.md").read_text().splitlines()
+    lines = (ROOT / "results" / "published" / "leaderboard.md").read_text().splitlines()
     rows = {bare(line): line for line in lines if line.startswith("| ")}
     lost = 0
     fresh = []
     for line in shown.split("\n"):
         if line.startswith("| ") and bare(line) not in rows:
-            print(f"not in results/leaderboard.md: {line}")
+            print(f"not in results/published/leaderboard.md: {line}")
             lost += 1
         fresh.append(rows.get(bare(line), line) if line.startswith("| ") else line)
     text = before + START + "\n".join(fresh) + END + after
-    table = means((ROOT / "results" / "summary.md").read_text())
+    table = means((ROOT / "results" / "published" / "summary.md").read_text())
     before, after = text.split(SUMMARY[0])[0], text.split(SUMMARY[1])[1]
     readme.write_text(f"{before}{SUMMARY[0]}\n{table}\n{SUMMARY[1]}{after}")
     return 1 if lost else 0

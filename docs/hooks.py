@@ -1,4 +1,4 @@
-"""MkDocs hook: published figures are shown where they lie, in results/figures, without a copy."""
+"""MkDocs hook: published figures are shown where they lie, in results/images, without a copy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-FIGURES = Path(__file__).parents[1] / "results" / "figures"
-SHOWN = ("retraining_curves--mnist_mlp.png", "definition--mnist_mlp.png", "figure3_equal_means.png")
+IMAGES = Path(__file__).parents[1] / "results" / "images"
+SHOWN = ("retraining_curves--mnist_mlp.png", "figure3_equal_means.png")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the figures that the pages show as figures/NAME."""
     for name in SHOWN:
-        files.append(File.generated(config, f"figures/{name}", abs_src_path=str(FIGURES / name)))
+        files.append(File.generated(config, f"figures/{name}", abs_src_path=str(IMAGES / name)))
     return files

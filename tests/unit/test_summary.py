@@ -72,10 +72,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--results", str(tmp_path)]) == 2
     assert "run the experiments first" in capsys.readouterr().err
     assert not (tmp_path / "summary.md").exists()
-    folder = Path(__file__).parents[2] / "results"
-    if not (folder / "records").is_dir():
-        pytest.skip("results/ holds no records")
-    shutil.copytree(folder / "records", tmp_path / "records")
+    shutil.copytree(Path(__file__).parents[2] / "results/published", tmp_path / "published")
     assert main(["--results", str(tmp_path), "--target", "self"]) == 0
     text = (tmp_path / "summary.md").read_text()
     assert capsys.readouterr().out.rstrip() == text.rstrip()
