@@ -1,12 +1,20 @@
-"""How much a method's numbers move over a range of options that was declared beforehand.
+"""Tables of what the records say: rebuilt from them alone, seed by seed, and what is missing.
 
-``conf/sensitivity/<row>.yaml`` declares, for a row of the leaderboard, values of a few of its
-options. ``'sensitivity=[fine,trak]'`` runs them as cells of their own beside the row, and a band
-from the lowest to the highest mean stands beside the row's own value in the report and in
-``sensitivity.md``. Nothing is selected: the leaderboard shows the row with its own options and
-nothing else, and no table says which configuration stands at an end of a band.
+The way of the data, from the records to what is read:
 
-- ``grid``: from declared values to configurations.
-- ``bands``: from records to bands.
-- ``view``: tables of them.
+- ``tables``: what a leaderboard consists of; plain data.
+- ``build``: which records count, what makes a row, and its numbers. ``consistency`` compares the
+  seeds of a row, ``ties`` marks the rows that cannot be told from the best, ``captions`` finds the
+  words: names of rows, descriptions of settings, notes.
+- ``sheet``: a printed table between its numbers and its looks, written for a terminal and as
+  Markdown here and as HTML by ``report.html.tables``. ``render`` makes them of a leaderboard, and
+  its csv and JSON.
+- ``summary``: one table over all tasks.
+- ``option_grid``, ``sensitivity``, ``sensitivity_tables``: how far a row's numbers move over a
+  range of its options that was declared beforehand (``conf/sensitivity/<row>.yaml``): the
+  configurations of a range, their bands, and how these look. Nothing is selected: the leaderboard
+  shows a row with its own options alone, and no table says which configuration stands at an end of
+  a band.
+
+Columns, their labels and directions are declared by the metrics (``metrics.registry``).
 """

@@ -117,17 +117,18 @@ def digits_of(x: float, digits: int | None = 3) -> str:
     return f"{x if round(x, digits) else 0.0:.{digits}f}"
 
 
-def short(x: float) -> str:
-    """Three decimals without the zero before the point, for the ends of an interval."""
-    return digits_of(x).replace("0.", ".", 1) if abs(x) < 0.9995 else digits_of(x)
+def short(text: str) -> str:
+    """A number without the zero before its point, for the ends of an interval."""
+    return text.replace("0.", ".", 1) if text.removeprefix("-").startswith("0.") else text
 
 
 def number(mean: float, lower: float, upper: float, digits: int | None = 3) -> Entry:
     """A number with its interval or band; without one where ``lower`` is not finite."""
-    ends = None
+    ends = few = None
     if math.isfinite(lower) and math.isfinite(mean):
-        ends = (digits_of(lower, digits), digits_of(upper, digits))
-    few = (short(lower), short(upper)) if ends and digits is not None else ends
+        ends = few = (digits_of(lower, digits), digits_of(upper, digits))
+        if digits is not None:
+            few = (short(ends[0]), short(ends[1]))
     return Entry(
         UNDEFINED if math.isnan(mean) else digits_of(mean, digits),
         ends=ends,

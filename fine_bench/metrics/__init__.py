@@ -1,1 +1,13 @@
-"""Metrics: pure functions from scores (and the truth) to numbers, without input or output."""
+"""Metrics: pure functions from scores (and the truth) to numbers, without input or output.
+
+``registry`` is how a metric declares its label, direction and unit, and how it is found.
+
+- Of one run: ``detection`` (are the bad examples at the suspicious end), ``top`` (what a person who
+  inspects the top finds), ``error_rate`` (flags with a bounded share of false ones), ``cost``.
+- Between runs: ``consistency``; ``intervals`` over seeds, and paired differences.
+- Against retraining: ``retraining`` (μ of every example from a bank of models), ``reliability``
+  (its noise ceiling), ``fidelity``, ``lds``, ``definition`` (μ by its definition, on a sample of
+  sets), ``gaussianity`` (what one number μ leaves out).
+- Of groups and treatments: ``groups``, ``agreement`` (of the paper's estimator with the all-example
+  one), ``cure``.
+"""

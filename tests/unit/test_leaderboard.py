@@ -276,6 +276,34 @@ def test_method_versions_are_never_mixed(tmp_path: Path) -> None:
     assert reasons == ["recorded by an older method version only; this is version 2"] * 2
 
 
+def test_rows_of_an_older_method_version_leave_the_tables(tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    renewed = config(observable="loss")
+    for seed in (0, 1):  # the same method with other options, recorded by its next version
+        new = finished("fine", "self", seed, version=2, estimator_hash="beef" * 16, config=renewed)
+        save(store, new)
+        other = finished("tracin", "self", seed, estimator_hash="beef" * 16, config=renewed)
+        save(store, other)  # other options of the same version are a variant
+    board = build(store)
+    (table,) = board.tables
+    (row,) = [r for r in table.rows if (r.estimator, r.target) == ("fine", "self")]
+    assert (row.label, row.version, row.seeds) == ("fine (observable=loss)", 2, (0, 1))
+    assert table.superseded == ("fine · self (method version 1, now 2)",)
+    assert {r.label for r in table.rows if r.estimator == "tracin" and r.target == "self"} == {
+        "tracin (observable=margin)",
+        "tracin (observable=loss)",
+    }
+    # on the other target nothing newer was run: the row stays
+    assert row_of(board, "fine", "validation").version == 1
+    for text in (printed(board), view.to_markdown(board)):
+        line = "Left out, since a newer version of the method has been run: fine · self"
+        assert line in " ".join(text.split())
+    for seed in (0, 1):
+        new = replace(finished("fine", "validation", seed), version=2, config=renewed)
+        save(store, replace(new, estimator_hash="beef" * 16))
+    assert row_of(build(store), "fine").label == "fine"  # nothing is left to be told from
+
+
 def test_different_data_are_never_mixed(tmp_path: Path) -> None:
     store = fill(tmp_path)
     save(store, finished("fine", "self", 3, data_sha256="0ther" * 12))
