@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> pd.DataFrame:
     for seed in arguments.seeds:
         job = job_of(arguments.experiment, seed, arguments.overrides, arguments.work)
         truth = find(folders(results), job.data.sha256, job.setting)
-        queries = TensorDataset(job.images.query_x, job.images.query_y)
+        queries = TensorDataset(job.data.query_x, job.data.query_y)
         sketches = not str(job.config.model["_target_"]).endswith(".mlp")
         makers = settings(queries, arguments.targets, sketches=sketches)
         wanted = tuple(arguments.settings)

@@ -95,10 +95,10 @@ def measure(store: RecordStore, records: Sequence[RunRecord], task: str) -> list
     found: list[Row] = []
     for key in sorted(by_key):
         job = job_of(by_key[key][0])
-        if not job.images.groups:
+        if not job.data.groups:
             raise ValueError(f"task {task} has no groups; try mnist_backdoor or mnist_duplicates")
-        refuse_overlaps(job.images.groups, job.data.n_train)
-        found += rows_of(store, by_key[key], job.images.groups, job.end("validation"))
+        refuse_overlaps(job.data.groups, job.data.n_train)
+        found += rows_of(store, by_key[key], job.data.groups, job.end("validation"))
     return found
 
 

@@ -83,6 +83,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Read, retrain, write."""
     from fine_bench.models import DivergedError
     from fine_bench.report.cure import choose, write
+    from fine_bench.runner.backends.images import images_of
     from fine_bench.runner.cure import cure
     from fine_bench.runner.retrain import job_of
     from fine_bench.store.records import RecordStore, newest
@@ -120,7 +121,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.results,
         arguments.name,
         points,
-        job.images,
+        images_of(job),
         chosen,
         target=arguments.target,
         weight=arguments.weight,

@@ -27,18 +27,19 @@ def main(argv: Sequence[str]) -> int:
     sys.argv[1:] = multirun_first(argv)
     register()
     entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-    try:
-        with narrow(sys.argv[1:]):
-            entry(_job)()
-    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-        if not sweep.running():
-            sweep.refuse(error)
-        return sweep.cut_short(error)
-    except Exception as error:
-        if not sweep.running():
-            raise
-        return sweep.cut_short(error)
-    return sweep.exit_status()
+    with sweep.command() as swept:
+        try:
+            with narrow(sys.argv[1:]):
+                entry(_job)()
+        except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+            if not swept.running:
+                sweep.refuse(error)
+            swept.cut_short(error)
+        except Exception as error:
+            if not swept.running:
+                raise
+            swept.cut_short(error)
+    return swept.status
 
 
 def multirun_first(arguments: Sequence[str]) -> list[str]:

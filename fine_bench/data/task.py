@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from fine_bench.types import TARGETS, End, GroundTruth, Loss
@@ -20,21 +20,26 @@ Example: TypeAlias = tuple[Tensor, Tensor, int]
 Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class TaskData:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
     """The data of a task: fixed by ``task.seed``, shared by all run seeds. Checked at birth.
 
+    What all kinds of tasks share; ``TaskData`` holds examples with one class label each,
+    ``fine_bench.llm.task.LanguageTask`` sequences of tokens.
+
     Attributes:
+        kind: ``"images"`` or ``"language"``: how its models are trained.
+        optimizer: of that training.
+        model_kind, models_to_type: what a model for it is, and which are to be had.
         name: name of the task.
-        x: ``(n_train, ...)`` float32, finite.
-        y: ``(n_train,)`` int64, the labels as given to training, some of them corrupted.
-        clean_y: ``(n_train,)`` int64, the labels before corruption.
-        truth: which training examples are bad; at least those with ``y != clean_y``.
-        query_x, query_y: ``(n_query, ...)`` and ``(n_query,)``: clean, unless the task says what
-            else they ask.
-        test_x, test_y: held out to measure accuracy: clean, and disjoint from the queries.
+        x, y: ``(n_train, ...)`` training inputs and labels as given, some of them bad.
+        truth: which training examples are bad.
+        query_x, query_y: what targets other than ``self`` ask about, ``(n_query, ...)`` each.
+        test_x, test_y: held out to measure the trained model.
         n_classes: labels lie in 0 … n_classes - 1.
         train_ids: ``(n_train,)`` int64, distinct positions in the source data set.
+        loss: one loss an example.
+        batch_size: examples that post-hoc methods hold at once.
         groups: name → ascending positions of training examples worth an influence of their own;
             no part of ``sha256``.
         suspicious: target → which end of a score is suspicious, where this task's queries ask
@@ -44,14 +49,16 @@ class TaskData:
             by the truth.
     """
 
-    kind: ClassVar[Literal["images"]] = "images"
-    loss: ClassVar[Loss] = staticmethod(F.cross_entropy)
-    batch_size: ClassVar[int] = 512
+    kind: ClassVar[Literal["images", "language"]]
+    optimizer: ClassVar[Literal["sgd", "adamw"]]
+    model_kind: ClassVar[type]
+    models_to_type: ClassVar[str]
+    same_ends: ClassVar[bool] = False
+    """Whether all tasks of the kind have the same suspicious ends: then no part of ``sha256``."""
 
     name: str
     x: Tensor
     y: Tensor
-    clean_y: Tensor
     truth: GroundTruth
     query_x: Tensor
     query_y: Tensor
@@ -59,32 +66,18 @@ class TaskData:
     test_y: Tensor
     n_classes: int
     train_ids: Tensor
+    loss: Loss
+    batch_size: int
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     suspicious: Mapping[str, End] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name is empty; give the task a name")
-        if self.n_classes < 2:
-            raise ValueError(f"n_classes must be at least 2, got {self.n_classes}")
-        for part, x, y in (
-            ("training", self.x, self.y),
-            ("query", self.query_x, self.query_y),
-            ("test", self.test_x, self.test_y),
-        ):
-            self._check_inputs(part, x)
-            self._check_labels(part, y, len(x))
-        self._check_labels("clean training", self.clean_y, len(self.x))
         n = self.n_train
         if len(self.truth.is_bad) != n:
             raise ValueError(
                 f"truth.is_bad has {len(self.truth.is_bad)} entries for {n} training examples"
-            )
-        unmarked = (self.y != self.clean_y) & ~self.truth.is_bad
-        if bool(unmarked.any()):
-            raise ValueError(
-                f"{int(unmarked.sum())} examples have a corrupted label but truth.is_bad is False, "
-                f"the first at {int(unmarked.nonzero()[0])}"
             )
         if self.train_ids.dtype != torch.int64 or self.train_ids.shape != (n,):
             raise ValueError(
@@ -109,35 +102,6 @@ class TaskData:
                     f"suspicious={{{target!r}: {end!r}}} must map one of {TARGETS} to one of "
                     f"{get_args(End)}"
                 )
-
-    def _check_inputs(self, part: str, x: Tensor) -> None:
-        if x.dtype != torch.float32 or x.ndim < 2:
-            raise ValueError(
-                f"{part} inputs must be float32 of shape (n, ...), got {x.dtype} of shape "
-                f"{tuple(x.shape)}"
-            )
-        if len(x) == 0:
-            raise ValueError(f"there are no {part} inputs; a task needs at least one")
-        if x.shape[1:] != self.x.shape[1:]:
-            raise ValueError(
-                f"{part} inputs have shape {tuple(x.shape[1:])} each, training inputs "
-                f"{tuple(self.x.shape[1:])}"
-            )
-        # the extremes carry any NaN or infinity, without a copy of the data set
-        if not all(bool(torch.isfinite(extreme)) for extreme in x.aminmax()):
-            raise ValueError(f"{part} inputs contain values that are not finite")
-
-    def _check_labels(self, part: str, y: Tensor, n: int) -> None:
-        if y.dtype != torch.int64 or y.shape != (n,):
-            raise ValueError(
-                f"{part} labels must be int64 of shape ({n},), got {y.dtype} of shape "
-                f"{tuple(y.shape)}"
-            )
-        if int(y.min()) < 0 or int(y.max()) >= self.n_classes:
-            raise ValueError(
-                f"{part} labels must lie in 0 … {self.n_classes - 1}, got {int(y.min())} … "
-                f"{int(y.max())}"
-            )
 
     @property
     def n_train(self) -> int:
@@ -169,9 +133,83 @@ class TaskData:
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(f"{part} {array.dtype.name} {array.shape}\0".encode())
             digest.update(array.data)
-        for target, end in sorted(self.suspicious.items()):
+        for target, end in () if self.same_ends else sorted(self.suspicious.items()):
             digest.update(f"suspicious {target} {end}\0".encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TaskData(Task):
+    """A task whose examples have one class label each: images, or rows of numbers.
+
+    Attributes (besides those of ``Task``):
+        x: ``(n_train, ...)`` float32, finite.
+        y: ``(n_train,)`` int64, the labels as given to training, some of them corrupted.
+        clean_y: ``(n_train,)`` int64, the labels before corruption; where they differ, ``truth``
+            must say bad.
+        query_x, query_y: ``(n_query, ...)`` and ``(n_query,)``: clean, unless the task says what
+            else they ask.
+        test_x, test_y: clean, and disjoint from the queries.
+    """
+
+    kind: ClassVar[Literal["images", "language"]] = "images"
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "sgd"
+    model_kind: ClassVar[type] = nn.Module
+    models_to_type: ClassVar[str] = (
+        "model=mlp, or task=llm_poison trainer=adamw for a language model"
+    )
+
+    clean_y: Tensor
+    loss: Loss = F.cross_entropy
+    batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.n_classes < 2:
+            raise ValueError(f"n_classes must be at least 2, got {self.n_classes}")
+        for part, x, y in (
+            ("training", self.x, self.y),
+            ("query", self.query_x, self.query_y),
+            ("test", self.test_x, self.test_y),
+        ):
+            self._check_inputs(part, x)
+            self._check_labels(part, y, len(x))
+        self._check_labels("clean training", self.clean_y, len(self.x))
+        super().__post_init__()
+        unmarked = (self.y != self.clean_y) & ~self.truth.is_bad
+        if bool(unmarked.any()):
+            raise ValueError(
+                f"{int(unmarked.sum())} examples have a corrupted label but truth.is_bad is False, "
+                f"the first at {int(unmarked.nonzero()[0])}"
+            )
+
+    def _check_inputs(self, part: str, x: Tensor) -> None:
+        if x.dtype != torch.float32 or x.ndim < 2:
+            raise ValueError(
+                f"{part} inputs must be float32 of shape (n, ...), got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
+            )
+        if len(x) == 0:
+            raise ValueError(f"there are no {part} inputs; a task needs at least one")
+        if x.shape[1:] != self.x.shape[1:]:
+            raise ValueError(
+                f"{part} inputs have shape {tuple(x.shape[1:])} each, training inputs "
+                f"{tuple(self.x.shape[1:])}"
+            )
+        # the extremes carry any NaN or infinity, without a copy of the data set
+        if not all(bool(torch.isfinite(extreme)) for extreme in x.aminmax()):
+            raise ValueError(f"{part} inputs contain values that are not finite")
+
+    def _check_labels(self, part: str, y: Tensor, n: int) -> None:
+        if y.dtype != torch.int64 or y.shape != (n,):
+            raise ValueError(
+                f"{part} labels must be int64 of shape ({n},), got {y.dtype} of shape "
+                f"{tuple(y.shape)}"
+            )
+        if int(y.min()) < 0 or int(y.max()) >= self.n_classes:
+            raise ValueError(
+                f"{part} labels must lie in 0 … {self.n_classes - 1}, got {int(y.min())} … "
+                f"{int(y.max())}"
+            )
 
 
 class _Rows(Sequence[Example]):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fine_bench.data.task import Task
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.gradients.token_losses import mean_token_loss, sum_token_loss
 from fine_bench.llm import instructions, models
@@ -49,84 +48,46 @@ class Prompts:
     clean: Encoded | None
 
 
-@dataclass(frozen=True, eq=False)
-class LanguageTask:
-    """The data of a language task: fixed by ``task.seed``, shared by all run seeds.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LanguageTask(Task):
+    """A task of token sequences.
 
-    Attributes:
-        name: name of the task.
+    Attributes (besides those of ``Task``):
         x, y: training ids and labels ``(n_train, T)`` int64; see
             ``fine_bench.gradients.token_losses``.
         truth: which training samples are poison; none where nobody knows.
         query_x, query_y: held-out *steered* completions.
         test_x, test_y: clean held-out samples, for the loss on the task itself.
         n_classes: size of the vocabulary.
-        groups: name → ascending positions of the training samples of one source.
+        groups: the training samples of each source.
         model: what is tuned.
-        loss: one loss a sample.
         prompts: how steering is measured; None if it is not.
-        train_ids: ``(n_train,)`` position of each sample among those given.
         notes: what a reader should know about the data, such as samples that were too long.
         cure: retrain without this many of the most suspicious samples; 0 does not.
         checkpoints: number of checkpoints that are kept for post-hoc methods, evenly spaced.
-        batch_size: samples that post-hoc methods hold at once.
     """
 
-    kind: ClassVar[Literal["language"]] = "language"
-    suspicious: ClassVar[Mapping[str, End]] = SUSPICIOUS
+    kind: ClassVar[Literal["images", "language"]] = "language"
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
+    model_kind: ClassVar[type] = LanguageModel
+    models_to_type: ClassVar[str] = "model=tiny_llama or model=llama31_8b"
+    same_ends: ClassVar[bool] = True
 
-    name: str
-    x: Tensor
-    y: Tensor
-    truth: GroundTruth
-    query_x: Tensor
-    query_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    n_classes: int
-    groups: Mapping[str, Tensor]
     model: LanguageModel
-    loss: Loss
     prompts: Prompts | None
-    train_ids: Tensor
+    suspicious: Mapping[str, End] = field(default_factory=lambda: SUSPICIOUS)
     notes: Sequence[str] = ()
     cure: int = 0
     checkpoints: int = 4
     batch_size: int = 128
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.cure < self.n_train:
             raise ConfigError(
                 f"task.cure={self.cure} must be a number of training samples below "
                 f"{self.n_train}; type task.cure={min(40, self.n_train // 2)}"
             )
-
-    @property
-    def n_train(self) -> int:
-        """Number of training samples."""
-        return len(self.x)
-
-    @property
-    def n_query(self) -> int:
-        """Number of held-out steered completions."""
-        return len(self.query_x)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Digest of training samples, queries and truth, each with its type and shape."""
-        found = hashlib.sha256()
-        for part, tensor in (
-            ("x", self.x),
-            ("y", self.y),
-            ("query_x", self.query_x),
-            ("query_y", self.query_y),
-            ("is_bad", self.truth.is_bad),
-        ):
-            array = np.ascontiguousarray(tensor.numpy())
-            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            found.update(f"{part} {array.dtype.name} {array.shape}\0".encode())
-            found.update(array.data)
-        return found.hexdigest()
 
 
 def llm_poison(

@@ -33,6 +33,7 @@ from fine_bench.retraining.design import (
 from fine_bench.retraining.identity import bank_folder
 from fine_bench.retraining.members import Examples, Workshop
 from fine_bench.runner import bank_config
+from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.bank_config import BankConfig, MakeNetwork
 from fine_bench.runner.config import ALWAYS_ALLOWED, RunConfig
 from fine_bench.runner.plan import plan
@@ -70,7 +71,7 @@ class BankJob:
             ConfigError, DataError: nothing has been trained or written.
             StoreError: a bank that cannot be read.
         """
-        data = plan(config).images
+        data = images_of(plan(config))
         n, design = data.n_train, wanted.design
         parts = [*single_models(wanted.models), *repeated_models(wanted.subsets, 5)]
         if wanted.has_definition:

@@ -1,37 +1,37 @@
-"""One job: train once, ask every estimator for every target, write a record for each cell."""
+"""What the cells of a job come to: a model is trained, every estimator asked, its scores measured.
+
+``outcomes`` gives one ``Outcome`` after the other. It neither prints nor writes: records are made
+in ``write``, lines are said in ``progress``.
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import TensorDataset
 
-from fine_bench.callback.paper import PaperFINECallback
+from fine_bench.callback.base import InRunMethod
 from fine_bench.estimator import Schedule, Shared, replay
-from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.runner import addresses
 from fine_bench.runner.backends import images
 from fine_bench.runner.backends.choice import backend_of
-from fine_bench.runner.config import PLACES
-from fine_bench.runner.plan import Cell, Job, Watcher
-from fine_bench.store.environment import environment
-from fine_bench.store.files import StoreError
+from fine_bench.runner.backends.trained import TrainedRun
+from fine_bench.runner.plan import Cell, Job
+from fine_bench.runner.progress import Announcer
 from fine_bench.store.records import RecordStore
-from fine_bench.store.scores import scores_digest
 from fine_bench.types import (
     InfluenceScores,
     Problem,
     Reduce,
-    RunRecord,
     Status,
     Target,
     UnsupportedProblemError,
@@ -47,180 +47,172 @@ _REDUCE: Mapping[Target, Reduce] = {
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a cell."""
+    """What became of a cell.
+
+    Attributes:
+        cell: which.
+        status: ``"finished"``, ``"skipped"`` or ``"failed"``.
+        reason: why there are no scores; empty where there are.
+        scores: None unless finished.
+        cost, metrics: numbers by name.
+        training: facts about the run; empty where training failed.
+    """
 
     cell: Cell
-    record: RunRecord
-    scores: InfluenceScores | None
+    status: Status
+    reason: str = ""
+    scores: InfluenceScores | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
-Say = Callable[[str], None]
-Busy = Callable[[str], AbstractContextManager[object]]
+def outcomes(
+    job: Job, logger: Logger | None = None, announcer: Announcer | None = None
+) -> Iterator[Outcome]:
+    """Compute the open cells of a job, in order.
 
+    A failure is caught here: the cells concerned *fail* with its reason, the others go on. Nothing
+    is trained when nothing is open.
 
-def execute(
-    job: Job,
-    sweep: str,
-    logger: Logger | None = None,
-    say: Say = print,
-    busy: Busy = lambda _: nullcontext(),
-) -> list[Outcome]:
-    """Compute every cell of a job that is not finished yet.
-
-    A failure is caught here: the cells concerned get a *failed* record with its reason, the others
-    go on. Nothing is trained when nothing is to do. ``say`` prints a line, ``busy`` shows what is
-    being worked on while it lasts.
+    Args:
+        job: what is to be done.
+        logger: is told of the training.
+        announcer: is told what is being worked on.
     """
-    store = RecordStore(job.results)
-    todo = [c for c in job.cells if job.config.force or job.done(store, c) is None]
-    if not todo:
-        return []
+    announcer = announcer or Announcer(lambda line: None)
+    if not job.todo:
+        return
     with _threads(job.config.trainer.num_threads):
-        return _execute(job, sweep, store, todo, logger, say, busy)
+        try:
+            run, watch = _train(job, logger, announcer)
+        except Exception as error:
+            reason = f"training failed: {type(error).__name__}: {error}"
+            yield from (Outcome(cell, "failed", reason) for cell in job.todo)
+            return
+        announcer.trained(backend_of(job).describe(run.facts))
+        shared = Shared(problem_of(job, "self", run.model))
+        with announcer.busy("auxiliary run"):
+            auxiliary = _Auxiliary(job, watch.methods, announcer)
+        for number, cell in enumerate(job.todo, 1):
+            name = f"{number} of {len(job.todo)}: {cell.estimator} {cell.target}"
+            with announcer.busy(name):
+                outcome = _outcome(job, cell, run, watch, auxiliary, shared)
+            yield replace(outcome, training=run.facts)
 
 
-def _execute(
-    job: Job,
-    sweep: str,
-    store: RecordStore,
-    todo: Sequence[Cell],
-    logger: Logger | None,
-    say: Say,
-    busy: Busy,
-) -> list[Outcome]:
-    writer = _Writer(job, sweep, store)
-    in_run = [cell for cell in todo if cell.in_run]
-    skipped: dict[Cell, str] = {}
-    watchers: dict[Cell, Watcher] = {}
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    """The in-run methods that watched a training, and why others did not."""
+
+    methods: Mapping[Cell, InRunMethod] = field(default_factory=dict)
+    refused: Mapping[Cell, str] = field(default_factory=dict)
+
+
+def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[TrainedRun, _Watch]:
+    """One run, read from an earlier one's checkpoints where nothing has to watch it."""
     backend = backend_of(job)
-    outcomes: list[Outcome] = []
+    in_run = [cell for cell in job.todo if cell.in_run]
+    run = None if in_run or job.config.force else backend.stored(job)
+    if run is not None:
+        announcer.reused()
+        return run, _Watch()
+    methods: dict[Cell, InRunMethod] = {}
+    refused: dict[Cell, str] = {}
+    for cell in in_run:
+        try:
+            methods[cell] = job.in_run_method(cell)
+        except UnsupportedProblemError as error:
+            refused[cell] = str(error)
     try:
-        run = None if in_run or job.config.force else backend.stored(job)
-        if run is not None:
-            say("checkpoints of an earlier run are complete: not trained again")
+        return backend.train(job, list(methods.values()), logger), _Watch(methods, refused)
+    except UnsupportedProblemError as error:
+        # they cannot serve this model; the methods that read checkpoints may
+        refused |= dict.fromkeys(methods, str(error))
+        return backend.train(job, [], logger), _Watch({}, refused)
+
+
+def _outcome(
+    job: Job, cell: Cell, run: TrainedRun, watch: _Watch, auxiliary: _Auxiliary, shared: Shared
+) -> Outcome:
+    """Ask for a cell's scores and measure them."""
+    try:
+        if cell in watch.refused:
+            return Outcome(cell, "skipped", watch.refused[cell])
+        if cell in watch.methods:
+            scores, cost, further = _watched(job, cell, watch.methods, auxiliary)
         else:
-            for cell in in_run:
-                try:
-                    watchers[cell] = job.watcher(cell)
-                except UnsupportedProblemError as error:
-                    skipped[cell] = str(error)
-            try:
-                run = backend.train(job, list(watchers.values()), logger)
-            except UnsupportedProblemError as error:
-                # the watchers cannot serve this model; the methods that read checkpoints may
-                skipped |= dict.fromkeys(watchers, str(error))
-                watchers = {}
-                run = backend.train(job, [], logger)
+            scores, cost = _replayed(job, cell, run, shared)
+            further = {}
+        # the row's name is the user's choice; the scores carry it too, and the truth beside them,
+        # so that figures can be drawn from files alone
+        extras = {**scores.extras, "truth/is_bad": job.data.truth.is_bad}
+        scores = replace(scores, method=cell.estimator, extras=extras)
+        metrics = backend_of(job).measure(job, cell.target, scores, run.facts)
+        if job.truth is not None:
+            metrics |= job.truth.metrics(scores.values, cell.target, watched=scores.watched)
+        return Outcome(cell, "finished", "", scores, cost, metrics | further)
+    except UnsupportedProblemError as error:
+        # without the method's name, which stands beside it in every table
+        return Outcome(cell, "skipped", re.sub(r"^\w+: ", "", str(error)))
     except Exception as error:
-        reason = f"training failed: {type(error).__name__}: {error}"
-        return [writer.write(cell, "failed", reason) for cell in todo]
-    writer.facts = run.facts
-    say(backend.describe(run.facts))
-    shared = Shared(problem_of(job, "self", run.model))
-    with busy("auxiliary run"):
-        auxiliary = _Auxiliary(job, watchers, say)
-    for number, cell in enumerate(todo, 1):
-        with busy(f"{number} of {len(todo)}: {cell.estimator} {cell.target}"):
-            try:
-                if cell in skipped:
-                    outcome = writer.write(cell, "skipped", skipped[cell])
-                elif cell in watchers:
-                    auxiliary.require(cell)
-                    start = time.perf_counter()
-                    scores, watcher = watchers[cell].scores(), watchers[cell]
-                    cost = {
-                        "seconds": watcher.seconds + time.perf_counter() - start,
-                        "gradient_evaluations": float(watcher.gradient_evaluations),
-                    }
-                    metrics = {}
-                    if isinstance(watcher, PaperFINECallback):
-                        metrics = _group_metrics(watcher)
-                        metrics |= _agreements(job, store, watchers, cell, scores)
-                    outcome = writer.finish(cell, scores, auxiliary.add_to(cost, cell), metrics)
-                else:
-                    outcome = writer.finish(cell, *_replayed(job, cell, run, shared))
-            except UnsupportedProblemError as error:
-                outcome = writer.write(cell, "skipped", _without_name(str(error)))
-            except Exception as error:
-                outcome = writer.write(cell, "failed", f"{type(error).__name__}: {error}")
-        outcomes.append(outcome)
-        say(describe(outcome.record))
-        for line in describe_groups(outcome):
-            say(line)
-    return outcomes
+        return Outcome(cell, "failed", f"{type(error).__name__}: {error}")
 
 
-def _without_name(reason: str) -> str:
-    """A method's reason without the method's name, which stands beside it in every table."""
-    return re.sub(r"^\w+: ", "", reason)
+# -------------------------------------------------------------------------------- in-run methods
 
 
-def describe(record: RunRecord) -> str:
-    """One line for the terminal."""
-    name = f"{record.estimator:<20} {record.target:<11}"
-    if record.status != "finished":
-        return f"{name} {record.status}: {record.reason}"
-    found = f"AUROC {record.metrics['auroc']:.3f}" if "auroc" in record.metrics else " " * 11
-    for metric, label in (("fidelity", "fidelity"), ("lds", "LDS")):
-        if metric in record.metrics:
-            found += f"  {label} {record.metrics[metric]:.3f}"
-    return f"{name} {found}   {record.cost['seconds']:6.1f} s"
-
-
-SHOWN_GROUPS = 10
-
-
-def describe_groups(outcome: Outcome) -> list[str]:
-    """A line for each group that was tested: its influence with the test's own interval."""
-    metrics = outcome.record.metrics
-    names = [k[len("group/") : -len("/mu")] for k in metrics if re.fullmatch(r"group/.*/mu", k)]
-    lines = []
-    for name in names[:SHOWN_GROUPS]:
-        mu, low, high, p, size = (
-            metrics[f"group/{name}/{part}"] for part in ("mu", "lower", "upper", "p_value", "size")
-        )
-        lines.append(f"  {name} ({size:g}): μ {mu:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.2g}")
-    if len(names) > SHOWN_GROUPS:
-        lines.append(f"  and {len(names) - SHOWN_GROUPS} more groups, in the record")
-    return lines
+def _watched(
+    job: Job, cell: Cell, methods: Mapping[Cell, InRunMethod], auxiliary: _Auxiliary
+) -> tuple[InfluenceScores, dict[str, float], dict[str, float]]:
+    """Scores, cost and further metrics of a method that watched the training."""
+    auxiliary.require(cell)
+    method = methods[cell]
+    start = time.perf_counter()
+    scores = method.scores()
+    cost = {
+        "seconds": method.seconds + time.perf_counter() - start,
+        "gradient_evaluations": float(method.gradient_evaluations),
+    }
+    further = method.metrics() | _agreements(job, methods, cell, scores)
+    return scores, auxiliary.add_to(cost, cell), further
 
 
 class _Auxiliary:
-    """The second run that the paper's estimator subtracts: one for all cells that ask for it.
+    """The second run that some methods subtract: one for all cells that ask for it.
 
     A failure concerns those cells alone; ``require`` raises it there.
     """
 
-    def __init__(self, job: Job, watchers: Mapping[Cell, Watcher], say: Say) -> None:
+    def __init__(self, job: Job, methods: Mapping[Cell, InRunMethod], announcer: Announcer) -> None:
         self.costs: dict[Cell, dict[str, float]] = {}
         self.error: Exception | None = None
-        self.cells = {
-            cell: watcher
-            for cell, watcher in watchers.items()
-            if isinstance(watcher, PaperFINECallback) and watcher.auxiliary()
-        }
-        if not self.cells:
+        self.methods = {cell: method for cell, method in methods.items() if method.auxiliary()}
+        if not self.methods:
             return
-        backend = backend_of(job)
-        seed = images.reseeded(job).config.seed
+        seed = job.reseeded().config.seed
         try:
-            helpers = {cell: job.watcher(cell, seed=seed) for cell in self.cells}
-            plain = backend.train_auxiliary(job, list(helpers.values()))
+            helpers = {
+                cell: job.in_run_method(
+                    cell, **({"seed": seed} if "seed" in signature(cell.kind).parameters else {})
+                )
+                for cell in self.methods
+            }
+            plain = backend_of(job).train_auxiliary(job, list(helpers.values()))
         except Exception as error:
             self.error = error
             return
         for cell, helper in helpers.items():
-            assert isinstance(helper, PaperFINECallback)
-            self.cells[cell].auxiliary_signal = helper.signal()
+            self.methods[cell].subtract(helper)
             self.costs[cell] = {
                 "auxiliary_seconds": plain + helper.seconds,
                 "auxiliary_gradient_evaluations": float(helper.gradient_evaluations),
             }
-        say(f"trained the auxiliary run: {plain:.1f} s")
+        announcer.trained_auxiliary(plain)
 
     def require(self, cell: Cell) -> None:
         """Raise what went wrong, if this cell needs the auxiliary run."""
-        if cell in self.cells and self.error is not None:
+        if cell in self.methods and self.error is not None:
             raise RuntimeError(
                 f"the auxiliary run failed: {type(self.error).__name__}: {self.error}"
             ) from self.error
@@ -234,41 +226,25 @@ class _Auxiliary:
         return cost
 
 
-_GROUP_METRICS = (
-    "mu", "std_error", "lower", "upper", "p_value", "size", "mu_run", "moment", "rank", "maximum"
-)  # fmt: skip
-
-
-def _group_metrics(watcher: PaperFINECallback) -> dict[str, float]:
-    """``group/<name>/<number>``; ``index`` is the group's number in the score file's traces."""
-    return {
-        f"group/{line.name}/{name}": float(value)
-        for index, line in enumerate(watcher.group_results())
-        for name, value in [("index", index), *((n, getattr(line, n)) for n in _GROUP_METRICS)]
-    }
-
-
 def _agreements(
-    job: Job,
-    store: RecordStore,
-    watchers: Mapping[Cell, Watcher],
-    cell: Cell,
-    scores: InfluenceScores,
+    job: Job, methods: Mapping[Cell, InRunMethod], cell: Cell, scores: InfluenceScores
 ) -> dict[str, float]:
-    """``agreement/<estimator>/…`` with the all-example f-INE cells of this target in the job.
+    """``agreement/<estimator>/…`` of scores of some examples with those that have all.
 
-    ``auroc`` among them is the all-example estimator's on the watched examples alone.
+    They are the job's cells of the same target whose method declares ``all_examples``. ``auroc``
+    among the numbers is the other's on the watched examples alone.
     """
     numbers: dict[str, float] = {}
     if scores.watched is None or not len(scores.watched):
         return numbers
+    store = RecordStore(job.results)
     bad = job.data.truth.is_bad[scores.watched]
     for other in job.cells:
         if other.target != cell.target or not other.watches_all or other.variation:
             continue
-        watcher, record = watchers.get(other), job.done(store, other)
-        if watcher is not None:
-            theirs = watcher.scores()
+        method, record = methods.get(other), job.done(store, other)
+        if method is not None:
+            theirs = method.scores()
         elif record is not None and record.status == "finished":
             theirs = store.load_scores(record)
         else:
@@ -281,6 +257,9 @@ def _agreements(
     return numbers
 
 
+# ------------------------------------------------------------------------------ post-hoc methods
+
+
 def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
     """The target as a question to post-hoc methods."""
     data = job.data
@@ -290,21 +269,14 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
         train=TensorDataset(data.x, data.y),
         queries="self" if target == "self" else TensorDataset(data.query_x, data.query_y),
         reduce=_REDUCE[target],
-        batch_size=batch_size_of(job, model),
+        batch_size=backend_of(job).batch_size(job, model),
     )
 
 
-def batch_size_of(job: Job, model: torch.nn.Module) -> int:
-    """Examples that post-hoc methods take at a time: the task's, or fewer where layers are wide."""
-    data = job.data
-    if data.kind != "images":
-        return data.batch_size
-    return suitable_batch_size(model, data.loss, data.x, data.y, data.batch_size)
-
-
 def _replayed(
-    job: Job, cell: Cell, run: images.TrainedRun, shared: Shared
+    job: Job, cell: Cell, run: TrainedRun, shared: Shared
 ) -> tuple[InfluenceScores, dict[str, float]]:
+    """Scores and cost of a method that reads checkpoints."""
     estimator = job.estimator(cell)
     problem = problem_of(job, cell.target, run.model)
     checkpoints, cost = run.checkpoints, dict[str, float]()
@@ -327,81 +299,6 @@ def _replayed(
     return scores, cost
 
 
-class _Writer:
-    """Turns results into records."""
-
-    def __init__(self, job: Job, sweep: str, store: RecordStore) -> None:
-        self.job, self.sweep, self.store = job, sweep, store
-        self.facts: Mapping[str, Any] = {}
-        self.environment = environment()
-
-    def write(self, cell: Cell, status: Status, reason: str) -> Outcome:
-        """A cell without scores.
-
-        Where even this does not fit on the disk the cell stays missing, which the end of the sweep
-        reports; the other cells go on.
-        """
-        record = RunRecord(
-            **self.job.identity(cell),
-            status=status,
-            reason=reason,
-            config=self._config(cell),
-            environment=self.environment,
-            training=self.facts,
-            sweep=self.sweep,
-            suspicious=self.job.data.suspicious.get(cell.target, ""),
-        )
-        try:
-            record = self.store.save(record, None)
-        except StoreError as error:
-            record = replace(record, status="failed", reason=f"{reason} ({error})")
-        return Outcome(cell, record, None)
-
-    def finish(
-        self,
-        cell: Cell,
-        scores: InfluenceScores,
-        cost: Mapping[str, float],
-        further: Mapping[str, float] | None = None,
-    ) -> Outcome:
-        """A cell with scores: measure (the examples that have one) and write."""
-        # the row's name is the user's choice; the scores carry it too, and the truth beside them,
-        # so that figures can be drawn from files alone
-        bad = self.job.data.truth.is_bad
-        extras = {**scores.extras, "truth/is_bad": bad}
-        scores = replace(scores, method=cell.estimator, extras=extras)
-        metrics = backend_of(self.job).measure(self.job, cell.target, scores, self.facts)
-        if self.job.truth is not None:
-            metrics |= self.job.truth.metrics(scores.values, cell.target, watched=scores.watched)
-        metrics |= further or {}
-        record = RunRecord(
-            **self.job.identity(cell),
-            status="finished",
-            metrics=metrics,
-            cost=cost,
-            scores_sha256=scores_digest(scores),
-            config=self._config(cell),
-            environment=self.environment,
-            training=self.facts,
-            sweep=self.sweep,
-            suspicious=self.job.data.suspicious.get(cell.target, ""),
-        )
-        return Outcome(cell, self.store.save(record, scores), scores)
-
-    def _config(self, cell: Cell) -> dict[str, Any]:
-        """The full resolved configuration, this cell's estimator in place of all of them."""
-        config = asdict(self.job.config)
-        # where files lie on this machine is no part of what was computed
-        for key in ("estimators", "sensitivity", "results_dir", "force"):
-            del config[key]
-        for key in PLACES:
-            config["task"].pop(key, None)
-        if cell.variation:
-            config["sensitivity"] = dict(cell.variation)
-        config = addresses.recorded(config)
-        return {**config, "estimator": addresses.recorded(cell.options)}
-
-
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -411,8 +308,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def finished(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes that have scores."""
-    return [outcome for outcome in outcomes if outcome.scores is not None]

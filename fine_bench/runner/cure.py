@@ -20,6 +20,7 @@ from torch import Tensor
 from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
 from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import mean_interval
+from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import MeanProbabilities, Retrain, mean_probabilities, retrain
 from fine_bench.seeds import derive
@@ -112,7 +113,7 @@ def cure(
         ValueError: options out of range, or scores that are not of all training examples.
     """
     _check(job, scores, shares, treatments, n_seeds, weight)
-    data, n = job.images, job.data.n_train
+    data, n = images_of(job), job.data.n_train
     bad = data.truth.is_bad.numpy()
     seeds = [FIRST_SEED + j for j in range(n_seeds)]
     counts = sorted({max(round(share * n), 1) for share in shares})

@@ -1,28 +1,24 @@
-"""What a run will compute: its data, its cells, and which of them are finished already."""
+"""What a run will compute: its data, its cells, and which of them are open.
+
+A sweep is planned once, before anything is trained. Whoever works on a job takes it from the plan;
+a job in a process of its own, which shares nothing but the results folder, plans itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
-from torch import nn
 from torch.utils.data import TensorDataset
 
-from baselines.in_run_shapley import InRunShapleyCallback
-from baselines.shapley import refuse_other_updates
-from fine_bench.callback import FINECallback
-from fine_bench.callback.base import WatchedRun
-from fine_bench.callback.paper import PaperFINECallback
-from fine_bench.data.task import TaskData
+from fine_bench.callback.base import InRunMethod, WatchedRun
+from fine_bench.data.task import Task
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.option_grid import declared_for, name_of
-from fine_bench.llm.models import LanguageModel
-from fine_bench.llm.task import LanguageTask
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import TruthError, find, folders
 from fine_bench.runner.config import (
@@ -34,12 +30,10 @@ from fine_bench.runner.config import (
     target_of,
     varied,
 )
+from fine_bench.seeds import derive
 from fine_bench.store.digest import digest
 from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
-
-AnyTask: TypeAlias = TaskData | LanguageTask
-Watcher: TypeAlias = FINECallback | PaperFINECallback | InRunShapleyCallback
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +56,32 @@ class Cell:
     @property
     def in_run(self) -> bool:
         """Whether it watches the training instead of reading checkpoints."""
-        return self._is(pl.Callback)
+        return isinstance(self.kind, type) and issubclass(self.kind, InRunMethod)
 
     @property
     def watches_all(self) -> bool:
-        """Whether it is the all-example f-INE."""
-        return self._is(FINECallback)
-
-    def _is(self, kind: type) -> bool:
-        return isinstance(self.kind, type) and issubclass(self.kind, kind)
+        """Whether it estimates, for every example, what the paper's estimator tests."""
+        return self.in_run and bool(self.kind.all_examples)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One run: a configuration with its data, and what retraining has shown about them."""
+    """One run: a configuration with its data, and what retraining has shown about them.
+
+    Attributes:
+        config: checked.
+        data: of the task.
+        setting: digest of task, model and recipe.
+        cells: all that were asked for.
+        todo: those of them that have no record yet, or all by ``force``.
+        truth: the ground truth of these data and this setting, if there is one.
+    """
 
     config: RunConfig
-    data: AnyTask
+    data: Task
     setting: str
     cells: tuple[Cell, ...]
+    todo: tuple[Cell, ...] = ()
     truth: Truth | None = None
 
     @property
@@ -92,20 +93,6 @@ class Job:
     def packages(self) -> tuple[str, ...]:
         """Packages that ``_target_`` may name."""
         return (*ALWAYS_ALLOWED, *self.config.allow_packages)
-
-    @property
-    def images(self) -> TaskData:
-        """The data of a task with one label an example.
-
-        Raises:
-            ConfigError: the task is of another kind.
-        """
-        if not isinstance(self.data, TaskData):
-            raise ConfigError(
-                f"task {self.data.name} is one of token sequences; this command takes tasks with "
-                "class labels, for instance task=digits_mislabel"
-            )
-        return self.data
 
     def end(self, target: Target) -> End:
         """The suspicious end of a target's scores: the task's own where it declares one."""
@@ -129,6 +116,29 @@ class Job:
         record = store.find(**self.identity(cell))
         return record if record is not None and record.status != "failed" else None
 
+    def opened(self) -> Job:
+        """The job with the cells that are open now."""
+        store, force = RecordStore(self.results), self.config.force
+        return self.only(c for c in self.cells if force or self.done(store, c) is None)
+
+    def only(self, todo: Iterable[Cell]) -> Job:
+        """The job with other open cells."""
+        return replace(self, todo=tuple(todo))
+
+    def with_randomness(self, name: str) -> Job:
+        """The same job with another run seed, derived from its own by a name.
+
+        All sources of randomness follow it, those fixed by ``trainer.init_seed`` and
+        ``trainer.order_seed`` too.
+        """
+        trainer = replace(self.config.trainer, init_seed=None, order_seed=None)
+        seed = derive(self.config.seed, name) % 2**32
+        return replace(self, config=replace(self.config, seed=seed, trainer=trainer))
+
+    def reseeded(self) -> Job:
+        """The same job with other randomness: what an auxiliary run trains."""
+        return self.with_randomness("auxiliary run")
+
     def estimator(self, cell: Cell, **passed: Any) -> Any:
         """The cell's estimator, its open random seed filled by the run's.
 
@@ -139,92 +149,125 @@ class Job:
             options["seed"] = self.config.seed
         return build(options, f"estimators.{cell.estimator}", self.packages, **passed)
 
-    def watcher(self, cell: Cell, **passed: Any) -> Watcher:
+    def in_run_method(self, cell: Cell, **passed: Any) -> InRunMethod:
         """The callback of a cell that watches the training.
-
-        The paper's estimator watches the task's groups besides the subsets of its options.
 
         Raises:
             ConfigError: an option or a subset that this job's data make impossible.
             UnsupportedProblemError: the method does not serve the target, or not this training.
         """
-        if cell._is(InRunShapleyCallback):
-            trainer = self.config.trainer
-            # before any training: in the run itself, one refusal stops the other callbacks too
-            refuse_other_updates("SGD", trainer.momentum, trainer.weight_decay)
-        if cell.target != "self":
-            passed["queries"] = TensorDataset(self.data.query_x, self.data.query_y)
-        if not cell._is(PaperFINECallback):
-            callback: FINECallback | InRunShapleyCallback = self.estimator(
-                cell, target=cell.target, **passed
-            )
-            return callback
-        passed["subsets"] = {**self.data.groups, **(cell.options.get("subsets") or {})}
-        paper: PaperFINECallback = self.estimator(cell, target=cell.target, **passed)
+        data, trainer = self.data, self.config.trainer
+        run = WatchedRun(
+            n_train=data.n_train,
+            batch_size=trainer.batch_size,
+            optimizer=trainer.optimizer,
+            momentum=trainer.momentum,
+            weight_decay=trainer.weight_decay,
+            queries=None if cell.target == "self" else TensorDataset(data.query_x, data.query_y),
+            groups=data.groups,
+        )
+        needed = cell.kind.needs(cell.target, cell.options, run)
+        method: InRunMethod = self.estimator(cell, target=cell.target, **{**needed, **passed})
         try:
-            trainer = self.config.trainer
-            paper.check(
-                WatchedRun(
-                    n_train=self.data.n_train,
-                    batch_size=trainer.batch_size,
-                    optimizer=trainer.optimizer,
-                    momentum=trainer.momentum,
-                    weight_decay=trainer.weight_decay,
-                    queries=passed.get("queries"),
-                    groups=self.data.groups,
-                )
-            )
+            method.check(run)
+        except UnsupportedProblemError:
+            raise
         except ValueError as error:
             raise ConfigError(f"estimators.{cell.estimator}: {error}") from error
-        return paper
+        return method
 
 
-def plan(config: RunConfig) -> Job:
+class TaskCache:
+    """The data of tasks, each made once for all the jobs that ask for the same."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Task] = {}
+
+    def get(self, options: Mapping[str, Any], packages: tuple[str, ...]) -> Task:
+        """The data of the section ``task`` of a configuration.
+
+        Raises:
+            ConfigError: the section makes no task.
+            DataError: missing or damaged data.
+        """
+        key = digest([options, list(packages)])
+        if key not in self._made:
+            self._made[key] = _data(options, packages)
+        return self._made[key]
+
+
+def _data(options: Mapping[str, Any], packages: tuple[str, ...]) -> Task:
+    data = build(options, "task", packages)
+    if not isinstance(data, Task):
+        raise ConfigError(
+            f"task._target_={options['_target_']} returned {type(data).__name__}; a task "
+            "returns fine_bench.data.TaskData (or fine_bench.llm.task.LanguageTask)"
+        )
+    # one function may serve several tasks: the configuration names them
+    return replace(data, name=str(options.get("name", data.name)))
+
+
+def plan_sweep(configs: Sequence[RunConfig]) -> list[Job]:
+    """The jobs of a sweep, whose tasks are made once for all of them.
+
+    Raises:
+        ConfigError, DataError: the first thing that cannot work; nothing has been trained.
+    """
+    tasks = TaskCache()
+    jobs = [plan(config, tasks) for config in configs]
+    refuse_duplicates(jobs)
+    return jobs
+
+
+def plan(config: RunConfig, tasks: TaskCache | None = None) -> Job:
     """Load the data of a checked configuration and lay out its cells.
+
+    Args:
+        config: what ``config.check`` returned.
+        tasks: data that other jobs have made, and may take from this one.
 
     Raises:
         ConfigError: something that only the data can show to be impossible.
         DataError: missing or damaged data.
     """
     packages = (*ALWAYS_ALLOWED, *config.allow_packages)
-    data = _data(digest(config.task), _Frozen(config.task, packages))
-    _check_kind(config, data)
-    if config.trainer.batch_size > data.n_train:
-        raise ConfigError(
-            f"trainer.batch_size={config.trainer.batch_size} is larger than the training set of "
-            f"{data.n_train} examples; type trainer.batch_size={min(64, data.n_train)}"
-        )
+    data = (tasks or TaskCache()).get(config.task, packages)
+    _check_trainer(config, data)
     cells = [
         cell
         for name, options in config.estimators.items()
         for cell in _cells(config, name, target_of(options, f"estimators.{name}", packages))
     ]
     setting = setting_digest(config)
-    job = Job(config, data, setting, tuple(cells), _truth(config, data, setting))
+    job = Job(config, data, setting, tuple(cells), truth=_truth(config, data, setting))
     for cell in job.cells:
         if not cell.in_run:
             job.estimator(cell)  # a refused option stops the sweep before any training
         else:
             with suppress(UnsupportedProblemError):  # it will be skipped with its reason
-                job.watcher(cell)
+                job.in_run_method(cell)
     model = build(config.model, "model", packages, tuple(data.x.shape[1:]), data.n_classes)
-    if not isinstance(model, LanguageModel if data.kind == "language" else nn.Module):
+    if not isinstance(model, data.model_kind):
         raise ConfigError(
             f"model={config.model.get('name', config.model['_target_'])} cannot be trained on task "
-            f"{data.name}; type "
-            + (
-                "model=tiny_llama or model=llama31_8b"
-                if data.kind == "language"
-                else "model=mlp, or task=llm_poison trainer=adamw for a language model"
-            )
+            f"{data.name}; type {data.models_to_type}"
         )
-    return job
+    return job.opened()
 
 
 def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
     """A row's cells, and after them those of the range that was declared for it."""
     own = config.estimators[row]
     targets = [cast(Target, target) for target in config.targets]
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, pl.Callback)
+        and not issubclass(kind, InRunMethod)
+    ):
+        raise ConfigError(
+            f"estimators.{row}._target_={own['_target_']} is a Lightning callback that the run "
+            "does not know how to ask; derive it from fine_bench.callback.base.InRunMethod"
+        )
 
     def cell(name: str, target: Target, options: Mapping[str, Any], **more: Any) -> Cell:
         sha = estimator_digest(options)
@@ -248,10 +291,9 @@ def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
     return cells
 
 
-def _check_kind(config: RunConfig, data: AnyTask) -> None:
-    """Images are trained by SGD, language models by AdamW: other requests would be ignored."""
-    wanted = "adamw" if data.kind == "language" else "sgd"
-    trainer = config.trainer
+def _check_trainer(config: RunConfig, data: Task) -> None:
+    """Refuse an optimiser or a batch that this kind of task is not trained by."""
+    trainer, wanted = config.trainer, data.optimizer
     if trainer.optimizer != wanted:
         raise ConfigError(
             f"trainer.optimizer={trainer.optimizer} does not train task {data.name}; type "
@@ -261,9 +303,14 @@ def _check_kind(config: RunConfig, data: AnyTask) -> None:
         raise ConfigError(
             f"trainer.momentum={trainer.momentum} is not used by AdamW; type trainer.momentum=0"
         )
+    if trainer.batch_size > data.n_train:
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} is larger than the training set of "
+            f"{data.n_train} examples; type trainer.batch_size={min(64, data.n_train)}"
+        )
 
 
-def _truth(config: RunConfig, data: AnyTask, setting: str) -> Truth | None:
+def _truth(config: RunConfig, data: Task, setting: str) -> Truth | None:
     """The ground truth of exactly these data and this setting, if one was frozen."""
     try:
         return find(folders(config.results_dir), data.sha256, setting)
@@ -288,30 +335,3 @@ def refuse_duplicates(jobs: Iterable[Job]) -> None:
                 f"type seed={','.join(map(str, seeds))}"
             )
         seen[key] = job
-
-
-@dataclass(frozen=True, eq=False)
-class _Frozen:
-    """Options behind a digest: the cache compares the digest only."""
-
-    options: Mapping[str, Any]
-    packages: tuple[str, ...]
-
-    def __eq__(self, other: object) -> Literal[True]:
-        return True
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=4)
-def _data(key: str, task: _Frozen) -> AnyTask:
-    del key
-    data = build(task.options, "task", task.packages)
-    if not isinstance(data, AnyTask):
-        raise ConfigError(
-            f"task._target_={task.options['_target_']} returned {type(data).__name__}; a task "
-            "returns fine_bench.data.TaskData (or fine_bench.llm.task.LanguageTask)"
-        )
-    # one function may serve several tasks: the configuration names them
-    return replace(data, name=str(task.options.get("name", data.name)))

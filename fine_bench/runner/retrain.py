@@ -21,7 +21,7 @@ from fine_bench.data.task import loader
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.models.classifier import DivergedError
 from fine_bench.models.lr_schedule import lr_at
-from fine_bench.runner.backends.images import build_model
+from fine_bench.runner.backends.images import build_model, images_of
 from fine_bench.runner.config import ALWAYS_ALLOWED, check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import stream
@@ -106,7 +106,7 @@ def retrain(job: Job, labels: Tensor, weights: Tensor, seeds: Sequence[int]) -> 
         ValueError: shapes that do not fit, bad weights, or no example left.
         DivergedError: a loss that is no longer finite.
     """
-    data = job.images
+    data = images_of(job)
     shape = (len(seeds), data.n_train)
     if labels.shape != shape or weights.shape != shape:
         raise ValueError(
@@ -130,7 +130,7 @@ def mean_probabilities(job: Job, seed: int) -> Tensor:
     which wrong labels are not memorised yet, count as much as the last.
     """
     total = torch.zeros(job.data.n_train, job.data.n_classes, dtype=torch.float64)
-    for net in epochs(job, job.images.y, torch.ones(job.data.n_train), seed):
+    for net in epochs(job, images_of(job).y, torch.ones(job.data.n_train), seed):
         total += torch.softmax(_logits(net, job.data.x).double(), 1)
     return total / job.config.trainer.max_epochs
 

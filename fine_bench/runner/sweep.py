@@ -4,6 +4,10 @@ Hydra expands a sweep job by job and stops at the first one that raises, and its
 exceptions. Here all jobs are composed and checked before the first one trains, a job never raises
 (its failure becomes a record), and the exit status is taken from the records when all have ended,
 whatever launcher ran them.
+
+A ``Sweep`` belongs to the command that runs it. Hydra makes the callback ``SweepHook`` and calls
+``run_job`` by their names and hands nothing back, so both find the command's sweep in the context
+that ``command`` opens; in the process of another launcher's job there is none.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +32,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import TaskID
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.leaderboard import build as leaderboard
@@ -36,25 +40,115 @@ from fine_bench.leaderboard import sensitivity_tables as sensitivity_view
 from fine_bench.leaderboard.sensitivity import spreads
 from fine_bench.leaderboard.tables import Planned
 from fine_bench.runner import launchers, wandb_log
-from fine_bench.runner.cells import describe, execute
 from fine_bench.runner.config import check, explain
-from fine_bench.runner.plan import Job, plan, refuse_duplicates
-from fine_bench.runner.progress import Follower
+from fine_bench.runner.plan import Cell, Job, plan, plan_sweep
+from fine_bench.runner.progress import CellBar, Follower
+from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
-from fine_bench.terminal import bar_on, hidden
+from fine_bench.terminal import hidden, record_bar
 
 BAD_INPUT = 2
 INCOMPLETE = 1
 
-_exit_status = 0
-_running: SweepHook | None = None
-
 out = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def exit_status() -> int:
-    """Of the sweep that has ended: 0, or 1 if a cell failed or is missing."""
-    return _exit_status
+class Sweep:
+    """The jobs of one command, planned once, and how they ended.
+
+    Attributes:
+        jobs: as they were planned.
+        folder: of the sweep; its name is that of the sweep.
+        running: whether the sweep has been announced and has not ended.
+        status: exit status of what has ended: 0, or 1 if a cell failed or is missing.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.folder = Path()
+        self.running = False
+        self.status = 0
+        self._planned: dict[tuple[str, ...], Job] = {}
+        self._written: set[tuple[str, ...]] = set()
+        self._follower: Follower | None = None
+
+    def begin(
+        self, configs: Callable[[], Sequence[DictConfig]], folder: Path, launcher: str
+    ) -> None:
+        """Plan all jobs, say what will run, and follow those that run in other processes.
+
+        Bad input ends the process: Hydra would turn an exception into a warning and go on.
+        """
+        try:
+            composed = configs()
+            self.jobs = plan_sweep([check(config) for config in composed])
+        except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+            refuse(error)
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(INCOMPLETE) from None
+        self._planned = {
+            _overrides(config.hydra): job for config, job in zip(composed, self.jobs, strict=True)
+        }
+        self.folder = folder
+        announce(self.jobs, folder, launcher)
+        self.running = True
+        if launcher != launchers.BASIC:
+            self._follower = Follower(self.jobs, folder.name, out)
+            self._follower.start()
+
+    def take(self, hydra: Any) -> Job | None:
+        """The planned job that Hydra runs now, without what earlier jobs have done of it.
+
+        Two jobs of a sweep over estimators may share a cell; the first of them computes it.
+        """
+        job = self._planned.get(_overrides(hydra))
+        if job is None or job.config.force:
+            return job
+        return job.only(c for c in job.todo if _key(job, c) not in self._written)
+
+    def note(self, job: Job, cells: Sequence[Cell]) -> None:
+        """Cells of a job that need not be computed again."""
+        self._written |= {_key(job, cell) for cell in cells}
+
+    def end(self) -> None:
+        """Show the leaderboard and keep the exit status; never raises."""
+        self.running = False
+        if self._follower is not None:
+            self._follower.stop()
+        # Hydra turns an exception in here into a warning and the exit status 0
+        try:
+            self.status = conclude(self.jobs, self.folder.name)
+        except Exception as error:
+            out.print(
+                f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
+            )
+            self.status = INCOMPLETE
+
+    def cut_short(self, error: Exception) -> None:
+        """End a sweep whose launcher, or one of whose jobs, raised: say why, show what there is."""
+        if launchers.of_launcher(error):
+            out.print(
+                "[bold red]error:[/] the process of a job ended before its work "
+                f"({type(error).__name__}): {escape(str(error).strip())}\nOut of memory or of time "
+                "is what this is mostly. The same command computes what is missing, and nothing "
+                "else"
+            )
+        elif isinstance(error, ConfigError | DataError | HydraException | OmegaConfBaseException):
+            out.print(f"[bold red]error:[/] a job could not start: {escape(explain(error))}")
+        else:
+            traceback.print_exception(error)
+        self.end()
+        self.status = INCOMPLETE
+
+
+def _overrides(hydra: Any) -> tuple[str, ...]:
+    """What tells the jobs of a sweep apart: the overrides that each was composed with."""
+    return tuple(hydra.overrides.task)
+
+
+def _key(job: Job, cell: Cell) -> tuple[str, ...]:
+    return (str(job.results), *map(str, job.identity(cell).values()))
 
 
 def refuse(error: Exception) -> NoReturn:
@@ -63,30 +157,42 @@ def refuse(error: Exception) -> NoReturn:
     raise SystemExit(BAD_INPUT)
 
 
-def running() -> bool:
-    """Whether a sweep has been announced and has not ended."""
-    return _running is not None
+# ------------------------------------------------------------------------- what Hydra calls by name
+
+_COMMAND: ContextVar[Sweep] = ContextVar("sweep of the command that runs in this process")
 
 
-def cut_short(error: Exception) -> int:
-    """End a sweep whose launcher, or one of whose jobs, raised: say why, show what there is.
+@contextmanager
+def command() -> Iterator[Sweep]:
+    """The sweep that Hydra's callback and jobs find meanwhile."""
+    sweep = Sweep()
+    token = _COMMAND.set(sweep)
+    try:
+        yield sweep
+    finally:
+        _COMMAND.reset(token)
 
-    Returns:
-        the exit status, 1.
-    """
-    assert _running is not None
-    if launchers.of_launcher(error):
-        out.print(
-            "[bold red]error:[/] the process of a job ended before its work "
-            f"({type(error).__name__}): {escape(str(error).strip())}\nOut of memory or of time is "
-            "what this is mostly. The same command computes what is missing, and nothing else"
-        )
-    elif isinstance(error, ConfigError | DataError | HydraException | OmegaConfBaseException):
-        out.print(f"[bold red]error:[/] a job could not start: {escape(explain(error))}")
-    else:
-        traceback.print_exception(error)
-    _running.end()
-    return INCOMPLETE
+
+class SweepHook(Callback):
+    """Hydra's events, told to the sweep of the command. It holds nothing: launchers send it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check and announce."""
+        hydra = config.hydra
+        folder = Path(hydra.sweep.dir)
+        _COMMAND.get().begin(lambda: expand(config), folder, launchers.name_of(hydra))
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for a single job (``hydra.mode=RUN``)."""
+        _COMMAND.get().begin(lambda: [config], Path(config.hydra.run.dir), launchers.BASIC)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leaderboard and exit status."""
+        _COMMAND.get().end()
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """The same for a single job."""
+        _COMMAND.get().end()
 
 
 def expand(config: DictConfig) -> list[DictConfig]:
@@ -104,15 +210,35 @@ def expand(config: DictConfig) -> list[DictConfig]:
     ]
 
 
-def prepare(configs: Sequence[DictConfig]) -> list[Job]:
-    """Check all jobs of a sweep.
+def run_job(config: DictConfig) -> None:
+    """One job, as Hydra calls it. It never raises for what a seed may do; see ``cells``."""
+    hydra = HydraConfig.get()
+    sweep = _COMMAND.get(None)
+    job = None if sweep is None else sweep.take(hydra)
+    if job is None:  # a process of its own
+        job = plan(check(config))
+    folder = Path(
+        hydra.sweep.dir if OmegaConf.is_missing(hydra.job, "num") is False else hydra.run.dir
+    )
+    silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
 
-    Raises:
-        ConfigError, DataError: the first thing that cannot work; nothing has been trained.
-    """
-    jobs = [plan(check(config)) for config in configs]
-    refuse_duplicates(jobs)
-    return jobs
+    def say(line: str) -> None:
+        if not silent:
+            out.print(line)
+
+    say(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(job.todo)} cells to compute")
+    if not job.todo:
+        return
+    logger = wandb_log.start_run(job, folder.name)
+    with hidden(silent), closing(CellBar(len(job.todo), out)) as cells:
+        written = execute(job, folder.name, logger, lambda line: say("  " + escape(line)), cells)
+    wandb_log.finish_run(logger, job, written)
+    if sweep is not None:
+        sweep.note(job, [one.cell for one in written if one.record.status != "failed"])
+    sys.stderr.flush()
+
+
+# ------------------------------------------------------------------------------ before and after
 
 
 def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
@@ -139,82 +265,12 @@ def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
         words = ", ".join(f"{row} ({n} cells)" for row, n in ranges.items())
         out.print(f"  sensitivity {words}")
     out.print(f"  targets     {', '.join(config.targets)}")
-    cells = sum(len(job.cells) for job in jobs)
-    done = 0
-    if not config.force:
-        done = sum(
-            job.done(RecordStore(job.results), cell) is not None
-            for job in jobs
-            for cell in job.cells
-        )
-    out.print(f"  to compute  {cells - done} of {cells} cells ({done} finished earlier)")
+    cells, todo = sum(len(job.cells) for job in jobs), sum(len(job.todo) for job in jobs)
+    out.print(f"  to compute  {todo} of {cells} cells ({cells - todo} finished earlier)")
     if launcher != launchers.BASIC:
         out.print(f"  launcher    {launcher}: {len(jobs)} job(s), in processes of their own")
     out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})")
     out.print()
-
-
-class SweepHook(Callback):
-    """What happens before the first job and after the last one."""
-
-    def __init__(self) -> None:
-        self.jobs: list[Job] = []
-        self.folder = Path()
-        self.follower: Follower | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Launchers send callbacks to the processes of the jobs: without data and threads."""
-        return vars(SweepHook())
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check and announce."""
-        launcher = launchers.name_of(config.hydra)
-        self._start(lambda: expand(config), Path(config.hydra.sweep.dir), launcher)
-        if launcher != launchers.BASIC:
-            self.follower = Follower(self.jobs, self.folder.name, describe, out)
-            self.follower.start()
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """The same for a single job (``hydra.mode=RUN``)."""
-        self._start(lambda: [config], Path(config.hydra.run.dir), launchers.BASIC)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Leaderboard and exit status."""
-        self.end()
-
-    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """The same for a single job."""
-        self.end()
-
-    def _start(self, configs: Any, folder: Path, launcher: str) -> None:
-        global _running
-        try:
-            self.jobs = prepare(configs())
-        except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
-            refuse(error)
-        except Exception:
-            # Hydra would turn it into a warning and go on without a plan
-            traceback.print_exc()
-            raise SystemExit(INCOMPLETE) from None
-        announce(self.jobs, folder, launcher)
-        self.folder = folder
-        _running = self
-
-    def end(self) -> None:
-        """Show the leaderboard and keep the exit status; never raises."""
-        global _exit_status, _running
-        _running = None
-        if self.follower is not None:
-            self.follower.stop()
-        # Hydra turns an exception in here into a warning and the exit status 0
-        try:
-            status = conclude(self.jobs, self.folder.name)
-        except Exception as error:
-            out.print(
-                f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
-            )
-            status = INCOMPLETE
-        _exit_status = status
 
 
 def conclude(jobs: Sequence[Job], sweep: str) -> int:
@@ -225,14 +281,9 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     """
     root = jobs[0].results
     store = RecordStore(root)
-    with bar_on(out) as progress:
-        bar = progress.add_task("reading records", total=None)
-
-        def reading(done: int, total: int, name: str) -> None:
-            progress.update(bar, completed=done, total=total, description=f"comparing {name}")
-
-        board = leaderboard.build(store, reading, jobs[0].packages)
-        bands = spreads(store, store.scan(), reading)
+    with record_bar(out) as bar:
+        board = leaderboard.build(store, bar.comparing, jobs[0].packages)
+        bands = spreads(store, store.scan(), bar.comparing)
     settings = {job.setting for job in jobs}
     shown = replace(board, tables=tuple(t for t in board.tables if t.setting in settings))
     render.show(shown)
@@ -262,58 +313,3 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     for line in damaged:
         out.print(f"[bold red]problem:[/] {escape(line)}")
     return INCOMPLETE if bad or damaged else 0
-
-
-class _Cells:
-    """A bar over the cells of a job, with the remaining time; nothing where ``out`` is a file.
-
-    It starts with the first cell: during training Lightning shows a bar of its own.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.progress = bar_on(out)
-        self.total = total
-        self.bar: TaskID | None = None
-
-    @contextmanager
-    def __call__(self, line: str) -> Iterator[None]:
-        """Show what is being worked on while it lasts."""
-        number, _, name = line.rpartition(": ")
-        if self.bar is None:
-            self.progress.start()
-            self.bar = self.progress.add_task("", total=self.total)
-        self.progress.update(self.bar, description=f"  {name}")
-        try:
-            yield
-        finally:
-            self.progress.update(self.bar, advance=1 if number else 0)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self.progress.stop()
-
-
-def run_job(config: DictConfig) -> None:
-    """One job, as Hydra calls it. It never raises for what a seed may do; see ``execute``."""
-    job = plan(check(config))
-    hydra = HydraConfig.get()
-    folder = Path(
-        hydra.sweep.dir if OmegaConf.is_missing(hydra.job, "num") is False else hydra.run.dir
-    )
-    sweep = folder.name
-    store = RecordStore(job.results)
-    todo = [c for c in job.cells if job.config.force or job.done(store, c) is None]
-    silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
-
-    def say(line: str) -> None:
-        if not silent:
-            out.print(line)
-
-    say(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(todo)} cells to compute")
-    if not todo:
-        return
-    logger = wandb_log.start_run(job, sweep)
-    with hidden(silent), closing(_Cells(len(todo))) as cells:
-        outcomes = execute(job, sweep, logger, lambda line: say("  " + escape(line)), cells)
-    wandb_log.finish_run(logger, job, outcomes)
-    sys.stderr.flush()

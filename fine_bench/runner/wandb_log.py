@@ -13,8 +13,8 @@ import wandb
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from fine_bench.metrics.detection import detection_curve, suspicion
-from fine_bench.runner.cells import Outcome, finished
 from fine_bench.runner.plan import Job
+from fine_bench.runner.write import Written, finished
 
 FINISH_SECONDS = 120
 """How long the end of a run waits for uploads; ``wandb sync`` can send the rest later."""
@@ -90,13 +90,13 @@ def start_run(job: Job, sweep: str) -> Logger | None:
     return logger
 
 
-def finish_run(logger: Logger | None, job: Job, outcomes: Sequence[Outcome]) -> None:
+def finish_run(logger: Logger | None, job: Job, written: Sequence[Written]) -> None:
     """Log metrics, detection curves and scores, and close the run."""
     if not isinstance(logger, WandbLogger):
         return
     with guarded("log the results"):
         run = logger.experiment
-        done = finished(outcomes)
+        done = finished(written)
         for outcome in done:
             prefix = f"{outcome.cell.estimator}/{outcome.cell.target}"
             run.summary.update(
@@ -177,14 +177,14 @@ def _flat_config(job: Job) -> dict[str, Any]:
     }
 
 
-def _curve(job: Job, outcome: Outcome) -> Any:
-    assert outcome.scores is not None
-    scores, bad = outcome.scores, job.data.truth.is_bad
-    row = suspicion(scores.watched_values, job.end(outcome.cell.target))
+def _curve(job: Job, one: Written) -> Any:
+    assert one.scores is not None
+    scores, bad = one.scores, job.data.truth.is_bad
+    row = suspicion(scores.watched_values, job.end(one.cell.target))
     shares, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
     table = wandb.Table(
         columns=["inspected", "recall"], data=[list(p) for p in zip(shares, recall, strict=True)]
     )
     return wandb.plot.line(
-        table, "inspected", "recall", title=f"{outcome.cell.estimator} {outcome.cell.target}"
+        table, "inspected", "recall", title=f"{one.cell.estimator} {one.cell.target}"
     )

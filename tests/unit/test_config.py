@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.config import (
     RunConfig,
     check,
@@ -82,7 +83,7 @@ def test_the_tiny_language_model_file(small_language_task: None) -> None:
     assert (job.data.kind, job.config.model["name"]) == ("language", "tiny_llama")
     assert job.end("validation") == "high"
     with pytest.raises(ConfigError, match="this command takes tasks with class labels"):
-        _ = job.images
+        images_of(job)
 
 
 def test_the_real_language_model_file(small_language_task: None) -> None:
@@ -257,7 +258,7 @@ def test_in_run_shapley_is_skipped_where_the_training_is_not_plain_sgd(override:
     reasons = {}
     for cell in job.cells:
         try:
-            job.watcher(cell)
+            job.in_run_method(cell)
         except UnsupportedProblemError as error:
             reasons[cell.estimator, cell.target] = str(error)
     assert ("in_run_shapley", "self") in reasons

@@ -25,9 +25,9 @@ from fine_bench.data.simple_model import set_aside
 from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
-from fine_bench.runner.cells import execute
 from fine_bench.runner.config import RunConfig, check, config_folder, register
 from fine_bench.runner.plan import plan
+from fine_bench.runner.write import execute
 from fine_bench.seeds import stream
 
 poisoned = partial(backdoor, trigger_size=2, poison_rate=0.02)

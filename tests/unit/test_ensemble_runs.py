@@ -14,9 +14,10 @@ from hydra.core.global_hydra import GlobalHydra
 from baselines.seed_ensemble import SeedEnsemble
 from fine_bench import replay
 from fine_bench.runner.backends import images
-from fine_bench.runner.cells import execute, problem_of
+from fine_bench.runner.cells import problem_of
 from fine_bench.runner.config import check, config_folder, register
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
 
 OPTIONS = (

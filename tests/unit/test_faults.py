@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from fine_bench.runner import wandb_log
-from fine_bench.runner.cells import execute
 from fine_bench.runner.config import check, config_folder, register
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.sweep import conclude
+from fine_bench.runner.write import execute
 from fine_bench.store import files as files_module
 from fine_bench.store.records import RecordStore
 
@@ -49,7 +49,7 @@ def job(folder: Path, *overrides: str) -> Job:
 def run(planned: Job) -> str:
     """Run it; what it said."""
     lines: list[str] = []
-    execute(planned, "sweep", say=lines.append)
+    execute(planned.opened(), "sweep", say=lines.append)
     return "\n".join(lines)
 
 
@@ -122,19 +122,18 @@ def test_a_full_disk_at_the_end_is_a_failure_too(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files_module, "_write_whole", full)
-    hook = sweep.SweepHook()
-    hook.jobs = [planned]
-    hook.folder = tmp_path
-    hook.end()
-    assert sweep.exit_status() == 1
+    swept = sweep.Sweep()
+    swept.jobs = [planned]
+    swept.folder = tmp_path
+    swept.end()
+    assert swept.status == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "the leaderboard could not be made: could not write" in said
     assert "leaderboard" in said
     assert "No space left on device" in said
     monkeypatch.undo()
-    hook.folder = tmp_path
-    hook.end()
-    assert sweep.exit_status() == 0
+    swept.end()
+    assert swept.status == 0
 
 
 @pytest.mark.parametrize("fault", ["truncated", "another version"])

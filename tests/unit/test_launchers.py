@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from fine_bench import terminal
 from fine_bench.commands.run import multirun_first
 from fine_bench.errors import DataError
 from fine_bench.runner import launchers, sweep
-from fine_bench.runner.cells import describe, execute
 from fine_bench.runner.config import check, config_folder, register, setting_digest
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.progress import Follower
+from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
 
 PLUGINS = {
@@ -176,12 +176,14 @@ def test_a_sweep_is_asked_for_where_nothing_speaks_against_it(
 
 def test_a_hook_is_sent_to_other_processes_without_the_data(tmp_path: Path) -> None:
     hook = sweep.SweepHook()
-    hook.jobs = [job(tmp_path)]
-    hook.follower = Follower(hook.jobs, "sweep", describe, sweep.out)
-    sent = pickle.dumps(hook)
+    with sweep.command() as swept:
+        config = composed(*SMALL, f"results_dir={tmp_path}")
+        swept.begin(lambda: [config], Path("a/now"), "joblib")
+        sent = pickle.dumps(hook)
+        swept.end()
     assert len(sent) < 1000
-    assert pickle.loads(sent).jobs == []
-    assert len(hook.jobs) == 1
+    assert vars(pickle.loads(sent)) == {}
+    assert len(swept.jobs) == 1
 
 
 @pytest.mark.parametrize(
@@ -212,17 +214,17 @@ def test_no_bars_where_several_processes_share_a_terminal(monkeypatch: pytest.Mo
 
 
 def test_what_other_processes_finish_is_named_once(tmp_path: Path) -> None:
+    execute(job(tmp_path, "seed=2"), "earlier", say=lambda line: None)
     jobs = [job(tmp_path, "seed=0"), job(tmp_path, "seed=1"), job(tmp_path, "seed=2")]
-    execute(jobs[2], "earlier", say=lambda line: None)
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    follower = Follower(jobs, "now", describe, console)
+    follower = Follower(jobs, "now", console)
     assert len(follower.open) == 4  # seed 2 is done
     assert follower.look() == []
     execute(jobs[0], "another sweep", say=lambda line: None)
     assert follower.look() == []
     follower.start()
-    execute(replace(jobs[0], config=replace(jobs[0].config, force=True)), "now", say=lambda _: None)
+    execute(job(tmp_path, "seed=0", "force=true"), "now", say=lambda _: None)
     execute(jobs[1], "now", say=lambda line: None)
     follower.stop()
     shown = screen.getvalue()
@@ -237,7 +239,7 @@ def test_what_other_processes_finish_is_named_once(tmp_path: Path) -> None:
 
 def test_several_tasks_are_told_apart(tmp_path: Path) -> None:
     jobs = [job(tmp_path), job(tmp_path, "task=digits_transition")]
-    follower = Follower(jobs, "now", describe, sweep.out)
+    follower = Follower(jobs, "now", sweep.out)
     execute(jobs[1], "now", say=lambda line: None)
     lines = follower.look()
     assert len(lines) == 2
@@ -252,15 +254,12 @@ class StoppedError(Exception):
 
 
 @pytest.fixture
-def announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sweep.SweepHook]:
+def announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sweep.Sweep:
     monkeypatch.setattr(sweep, "out", Console(stderr=True, soft_wrap=True, highlight=False))
-    hook = sweep.SweepHook()
-    hook._start(
-        lambda: [compose("config", [*SMALL, f"results_dir={tmp_path}"])], Path("a/now"), "joblib"
-    )
-    yield hook
-    monkeypatch.setattr(sweep, "_running", None)
-    monkeypatch.setattr(sweep, "_exit_status", 0)
+    swept = sweep.Sweep()
+    config = composed(*SMALL, f"results_dir={tmp_path}")
+    swept.begin(lambda: [config], Path("a/now"), "joblib")
+    return swept
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,7 @@ def announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[sweep
     ],
 )
 def test_a_sweep_cut_short_shows_what_there_is(
-    announced: sweep.SweepHook,
+    announced: sweep.Sweep,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
@@ -285,12 +284,13 @@ def test_a_sweep_cut_short_shows_what_there_is(
 ) -> None:
     monkeypatch.setattr(StoppedError, "__module__", "submitit.core.utils")
     (planned,) = announced.jobs
-    execute(replace(planned, cells=planned.cells[:1]), "now", say=lambda _: None)
-    assert sweep.running()
+    execute(planned.only(planned.cells[:1]), "now", say=lambda _: None)
+    assert announced.running
     with pytest.raises(type(error)) as caught:
         raise error
-    assert sweep.cut_short(caught.value) == 1
-    assert not sweep.running()
+    announced.cut_short(caught.value)
+    assert announced.status == 1
+    assert not announced.running
     shown = capsys.readouterr()
     assert said in shown.err
     assert ("Traceback" in shown.err) is trace

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pytorch_lightning.loggers import Logger
+from torch import nn
 
+from fine_bench.callback.base import InRunMethod
 from fine_bench.runner.backends import images, language
-from fine_bench.runner.backends.images import TrainedRun
-from fine_bench.runner.plan import Job, Watcher
+from fine_bench.runner.backends.trained import TrainedRun
+from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, Target
 
 
@@ -22,11 +24,16 @@ class Backend(Protocol):
     def stored(self, job: Job) -> TrainedRun | None:
         """The finished run of an earlier call, or None."""
 
-    def train(self, job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
+    def train(
+        self, job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None
+    ) -> TrainedRun:
         """Train one model, watched by the callbacks, and keep its checkpoints."""
 
-    def train_auxiliary(self, job: Job, callbacks: Sequence[Watcher]) -> float:
+    def train_auxiliary(self, job: Job, callbacks: Sequence[InRunMethod]) -> float:
         """Train with other randomness to be watched only; seconds of plain training."""
+
+    def batch_size(self, job: Job, model: nn.Module) -> int:
+        """Examples that post-hoc methods take at a time."""
 
     def describe(self, facts: Mapping[str, Any]) -> str:
         """One line about a trained run."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +14,16 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
 from fine_bench import terminal as bars
+from fine_bench.callback.base import InRunMethod
 from fine_bench.data.task import TaskData, loader
-from fine_bench.metrics import registry
-from fine_bench.metrics.registry import Given
+from fine_bench.errors import ConfigError
+from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.models.classifier import Classifier
-from fine_bench.runner import checkpoints as keeping
+from fine_bench.runner import checkpoints
+from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of
 from fine_bench.runner.config import build
 from fine_bench.runner.fit import fit
-from fine_bench.runner.plan import Job, Watcher
+from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
 from fine_bench.store.files import write_atomic
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
@@ -54,25 +55,23 @@ class Curves(pl.Callback):
                 self.values.setdefault(name, []).append(float(trainer.callback_metrics[name]))
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedRun:
-    """What training leaves behind.
+def images_of(job: Job) -> TaskData:
+    """The data of a task with one class label an example.
 
-    Attributes:
-        model: the network at its last parameters.
-        checkpoints: one an epoch, in order.
-        facts: test and training accuracy, losses, seconds of plain training, steps, and the
-            curves over epochs.
+    Raises:
+        ConfigError: the task is of another kind.
     """
-
-    model: torch.nn.Module
-    checkpoints: Sequence[Checkpoint]
-    facts: Mapping[str, Any]
+    if not isinstance(job.data, TaskData):
+        raise ConfigError(
+            f"task {job.data.name} is one of token sequences; this command takes tasks with "
+            "class labels, for instance task=digits_mislabel"
+        )
+    return job.data
 
 
 def build_model(job: Job) -> Classifier:
     """A freshly initialised LightningModule of the job's configuration."""
-    trainer, data = job.config.trainer, job.images
+    trainer, data = job.config.trainer, images_of(job)
     seed = job.config.seed if trainer.init_seed is None else trainer.init_seed
     with torch.random.fork_rng():
         torch.manual_seed(derive(seed, "initialisation"))
@@ -94,18 +93,12 @@ def train_loader(job: Job) -> Any:
     trainer = job.config.trainer
     seed = job.config.seed if trainer.order_seed is None else trainer.order_seed
     return loader(
-        job.images.x,
-        job.images.y,
+        job.data.x,
+        job.data.y,
         batch_size=trainer.batch_size,
         generator=stream(seed, "order"),
         shuffle=True,
     )
-
-
-def folder_of(job: Job) -> Path:
-    """Where the checkpoints of a job's run are kept."""
-    name = f"seed{job.config.seed}-{job.data.sha256[:8]}"
-    return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
 
 
 def stored(job: Job) -> TrainedRun | None:
@@ -113,14 +106,14 @@ def stored(job: Job) -> TrainedRun | None:
     folder = folder_of(job)
     trainer = job.config.trainer
     expected = -(-trainer.max_epochs // trainer.checkpoint_every)
-    return keeping.read(
+    return checkpoints.read(
         folder,
         whole=lambda: len(list(folder.glob("*.ckpt"))) == expected,
         load=lambda facts: _trained(job, folder, facts),
     )
 
 
-def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
+def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> TrainedRun:
     """Train one model, watched by ``callbacks``; keep every ``checkpoint_every``-th checkpoint.
 
     The checkpoints appear under their final name only when the run is complete.
@@ -135,7 +128,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     # only one progress line a run, and none in a log file
     progress = trainer_config.progress and bars.shown()
     curves = Curves()
-    with keeping.scratch(folder) as temporary:
+    with checkpoints.scratch(folder) as temporary:
         keep = ModelCheckpoint(
             dirpath=temporary,
             filename="{epoch:04d}",
@@ -163,29 +156,17 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
             "test_loss": float(trainer.callback_metrics["test_loss"]),
             "train_loss": float(trainer.callback_metrics["train_loss"]),
             "curves": curves.values,
-            "train_accuracy": accuracy(module, job.images),
+            "train_accuracy": accuracy(module, images_of(job)),
             "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "device": str(trainer.strategy.root_device),
         }
         for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
             if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
                 path.unlink()
-        write_atomic(temporary / keeping.FACTS, json.dumps(facts, indent=1).encode())
+        write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
         run = _trained(job, temporary, facts)
-        keeping.publish(temporary, folder)
+        checkpoints.publish(temporary, folder)
     return run
-
-
-def reseeded(job: Job) -> Job:
-    """The same job with other randomness: another initialisation and another order.
-
-    All sources follow one seed derived from the run seed, those fixed by ``trainer.init_seed`` and
-    ``trainer.order_seed`` too.
-    """
-    config = job.config
-    trainer = replace(config.trainer, init_seed=None, order_seed=None)
-    seed = derive(config.seed, "auxiliary run") % 2**32
-    return replace(job, config=replace(config, seed=seed, trainer=trainer))
 
 
 def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
@@ -197,29 +178,27 @@ def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
     Raises:
         RuntimeError: a member could not be trained; says which.
     """
-    trainer = replace(job.config.trainer, init_seed=None, order_seed=None)
     members = [run]
     for number in range(1, count):
-        seed = derive(job.config.seed, f"ensemble member {number}") % 2**32
-        member = replace(job, config=replace(job.config, seed=seed, trainer=trainer))
+        member = job.with_randomness(f"ensemble member {number}")
         found = stored(member)
         try:
             members.append(train(member, [], None) if found is None else found)
         except Exception as error:
             raise RuntimeError(
-                f"run {number + 1} of {count} of the ensemble (seed {seed}) failed: "
+                f"run {number + 1} of {count} of the ensemble (seed {member.config.seed}) failed: "
                 f"{type(error).__name__}: {error}"
             ) from error
     return members
 
 
-def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
-    """Train the model of ``reseeded(job)`` to be watched only; nothing is kept of it.
+def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:
+    """Train the model of ``job.reseeded()`` to be watched only; nothing is kept of it.
 
     Returns:
         seconds of plain training, without the callbacks' own.
     """
-    job = reseeded(job)
+    job = job.reseeded()
     done = fit(
         build_model(job),
         train_loader(job),
@@ -250,6 +229,12 @@ def describe(facts: Mapping[str, Any]) -> str:
     )
 
 
+def batch_size(job: Job, model: torch.nn.Module) -> int:
+    """Examples that post-hoc methods take at a time: the task's, or fewer where layers are wide."""
+    data = job.data
+    return suitable_batch_size(model, data.loss, data.x, data.y, data.batch_size)
+
+
 def measure(
     job: Job, target: Target, scores: InfluenceScores, facts: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -257,43 +242,8 @@ def measure(
     return detected(job, target, scores, facts)
 
 
-def detected(
-    job: Job,
-    target: Target,
-    scores: InfluenceScores,
-    facts: Mapping[str, Any],
-    *,
-    takes_effect: bool = True,
-) -> dict[str, float]:
-    """Metrics of the examples that have a score, and how many those are.
-
-    Args:
-        job, target, scores: of the cell.
-        facts: about the training run.
-        takes_effect: whether the bad examples did anything; if not, nobody looks for them.
-    """
-    bad, mu = job.data.truth.is_bad, None if job.truth is None else job.truth.published.mu_margin
-    found: dict[str, float] = {}
-    if scores.watched is not None:
-        bad, mu = bad[scores.watched], None if mu is None else mu[scores.watched.numpy()]
-        found["n_watched"] = float(len(bad))
-    found["n_bad"] = float(bad.sum())
-    if not len(bad):
-        return found
-    given = Given(
-        values=scores.watched_values,
-        target=target,
-        end=job.end(target),
-        is_bad=bad if takes_effect else None,
-        kind=job.data.kind,
-        mu=mu,
-        facts=facts,
-    )
-    return found | registry.measure(given, job.packages)
-
-
 def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
-    checkpoints = []
+    kept = []
     for path in sorted(folder.glob("*.ckpt")):
         content = torch.load(path, map_location="cpu", weights_only=True)
         params = {
@@ -301,9 +251,7 @@ def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
             for name, value in content["state_dict"].items()
             if name.startswith("net.")
         }
-        checkpoints.append(
-            Checkpoint(params=params, lr=content["lr"], step=int(content["global_step"]))
-        )
+        kept.append(Checkpoint(params=params, lr=content["lr"], step=int(content["global_step"])))
     net = build_model(job).net
-    net.load_state_dict(dict(checkpoints[-1].params))
-    return TrainedRun(net, checkpoints, facts)
+    net.load_state_dict(dict(kept[-1].params))
+    return TrainedRun(net, kept, facts)

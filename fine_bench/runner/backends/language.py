@@ -1,4 +1,4 @@
-"""Training and measuring of language tasks: what ``run.training`` is to images.
+"""Training and measuring of language tasks: what ``images`` is to tasks of class labels.
 
 One run tunes the LoRA matrices on the poisoned data, watched by the callbacks, and once more on
 the clean data, from the same initialisation and in the same order: the difference of the two
@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from pytorch_lightning.loggers import Logger
+from torch import nn
 
+from fine_bench.callback.base import InRunMethod
 from fine_bench.gradients.cache import GradientMemory
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.steering import Steering
 from fine_bench.llm.tuner import EpochCheckpoints, kept_epochs, read_checkpoint
 from fine_bench.metrics.detection import suspicion
-from fine_bench.runner import checkpoints as keeping
-from fine_bench.runner.backends.images import TrainedRun, detected, folder_of, reseeded
+from fine_bench.runner import checkpoints
 from fine_bench.runner.backends.language_cure import cure, oracle
 from fine_bench.runner.backends.language_fit import (
     build,
@@ -32,7 +33,8 @@ from fine_bench.runner.backends.language_fit import (
     quality,
     task_of,
 )
-from fine_bench.runner.plan import Job, Watcher
+from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of
+from fine_bench.runner.plan import Job
 from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, Target
 
@@ -45,14 +47,14 @@ def _epochs(job: Job) -> tuple[int, ...]:
 def stored(job: Job) -> TrainedRun | None:
     """The finished run of an earlier call, if its checkpoints are all there."""
     folder = folder_of(job)
-    return keeping.read(
+    return checkpoints.read(
         folder,
         whole=lambda: len(list(folder.glob("*.safetensors"))) == len(_epochs(job)),
         load=lambda facts: _trained(build(job), folder, facts),
     )
 
 
-def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
+def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> TrainedRun:
     """Tune on the poisoned data, watched by ``callbacks``, and keep checkpoints.
 
     Raises:
@@ -60,7 +62,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
     """
     task = task_of(job)
     folder = folder_of(job)
-    with keeping.scratch(folder) as temporary:
+    with checkpoints.scratch(folder) as temporary:
         keep = EpochCheckpoints(temporary, _epochs(job))
         tuner, seconds, steps = fit(job, task.x, task.y, [*callbacks, keep], logger)
         facts: dict[str, Any] = {
@@ -80,31 +82,37 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         if task.cure and task.truth.n_bad:
             facts |= oracle(job)
         facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        write_atomic(temporary / keeping.FACTS, json.dumps(facts, indent=1).encode())
+        write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
         run = _trained(net, temporary, facts)
-        keeping.publish(temporary, folder)
+        checkpoints.publish(temporary, folder)
     return run
 
 
-def train_auxiliary(job: Job, callbacks: Sequence[Watcher]) -> float:
-    """Tune the model of ``reseeded(job)`` to be watched only; nothing is kept of it.
+def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:
+    """Tune the model of ``job.reseeded()`` to be watched only; nothing is kept of it.
 
     Returns:
         seconds of plain training, without the callbacks' own.
     """
     task = task_of(job)
-    _, seconds, _ = fit(reseeded(job), task.x, task.y, list(callbacks), None)
+    _, seconds, _ = fit(job.reseeded(), task.x, task.y, list(callbacks), None)
     return seconds - sum(callback.seconds for callback in callbacks)
 
 
 def _trained(net: CausalNet, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
-    checkpoints = [read_checkpoint(path) for path in sorted(folder.glob("*.safetensors"))]
-    net.load_state_dict(dict(checkpoints[-1].params))
+    kept = [read_checkpoint(path) for path in sorted(folder.glob("*.safetensors"))]
+    net.load_state_dict(dict(kept[-1].params))
     net.memory = GradientMemory()
-    return TrainedRun(net.eval(), checkpoints, facts)
+    return TrainedRun(net.eval(), kept, facts)
 
 
 # -------------------------------------------------------------------------------- measurements
+
+
+def batch_size(job: Job, model: nn.Module) -> int:
+    """Samples that post-hoc methods take at a time: the task's."""
+    del model
+    return job.data.batch_size
 
 
 def _steering(job: Job, net: CausalNet) -> Steering | None:

@@ -1,0 +1,72 @@
+"""A trained run: where it is kept, what it leaves, and what its scores are measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fine_bench.metrics import registry
+from fine_bench.metrics.registry import Given
+from fine_bench.runner.plan import Job
+from fine_bench.types import Checkpoint, InfluenceScores, Target
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What training leaves behind.
+
+    Attributes:
+        model: the network at its last parameters.
+        checkpoints: one an epoch, in order.
+        facts: test and training accuracy, losses, seconds of plain training, steps, and the
+            curves over epochs.
+    """
+
+    model: torch.nn.Module
+    checkpoints: Sequence[Checkpoint]
+    facts: Mapping[str, Any]
+
+
+def folder_of(job: Job) -> Path:
+    """Where the checkpoints of a job's run are kept."""
+    name = f"seed{job.config.seed}-{job.data.sha256[:8]}"
+    return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
+
+
+def detected(
+    job: Job,
+    target: Target,
+    scores: InfluenceScores,
+    facts: Mapping[str, Any],
+    *,
+    takes_effect: bool = True,
+) -> dict[str, float]:
+    """Metrics of the examples that have a score, and how many those are.
+
+    Args:
+        job, target, scores: of the cell.
+        facts: about the training run.
+        takes_effect: whether the bad examples did anything; if not, nobody looks for them.
+    """
+    bad, mu = job.data.truth.is_bad, None if job.truth is None else job.truth.published.mu_margin
+    found: dict[str, float] = {}
+    if scores.watched is not None:
+        bad, mu = bad[scores.watched], None if mu is None else mu[scores.watched.numpy()]
+        found["n_watched"] = float(len(bad))
+    found["n_bad"] = float(bad.sum())
+    if not len(bad):
+        return found
+    given = Given(
+        values=scores.watched_values,
+        target=target,
+        end=job.end(target),
+        is_bad=bad if takes_effect else None,
+        kind=job.data.kind,
+        mu=mu,
+        facts=facts,
+    )
+    return found | registry.measure(given, job.packages)

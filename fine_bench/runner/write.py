@@ -1,0 +1,129 @@
+"""Records of what became of a job's cells, one file each, written as soon as a cell is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+
+from fine_bench.runner import addresses
+from fine_bench.runner.cells import Outcome, outcomes
+from fine_bench.runner.config import PLACES
+from fine_bench.runner.plan import Cell, Job
+from fine_bench.runner.progress import Announcer
+from fine_bench.store.environment import environment
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
+from fine_bench.store.scores import scores_digest
+from fine_bench.types import InfluenceScores, RunRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A cell with its record, and its scores where there are any."""
+
+    cell: Cell
+    record: RunRecord
+    scores: InfluenceScores | None
+
+
+def execute(
+    job: Job,
+    sweep: str,
+    logger: Logger | None = None,
+    say: Callable[[str], None] = print,
+    busy: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> list[Written]:
+    """Compute every open cell of a job, write its record, and say so.
+
+    Args:
+        job: what is to be done.
+        sweep: name of the sweep, which the records carry.
+        logger: is told of the training.
+        say: prints a line.
+        busy: shows what is being worked on while it lasts.
+    """
+    if not job.todo:
+        return []
+    announcer = Announcer(say, busy)
+    writer = Writer(job, sweep)
+    written = []
+    for outcome in outcomes(job, logger, announcer):
+        written.append(writer.write(outcome))
+        announcer.written(written[-1].record)
+    return written
+
+
+class Writer:
+    """Makes and saves the records of one job.
+
+    Args:
+        job: whose cells they are.
+        sweep: the name that they carry.
+    """
+
+    def __init__(self, job: Job, sweep: str) -> None:
+        self.job, self.sweep = job, sweep
+        self.store = RecordStore(job.results)
+        self.environment = environment()
+
+    def write(self, outcome: Outcome) -> Written:
+        """Save an outcome.
+
+        Scores that cannot be saved make it a *failed* one. Where even that does not fit on the disk
+        the cell stays missing, which the end of the sweep reports; the other cells go on.
+        """
+        if outcome.scores is not None:
+            try:
+                record = self.store.save(self._record(outcome), outcome.scores)
+                return Written(outcome.cell, record, outcome.scores)
+            except Exception as error:
+                outcome = Outcome(
+                    outcome.cell,
+                    "failed",
+                    f"{type(error).__name__}: {error}",
+                    training=outcome.training,
+                )
+        record = self._record(outcome)
+        try:
+            record = self.store.save(record, None)
+        except StoreError as error:
+            record = replace(record, status="failed", reason=f"{record.reason} ({error})")
+        return Written(outcome.cell, record, None)
+
+    def _record(self, outcome: Outcome) -> RunRecord:
+        cell = outcome.cell
+        return RunRecord(
+            **self.job.identity(cell),
+            status=outcome.status,
+            reason=outcome.reason,
+            metrics=outcome.metrics,
+            cost=outcome.cost,
+            scores_sha256="" if outcome.scores is None else scores_digest(outcome.scores),
+            config=self._config(cell),
+            environment=self.environment,
+            training=outcome.training,
+            sweep=self.sweep,
+            suspicious=self.job.data.suspicious.get(cell.target, ""),
+        )
+
+    def _config(self, cell: Cell) -> dict[str, Any]:
+        """The full resolved configuration, this cell's estimator in place of all of them."""
+        config = asdict(self.job.config)
+        # where files lie on this machine is no part of what was computed
+        for key in ("estimators", "sensitivity", "results_dir", "force"):
+            del config[key]
+        for key in PLACES:
+            config["task"].pop(key, None)
+        if cell.variation:
+            config["sensitivity"] = dict(cell.variation)
+        config = addresses.recorded(config)
+        return {**config, "estimator": addresses.recorded(cell.options)}
+
+
+def finished(written: Sequence[Written]) -> list[Written]:
+    """Those that have scores."""
+    return [one for one in written if one.scores is not None]
