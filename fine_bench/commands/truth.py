@@ -48,12 +48,12 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Freeze a bank; 0 done, 2 impossible (the reason is printed)."""
     from fine_bench.report.evidence import write_evidence
-    from fine_bench.retraining.bank import load_bank
+    from fine_bench.retraining.bank import Bank
     from fine_bench.retraining.condense import truth_of
     from fine_bench.retraining.truth_files import save
 
     try:
-        bank = load_bank(arguments.bank)
+        bank = Bank.open(arguments.bank)
         truth = truth_of(bank, arguments.name, arguments.version)
         if arguments.evidence is None:
             written = [save(truth, arguments.output)]

@@ -333,15 +333,6 @@ def find_bank(root: Path | str, identity: Mapping[str, Any]) -> Bank:
     )
 
 
-def load_bank(folder: Path | str) -> Bank:
-    """The bank in this folder, whatever it is.
-
-    Raises:
-        StoreError: there is none, or it was written by another version.
-    """
-    return Bank.open(folder)
-
-
 def _json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 

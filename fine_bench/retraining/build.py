@@ -21,16 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fine_bench.retraining.bank import Bank
 from fine_bench.retraining.design import Design, Model
-from fine_bench.retraining.members import Examples, Workshop
-from fine_bench.retraining.train import default_stack
+from fine_bench.retraining.outputs import BankModels
+from fine_bench.retraining.train import Recipe, default_stack, evaluate, train_stack
 from fine_bench.retraining.train_dense import is_dense
+from fine_bench.seeds import stream
 
-Report: TypeAlias = Callable[[int], None]
+OnStored: TypeAlias = Callable[[int], None]
 """Called with the number of models whenever some are stored."""
 
 Stacks: TypeAlias = Sequence[Sequence[Model]]
@@ -42,6 +45,84 @@ _OPERATIONS_A_SECOND = 40e9  # of one core
 
 class WorkerError(RuntimeError):
     """A worker process ended without a result."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The data of a bank.
+
+    Attributes:
+        x, y: ``(n, ...)`` and ``(n,)``, the training data, of which the models get subsets.
+        query_x, query_y: ``(q, ...)`` and ``(q,)``.
+    """
+
+    x: Tensor
+    y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    def to(self, device: str) -> Examples:
+        """The same there."""
+        return Examples(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def save(self, path: Path) -> None:
+        """Write a file that several processes can map into memory."""
+        tensors = {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
+        safetensors.torch.save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Examples:
+        """Read what ``save`` wrote."""
+        return cls(**safetensors.torch.load_file(path))
+
+
+@dataclass(frozen=True, eq=False)
+class Retraining:
+    """How the models of a bank are trained: all it takes, but for the data.
+
+    Attributes:
+        recipe: how to train.
+        design: which subset and seeds a model has.
+        make: ``make(seed)`` is the network initialised by this run seed; it can be pickled.
+        device: where to train.
+    """
+
+    recipe: Recipe
+    design: Design
+    make: Callable[[int], nn.Module]
+    device: str = "cpu"
+
+    def train(self, models: Sequence[Model], examples: Examples) -> BankModels:
+        """Train models with equally large subsets as one stack, and evaluate them.
+
+        Args:
+            models: which.
+            examples: the data, on the device.
+
+        Raises:
+            DivergedModelError, UnsupportedProblemError: see ``train_stack``.
+        """
+        n, design = len(examples.x), self.design
+        subsets = torch.stack([design.positions(model, n) for model in models])
+        nets = [self.make(design.init_seed(model)) for model in models]
+        names = [model.name for model in models]
+        # the same stream as a benchmark run with this seed
+        orders = [stream(design.order_seed(model), "order") for model in models]
+        stack = train_stack(nets, examples.x, examples.y, subsets, orders, self.recipe, names)
+        training = evaluate(stack, examples.x, examples.y, names, self.recipe)
+        queries = evaluate(stack, examples.query_x, examples.query_y, names, self.recipe)
+        loss, margin, query_loss, query_margin = (t.float().numpy() for t in training + queries)
+        members = np.zeros((len(models), n), dtype=np.bool_)
+        np.put_along_axis(members, subsets.numpy(), True, axis=1)
+        return BankModels(
+            members=members,
+            subset=np.array([model.subset for model in models], dtype=np.int64),
+            seed=np.array([design.run_seed(model) for model in models], dtype=np.int64),
+            loss=loss,
+            margin=margin,
+            query_loss=query_loss,
+            query_margin=query_margin,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,19 +174,19 @@ def default_processes(device: str) -> int:
 def build(
     bank: Bank,
     wanted: Sequence[Model],
-    workshop: Workshop,
+    retraining: Retraining,
     examples: Examples,
     *,
     processes: int | None = None,
     at_once: int | None = None,
-    report: Report = lambda count: None,
+    report: OnStored = lambda count: None,
 ) -> Built:
     """Train and store those of ``wanted`` that the bank lacks.
 
     Args:
         bank: where they go.
         wanted: models of any parts.
-        workshop: what it takes to train them.
+        retraining: what it takes to train them.
         examples: the data.
         processes: how many work at once, one thread each. None: ``default_processes``, but this
             process alone where starting others would take longer than the work.
@@ -119,38 +200,40 @@ def build(
     """
     start = time.perf_counter()
     bank.remove_leftovers()
-    net = workshop.make(0)
-    at_most = processes or default_processes(workshop.device)
+    net = retraining.make(0)
+    at_most = processes or default_processes(retraining.device)
     if at_once is None:
         # by what is wanted and not by what is missing, so that running again changes no stack
         share = max(math.ceil(len(wanted) / at_most), 1)
-        at_once = min(default_stack(net, workshop.device), share)
-    todo = stacks(missing(bank, wanted), workshop.design, len(examples.x), at_once)
+        at_once = min(default_stack(net, retraining.device), share)
+    todo = stacks(missing(bank, wanted), retraining.design, len(examples.x), at_once)
     if processes is None and is_dense(net, examples.x):
-        seconds = _seconds(net, todo, workshop, len(examples.x))
+        seconds = _seconds(net, todo, retraining, len(examples.x))
         at_most = at_most if seconds > _WORTH_WORKERS else 1
     processes = max(min(at_most, len(todo)), 1)
     if processes == 1:
-        _here(bank, todo, workshop, examples, report)
+        _here(bank, todo, retraining, examples, report)
     else:
-        _in_workers(bank, todo, workshop, examples, report, processes)
+        _in_workers(bank, todo, retraining, examples, report, processes)
     return Built(sum(map(len, todo)), time.perf_counter() - start, processes)
 
 
-def _seconds(net: nn.Module, todo: Stacks, workshop: Workshop, n: int) -> float:
+def _seconds(net: nn.Module, todo: Stacks, retraining: Retraining, n: int) -> float:
     """Roughly how long fully connected networks train on one core: three products a weight."""
     weights = sum(parameter.numel() for parameter in net.parameters())
-    seen = sum(workshop.design.size_of(model, n) for models in todo for model in models)
-    return 6 * weights * seen * workshop.recipe.max_epochs / _OPERATIONS_A_SECOND
+    seen = sum(retraining.design.size_of(model, n) for models in todo for model in models)
+    return 6 * weights * seen * retraining.recipe.max_epochs / _OPERATIONS_A_SECOND
 
 
-def _here(bank: Bank, todo: Stacks, workshop: Workshop, examples: Examples, report: Report) -> None:
+def _here(
+    bank: Bank, todo: Stacks, retraining: Retraining, examples: Examples, report: OnStored
+) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        examples = examples.to(workshop.device)
+        examples = examples.to(retraining.device)
         for models in todo:
-            bank.add(models, workshop.train(models, examples))
+            bank.add(models, retraining.train(models, examples))
             report(len(models))
     finally:
         torch.set_num_threads(threads)
@@ -159,9 +242,9 @@ def _here(bank: Bank, todo: Stacks, workshop: Workshop, examples: Examples, repo
 def _in_workers(
     bank: Bank,
     todo: Stacks,
-    workshop: Workshop,
+    retraining: Retraining,
     examples: Examples,
-    report: Report,
+    report: OnStored,
     processes: int,
 ) -> None:
     others = set(multiprocessing.active_children())
@@ -172,7 +255,7 @@ def _in_workers(
             processes,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(bank, workshop, data),
+            initargs=(bank, retraining, data),
         )
         try:
             for future in as_completed([executor.submit(_work, models) for models in todo]):
@@ -192,14 +275,14 @@ def _in_workers(
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: list[tuple[Bank, Workshop, Examples]] = []
+_worker: list[tuple[Bank, Retraining, Examples]] = []
 
 
-def _start_worker(bank: Bank, workshop: Workshop, data: Path) -> None:
+def _start_worker(bank: Bank, retraining: Retraining, data: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker[:] = [(bank, workshop, Examples.load(data).to(workshop.device))]
+    _worker[:] = [(bank, retraining, Examples.load(data).to(retraining.device))]
 
 
 def _end_with_parent() -> None:
@@ -210,6 +293,6 @@ def _end_with_parent() -> None:
 
 
 def _work(models: Sequence[Model]) -> int:
-    bank, workshop, examples = _worker[0]
-    bank.add(models, workshop.train(models, examples))
+    bank, retraining, examples = _worker[0]
+    bank.add(models, retraining.train(models, examples))
     return len(models)

@@ -21,7 +21,14 @@ from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
 from fine_bench.retraining.bank import Bank
-from fine_bench.retraining.build import Report, build, default_processes, missing
+from fine_bench.retraining.build import (
+    Examples,
+    OnStored,
+    Retraining,
+    build,
+    default_processes,
+    missing,
+)
 from fine_bench.retraining.design import (
     Model,
     Part,
@@ -31,7 +38,6 @@ from fine_bench.retraining.design import (
     single_models,
 )
 from fine_bench.retraining.identity import bank_folder
-from fine_bench.retraining.members import Examples, Workshop
 from fine_bench.runner import bank_config
 from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.bank_config import BankConfig, MakeNetwork
@@ -53,14 +59,14 @@ class BankJob:
         config, wanted: the two halves of the configuration.
         data: of the task.
         bank: where the models go.
-        workshop, examples: what it takes to train them.
+        retraining, examples: what it takes to train them.
     """
 
     config: RunConfig
     wanted: BankConfig
     data: TaskData
     bank: Bank
-    workshop: Workshop
+    retraining: Retraining
     examples: Examples
 
     @classmethod
@@ -96,7 +102,7 @@ class BankJob:
             wanted,
             data,
             Bank.create(bank_folder(wanted.folder, identity), identity, bad),
-            Workshop(bank_config.recipe_of(config.trainer), design, make, wanted.device),
+            Retraining(bank_config.recipe_of(config.trainer), design, make, wanted.device),
             Examples(data.x, data.y, data.query_x, data.query_y),
         )
 
@@ -169,7 +175,7 @@ class BankJob:
             built = build(
                 self.bank,
                 [model for models in parts.values() for model in models],
-                self.workshop,
+                self.retraining,
                 self.examples,
                 processes=self.wanted.processes,
                 at_once=self.wanted.at_once,
@@ -201,7 +207,7 @@ class BankJob:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Report]:
+def _progress(total: int) -> Iterator[OnStored]:
     """A bar with the remaining time; in a file, a line now and then."""
     if out.is_terminal:
         columns = [TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn()]

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
-from fine_bench.retraining.bank import Bank, find_bank, load_bank
+from fine_bench.retraining.bank import Bank, find_bank
 from fine_bench.retraining.train import margins
 from fine_bench.runner import bank as command
 from fine_bench.runner import bank_config
@@ -64,7 +64,7 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
 
 def only_bank(folder: Path) -> Bank:
     (found,) = (folder / "banks").iterdir()
-    return load_bank(found)
+    return Bank.open(found)
 
 
 def test_a_bank_with_all_its_parts_grows(main: Main, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fine_bench.retraining.bank import Bank
+from fine_bench.retraining.build import Examples, Retraining
 from fine_bench.retraining.design import Design
-from fine_bench.retraining.members import Examples, Workshop
 from fine_bench.retraining.train import Recipe
 
 
@@ -33,7 +33,7 @@ class Small:
 N, Q = 30, 4
 RECIPE = Recipe(max_epochs=2, batch_size=8, lr=0.2, momentum=0.5)
 DESIGN = Design(seed=2)
-WORKSHOP = Workshop(RECIPE, DESIGN, Small())
+RETRAINING = Retraining(RECIPE, DESIGN, Small())
 
 
 def examples() -> Examples:

@@ -16,15 +16,21 @@ import pytest
 from torch import nn
 
 from fine_bench.retraining import build as building
-from fine_bench.retraining.build import WorkerError, build, default_processes, missing, stacks
+from fine_bench.retraining.build import (
+    Retraining,
+    WorkerError,
+    build,
+    default_processes,
+    missing,
+    stacks,
+)
 from fine_bench.retraining.design import Design, definition_models, repeated_models, single_models
-from fine_bench.retraining.members import Workshop
 from fine_bench.retraining.train import DivergedModelError, margins, train_one
 from fine_bench.seeds import stream
 from support.bank_networks import (
     DESIGN,
     RECIPE,
-    WORKSHOP,
+    RETRAINING,
     N,
     Small,
     examples,
@@ -46,7 +52,7 @@ def chunks(folder: Path) -> list[str]:
 
 def test_models_are_those_of_the_reference(tmp_path: Path) -> None:
     bank, data = new_bank(tmp_path), examples()
-    build(bank, MODELS, WORKSHOP, data)
+    build(bank, MODELS, RETRAINING, data)
     for part in ("single", "repeated", "definition"):
         found = bank.load(part)  # type: ignore[arg-type]
         own = sorted((m for m in MODELS if m.part == part), key=lambda m: m.key)
@@ -72,23 +78,23 @@ def test_models_are_those_of_the_reference(tmp_path: Path) -> None:
 def test_one_source_of_randomness(vary: Any, tmp_path: Path) -> None:
     """Without training, models differ in their initialisation alone."""
     recipe = replace(RECIPE, lr=1e-30)
-    workshop = replace(WORKSHOP, recipe=recipe, design=Design(vary=vary))
+    retraining = replace(RETRAINING, recipe=recipe, design=Design(vary=vary))
     models = definition_models({}, 3, 0)
-    found = workshop.train(models, examples())
+    found = retraining.train(models, examples())
     assert (np.ptp(found.margin, axis=0).max() > 0) == (vary == "initialisation")
-    trained = replace(workshop, recipe=RECIPE).train(models, examples())
+    trained = replace(retraining, recipe=RECIPE).train(models, examples())
     assert np.ptp(trained.margin, axis=0).max() > 1e-3
 
 
 def test_only_what_is_missing_is_trained(tmp_path: Path) -> None:
     bank, reports = new_bank(tmp_path), []
-    first = build(bank, MODELS[:5], WORKSHOP, examples())
+    first = build(bank, MODELS[:5], RETRAINING, examples())
     assert (first.trained, first.processes) == (5, 1)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    second = build(bank, MODELS, WORKSHOP, examples(), report=reports.append)
+    second = build(bank, MODELS, RETRAINING, examples(), report=reports.append)
     assert second.trained == sum(reports) == len(MODELS) - 5
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert build(bank, MODELS, WORKSHOP, examples()).trained == 0
+    assert build(bank, MODELS, RETRAINING, examples()).trained == 0
     assert missing(bank, [*MODELS, *single_models(9)]) == single_models(9)[7:]
 
 
@@ -107,8 +113,8 @@ def test_stacks_have_one_size_each_and_do_not_shift() -> None:
 
 def test_a_model_that_diverges_is_named_and_the_others_stay(tmp_path: Path) -> None:
     bank = new_bank(tmp_path)
-    build(bank, MODELS[:4], WORKSHOP, examples())
-    wild = replace(WORKSHOP, recipe=replace(RECIPE, lr=3e38))
+    build(bank, MODELS[:4], RETRAINING, examples())
+    wild = replace(RETRAINING, recipe=replace(RECIPE, lr=3e38))
     with pytest.raises(DivergedModelError, match=r"model single/4/0 diverged.*trainer\.lr=3e\+37"):
         build(bank, MODELS, wild, examples())
     assert bank.present("single") == {(k, 0) for k in range(4)}
@@ -124,13 +130,13 @@ def test_few_cheap_models_are_trained_without_workers(monkeypatch: pytest.Monkey
     class Folder:
         def remove_leftovers(self) -> None: ...
 
-    def processes(workshop: Workshop, **options: Any) -> int:
-        build(Folder(), single_models(64), workshop, examples(), **options)  # type: ignore[arg-type]
+    def processes(retraining: Retraining, **options: Any) -> int:
+        build(Folder(), single_models(64), retraining, examples(), **options)  # type: ignore[arg-type]
         return used.pop()
 
-    assert processes(WORKSHOP) == 1
-    assert processes(WORKSHOP, processes=3) == 3
-    long = replace(WORKSHOP, recipe=replace(RECIPE, max_epochs=10**8))
+    assert processes(RETRAINING) == 1
+    assert processes(RETRAINING, processes=3) == 3
+    long = replace(RETRAINING, recipe=replace(RECIPE, max_epochs=10**8))
     assert processes(long) == 4
     assert processes(long, processes=1) == 1
     assert processes(long, at_once=32) == 2  # no more workers than stacks
@@ -147,13 +153,13 @@ SCRIPT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from support.bank_networks import RECIPE, WORKSHOP, examples, new_bank
+from support.bank_networks import RECIPE, RETRAINING, examples, new_bank
 from fine_bench.retraining.build import build
 from fine_bench.retraining.design import single_models
 if __name__ == "__main__":
-    workshop = replace(WORKSHOP, recipe=replace(RECIPE, max_epochs=int(sys.argv[2])))
+    retraining = replace(RETRAINING, recipe=replace(RECIPE, max_epochs=int(sys.argv[2])))
     models = single_models(int(sys.argv[3]))
-    build(new_bank(Path(sys.argv[1])), models, workshop, examples(), processes=2, at_once=2)
+    build(new_bank(Path(sys.argv[1])), models, retraining, examples(), processes=2, at_once=2)
 """
 
 
@@ -193,10 +199,10 @@ def test_killed_and_run_again_is_as_uninterrupted(tmp_path: Path) -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers))
     left = chunks(folder)
     assert 2 <= len(left) < count // 2, "the run ended before it was killed"
-    workshop = replace(WORKSHOP, recipe=replace(RECIPE, max_epochs=epochs))
-    build(new_bank(folder), single_models(count), workshop, examples(), processes=1, at_once=2)
+    retraining = replace(RETRAINING, recipe=replace(RECIPE, max_epochs=epochs))
+    build(new_bank(folder), single_models(count), retraining, examples(), processes=1, at_once=2)
     whole = tmp_path / "whole"
-    build(new_bank(whole), single_models(count), workshop, examples(), processes=1, at_once=2)
+    build(new_bank(whole), single_models(count), retraining, examples(), processes=1, at_once=2)
     assert chunks(folder) == chunks(whole)
     assert set(left) < set(chunks(whole))
 
@@ -228,9 +234,9 @@ class Failing(Small):
 )
 def test_failing_workers(make: Any, error: Any, message: str, tmp_path: Path) -> None:
     before = children(os.getpid())
-    workshop = replace(WORKSHOP, make=make)
+    retraining = replace(RETRAINING, make=make)
     with pytest.raises(error, match=message):
-        build(new_bank(tmp_path), single_models(4), workshop, examples(), processes=2, at_once=1)
+        build(new_bank(tmp_path), single_models(4), retraining, examples(), processes=2, at_once=1)
     assert not bank_is_started(tmp_path)
     wait_until(lambda: len(children(os.getpid())) <= len(before) + 1)  # Python's own tracker
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fine_bench.retraining.bank import Bank, find_bank, load_bank
+from fine_bench.retraining.bank import Bank, find_bank
 from fine_bench.retraining.design import Model, definition_models, repeated_models, single_models
 from fine_bench.retraining.identity import bank_folder, differences
 from fine_bench.retraining.outputs import BankModels
@@ -63,7 +63,7 @@ def test_what_goes_in_comes_out(bank: Bank) -> None:
     models = single_models(12)
     bank.add(models[:5], values(models[:5]))
     bank.add(models[5:], values(models[5:]))
-    found = load_bank(bank.folder).part("single")
+    found = Bank.open(bank.folder).part("single")
     assert found is not None
     assert equal(found, values(models))
     assert found.loss.dtype == found.query_margin.dtype == np.float32
@@ -188,7 +188,7 @@ def test_another_bank_is_refused(bank: Bank, path: Any, value: Any, message: str
 
 
 def test_finding_a_bank(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no bank of this .*; train one with python -m"):
+    with pytest.raises(StoreError, match=r"no bank of this .*; train one with fine-bench bank"):
         find_bank(tmp_path, IDENTITY)
     made = Bank.create(bank_folder(tmp_path, IDENTITY), IDENTITY)
     assert find_bank(tmp_path, IDENTITY).folder == made.folder
@@ -197,16 +197,16 @@ def test_finding_a_bank(tmp_path: Path) -> None:
 
 def test_no_bank_and_a_broken_manifest(bank: Bank) -> None:
     with pytest.raises(StoreError, match=r"holds no bank: there is no manifest.json"):
-        load_bank(bank.folder / "single")
+        Bank.open(bank.folder / "single")
     manifest = bank.folder / "manifest.json"
     good = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**good, "format": 2}))
     with pytest.raises(StoreError, match="has format 2, this fine_bench reads format 1"):
-        load_bank(bank.folder)
+        Bank.open(bank.folder)
     for bad in ("{", "[]", '{"format": 1}'):
         manifest.write_text(bad)
         with pytest.raises(StoreError, match=r"cannot be read .*restore it from a copy"):
-            load_bank(bank.folder)
+            Bank.open(bank.folder)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -1])
