@@ -5,7 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import tomllib
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from fine_bench.leaderboard import build as leaderboard
+from fine_bench.leaderboard import render, summary
+from support.benchmarks import loaded
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -22,28 +31,55 @@ def test_python_blocks_run() -> None:
     assert printed.getvalue().count("torch.Size([1, 600])") == 2
 
 
-def test_the_table_is_that_of_the_records() -> None:
-    shown = README.split("<!-- leaderboard:start -->")[1].split("<!-- leaderboard:end -->")[0]
-    rows = [line for line in shown.splitlines() if line.startswith("| ")]
-    published = (ROOT / "results/published/leaderboard.md").read_text().splitlines()
-    assert rows
-    assert set(rows) <= set(published)
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """``benchmarks/readme.py``, which makes parts of the README."""
+    return loaded("readme")
 
 
-def test_the_table_over_tasks_is_that_of_the_records() -> None:
-    """Both are rebuilt by ``test_published_results``."""
-    whole = (ROOT / "results/published/summary.md").read_text().split("#### ")[1:]
-    shown = README.split("<!-- summary:start -->")[1].split("<!-- summary:end -->")[0]
-    for short, full in zip(shown.split("#### ")[1:], whole, strict=True):
-        lines = [line for line in short.splitlines() if line.startswith("| ") and "---" not in line]
-        heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
-        rows = {line.split(" | ")[0]: line.strip("|").split("|") for line in full.splitlines()}
-        columns = [cell.strip() for cell in rows["| method"]]
-        assert len(lines) > 5
-        for line in lines[1:]:
-            for head, cell in list(zip(heads, line.strip("|").split("|"), strict=True))[1:]:
-                found = rows[line.split(" | ")[0]][columns.index(head)]
-                assert cell.strip() == found.strip().split(" [")[0], line
+def test_the_table_and_the_commands_are_made_by_the_script(script: ModuleType) -> None:
+    table = script.table(script.read(script.LEADERBOARD.read_text()))
+    assert script.filled(README, {"table": table, "commands": script.commands()}) == README
+    rows = table.splitlines()[2:]
+    assert 10 <= len(rows) <= 14
+    assert not any("=" in row for row in rows)  # no row is named after the value of an option
+    published = script.LEADERBOARD.read_text()
+    for row in rows:
+        for cell in row.split(" | ")[1:]:
+            assert cell.strip(" |") == "–" or f"| {cell.strip(' |')} |" in published
+
+
+def test_a_row_that_the_leaderboard_lacks_is_named(script: ModuleType) -> None:
+    text = script.LEADERBOARD.read_text()
+    with pytest.raises(ValueError, match=r"not in .*: fine_ekfac"):
+        script.table(script.read(text.replace("fine_ekfac", "other")))
+    with pytest.raises(ValueError, match="several settings of mnist_mlp"):
+        script.read(text + "\n## mnist_mlp · setting 0000\n")
+
+
+def test_the_figure_shows_the_rows_of_the_table(script: ModuleType) -> None:
+    figure = script.figure(script.read(script.LEADERBOARD.read_text()))
+    names = {text.get_text() for text in figure.axes[0].get_yticklabels()}
+    assert names == set(script.METHODS) - {"random"}
+    assert script.IMAGE.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/language_models.md"])
+def test_every_number_with_an_interval_is_published(page: str) -> None:
+    texts = [path.read_text() for path in (ROOT / "results").rglob("*.md")]
+    published = " ".join(" ".join(texts).split())
+    shown = " ".join((ROOT / page).read_text().split())
+    for number in re.findall(r"(?<![\w.])[-+]?\d+\.\d{3} \[[^\]]+\]", shown):
+        assert number in published, number
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"cff-version", "title", "message", "authors"} <= citation.keys()
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        project["name"], project["version"], project["license"],
+    )  # fmt: skip
 
 
 def test_linked_files_exist() -> None:
