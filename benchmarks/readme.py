@@ -1,6 +1,6 @@
 """The README's table, figure and list of commands: ``python benchmarks/readme.py`` makes them.
 
-Table and figure show a choice of rows of ``results/leaderboard.md`` and nothing else: each cell of
+Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else: each cell of
 the table is the text of a cell there, and the figure draws the same numbers. A row or a number that
 a task does not have is a dash; a row that no task has is an error.
 """
@@ -19,7 +19,7 @@ from fine_bench.report.figures.style import BLACK, GREY, Kind, canvas, looks, st
 from fine_bench.retraining.truth_files import load
 
 ROOT = Path(__file__).resolve().parents[1]
-LEADERBOARD = ROOT / "results" / "leaderboard.md"
+LEADERBOARD = ROOT / "results" / "published" / "leaderboard.md"
 IMAGE = ROOT / "results" / "images" / "fidelity.png"
 
 EASY, FITTED = "mnist_mlp", "mnist_mlp_interpolating"
