@@ -1,8 +1,8 @@
 """The README's table, figure and list of commands: ``python benchmarks/readme.py`` makes them.
 
-Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else: each
-cell of the table is the text of a cell there, and the figure draws the same numbers. A row or a
-number that a task does not have is a dash; a row that no task has is an error.
+Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else:
+each cell of the table is the text of a cell there, and the figure draws the same numbers. A row or
+a number that a task does not have is a dash; a row that no task has is an error.
 """
 
 from __future__ import annotations

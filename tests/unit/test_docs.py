@@ -7,6 +7,7 @@ import io
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,6 +82,51 @@ def test_every_public_module_is_documented_or_internal() -> None:
     for module in modules():
         homes = [name for name in named if name == module or below(module, {name} & whole)]
         assert len(homes) + below(module, INTERNAL) == 1, module
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+TREE, LAYERS = re.findall(r"```text\n(.*?)```", ARCHITECTURE, re.DOTALL)[:2]
+
+
+def test_the_tree_is_that_of_the_repository() -> None:
+    folders = [ROOT]
+    named: set[Path] = set()
+    for line in TREE.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.findall(r"\b\w+(?:/|\.py\b|\.yaml\b)", line):
+            first = line.lstrip().startswith(name) and name.endswith("/")
+            path = folders[depth] / name if first else folders[-1] / name
+            if not first and not path.exists():  # files side by side
+                path = folders[depth] / name
+            assert path.exists(), name
+            named.add(path)
+            if first:
+                folders[depth + 1 :] = [path]
+    package = ROOT / "fine_bench"
+    parts = {path.parent for path in package.glob("*/__init__.py")} | set(package.glob("*.py"))
+    assert parts - named == {package / "__init__.py"}
+
+
+def test_the_layers_are_those_of_the_contract() -> None:
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (c for c in tool["contracts"] if c["type"] == "layers")
+    assert [line.replace("fine_bench.", "") for line in contract["layers"]] == LAYERS.splitlines()
+
+
+def test_every_path_of_the_architecture_exists() -> None:
+    """Written as code; what a run leaves is not there in a clone."""
+    left = ("results/records/", "results/scores/", "results/checkpoints/")
+    sentences = re.sub(r"```.*?```", "", ARCHITECTURE, flags=re.DOTALL)
+    paths = [
+        code
+        for code in re.findall(r"`([^`\s]+)`", sentences)
+        if re.fullmatch(r"[\w./-]+(?:/|\.(?:py|md|csv|yaml|toml))", code) and "NAME" not in code
+    ]
+    assert len(paths) > 20
+    for path in paths:
+        assert path in left or any(
+            (place / path).exists() for place in (ROOT, ROOT / "fine_bench", ROOT / "results")
+        ), path
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

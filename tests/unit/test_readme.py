@@ -12,8 +12,6 @@ from types import ModuleType
 import pytest
 import yaml
 
-from fine_bench.leaderboard import build as leaderboard
-from fine_bench.leaderboard import render, summary
 from support.benchmarks import loaded
 
 ROOT = Path(__file__).parents[2]
