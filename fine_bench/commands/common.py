@@ -135,6 +135,7 @@ def read_leaderboard(
             f"no records below {store.records}. Make some with `fine-bench run`, or name the "
             "folder that holds records/ with --results DIR"
         )
+    print(f"read: {store.sources}", file=sys.stderr)
     check_name("task", task, {table.task for table in board.tables})
     return board, board if task is None else board.of_task(task)
 

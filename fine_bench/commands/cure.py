@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
         "cure",
         "Remove, relabel or weight down the most suspicious training examples by stored scores, "
         "train again with fresh seeds, and compare the test accuracy with the oracle (the bad ones "
-        "first) and with a random order. Scores are read from DIR/records and DIR/scores.",
+        "first) and with a random order. They are read from DIR/scores.",
         notes="Written: DIR/NAME.csv, DIR/NAME.md and DIR/figures/NAME--TASK.{png,svg}, replaced "
         "if they exist.",
         statuses={0: "done", 2: "bad input"},

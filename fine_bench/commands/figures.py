@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments."""
     made = common.parser(
         "figures",
-        "Draw figures from DIR/records and DIR/scores into DIR/figures. Nothing is trained; the "
+        "Draw figures from the records and scores of DIR into DIR/figures. Nothing is trained; the "
         "same records give the same bytes. A figure for which something is missing is left out "
         "and the reason printed.",
         notes="Figures, one of each a task (and setting, where a task has several):\n"

@@ -12,8 +12,9 @@ def parser() -> argparse.ArgumentParser:
     """The arguments."""
     made = common.parser(
         "leaderboard",
-        "Rebuild the leaderboard from DIR/records alone, print it, and write DIR/leaderboard.md "
-        "and DIR/leaderboard.csv. Nothing is trained.",
+        "Rebuild the leaderboard from the records alone, those in DIR/published and your own in "
+        "DIR/records, print it, and write DIR/leaderboard.md and DIR/leaderboard.csv. Nothing is "
+        "trained.",
         statuses={
             0: "all is there",
             1: "a cell failed or is missing, or a file cannot be read or written (each is named)",

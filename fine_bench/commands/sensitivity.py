@@ -13,8 +13,9 @@ def parser() -> argparse.ArgumentParser:
     made = common.parser(
         "sensitivity",
         "How far each method's numbers move over preset ranges of its options. It is rebuilt from "
-        "DIR/records, printed, and written to DIR/sensitivity.md and DIR/sensitivity.csv. Nothing "
-        "is trained, and nothing is selected: the leaderboard shows each row with its own options.",
+        "the records of DIR, printed, and written to DIR/sensitivity.md and DIR/sensitivity.csv. "
+        "Nothing is trained, and nothing is selected: the leaderboard shows each row with its own "
+        "options.",
         notes="The ranges are those of conf/sensitivity, run with\n"
         "  python -m fine_bench +experiment=mnist_mlp 'sensitivity=[fine,trak]' -m seed=0,1,2",
         statuses={
@@ -49,8 +50,8 @@ def main(arguments: argparse.Namespace) -> int:
     with record_bar() as bar:
         scan = store.scan()
         found = spreads(store, scan, bar.comparing)
-    for problem in scan.problems:
-        print(problem, file=sys.stderr)
+    for line in (f"read: {store.sources}", *scan.problems):
+        print(line, file=sys.stderr)
     if not found:
         raise DataError(
             f"no cells of a range below {store.records}. Run some, for instance `fine-bench run "

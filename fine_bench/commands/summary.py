@@ -12,8 +12,8 @@ def parser() -> argparse.ArgumentParser:
     """The arguments."""
     made = common.parser(
         "summary",
-        "One table over all tasks, rebuilt from DIR/records: methods by one measure. Written to "
-        "DIR/summary.md and printed.",
+        "One table over all tasks, rebuilt from the records of DIR: methods by one measure. "
+        "Written to DIR/summary.md and printed.",
         statuses={
             0: "done",
             1: "a file cannot be read (each is named)",
@@ -44,13 +44,14 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.terminal import record_bar
 
     with record_bar() as bar:
-        board = build(RecordStore(arguments.results), bar.comparing)
+        store = RecordStore(arguments.results)
+        board = build(store, bar.comparing)
     text = "\n".join(
         to_markdown(summarise(board, arguments.measure, target, arguments.tasks))
         for target in arguments.target
     )
     write_atomic(arguments.results / "summary.md", text.encode())
     print(text)
-    for problem in board.problems:
-        print(problem, file=sys.stderr)
+    for line in (f"read: {store.sources}", *board.problems):
+        print(line, file=sys.stderr)
     return common.DONE if not board.problems else common.INCOMPLETE

@@ -34,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     add = made.add_argument
-    add("record", metavar="RECORD", type=Path, help="a file below DIR/records")
+    add(
+        "record",
+        metavar="RECORD",
+        type=Path,
+        help="a file below DIR/records, or the name that a published record would have there",
+    )
     add(
         "--results",
         metavar="DIR",

@@ -301,7 +301,8 @@ def conclude(jobs: Sequence[Job], sweep: str) -> int:
     frame = render.frame(shown)
     rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
     wandb_log.log_summary(jobs, sweep, rows, root / "leaderboard.csv")
-    out.print(f"\nwritten: {', '.join(map(str, written))}")
+    out.print(f"\nread: {store.sources}")
+    out.print(f"written: {', '.join(map(str, written))}")
     if bad:
         out.print(f"[bold red]{len(bad)} of {len(states)} cells are not there:[/]")
         for cell in bad:

@@ -30,6 +30,10 @@ class StoreError(UserError, RuntimeError):
     """A file of the store is missing or damaged, or could not be written. The message names it."""
 
 
+class AbsentScoresError(StoreError):
+    """The scores of a published record have not been unpacked here."""
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[bool]:
     """Hold ``folder`` against other writers; the system lets go when a process dies.

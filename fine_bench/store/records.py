@@ -36,6 +36,7 @@ import safetensors
 from fine_bench.store.comparisons import Consistency, consistency_json
 from fine_bench.store.digest import FORMAT
 from fine_bench.store.files import (
+    AbsentScoresError,
     StoreError,
     lock,
     make_folder,
@@ -174,6 +175,12 @@ class RecordStore:
         found = (re.search(r"--r(\d+)\.json$", path.name) for path in folder.glob(f"{stem}--r*"))
         return max((int(match[1]) for match in found if match), default=0)
 
+    def _is_published(self, record: RunRecord) -> bool:
+        table = self.published.table(table_name(record.task, record.setting))
+        packed = (entry.found for entry in table.entries)
+        same = (r for r in packed if isinstance(r, RunRecord) and key_of(r) == key_of(record))
+        return any(r.revision == record.revision for r in same)
+
     def _published_revision(self, record: RunRecord) -> int:
         """Highest published revision of the record's identity; 0 without one."""
         table = self.published.table(table_name(record.task, record.setting))
@@ -259,6 +266,7 @@ class RecordStore:
 
         Raises:
             StoreError: no scores belong to the record, or their file is missing or damaged.
+            AbsentScoresError: the record is published, and its scores are not here.
         """
         who = f"{record.estimator}/{record.target} seed {record.seed}"
         if not record.scores_file:
@@ -267,10 +275,13 @@ class RecordStore:
         if not path.resolve().is_relative_to(self.scores.resolve()):
             raise StoreError(f"{who} names the score file {path}, which is outside {self.scores}")
         if not path.is_file():
-            raise StoreError(
-                f"the score file {path} of {who} is missing. Published scores come in an archive: "
-                "unpack it with `fine-bench publish --unpack ARCHIVE`; or recompute with force=true"
-            )
+            missing = f"the score file {path} of {who} is missing"
+            if self._is_published(record):
+                raise AbsentScoresError(
+                    f"{missing}; published scores come in an archive: unpack it with `fine-bench "
+                    "publish --unpack ARCHIVE`, or recompute with force=true"
+                )
+            raise StoreError(f"{missing}; recompute with force=true")
         try:
             scores = unpack(path)
         except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
 from fine_bench.report.figures.style import Kind, Look, looks
-from fine_bench.store.files import StoreError
+from fine_bench.store.files import AbsentScoresError, StoreError
 from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import InfluenceScores, RunRecord
 
@@ -49,6 +49,12 @@ class Shelf:
         if key not in self._cache:
             try:
                 self._cache[key] = self.store.load_scores(self.record(row, seed))
+            except AbsentScoresError:  # as in a fresh clone: one line for all of them
+                self._cache[key] = None
+                self.problems.append(
+                    f"{self.table.task}: published scores are not here, so what needs them is left "
+                    "out; unpack their archive with `fine-bench publish --unpack ARCHIVE`"
+                )
             except StoreError as error:
                 self._cache[key] = None
                 self.problems.append(str(error))
