@@ -53,6 +53,9 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+BOARDS = names("estimator/board")
+
+
 @pytest.mark.parametrize("name", names("estimator"))
 def test_every_estimator_file(name: str) -> None:
     job = planned(f"estimator={name}")
@@ -60,6 +63,17 @@ def test_every_estimator_file(name: str) -> None:
     for cell in job.cells:
         if not cell.in_run:
             assert callable(job.estimator(cell).compute)
+
+
+def test_every_board_is_a_list_of_estimator_files() -> None:
+    boards = {name: list(checked(f"estimator=board/{name}").estimators) for name in BOARDS}
+    for name, rows in boards.items():
+        assert set(rows) <= set(names("estimator"))
+        assert rows[-len(boards["baselines"]) :] == boards["baselines"], name
+    assert list(checked("estimator=[fine_loss,board/baselines]").estimators) == [
+        "fine_loss",
+        *boards["baselines"],
+    ]
 
 
 LANGUAGE = ("task=llm_poison", "trainer=adamw", "estimator=random")
