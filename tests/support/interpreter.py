@@ -12,6 +12,7 @@ shares with the others is no more than imported modules.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -157,11 +158,15 @@ def _become(call: Mapping[str, object]) -> str:
     os.chdir(str(call["cwd"]))
     sys.path[0] = str(call["cwd"])  # where ``python -m`` has the current folder
     sys.argv[1:] = call["arguments"]  # type: ignore[call-overload]
-    return str(call["module"])
+    module = str(call["module"])
+    sys.modules.pop(f"{module}.__main__", None)  # imported already, but not run
+    return module
 
 
 if __name__ == "__main__":
     for preloaded in PRELOADED:
         importlib.import_module(preloaded)
+    gc.collect()
+    gc.freeze()  # so that the end of a child does not visit, and copy, all that was imported
     wanted = _become(_wait_for_a_call(sys.argv[1]))
     runpy.run_module(wanted, run_name="__main__", alter_sys=True)
