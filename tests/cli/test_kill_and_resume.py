@@ -14,6 +14,7 @@ from support.commands import SMALL, Commands
 TINY = (*SMALL, "estimator=[fine,random]", "seed=0,1", "logger.mode=disabled")
 
 
+@pytest.mark.slow
 def test_two_kills(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--kills", "2", "--seed", "3", *TINY]) == 0, capsys.readouterr().out
     assert "2 of 2 kills ended as if nothing had happened" in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""Imports point one way, and heavy frameworks stay in their rooms."""
+"""Heavy frameworks stay where they belong, and packages stay few.
+
+That imports point one way is import-linter's to say (pyproject.toml, .ci/run).
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,16 @@ def modules() -> list[tuple[str, Path]]:
     for package, root in ROOTS.items():
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
-            room = "baselines" if package == "baselines" else parts[0]
-            found.append((room, path))
+            part = "baselines" if package == "baselines" else parts[0]
+            found.append((part, path))
     return found
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, *, at_once: bool = False) -> set[str]:
+    """What a file imports anywhere, or only ``at_once``, when it is imported itself."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,34 +54,52 @@ def imported(path: Path) -> set[str]:
 
 
 def test_frameworks_stay_where_they_belong() -> None:
-    for room, path in modules():
+    for part, path in modules():
         for name in imported(path):
             framework = name.split(".")[0]
             if framework in FRAMEWORKS:
-                assert room in FRAMEWORKS[framework], f"{path} imports {framework}"
+                assert part in FRAMEWORKS[framework], f"{path} imports {framework}"
 
 
-def test_scores_can_be_computed_without_hydra_and_wandb() -> None:
+RUNNERS_ONLY = {"hydra", "omegaconf", "wandb", "rich", "matplotlib", "pooch"}
+
+
+def test_scores_can_be_computed_without_what_only_the_runner_needs() -> None:
+    """Nothing of it is imported by f-INE and the methods, in a process that imports only them.
+
+    Lightning itself imports Rich, and torchmetrics Matplotlib, where they are installed: of these
+    only our own imports are looked at.
+    """
     code = (
         "import sys, fine_bench, fine_bench.callback, baselines.tracin, baselines.controls\n"
-        "print([m for m in ('hydra', 'wandb', 'omegaconf') if m in sys.modules])"
+        "ours = [m for n, m in sys.modules.items() if n.split('.')[0] in"
+        " ('fine_bench', 'baselines')]\n"
+        "print(*(m.__file__ for m in ours if getattr(m, '__file__', None)), sep='\\n')\n"
+        "print(*({'hydra', 'omegaconf', 'wandb', 'pooch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    *ours, loaded = done.stdout.splitlines()
+    assert loaded == ""
+    assert len(ours) > 20
+    for path in map(Path, ours):
+        names = {name.split(".")[0] for name in imported(path, at_once=True)}
+        assert not RUNNERS_ONLY & names, path
+
+
+def test_packages_and_loose_modules_are_few() -> None:
+    root = ROOTS["fine_bench"]
+    packages = {path.parent.name for path in root.glob("*/__init__.py")}
+    loose = {path.stem for path in root.glob("*.py")} - {"__init__", "__main__"}
+    assert len(packages) <= 14, sorted(packages)
+    assert len(loose) <= 6, sorted(loose)
 
 
 def test_language_packages_are_imported_only_where_they_are_used() -> None:
     """Without the extra llm everything can be imported: they stand inside of functions."""
     extra = {"transformers", "peft", "tokenizers", "huggingface_hub", "bitsandbytes"}
     for _, path in modules():
-        for node in ast.parse(path.read_text()).body:
-            names: list[str] = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            found = extra & {name.split(".")[0] for name in names}
-            assert not found, f"{path.name} imports {found} when it is imported"
+        found = extra & {name.split(".")[0] for name in imported(path, at_once=True)}
+        assert not found, f"{path.name} imports {found} when it is imported"
 
 
 def test_no_file_that_is_read_can_run_code() -> None:

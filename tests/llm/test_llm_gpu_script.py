@@ -38,6 +38,7 @@ def test_a_miniature_is_measured(script: ModuleType, target: str) -> None:
         assert found["peak_gib"] > 0
 
 
+@pytest.mark.slow  # a process a measurement
 def test_the_command(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--shape miniature --length 8 --batch 3 --steps 1 --warm-up 1 --repeats 1"
     assert script.main(arguments.split()) == 0
