@@ -39,6 +39,20 @@ def mnist_dir() -> Path:
     )
 
 
+@pytest.fixture
+def hydra() -> Iterator[None]:
+    """``hydra.compose`` finds the project's configuration."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from fine_bench.runner.config import config_folder, register
+
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield
+    GlobalHydra.instance().clear()
+
+
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """The commands, each call a process of its own, outside the checkout: conf/ must be found."""

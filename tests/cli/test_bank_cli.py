@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from fine_bench.commands import bank as entry
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
 from fine_bench.retraining.bank import Bank, find_bank
 from fine_bench.retraining.train import margins
@@ -43,15 +44,18 @@ Main = Callable[..., tuple[int, str]]
 def main(monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
     """The command in this process: exit status and what it said."""
 
+    # Hydra would set up the logging of the whole process, pytest's included
+    for place in ("hydra.core.utils.configure_log", "hydra._internal.hydra.configure_log"):
+        monkeypatch.setattr(place, lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["fine-bench bank"])
+
     def run(folder: Path, *arguments: str) -> tuple[int, str]:
         said = io.StringIO()
         console = Console(file=said, width=200, highlight=False, soft_wrap=True)
-        monkeypatch.setattr(command, "out", console)
-        argv = ["bank", f"results_dir={folder}", *SMALL, *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
+        for module in (command, entry):
+            monkeypatch.setattr(module, "out", console)
         try:
-            command.main()
-            status = 0
+            status = entry.main([f"results_dir={folder}", *SMALL, *arguments])
         except SystemExit as end:
             status = int(end.code or 0)
         finally:

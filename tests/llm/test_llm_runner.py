@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 
 import support.language  # noqa: F401  (skips without the extra)
 from fine_bench.errors import ConfigError, DataError
@@ -18,11 +16,13 @@ from fine_bench.llm.instructions import InstructionSet
 from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.steering import Steering
 from fine_bench.runner.backends import language
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
 from support.commands import Commands
+
+pytestmark = pytest.mark.usefixtures("hydra")
 
 SMALL = (
     "task.n_train=60",
@@ -50,14 +50,6 @@ TINY = (
     "model.pretraining_steps=2",
     "model.lora_rank=2",
 )
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 from support.language import build, one_at_a_time
+from support.training import QUIET
 
 
 class Spy(pl.Callback):
@@ -59,12 +60,8 @@ def fit(
         data["x"], data["y"], batch_size=7, generator=torch.Generator().manual_seed(0)
     )
     trainer = pl.Trainer(
-        accelerator="cpu",
+        **QUIET,
         max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
     )
     trainer.fit(tuner, loader)

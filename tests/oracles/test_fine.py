@@ -16,6 +16,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import direction_effects, self_effects
 from fine_bench.models.classifier import Classifier
+from support.training import QUIET
 
 N, N_QUERY, CLASSES, LR, BATCH = 22, 7, 3, 0.3, 6  # 22 = 3 · 6 + 4: the last batch is shorter
 
@@ -68,11 +69,7 @@ def fit(name: str, callbacks: list[pl.Callback], epochs: int = 3) -> tuple[Class
     )
     pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[*callbacks, diary],
     ).fit(module, loader)
     return module, diary
@@ -293,11 +290,7 @@ def test_sign_a_helpful_example_has_positive_influence() -> None:
     module = Classifier(nn.Linear(5, 2), 2, lr=0.2)
     pl.Trainer(
         max_epochs=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[callback],
     ).fit(module, DataLoader(TensorDataset(x, given, torch.arange(n)), batch_size=20))
     mu = callback.scores().values[0]

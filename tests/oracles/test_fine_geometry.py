@@ -22,6 +22,7 @@ from fine_bench.fine.snapshot import Snapshots
 from fine_bench.gradients.curvature import ekfac as ekfac_module
 from fine_bench.gradients.curvature.ekfac import EKFAC, DenseCurvature, LayerCurvature, rotated
 from fine_bench.gradients.per_example import DenseBlock, FactorBlock
+from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH, EPOCHS = 22, 6, 3, 6, 3  # 22 = 3 · 6 + 4: the last batch is shorter
 STEPS = 4 * EPOCHS
@@ -90,11 +91,7 @@ def fit(callback: FINECallback, dtype: torch.dtype = torch.float64) -> Diary:
     )
     pl.Trainer(
         max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[callback, diary],
     ).fit(Small().to(dtype), loader)
     return diary

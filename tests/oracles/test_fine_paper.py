@@ -31,6 +31,7 @@ from fine_bench.models.classifier import Classifier
 from fine_bench.seeds import stream
 from fine_bench.theory.estimation import estimate_mu
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH = 40, 7, 3, 6
 GROUPS = {"low": list(range(5)), "wide": list(range(10, 26))}
@@ -101,11 +102,7 @@ def fit(
     )
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=callbacks,
     )
     trainer.fit(module, loader, ckpt_path=resume)

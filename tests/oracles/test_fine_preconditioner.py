@@ -24,15 +24,9 @@ from fine_bench.gradients.blocks.diagonal import (
 )
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 N, BATCH, CLASSES, EPS, BETAS = 20, 5, 3, 1e-3, (0.8, 0.9)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def rate(t: int) -> float:

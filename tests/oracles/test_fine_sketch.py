@@ -18,15 +18,9 @@ from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, Tok
 from fine_bench.gradients.projection.sketch import REDRAW, Sketch
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 CLASSES, N, BATCH, EPOCHS, LR, K = 3, 24, 6, 5, 0.2, 3
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Sentences(nn.Module):

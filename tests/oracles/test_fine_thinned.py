@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fine_bench.callback import FINECallback
 from fine_bench.fine.standard_error import INFLATION
 from fine_bench.models import Classifier
+from support.training import QUIET
 
 N, BATCH, EPOCHS, LR, CLASSES = 48, 12, 6, 0.2, 3
 
@@ -53,11 +54,7 @@ def fit(*callbacks: pl.Callback, shuffle: bool = True, **options: Any) -> tuple[
     diary = Diary()
     pl.Trainer(
         max_epochs=EPOCHS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[*callbacks, diary],
         **options,
     ).fit(Classifier(net, CLASSES, lr=LR), loader)

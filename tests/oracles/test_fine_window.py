@@ -17,15 +17,9 @@ from fine_bench.fine.micro_batches import window_weights
 from fine_bench.gradients.blocks.embedding import TokenBlock
 from fine_bench.gradients.blocks.stacking import stack_examples
 from fine_bench.gradients.per_example import DenseBlock, FactorBlock, PerExampleGradients
+from support.training import QUIET
 
 CLASSES, LR = 3, 0.3
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Small(pl.LightningModule):

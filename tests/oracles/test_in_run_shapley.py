@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from baselines.in_run_shapley import InRunShapleyCallback
+from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH = 17, 7, 3, 5  # 17 = 3 · 5 + 2: the last batch is shorter
 ROWS = {
@@ -96,11 +97,7 @@ def fit(
     )
     trainer = pl.Trainer(
         **{"max_epochs": 2, **options},
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=callbacks,
     )
     trainer.fit(module, loader)
@@ -179,8 +176,7 @@ def test_a_summed_loss_is_shared_as_it_is() -> None:
 
     def run(callback: pl.Callback, lr: float, reduction: str) -> None:
         pl.Trainer(
-            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+            **QUIET, max_epochs=2, callbacks=[callback],
         ).fit(
             Module(network(), lr, reduction),
             DataLoader(TensorDataset(x, y, torch.arange(N)), batch_size=N),

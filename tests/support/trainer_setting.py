@@ -20,15 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from fine_bench.callback import FINECallback
+from support.training import QUIET
 
 N, CLASSES, BATCHES = 44, 3, 8
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Net(pl.LightningModule):

@@ -18,6 +18,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.fine.options import Options
 from fine_bench.fine.training_data import complement_from_logit_gradients
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 N = 26
 
@@ -86,11 +87,7 @@ def fit(
     trainer = pl.Trainer(
         **{
             "max_epochs": 3,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
+            **QUIET,
             **options,
         },
         callbacks=callbacks,
@@ -170,11 +167,7 @@ def test_a_resumed_run_gives_the_scores_of_an_uninterrupted_one(
     def trainer(epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
         return pl.Trainer(
             max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=list(callbacks),
         )
 

@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import BatchAdapter, FINECallback
+from support.training import QUIET
 
 N, BATCH = 24, 8
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Pairs(Dataset[Any]):

@@ -18,6 +18,7 @@ from baselines.in_run_shapley import InRunShapleyCallback
 from baselines.shapley import ShapleyAccumulator, loss_derivatives
 from fine_bench.callback import FINECallback
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 N = 26
 
@@ -74,11 +75,7 @@ def loader(shuffle: bool = True) -> DataLoader[Any]:
 
 def trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     return pl.Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", **options},
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **{"max_epochs": 2, **QUIET, **options},
         callbacks=callbacks,
     )
 

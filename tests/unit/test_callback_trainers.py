@@ -26,7 +26,8 @@ from fine_bench.callback.trainer import refuse_strategy
 from fine_bench.types import UnsupportedProblemError
 from support import trainer_setting
 from support.commands import environment
-from support.trainer_setting import BATCHES, QUIET, Net, data, sums, train, watchers
+from support.trainer_setting import BATCHES, Net, data, sums, train, watchers
+from support.training import QUIET
 
 SCRIPT = str(trainer_setting.__file__)
 F32 = torch.float32

@@ -11,6 +11,7 @@ from torch import nn
 
 from fine_bench.data.task import loader
 from fine_bench.models import Classifier
+from support.training import QUIET
 
 
 class Rates(pl.Callback):
@@ -32,11 +33,7 @@ def fit(schedule: str) -> tuple[list[float], dict[str, float]]:
     x, y = torch.randn(10, 3), torch.randint(0, 2, (10,))
     trainer = pl.Trainer(
         max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[rates],
     )
     trainer.fit(module, loader(x, y, batch_size=4))

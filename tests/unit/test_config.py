@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,22 +18,15 @@ from fine_bench.runner.config import (
     check,
     config_folder,
     explain,
-    register,
     setting_digest,
     setting_of,
 )
 from fine_bench.runner.plan import Job, plan, refuse_duplicates
 from fine_bench.types import UnsupportedProblemError
 
+pytestmark = pytest.mark.usefixtures("hydra")
+
 CONF = config_folder()
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def checked(*overrides: str) -> RunConfig:

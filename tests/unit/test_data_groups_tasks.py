@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from sklearn.linear_model import LogisticRegression
 
 from fine_bench.data import sources
@@ -25,7 +24,7 @@ from fine_bench.data.simple_model import set_aside
 from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
-from fine_bench.runner.config import RunConfig, check, config_folder, register
+from fine_bench.runner.config import RunConfig, check, config_folder
 from fine_bench.runner.plan import plan
 from fine_bench.runner.write import execute
 from fine_bench.seeds import stream
@@ -360,14 +359,6 @@ def test_rare_parts_that_cannot_be(
 # --- configuration and runner
 
 CONF = config_folder()
-
-
-@pytest.fixture
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def names(group: str, start: str = "") -> list[str]:

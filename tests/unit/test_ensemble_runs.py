@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 
 from baselines.seed_ensemble import SeedEnsemble
 from fine_bench import replay
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
+
+pytestmark = pytest.mark.usefixtures("hydra")
 
 OPTIONS = (
     "estimator=[seed_ensemble,final_loss]",
@@ -31,14 +31,6 @@ OPTIONS = (
     "trainer.init_seed=5",
     "logger.mode=disabled",
 )
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def job(folder: Path, *overrides: str) -> Job:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 
 from fine_bench.runner import wandb_log
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.sweep import conclude
 from fine_bench.runner.write import execute
 from fine_bench.store import files as files_module
 from fine_bench.store.records import RecordStore
+
+pytestmark = pytest.mark.usefixtures("hydra")
 
 SMALL = (
     "task.n_train=60",
@@ -31,14 +31,6 @@ SMALL = (
     "targets=[self]",
     "logger.mode=disabled",
 )
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def job(folder: Path, *overrides: str) -> Job:

@@ -16,6 +16,7 @@ from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator
 from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
 from fine_bench.models import Classifier
+from support.training import QUIET
 
 N, EPOCHS = 6, 9
 
@@ -187,11 +188,7 @@ def test_the_callback_widens_what_it_reports() -> None:
     callbacks = [FINECallback("self"), FINECallback("queries", queries=queries)]
     pl.Trainer(
         max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         callbacks=[*callbacks],
     ).fit(Classifier(nn.Linear(4, 3), 3, lr=0.1), DataLoader(data, batch_size=8, shuffle=True))
     for callback, factor in zip(callbacks, (INFLATION, WIDE_INFLATION), strict=True):

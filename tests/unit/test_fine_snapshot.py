@@ -23,15 +23,9 @@ from fine_bench.fine.snapshot import Snapshots
 from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator, SnapshotPlan
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 N, BATCH, CLASSES = 24, 8, 3
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Scale(nn.Module):

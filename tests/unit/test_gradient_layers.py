@@ -29,6 +29,7 @@ from fine_bench.gradients.curvature.products import Roots, parameter_names, root
 from fine_bench.gradients.per_example import Block
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
+from support.training import QUIET
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop",  # the reference maps attention over examples
@@ -720,9 +721,7 @@ def test_a_run_can_be_watched(net: Callable[[], nn.Module]) -> None:
         x, y = data(run, (1, 6, 6) if net is small_cnn else (5,), 24)
         x = x.float() if x.is_floating_point() else x
         loader = DataLoader(TensorDataset(x, y, torch.arange(24)), batch_size=8)
-        options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 2}
-        pl.Trainer(**options, **quiet, callbacks=list(callbacks)).fit(run, loader)
+        pl.Trainer(**QUIET, max_epochs=2, callbacks=list(callbacks)).fit(run, loader)
         return run
 
     x, y = data(net(), (1, 6, 6) if net is small_cnn else (5,), 6, 2)

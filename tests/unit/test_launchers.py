@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
@@ -21,11 +19,13 @@ from fine_bench import terminal
 from fine_bench.commands.run import multirun_first
 from fine_bench.errors import DataError
 from fine_bench.runner import launchers, sweep
-from fine_bench.runner.config import check, config_folder, register, setting_digest
+from fine_bench.runner.config import check, config_folder, setting_digest
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.progress import Follower
 from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
+
+pytestmark = pytest.mark.usefixtures("hydra")
 
 PLUGINS = {
     "joblib": "hydra_joblib_launcher",
@@ -43,14 +43,6 @@ SMALL = (
     "logger.mode=disabled",
     "estimator=[mean_loss,random]",
 )
-
-
-@pytest.fixture(autouse=True)
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -29,7 +28,7 @@ from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.report.figures import option_ranges as ranges_figure
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.tables import shelves
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check, config_folder
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.sweep import announce, conclude
 from fine_bench.runner.verify import verify
@@ -92,14 +91,6 @@ def test_what_is_no_range_is_refused(declared: Any, message: str) -> None:
 
 
 # --------------------------------------------------------------------------------- composition
-
-
-@pytest.fixture
-def hydra() -> Iterator[None]:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
 
 
 def planned(*overrides: str) -> Job:
