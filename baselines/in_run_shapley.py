@@ -13,13 +13,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from baselines import shapley
 from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, training_set
-from fine_bench.fine.training_data import batch_index, step_size
+from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -73,7 +73,7 @@ class InRunShapleyCallback(InRunMethod):
     ) -> None:
         shapley.check_question(target, order, queries is not None)
         assert queries is not None
-        self._n_query = dataset_size(queries, "queries")
+        dataset_size(queries, "queries")
         self.target: Target = target
         self.queries = queries
         self.order: Order = order
@@ -167,14 +167,14 @@ class InRunShapleyCallback(InRunMethod):
             raise UnsupportedProblemError(
                 f"{len(trainer.optimizers)} optimisers: in-run Shapley needs one step a batch"
             )
-        x, y, *_ = default_collate([self.queries[i] for i in range(self._n_query)])
+        x, y = read_queries(self.queries, pl_module.device)
         self._validation = ValidationLoss(
             pl_module,
             GradientEngine(
                 pl_module, self.loss, forward=lambda inputs: self.forward(pl_module, inputs)
             ),
-            x.to(pl_module.device),
-            y.to(pl_module.device),
+            x,
+            y,
             target=self.target,
             order=self.order,
             aside=lambda: beside_training(pl_module),

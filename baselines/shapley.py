@@ -42,7 +42,7 @@ from fine_bench.gradients.curvature.products import as_direction, parameter_name
 from fine_bench.gradients.engine import GradientEngine, per_example_loss
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import query_groups
-from fine_bench.types import InfluenceScores, Loss, Reduce, Target, UnsupportedProblemError
+from fine_bench.types import REDUCE, InfluenceScores, Loss, Target, UnsupportedProblemError
 
 Order: TypeAlias = Literal[1, 2]
 
@@ -50,13 +50,6 @@ NAME = "in_run_shapley"
 
 VERSION = 1
 """Raised when scores may change."""
-
-REDUCE: Mapping[Target, Reduce] = {
-    "queries": None,
-    "validation": "mean",
-    "validation_per_class": "class",
-}
-"""Rows of the scores, for each target."""
 
 
 def check_question(target: Target, order: Order, has_queries: bool) -> None:

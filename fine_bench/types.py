@@ -34,6 +34,14 @@ SUSPICIOUS_END: Mapping[str, End] = {
     "validation_per_class": "low",
 }
 
+REDUCE: Mapping[Target, Reduce] = {
+    "self": None,
+    "queries": None,
+    "validation": "mean",
+    "validation_per_class": "class",
+}
+"""How a target's queries make rows of the scores; ``self`` has none."""
+
 
 class UnsupportedProblemError(ValueError):
     """A method cannot serve a problem. The message is the reason that the leaderboard shows."""

@@ -30,10 +30,10 @@ from fine_bench.fine import accumulator
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.first_batch import FirstBatch
-from fine_bench.fine.in_batch import InBatch
+from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.options import Options
 from fine_bench.fine.setup import make_first_batch, make_passes, make_recorder
-from fine_bench.fine.snapshot import Snapshots
+from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.training_data import TrainingData, step_size
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -103,7 +103,7 @@ class FINECallback(InRunMethod):
     def __init__(self, options: Options) -> None:
         self.options = options
         super().__init__(**_distinguishing(options))
-        self._observed: InBatch | Snapshots | None
+        self._observed: InBatchSchedule | SnapshotSchedule | None
         self._recorder: LayerRecorder | None = None
         self._compiled = False
         self._first: FirstBatch | None = None
@@ -131,8 +131,8 @@ class FINECallback(InRunMethod):
         return 0 if self._observed is None else self._observed.passes.evaluations
 
     @property
-    def _schedule(self) -> InBatch | Snapshots:
-        schedule: InBatch | Snapshots = self._require()
+    def _schedule(self) -> InBatchSchedule | SnapshotSchedule:
+        schedule: InBatchSchedule | SnapshotSchedule = self._require()
         return schedule
 
     # ------------------------------------------------------------------ Lightning events
@@ -166,12 +166,12 @@ class FINECallback(InRunMethod):
         )
         self._first = make_first_batch(options, pl_module, data, aside)
         if options.schedule == "in_batch":
-            self._start_with(InBatch(options, passes, recorder))
+            self._start_with(InBatchSchedule(options, passes, recorder))
         else:
             recorder.close()
             known = options.n_snapshots is not None
             total = trainer.estimated_stepping_batches if known else float("inf")
-            self._start_with(Snapshots(options, passes, total))
+            self._start_with(SnapshotSchedule(options, passes, total))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
@@ -46,7 +46,7 @@ from fine_bench.fine.subsets import (
     members_per_batch,
     watch,
 )
-from fine_bench.fine.training_data import TrainingData
+from fine_bench.fine.training_data import TrainingData, read_queries
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.types import (
@@ -330,9 +330,7 @@ class PaperFINECallback(InRunMethod):
         members = members_per_batch(watched, m, self.members)
         queries = None
         if self.queries is not None:
-            n_query = dataset_size(self.queries, "queries")
-            x, y, *_ = default_collate([self.queries[i] for i in range(n_query)])
-            x, y = x.to(pl_module.device), y.to(pl_module.device)
+            x, y = read_queries(self.queries, pl_module.device)
             queries = QueryDirections(x, y, "mean", self.query_weighting, self.observable)
         self._sampler = SubsetSampler(
             Passes(

@@ -37,6 +37,23 @@ def choose(value: str, allowed: Any, name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def margin_effects(
+    effect: Tensor, sigma: Tensor, one_minus_p: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Effect and noise on an example's own loss, made those on its margin by 1/(1 − p).
+
+    The loss gradient is (1 − p) times the margin's, so ⟨g_j, ∇h_i⟩ = ⟨g_j, g_i⟩/(1 − p_i).
+
+    Args:
+        effect, sigma: ``(..., m)`` in float64.
+        one_minus_p: 1 − p_i, ``(..., m)``; None leaves them those of the loss.
+    """
+    if one_minus_p is None:
+        return effect, sigma
+    inverse = inverse_or_zero(one_minus_p).double()
+    return effect * inverse, sigma * inverse
+
+
 def self_effects(
     gram: Tensor, one_minus_p: Tensor | None, contrast: Contrast = "substitution"
 ) -> tuple[Tensor, Tensor]:
@@ -62,11 +79,7 @@ def self_effects(
     variance = (squares - (m - 1) * mean.square()).clamp_min_(0.0) / (m - 2)
     effect = own - mean if contrast == "substitution" else own.clone()
     sigma = variance.sqrt_()
-    if one_minus_p is not None:
-        inverse = inverse_or_zero(one_minus_p).double()
-        effect = effect * inverse
-        sigma = sigma * inverse
-    return effect, sigma
+    return margin_effects(effect, sigma, one_minus_p)
 
 
 def whitened_effects(
@@ -94,10 +107,7 @@ def whitened_effects(
     k, m = own.double(), own.shape[-1]
     effect = k - (total.double() - k) / (m - 1) if contrast == "substitution" else k.clone()
     sigma = k.clamp_min(0.0).sqrt()
-    if one_minus_p is not None:
-        inverse = inverse_or_zero(one_minus_p).double()
-        effect, sigma = effect * inverse, sigma * inverse
-    return effect, sigma
+    return margin_effects(effect, sigma, one_minus_p)
 
 
 def direction_effects(c: Tensor, contrast: Contrast = "substitution") -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weight
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, direction_from_state, direction_state, warn_of_gradients
 from fine_bench.fine.statistic import Statistic
-from fine_bench.fine.step_queue import Step, StepQueue, Steps
+from fine_bench.fine.step_queue import StackedSteps, Step, StepQueue
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
@@ -40,7 +40,7 @@ from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
 
 
-class InBatch:
+class InBatchSchedule:
     """Observes the examples of every training step.
 
     Args:
@@ -267,7 +267,7 @@ class InBatch:
                 weight = weight * complement.double().mean(1).cpu()
         factors = [self._statistic.factor(b.scale) for b in batches]
         self._steps.take(
-            Steps(
+            StackedSteps(
                 index,
                 statistics,
                 complement if self.options.divides else None,

@@ -24,6 +24,7 @@ from fine_bench.fine.effects import (
 from fine_bench.fine.geometry import Geometry
 from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.types import (
+    REDUCE,
     Loss,
     QueryWeighting,
     Reduce,
@@ -34,12 +35,6 @@ from fine_bench.types import (
 
 ScheduleName: TypeAlias = Literal["in_batch", "snapshot"]
 Preconditioner: TypeAlias = Literal["optimiser"] | None
-
-_REDUCE: dict[Target, Reduce] = {
-    "queries": None,
-    "validation": "mean",
-    "validation_per_class": "class",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +296,7 @@ class Options:
     @property
     def reduce(self) -> Reduce:
         """Rows of the scores, for targets with queries."""
-        return _REDUCE[self.target]
+        return REDUCE[self.target]
 
     def passes(self) -> tuple[Callable[[Any, Any], Tensor], Loss]:
         """``forward(module, x)`` and ``loss(output, y, reduction)`` of the callback's passes."""

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.fine.effects import MIN_REFERENCE, reference_effects, whitened_effects
+from fine_bench.fine.effects import (
+    MIN_REFERENCE,
+    margin_effects,
+    reference_effects,
+    whitened_effects,
+)
 from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.micro_batches import window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
-from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator, SnapshotPlan
-from fine_bench.gradients.engine import inverse_or_zero
+from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
@@ -48,7 +52,7 @@ class Snapshot:
         return bool(numbers) and math.isfinite(self.uncertainty)
 
 
-class Snapshots:
+class SnapshotSchedule:
     """Scores the watched examples now and then, all at the same parameters.
 
     Args:
@@ -72,7 +76,7 @@ class Snapshots:
         self.n_reference = min(options.n_reference, n)
         self.accumulator = SnapshotAccumulator(n, passes.n_rows, options.composition, watched)
         self.n_not_finite = 0
-        self._interval = Interval()
+        self._interval = SnapshotInterval()
         self._batch_size = 0
         self._window: list[tuple[int, int]] = []
         self.n_without_backward = 0
@@ -131,7 +135,7 @@ class Snapshots:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
         self.accumulator.load_state_dict(state["accumulator"])
-        self._interval = Interval(**state["interval"])
+        self._interval = SnapshotInterval(**state["interval"])
         if isinstance(self.passes.metric, Whitened):
             self.passes.metric.load_state_dict(state["metric"], self.passes.data.device)
 
@@ -154,7 +158,7 @@ class Snapshots:
             if not self.n_not_finite:
                 warn_of_gradients(f"in the snapshot after step {step}", "this snapshot")
             self.n_not_finite += 1
-        self._interval = Interval()
+        self._interval = SnapshotInterval()
 
     def take(self, step: int) -> Snapshot:
         """Score at the present parameters, after ``step`` steps; to be called inside ``aside``.
@@ -185,8 +189,7 @@ class Snapshots:
                 _, sigma = whitened_effects(own, own, None)
             if options.divides:
                 assert gradients.one_minus_p is not None
-                inverse = inverse_or_zero(gradients.one_minus_p).double()
-                effect, sigma = effect * inverse, sigma * inverse
+                effect, sigma = margin_effects(effect, sigma, gradients.one_minus_p)
             effects.append(effect.cpu())
             sigmas.append(sigma.cpu())
         uncertainty = 1.0

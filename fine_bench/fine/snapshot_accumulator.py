@@ -52,7 +52,7 @@ from fine_bench.types import InfluenceScores, Target
 
 
 @dataclass
-class Interval:
+class SnapshotInterval:
     """The steps that a snapshot stands for.
 
     Attributes:
@@ -153,7 +153,7 @@ class SnapshotAccumulator(FineAccumulator):
         index: Tensor,
         effect: Tensor,
         sigma: Tensor,
-        interval: Interval,
+        interval: SnapshotInterval,
         uncertainty: float = 1.0,
         epoch: int | None = None,
     ) -> None:

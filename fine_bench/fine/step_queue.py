@@ -11,12 +11,12 @@ from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import (
     Contrast,
     direction_effects,
+    margin_effects,
     reference_effects,
     self_effects,
     whitened_effects,
 )
 from fine_bench.fine.statistic import Kind
-from fine_bench.gradients.engine import inverse_or_zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
+class StackedSteps:
     """Several steps with batches of one size, side by side; see ``Step``.
 
     Attributes:
@@ -125,7 +125,7 @@ class StepQueue:
             ones = torch.ones(index.shape[1], dtype=torch.float64)
             relative = torch.stack([ones if s.relative is None else s.relative for s in steps])
         self.take(
-            Steps(
+            StackedSteps(
                 index,
                 torch.stack([s.statistic for s in steps]),
                 torch.stack(complements) if complements else None,
@@ -136,7 +136,7 @@ class StepQueue:
             )
         )
 
-    def take(self, steps: Steps) -> None:
+    def take(self, steps: StackedSteps) -> None:
         """Hand steps to the accumulator that are side by side already."""
         index, weight = steps.index.cpu(), steps.weight
         effect, sigma = self._effects(steps)
@@ -155,7 +155,7 @@ class StepQueue:
                 return
         self.accumulator.observe_steps(index, effect, sigma, weight)
 
-    def _effects(self, steps: Steps) -> tuple[Tensor, Tensor]:
+    def _effects(self, steps: StackedSteps) -> tuple[Tensor, Tensor]:
         """Effect and σ, each ``(S, R, m)``."""
         statistic, complement = steps.statistic, steps.one_minus_p
         if self.kind == "directions":
@@ -168,7 +168,5 @@ class StepQueue:
         else:
             own, itself, columns = statistic[:, 0], statistic[:, 1], statistic[:, 2:]
             effect, sigma = reference_effects(own, columns.mT, itself, self.contrast)
-            if complement is not None:
-                inverse = inverse_or_zero(complement).double()
-                effect, sigma = effect * inverse, sigma * inverse
+            effect, sigma = margin_effects(effect, sigma, complement)
         return effect[:, None], sigma[:, None]

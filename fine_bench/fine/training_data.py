@@ -78,6 +78,13 @@ class TrainingData:
         return torch.cat([y.cpu() for _, _, y in parts])
 
 
+def read_queries(queries: Dataset[Any], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """All queries of a dataset of ``(x, y)`` on the model's device, ``(V, …)`` each."""
+    n_query = dataset_size(queries, "queries")
+    x, y, *_ = default_collate([queries[i] for i in range(n_query)])
+    return x.to(device), y.to(device)
+
+
 def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -> Tensor:
     """The positions of a batch's examples in the training set, ``(m,)``.
 

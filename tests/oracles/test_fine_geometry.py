@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.geometry import Whitened
-from fine_bench.fine.snapshot import Snapshots
+from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.gradients.curvature import ekfac as ekfac_module
 from fine_bench.gradients.curvature.ekfac import EKFAC, DenseCurvature, LayerCurvature, rotated
 from fine_bench.gradients.per_example import DenseBlock, FactorBlock
@@ -212,7 +212,7 @@ def twin(
             m = len(examples)
             H, V, k, r, T = rate(t), rate(t) ** 2 / N, 1.0, m**-0.5, 1.0 / m
         else:
-            assert isinstance(schedule, Snapshots)
+            assert isinstance(schedule, SnapshotSchedule)
             examples, reference = torch.arange(N), schedule.draw_reference(t)
             assert len(reference) == o.n_reference
             steps = range(last, t)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
-from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator
+from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval
 from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
 from fine_bench.models import Classifier
 from support.training import QUIET
@@ -65,7 +65,7 @@ def test_snapshots_of_one_epoch_are_one_block() -> None:
     resumed: SnapshotAccumulator | None = None
     u, v = torch.zeros(EPOCHS, N).double(), torch.zeros(EPOCHS, N).double()
     for t in range(3 * EPOCHS):
-        interval = Interval()
+        interval = SnapshotInterval()
         interval.add(float(lr[t]), 4)
         arguments: Any = (torch.arange(N), effect[t][None], sigma[t][None], interval)
         sums.observe_snapshot(*arguments, epoch=t // 3)
@@ -147,7 +147,7 @@ def test_states_of_earlier_versions_go_on_with_an_unknown_error(snapshot: bool) 
         effect, sigma, lr = trace(3)
         for t in epochs:
             if isinstance(sums, SnapshotAccumulator):
-                interval = Interval()
+                interval = SnapshotInterval()
                 interval.add(float(lr[t]), 4)
                 sums.observe_snapshot(
                     torch.arange(N), effect[t][None], sigma[t][None], interval, epoch=t

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fine_bench.callback import FINECallback
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.effects import reference_effects
-from fine_bench.fine.snapshot import Snapshots
-from fine_bench.fine.snapshot_accumulator import Interval, SnapshotAccumulator, SnapshotPlan
+from fine_bench.fine.snapshot import SnapshotSchedule
+from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
 from support.training import QUIET
@@ -186,7 +186,7 @@ def test_variance_of_the_statistic_over_whole_runs() -> None:
         # with replacement: batches of independent examples, as the variance σ²/m means it
         drawn = torch.randint(n - 1, (runs, m), generator=g)
         x += lr * others[drawn].mean(1)
-    interval = Interval()
+    interval = SnapshotInterval()
     for lr, m in steps:
         interval.add(lr, m)
     sums = SnapshotAccumulator(n, 1)
@@ -198,7 +198,7 @@ def test_variance_of_the_statistic_over_whole_runs() -> None:
 
 def test_standard_error_is_the_spread_over_runs() -> None:
     g = torch.Generator().manual_seed(2)
-    interval = Interval()
+    interval = SnapshotInterval()
     for _ in range(6):
         interval.add(0.1, 10)
     everyone = torch.arange(3)
@@ -331,7 +331,7 @@ def test_scores_can_be_repeated_and_the_seed_draws_the_reference() -> None:
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
     schedule = callbacks[0]._schedule
-    assert isinstance(schedule, Snapshots)
+    assert isinstance(schedule, SnapshotSchedule)
     draws = [schedule.draw_reference(step).tolist() for step in (3, 6)]
     assert draws[0] != draws[1]
     for draw in draws:
