@@ -15,44 +15,32 @@ Trainer(callbacks=[callback]).fit(module, loader)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from fine_bench.callback.base import InRunMethod, WatchedRun
+from fine_bench.callback.base import InRunMethod, WatchedRun, built_from
 from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
 from fine_bench.fine import subset_test
-from fine_bench.fine.effects import Observable, choose
 from fine_bench.fine.geometry import Euclidean
 from fine_bench.fine.passes import Passes, QueryDirections
-from fine_bench.fine.subset_samples import PaperAccumulator, Signal, SubsetSampler
+from fine_bench.fine.subset_options import SubsetOptions
+from fine_bench.fine.subset_sampler import SubsetSampler
+from fine_bench.fine.subset_samples import PaperAccumulator, Signal
 from fine_bench.fine.subset_test import (
-    Auxiliary,
     PaperResult,
-    PaperTarget,
-    Selection,
     SubsetInfluence,
 )
 from fine_bench.fine.subsets import (
-    Column,
-    Members,
-    Subsets,
     members_per_batch,
-    watch,
 )
 from fine_bench.fine.training_data import TrainingData, read_queries
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.query_weighting import check_weighting
 from fine_bench.types import (
     InfluenceScores,
-    Loss,
-    QueryWeighting,
     Target,
     UnsupportedProblemError,
     dataset_size,
@@ -67,34 +55,8 @@ class PaperFINECallback(InRunMethod):
     same example for the same position each time (no random augmentation), and positions are those
     of the training DataLoader's dataset.
 
-    Args:
-        target: ``"self"``: the mean observable of the subset's own members; ``"validation"``: that
-            of the queries.
-        observable: ``"margin"``, h = −log(p/(1−p)), or ``"loss"``.
-        queries: dataset of ``(x, y)`` for ``"validation"``.
-        subsets: name → positions or boolean mask ``(n_train,)``.
-        groups: one label a training example, ``(n_train,)``; each value is a subset.
-        sample: number of single examples to watch, drawn by given label; None for none.
-        sample_seed: of that draw, the same for all runs that are to be compared.
-        every_n_steps: update steps between two measured ones, ≥ 1. The paper measures every step
-            (1); the cost is one pass over pool and watched examples each time.
-        members: k, the members of a group in a P batch; None for max(1, round(m·|S|/n)).
-        selection: ``"split"`` or ``"max"`` (the published rule); see ``fine.subset_test``.
-        auxiliary: ``"reseed"``: subtract the signal of a second run on the same data with other
-            randomness, given as ``auxiliary_signal``; None: test the signals as they are.
-        auxiliary_signal: ``signal()`` of the other run; may also be set after the run, as an
-            attribute.
-        query_weighting: weights of the queries, ``"noise"``, ``"norm"`` or None.
-        refresh_every: update steps between two computations of the queries' gradients, ≥ 1.
-        seed: of the measurement batches, ≥ 0.
-        batch_size: m of the measured batches, ≥ 2; None for that of the training batches.
-        pool: examples drawn a step, shared by all subsets; None for 4·m.
-        target_members: members over which a group's own observable is averaged at one step, drawn
-            anew each time and independently of those in the P batch.
-        level: coverage of the intervals.
-        layers: names of modules to differentiate; None for all.
-        forward: ``forward(module, x) -> logits``; ``module(x)`` by default.
-        loss: the training loss, per example.
+    Its arguments are the fields of ``fine_bench.fine.subset_options.SubsetOptions``, which says
+    what they mean. ``auxiliary_signal`` may also be set after the run, as an attribute.
 
     Raises:
         ValueError: bad arguments; subsets that no batch can include or leave out.
@@ -104,98 +66,15 @@ class PaperFINECallback(InRunMethod):
     name = "fine_paper"
     version = subset_test.VERSION
 
-    def __init__(
-        self,
-        target: PaperTarget = "self",
-        observable: Observable = "margin",
-        *,
-        queries: Dataset[Any] | None = None,
-        subsets: Mapping[str, Members] | None = None,
-        groups: Column | None = None,
-        sample: int | None = None,
-        sample_seed: int = 0,
-        every_n_steps: int = 10,
-        members: int | None = None,
-        selection: Selection = "split",
-        auxiliary: Auxiliary = "reseed",
-        auxiliary_signal: Signal | None = None,
-        query_weighting: QueryWeighting = "noise",
-        refresh_every: int = 20,
-        seed: int = 0,
-        batch_size: int | None = None,
-        pool: int | None = None,
-        target_members: int = 32,
-        level: float = 0.95,
-        layers: Sequence[str] | None = None,
-        forward: Callable[[pl.LightningModule, Tensor], Tensor] | None = None,
-        loss: Loss = F.cross_entropy,
-    ) -> None:
-        if target in ("queries", "validation_per_class"):
-            raise UnsupportedProblemError(
-                f"target={target!r} would need P and Q batches for every pair of subset and row; "
-                'the paper\'s estimator serves "self" and "validation"'
-            )
-        choose(target, PaperTarget, "target")
-        choose(observable, Observable, "observable")
-        choose(selection, Selection, "selection")
-        if auxiliary == "without_subset":
-            raise NotImplementedError(
-                'auxiliary="without_subset" needs one more training for every subset, on data '
-                'without it, which no callback of this run can do; use auxiliary="reseed" (one '
-                "more training for all subsets) or None"
-            )
-        if auxiliary not in ("reseed", None):
-            raise ValueError(f'auxiliary must be "reseed" or None, got {auxiliary!r}')
-        if auxiliary is None and auxiliary_signal is not None:
-            raise ValueError('auxiliary_signal is given, but auxiliary=None; use "reseed"')
-        check_weighting(query_weighting)
-        if (queries is None) != (target == "self"):
-            raise ValueError(
-                f"target={target!r} "
-                + ("takes no queries; leave them out" if target == "self" else "needs queries=…")
-            )
-        if queries is not None:
-            dataset_size(queries, "queries")
-        if subsets is None and groups is None and sample is None:
-            raise ValueError(
-                "nothing to watch: pass sample=300 for single examples, subsets={name: "
-                "positions}, or groups=(one label a training example)"
-            )
-        for option, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("refresh_every", refresh_every, 1),
-            ("target_members", target_members, 1),
-            ("sample", 1 if sample is None else sample, 1),
-            ("members", 1 if members is None else members, 1),
-            ("batch_size", 2 if batch_size is None else batch_size, 2),
-            ("pool", 1 if pool is None else pool, 1),
-            ("seed", seed, 0),
-            ("sample_seed", sample_seed, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{option} must be at least {least}, got {value}")
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"level must lie strictly between 0 and 1, got {level}; try 0.95")
-        self.target: PaperTarget = target
-        self.observable: Observable = observable
-        self.queries = queries
-        self.subsets, self.groups = subsets, groups
-        self.sample, self.sample_seed = sample, sample_seed
-        self.every_n_steps = every_n_steps
-        self.members = members
-        self.selection: Selection = selection
-        self.auxiliary_run: Auxiliary = auxiliary
-        self.auxiliary_signal = auxiliary_signal
-        self.query_weighting: QueryWeighting = query_weighting
-        self.refresh_every = refresh_every
-        self.seed = seed
-        self.batch_size, self.pool, self.target_members = batch_size, pool, target_members
-        self.level = level
-        self.layers = layers
-        self.forward = forward or (lambda module, x: module(x))
-        self.loss = loss
+    @built_from(SubsetOptions)
+    def __init__(self, options: SubsetOptions) -> None:
+        self.options = options
+        self.auxiliary_signal = options.auxiliary_signal
         super().__init__(
-            target=target, observable=observable, sample=sample, subsets=sorted(subsets or {})
+            target=options.target,
+            observable=options.observable,
+            sample=options.sample,
+            subsets=sorted(options.subsets or {}),
         )
         self._sampler: SubsetSampler | None = None
         self._result: tuple[Any, PaperResult] | None = None
@@ -214,8 +93,9 @@ class PaperFINECallback(InRunMethod):
         Raises:
             ValueError: what ``on_train_start`` would raise, before anything is trained.
         """
-        watched = self._watch(run.n_train, lambda: torch.zeros(run.n_train, dtype=torch.int64))
-        members_per_batch(watched, self.batch_size or run.batch_size, self.members)
+        options, n = self.options, run.n_train
+        watched = options.watch(n, lambda: torch.zeros(n, dtype=torch.int64))
+        members_per_batch(watched, options.batch_size or run.batch_size, options.members)
 
     def metrics(self) -> dict[str, float]:
         """``group/<name>/<number>``; ``index`` is the group's number in the scores' traces."""
@@ -227,28 +107,18 @@ class PaperFINECallback(InRunMethod):
 
     def auxiliary(self) -> bool:
         """Whether the signal of a second run is subtracted."""
-        return self.auxiliary_run is not None
+        return self.options.auxiliary is not None
 
     def subtract(self, other: Self) -> None:
         """Subtract the signal that ``other`` saw in a second run."""
         self.auxiliary_signal = other.signal()
 
-    def _watch(self, n_train: int, labels: Callable[[], Tensor]) -> Subsets:
-        return watch(
-            n_train,
-            labels,
-            subsets=self.subsets,
-            groups=self.groups,
-            sample=self.sample,
-            sample_seed=self.sample_seed,
-        )
-
     # ------------------------------------------------------------------ results
 
     def scores(self) -> InfluenceScores:
-        """The sampled single examples, ``(1, n_train)``; see ``fine_paper.to_scores``."""
+        """The sampled single examples, ``(1, n_train)``; see ``subset_test.to_scores``."""
         return subset_test.to_scores(
-            self._evaluated(), self._accumulator, self._subtracted(), target=self.target
+            self._evaluated(), self._accumulator, self._subtracted(), target=self.options.target
         )
 
     def results(self) -> tuple[SubsetInfluence, ...]:
@@ -275,7 +145,7 @@ class PaperFINECallback(InRunMethod):
         return accumulator
 
     def _subtracted(self) -> Signal | None:
-        if self.auxiliary_run is not None and self.auxiliary_signal is None:
+        if self.options.auxiliary is not None and self.auxiliary_signal is None:
             raise RuntimeError(
                 'auxiliary="reseed" subtracts the signal of a second run: train another model of '
                 "the same kind on the same data with PaperFINECallback of the same subsets, set "
@@ -289,10 +159,10 @@ class PaperFINECallback(InRunMethod):
         if self._result is None or self._result[0] != state:
             result = subset_test.evaluate(
                 accumulator,
-                selection=self.selection,
+                selection=self.options.selection,
                 auxiliary=auxiliary,
-                level=self.level,
-                seed=self.seed,
+                level=self.options.level,
+                seed=self.options.seed,
             )
             self._result = (state, result)
         return self._result[1]
@@ -311,6 +181,7 @@ class PaperFINECallback(InRunMethod):
             raise UnsupportedProblemError(
                 f"training on {trainer.world_size} processes is not supported yet; use devices=1"
             )
+        options = self.options
         loader, dataset = trainer.train_dataloader, training_set(trainer, "PaperFINECallback")
         n = dataset_size(dataset, "the training set")
         data = TrainingData(
@@ -319,19 +190,20 @@ class PaperFINECallback(InRunMethod):
             device=pl_module.device,
             dtype=parameter_dtype(pl_module),
         )
-        size = self.batch_size or getattr(loader, "batch_size", None)
+        size = options.batch_size or getattr(loader, "batch_size", None)
         if size is None:
             raise ValueError(
                 "the training DataLoader has no batch_size; pass batch_size=… to PaperFINECallback"
             )
-        m = size if self.batch_size else size * trainer.accumulate_grad_batches
+        m = size if options.batch_size else size * trainer.accumulate_grad_batches
         with isolate_rng():
-            watched = self._watch(n, data.labels)
-        members = members_per_batch(watched, m, self.members)
+            watched = options.watch(n, data.labels)
+        members = members_per_batch(watched, m, options.members)
         queries = None
-        if self.queries is not None:
-            x, y = read_queries(self.queries, pl_module.device)
-            queries = QueryDirections(x, y, "mean", self.query_weighting, self.observable)
+        if options.queries is not None:
+            x, y = read_queries(options.queries, pl_module.device)
+            weighting, observable = options.query_weighting, options.observable
+            queries = QueryDirections(x, y, "mean", weighting, observable)
         self._sampler = SubsetSampler(
             Passes(
                 self._make_engine(pl_module),
@@ -343,11 +215,7 @@ class PaperFINECallback(InRunMethod):
             watched,
             members,
             m,
-            observable=self.observable,
-            pool_size=self.pool or 4 * m,
-            target_members=self.target_members,
-            refresh_every=self.refresh_every,
-            seed=self.seed,
+            options,
         )
         self._start_with(PaperAccumulator(watched))
         self._last_step = trainer.global_step
@@ -367,7 +235,7 @@ class PaperFINECallback(InRunMethod):
         self._last_step = step
         accumulator = self._accumulator
         accumulator.n_steps = step
-        if step % self.every_n_steps:
+        if step % self.options.every_n_steps:
             return
         assert self._sampler is not None
         with self._timed():
@@ -384,8 +252,10 @@ class PaperFINECallback(InRunMethod):
 
     def _make_engine(self, pl_module: pl.LightningModule) -> GradientEngine:
         """What takes the gradients of a model."""
+        options = self.options
+        forward = options.forward or (lambda module, x: module(x))
         return GradientEngine(
-            pl_module, self.loss, self.layers, lambda x: self.forward(pl_module, x)
+            pl_module, self.options.loss, self.options.layers, lambda x: forward(pl_module, x)
         )
 
     def _close(self) -> None:

@@ -25,6 +25,8 @@ A run that is watched:
 
 The paper's own estimator, for single examples and groups:
 
-- ``subsets``: what is watched, and batches with and without it; ``subset_samples``: their samples;
-  ``subset_test``: the test.
+- ``subset_options``: everything that can be asked for.
+- ``subsets``: what is watched, and batches with and without it.
+- ``subset_sampler``: these batches measured at one step; ``subset_samples``: the samples of a run.
+- ``subset_test``: the test on them.
 """

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.effects import Observable
-from fine_bench.fine.passes import Passes
-from fine_bench.fine.subsets import Draw, Subsets, draw_batches
+from fine_bench.fine.subsets import Draw, Subsets
 from fine_bench.gradients.per_example import Direction, PerExampleGradients
-from fine_bench.seeds import stream
 
 MIN_SAMPLES = 4
 """Fewest samples of an arm that split into a half that chooses and a half that counts."""
@@ -83,73 +81,6 @@ def samples(products: Tensor, own: Tensor, draw: Draw) -> Tensor:
     x_q = (pool * draw.others_q).sum(1) / draw.batch_size
     level = (pool * draw.outside).sum(1) / draw.outside.sum(1)
     return torch.stack([x_p, x_q, level])
-
-
-class SubsetSampler:
-    """Measures batches with and without each subset, at the present parameters.
-
-    Args:
-        passes: passes beside the training; with queries for the target ``validation``, without for
-            ``self``.
-        subsets: what is watched.
-        members: k of each subset, from ``members_per_batch``.
-        batch_size: m.
-        observable: ``"margin"`` or ``"loss"``.
-        pool_size, target_members: see ``draw_batches``.
-        refresh_every: update steps between two computations of the queries' direction, ≥ 1.
-        seed: of the draws, ≥ 0.
-    """
-
-    def __init__(
-        self,
-        passes: Passes,
-        subsets: Subsets,
-        members: Tensor,
-        batch_size: int,
-        *,
-        observable: Observable,
-        pool_size: int,
-        target_members: int,
-        refresh_every: int,
-        seed: int,
-    ) -> None:
-        self.passes = passes
-        self.subsets, self.members, self.batch_size = subsets, members, batch_size
-        self.observable: Observable = observable
-        self.pool_size, self.target_members = pool_size, target_members
-        self.refresh_every, self.seed = refresh_every, seed
-        self._direction: Direction | None = None
-        self._refreshed = 0
-
-    def draw(self, step: int) -> Draw:
-        """The measurement batches of a step."""
-        return draw_batches(
-            self.subsets,
-            self.members,
-            self.batch_size,
-            stream(self.seed, f"fine_paper/step {step}"),
-            pool_size=self.pool_size,
-            target_members=self.target_members if self.passes.queries is None else 0,
-        )
-
-    def measure(self, step: int) -> Tensor:
-        """The samples after a step, ``(3, S)``; see ``samples``."""
-        draw = self.draw(step)
-        with self.passes.aside():
-            if self.passes.queries is None:
-                batch = self._gradients(draw.batch_ids)
-                h = self._gradients(draw.target_ids, self.observable)
-                products = self_products(batch, h, draw, self.observable)
-            else:
-                gradients = self._gradients(torch.cat([draw.batch_ids, draw.singles]))
-                if self._direction is None or step - self._refreshed >= self.refresh_every:
-                    pool = gradients.rows(slice(0, len(draw.pool)))
-                    self._direction, self._refreshed = self.passes.directions(pool), step
-                products = direction_products(gradients, self._direction, draw)
-        return samples(*products, draw)
-
-    def _gradients(self, positions: Tensor, observable: Observable = "loss") -> PerExampleGradients:
-        return self.passes.gradients(*self.passes.data.read(positions), observable)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,21 +38,17 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fine_bench.fine.subset_options import Selection
 from fine_bench.fine.subset_samples import PaperAccumulator, Signal
 from fine_bench.seeds import derive
 from fine_bench.theory.estimation import InfluenceEstimate, estimate_mu
 from fine_bench.theory.p_values import permutation_p_value
 from fine_bench.types import InfluenceScores, Target
-
-Selection: TypeAlias = Literal["split", "max"]
-Auxiliary: TypeAlias = Literal["reseed", "without_subset"] | None
-PaperTarget: TypeAlias = Literal["self", "validation"]
 
 VERSION = 1
 """Raised when results may change."""

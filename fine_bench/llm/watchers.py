@@ -122,5 +122,5 @@ class SequencePaperFINE(PaperFINECallback):
         """Where the model has its own kind of engine, that one."""
         net = getattr(pl_module, "net", None)
         if isinstance(net, CausalNet):
-            return net.gradient_engine(self.loss, self.layers)
+            return net.gradient_engine(self.options.loss, self.options.layers)
         return super()._make_engine(pl_module)

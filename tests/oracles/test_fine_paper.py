@@ -137,13 +137,13 @@ def twin(callback: Recording, diary: Diary, weighting: str | None) -> Tensor:
     for step, draw in callback.draws.items():
         params = diary.params[step]
         g = per_example(params, x, y, "loss")
-        own = per_example(params, x, y, callback.observable)
-        if callback.target == "validation" and (
-            not len(direction) or step - refreshed >= callback.refresh_every
+        own = per_example(params, x, y, callback.options.observable)
+        if callback.options.target == "validation" and (
+            not len(direction) or step - refreshed >= callback.options.refresh_every
         ):
             refreshed = step
             direction = torch.zeros(g.shape[1], dtype=torch.float64)
-            for h in per_example(params, xq, yq, callback.observable):
+            for h in per_example(params, xq, yq, callback.options.observable):
                 scale = 1.0
                 if weighting == "norm":
                     scale = float(h.norm())
@@ -154,7 +154,7 @@ def twin(callback: Recording, diary: Diary, weighting: str | None) -> Tensor:
         for s in range(len(draw.outside)):
             p, q, targets = draw.batches(s)
             h = direction
-            if callback.target == "self":
+            if callback.options.target == "self":
                 h = torch.stack([own[i] for i in targets.tolist()]).mean(0)
             x_p = sum(float(g[i] @ h) for i in p.tolist()) / BATCH
             x_q = sum(float(g[i] @ h) for i in q.tolist()) / BATCH

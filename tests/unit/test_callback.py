@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.fine.options import Options
 from fine_bench.fine.training_data import complement_from_logit_gradients
 from fine_bench.types import UnsupportedProblemError
 from support.training import QUIET
@@ -282,14 +279,3 @@ def test_steps_without_finite_gradients_are_left_out_and_reported() -> None:
 def test_scores_before_a_run() -> None:
     with pytest.raises(RuntimeError, match="pass the callback to Trainer"):
         FINECallback("self").scores()
-
-
-def test_the_signature_is_that_of_the_options() -> None:
-    parameters = inspect.signature(FINECallback).parameters
-    assert list(parameters) == [field.name for field in fields(Options)]
-    assert list(parameters)[:5] == ["target", "observable", "composition", "schedule", "geometry"]
-    assert all(p.default == getattr(FINECallback().options, n) for n, p in parameters.items())
-    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert [p.kind for p in parameters.values()].count(positional) == 5
-    with pytest.raises(TypeError, match="unexpected keyword argument 'refresh'"):
-        FINECallback(refresh=3)  # type: ignore[call-arg]

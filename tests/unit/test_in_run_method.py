@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ from torch.utils.data import TensorDataset
 from baselines.in_run_shapley import InRunShapleyCallback
 from fine_bench.callback import FINECallback, PaperFINECallback
 from fine_bench.callback.base import InRunMethod, WatchedRun
+from fine_bench.fine.options import Options
+from fine_bench.fine.subset_options import SubsetOptions
 from fine_bench.types import UnsupportedProblemError
 
 QUERIES = TensorDataset(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
@@ -85,3 +91,21 @@ def test_in_run_shapley_refuses_a_run_before_it_starts(given: dict[str, Any], re
         InRunShapleyCallback.needs("validation", {}, run(queries=QUERIES, **given))
     plain = InRunShapleyCallback.needs("validation", {}, run(queries=QUERIES))
     assert plain == {"queries": QUERIES}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [(FINECallback, Options), (PaperFINECallback, SubsetOptions)]
+)
+def test_the_signature_is_that_of_the_options(
+    method: Callable[..., Any], options: type[Any]
+) -> None:
+    parameters = inspect.signature(method).parameters
+    declared = {field.name: field.default for field in fields(options)}
+    assert {name: p.default for name, p in parameters.items()} == declared
+    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(declared)[: len(positional)]
+    assert positional[:2] == ["target", "observable"]
+    hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
+    assert set(hints) == {*declared, "return"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'refresh'"):
+        method(refresh=3)
