@@ -52,7 +52,7 @@ class Resumable(Protocol):
         """Everything needed to go on after an interruption."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], /) -> object:
         """Go on from ``state_dict()``."""
         ...
 

@@ -19,12 +19,11 @@ from fine_bench.callback.base import InRunMethod, built_from
 from fine_bench.callback.trainer import (
     beside_training,
     loss_scale,
-    parameter_dtype,
     refuse_compiled,
     refuse_optimizers,
     refuse_strategy,
     step_is_taken,
-    training_set,
+    training_data,
 )
 from fine_bench.fine import accumulator
 from fine_bench.fine.batch_adapter import BatchAdapter
@@ -35,7 +34,7 @@ from fine_bench.fine.options import Options
 from fine_bench.fine.setup import make_first_batch, make_passes, make_recorder
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
-from fine_bench.fine.training_data import TrainingData, step_size
+from fine_bench.fine.training_data import step_size
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
@@ -149,13 +148,7 @@ class FINECallback(InRunMethod):
         refuse_optimizers(trainer)
         assert self._recorder is not None
         options, recorder, device = self.options, self._recorder, pl_module.device
-        data = TrainingData(
-            training_set(trainer, "FINECallback"),
-            getattr(trainer.train_dataloader, "collate_fn", None),
-            device=device,
-            dtype=parameter_dtype(pl_module),
-            adapter=options.adapter,
-        )
+        data = training_data(trainer, pl_module, "FINECallback", options.adapter)
 
         def aside() -> AbstractContextManager[None]:
             return beside_training(pl_module, self._compiled)

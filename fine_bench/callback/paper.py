@@ -23,7 +23,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from fine_bench.callback.base import InRunMethod, WatchedRun, built_from
-from fine_bench.callback.trainer import beside_training, parameter_dtype, training_set
+from fine_bench.callback.trainer import beside_training, training_data
 from fine_bench.fine import subset_test
 from fine_bench.fine.geometry import Euclidean
 from fine_bench.fine.passes import Passes, QueryDirections
@@ -37,13 +37,12 @@ from fine_bench.fine.subset_test import (
 from fine_bench.fine.subsets import (
     members_per_batch,
 )
-from fine_bench.fine.training_data import TrainingData, read_queries
+from fine_bench.fine.training_data import read_queries
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.types import (
     InfluenceScores,
     Target,
     UnsupportedProblemError,
-    dataset_size,
 )
 
 
@@ -182,22 +181,15 @@ class PaperFINECallback(InRunMethod):
                 f"training on {trainer.world_size} processes is not supported yet; use devices=1"
             )
         options = self.options
-        loader, dataset = trainer.train_dataloader, training_set(trainer, "PaperFINECallback")
-        n = dataset_size(dataset, "the training set")
-        data = TrainingData(
-            dataset,
-            getattr(loader, "collate_fn", None),
-            device=pl_module.device,
-            dtype=parameter_dtype(pl_module),
-        )
-        size = options.batch_size or getattr(loader, "batch_size", None)
+        data = training_data(trainer, pl_module, "PaperFINECallback")
+        size = options.batch_size or getattr(trainer.train_dataloader, "batch_size", None)
         if size is None:
             raise ValueError(
                 "the training DataLoader has no batch_size; pass batch_size=… to PaperFINECallback"
             )
         m = size if options.batch_size else size * trainer.accumulate_grad_batches
         with isolate_rng():
-            watched = options.watch(n, data.labels)
+            watched = options.watch(data.n, data.labels)
         members = members_per_batch(watched, m, options.members)
         queries = None
         if options.queries is not None:

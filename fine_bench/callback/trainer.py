@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
 
 
@@ -93,6 +95,29 @@ def training_set(trainer: pl.Trainer, who: str) -> Dataset[Any]:
     return dataset
 
 
+def training_data(
+    trainer: pl.Trainer, module: pl.LightningModule, who: str, adapter: BatchAdapter | None = None
+) -> TrainingData:
+    """The training examples by position, as the module takes them.
+
+    Args:
+        trainer: of the run.
+        module: the model.
+        who: the callback's name, for errors.
+        adapter: reads batches.
+
+    Raises:
+        ValueError: there are several loaders, or one without a data set.
+    """
+    return TrainingData(
+        training_set(trainer, who),
+        getattr(trainer.train_dataloader, "collate_fn", None),
+        device=module.device,
+        dtype=next(module.parameters()).dtype,
+        adapter=adapter,
+    )
+
+
 def loss_scale(trainer: pl.Trainer) -> float:
     """The factor by which 16-bit precision multiplies the loss before the backward pass."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -105,11 +130,6 @@ def step_is_taken(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         return True
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The precision of the module's parameters, in which it takes inputs."""
-    return next(module.parameters()).dtype
 
 
 @contextmanager
@@ -131,10 +151,10 @@ def beside_training(module: nn.Module, compiled: bool = False) -> Iterator[None]
 __all__ = [
     "beside_training",
     "loss_scale",
-    "parameter_dtype",
     "refuse_compiled",
     "refuse_optimizers",
     "refuse_strategy",
     "step_is_taken",
+    "training_data",
     "training_set",
 ]
