@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from fine_bench.commands import leaderboard
+from fine_bench.commands import leaderboard, publish
 from fine_bench.leaderboard.build import build
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import SUSPICIOUS_END
@@ -94,6 +94,27 @@ def test_the_leaderboard_is_rebuilt_from_the_records_alone(
     assert leaderboard.main(["--results", str(tmp_path)]) == 0
     for name in ("leaderboard.md", "leaderboard.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_published_cells_are_not_recomputed_and_published_files_not_touched(
+    cli: Commands, finished: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """As in a fresh clone, which has neither records of its own nor scores."""
+    shutil.copytree(finished[0] / "records", tmp_path / "records")
+    for path in (tmp_path / "records").rglob("*.json"):  # a checkout under work is no obstacle here
+        path.write_text(path.read_text().replace('"dirty": true', '"dirty": false'))
+    assert publish.main(["--results", str(tmp_path)]) == 0
+    shutil.rmtree(tmp_path / "records")
+    before = {p: p.read_bytes() for p in (tmp_path / "published").iterdir()}
+    again = cli(tmp_path, FEW, "logger.mode=disabled", "-m", "seed=0,1")
+    assert again.returncode == 0, again.stderr
+    assert "0 of 20 cells (20 finished earlier)" in again.stderr
+    assert "read: 20 published records, 0 of your own" in again.stdout + again.stderr
+    assert before == {p: p.read_bytes() for p in (tmp_path / "published").iterdir()}
+    assert not list(tmp_path.rglob("*.json"))
+    assert (tmp_path / "leaderboard.md").read_bytes() == before[
+        tmp_path / "published" / "leaderboard.md"
+    ]
 
 
 def test_a_task_may_declare_its_own_suspicious_end(cli: Commands, tmp_path: Path) -> None:
