@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner import sweep
+from fine_bench.runner import execution, sweep
 from fine_bench.runner.config import config_folder, register
 
 
@@ -57,4 +57,4 @@ def multirun_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _job(config: DictConfig) -> None:
-    sweep.run_job(config)
+    execution.run_job(config)

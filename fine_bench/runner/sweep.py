@@ -6,46 +6,36 @@ exceptions. Here all jobs are composed and checked before the first one trains, 
 whatever launcher ran them.
 
 A ``Sweep`` belongs to the command that runs it. Hydra makes the callback ``SweepHook`` and calls
-``run_job`` by their names and hands nothing back, so both find the command's sweep in the context
-that ``command`` opens; in the process of another launcher's job there is none.
+``execution.run_job`` by their names and hands nothing back, so both find the command's sweep in
+the context that ``command`` opens; in the process of another launcher's job there is none.
 """
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.leaderboard import build as leaderboard
-from fine_bench.leaderboard import render
-from fine_bench.leaderboard import sensitivity_tables as sensitivity_view
-from fine_bench.leaderboard.sensitivity import spreads
-from fine_bench.leaderboard.tables import Planned
-from fine_bench.runner import launchers, wandb_log
+from fine_bench.runner import launchers
+from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check, explain
-from fine_bench.runner.plan import Cell, Job, plan, plan_sweep
-from fine_bench.runner.progress import CellBar, Follower
-from fine_bench.runner.write import execute
-from fine_bench.store.records import RecordStore
-from fine_bench.terminal import hidden, record_bar
+from fine_bench.runner.plan import Cell, Job, plan_sweep
+from fine_bench.runner.progress import Follower
 
 BAD_INPUT = 2
 INCOMPLETE = 1
@@ -118,7 +108,7 @@ class Sweep:
             self._follower.stop()
         # Hydra turns an exception in here into a warning and the exit status 0
         try:
-            self.status = conclude(self.jobs, self.folder.name)
+            self.status = conclude(self.jobs, self.folder.name, out)
         except Exception as error:
             out.print(
                 f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
@@ -160,6 +150,11 @@ def refuse(error: Exception) -> NoReturn:
 # ------------------------------------------------------------------------- what Hydra calls by name
 
 _COMMAND: ContextVar[Sweep] = ContextVar("sweep of the command that runs in this process")
+
+
+def current() -> Sweep | None:
+    """The sweep of the command that runs in this process; None in a job's own process."""
+    return _COMMAND.get(None)
 
 
 @contextmanager
@@ -210,37 +205,6 @@ def expand(config: DictConfig) -> list[DictConfig]:
     ]
 
 
-def run_job(config: DictConfig) -> None:
-    """One job, as Hydra calls it. It never raises for what a seed may do; see ``cells``."""
-    hydra = HydraConfig.get()
-    sweep = _COMMAND.get(None)
-    job = None if sweep is None else sweep.take(hydra)
-    if job is None:  # a process of its own
-        job = plan(check(config))
-    folder = Path(
-        hydra.sweep.dir if OmegaConf.is_missing(hydra.job, "num") is False else hydra.run.dir
-    )
-    silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
-
-    def say(line: str) -> None:
-        if not silent:
-            out.print(line)
-
-    say(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(job.todo)} cells to compute")
-    if not job.todo:
-        return
-    logger = wandb_log.start_run(job, folder.name)
-    with hidden(silent), closing(CellBar(len(job.todo), out)) as cells:
-        written = execute(job, folder.name, logger, lambda line: say("  " + escape(line)), cells)
-    wandb_log.finish_run(logger, job, written)
-    if sweep is not None:
-        sweep.note(job, [one.cell for one in written if one.record.status != "failed"])
-    sys.stderr.flush()
-
-
-# ------------------------------------------------------------------------------ before and after
-
-
 def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
     """Say what will run and where results go."""
     first = jobs[0]
@@ -271,46 +235,3 @@ def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
         out.print(f"  launcher    {launcher}: {len(jobs)} job(s), in processes of their own")
     out.print(f"  results     {config.results_dir}/ (log: {sweep_folder})")
     out.print()
-
-
-def conclude(jobs: Sequence[Job], sweep: str) -> int:
-    """Build, print, write and log the leaderboard.
-
-    Returns:
-        0, or 1 if a planned cell failed or is missing, or a number of these tables cannot be had.
-    """
-    root = jobs[0].results
-    store = RecordStore(root)
-    with record_bar(out) as bar:
-        board = leaderboard.build(store, bar.comparing, jobs[0].packages)
-        bands = spreads(store, store.scan(), bar.comparing)
-    settings = {job.setting for job in jobs}
-    shown = replace(board, tables=tuple(t for t in board.tables if t.setting in settings))
-    render.show(shown)
-    written = render.write(board, root)
-    if bands:
-        sensitivity_view.show([band for band in bands if band.setting in settings])
-        written += sensitivity_view.write(bands, root)
-    planned = [
-        Planned(job.setting, cell.estimator, cell.estimator_hash, cell.target, job.config.seed)
-        for job in jobs
-        for cell in job.cells
-    ]
-    states = leaderboard.cells(store.scan().records, planned)
-    bad = [cell for cell in states if cell.state in ("failed", "missing")]
-    frame = render.frame(shown)
-    rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
-    wandb_log.log_summary(jobs, sweep, rows, root / "leaderboard.csv")
-    out.print(f"\nread: {store.sources}")
-    out.print(f"written: {', '.join(map(str, written))}")
-    if bad:
-        out.print(f"[bold red]{len(bad)} of {len(states)} cells are not there:[/]")
-        for cell in bad:
-            name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
-            out.print(f"  {name} {cell.state}: {escape(cell.reason)}")
-    # a record may be there and its scores damaged: then a number of these tables is missing
-    where = tuple({f"{job.data.name}/{job.setting[:8]}: " for job in jobs})
-    damaged = [line for line in board.problems if line.startswith(where)]
-    for line in damaged:
-        out.print(f"[bold red]problem:[/] {escape(line)}")
-    return INCOMPLETE if bad or damaged else 0

@@ -27,9 +27,9 @@ from fine_bench.errors import ConfigError
 from fine_bench.metrics.reliability import spearman
 from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.retrain import check_package
-from fine_bench.runner.write import execute
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
@@ -147,7 +147,7 @@ def verify(
         record: a finished one.
         results: the results folder it comes from, for its scores and ground truths, if known.
         allow_packages: packages besides ``fine_bench`` and ``baselines`` that it may name.
-        say, busy: as in ``write.execute``.
+        say, busy: as in ``execution.execute``.
 
     Raises:
         ValueError: the record is failed or skipped.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pytorch_lightning.loggers import Logger
-
 from fine_bench.runner import addresses
-from fine_bench.runner.cells import Outcome, outcomes
+from fine_bench.runner.cells import Outcome
 from fine_bench.runner.config import PLACES
 from fine_bench.runner.plan import Cell, Job
-from fine_bench.runner.progress import Announcer
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
@@ -28,33 +24,6 @@ class Written:
     cell: Cell
     record: RunRecord
     scores: InfluenceScores | None
-
-
-def execute(
-    job: Job,
-    sweep: str,
-    logger: Logger | None = None,
-    say: Callable[[str], None] = print,
-    busy: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
-) -> list[Written]:
-    """Compute every open cell of a job, write its record, and say so.
-
-    Args:
-        job: what is to be done.
-        sweep: name of the sweep, which the records carry.
-        logger: is told of the training.
-        say: prints a line.
-        busy: shows what is being worked on while it lasts.
-    """
-    if not job.todo:
-        return []
-    announcer = Announcer(say, busy)
-    writer = Writer(job, sweep)
-    written = []
-    for outcome in outcomes(job, logger, announcer):
-        written.append(writer.write(outcome))
-        announcer.written(written[-1].record)
-    return written
 
 
 class Writer:

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from fine_bench.commands.verify import main
 from fine_bench.errors import ConfigError
 from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
 from fine_bench.runner.verify import distance, job_of, results_of, verify
-from fine_bench.runner.write import execute
 from fine_bench.store.files import StoreError
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore, read_record

@@ -17,8 +17,8 @@ from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.steering import Steering
 from fine_bench.runner.backends import language
 from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
-from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
 from support.commands import Commands
 

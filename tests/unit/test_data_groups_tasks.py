@@ -25,8 +25,8 @@ from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.runner.config import RunConfig, check, config_folder
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
-from fine_bench.runner.write import execute
 from fine_bench.seeds import stream
 
 poisoned = partial(backdoor, trigger_size=2, poison_rate=0.02)

@@ -14,8 +14,8 @@ from fine_bench import replay
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
 from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
-from fine_bench.runner.write import execute
 from fine_bench.store.records import RecordStore
 
 pytestmark = pytest.mark.usefixtures("hydra")

@@ -13,10 +13,10 @@ import wandb
 from hydra import compose
 
 from fine_bench.runner import wandb_log
+from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
-from fine_bench.runner.sweep import conclude
-from fine_bench.runner.write import execute
 from fine_bench.store import files as files_module
 from fine_bench.store.records import RecordStore
 

@@ -28,11 +28,12 @@ from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.report.figures import option_ranges as ranges_figure
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.tables import shelves
+from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check, config_folder
+from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
-from fine_bench.runner.sweep import announce, conclude
+from fine_bench.runner.sweep import announce
 from fine_bench.runner.verify import verify
-from fine_bench.runner.write import execute
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord, Status
