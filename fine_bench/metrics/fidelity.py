@@ -23,7 +23,7 @@ from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, spearman
 FIDELITY = "fidelity to retraining"
 VERSION = "truth_version"
 """Which ground truth a record was compared with; without it there was none."""
-_AXIS = "Spearman with the μ of retraining"
+_AXIS = "fidelity: Spearman with the μ of retraining"
 METRICS = (
     Metric("fidelity", "fidelity", "higher", table=FIDELITY, beside=VERSION, title=_AXIS, rank=20),
     Metric("fidelity_of_ceiling", "fid. of ceiling", "higher", table=FIDELITY, beside=VERSION,

@@ -93,7 +93,7 @@ def test_the_most_telling_measure_is_drawn(results: Path) -> None:
     (shelf,) = shelves_of(results)
     figure = costs.draw(shelf)
     labels = [axes.get_ylabel() for axes in panels(figure)]
-    assert labels == ["fidelity: Spearman with retraining", "detection: AUROC"]
+    assert labels == ["fidelity: Spearman with the μ of retraining", "detection: AUROC"]
 
 
 def test_cost_needs_seconds_and_a_measure(tmp_path: Path) -> None:

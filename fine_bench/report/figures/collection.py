@@ -30,6 +30,7 @@ from fine_bench.report.figures import (
 )
 from fine_bench.report.figures.requirements import (
     LeftOutError,
+    in_full,
     interval_of,
     need_rows,
     need_two_seeds,
@@ -55,11 +56,6 @@ FIGURES = (
     "consistency_by_source",
     "sensitivity",
 )
-DETECTION: Mapping[str, str] = {"auroc": "AUROC", "average_precision": "average precision"}
-CONSISTENCY: Mapping[str, str] = {
-    "spearman": "Spearman correlation between runs",
-    "jaccard_corrected": "Jaccard@k between runs, corrected for chance",
-}
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,8 @@ def _detection_and_consistency(shelf: Shelf, choice: Choice) -> Figure:
     return benchmark.detection_and_consistency(
         panels,
         shelf.looks,
-        x_label=f"consistency: {CONSISTENCY[choice.consistency]}",
-        y_label=f"detection: {DETECTION[choice.detection]}",
+        x_label=f"consistency: {in_full('consistency', choice.consistency)}",
+        y_label=f"detection: {in_full('metrics', choice.detection)}",
         size=f"{shelf.size}; mean and 95 % interval over seeds",
     )
 
@@ -340,7 +336,7 @@ def by_source(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> I
         try:
             for shelf in family.shelves.values():
                 need_two_seeds(shelf)
-            label = CONSISTENCY[choice.consistency]
+            label = in_full("consistency", choice.consistency)
             yield Drawn(name, randomness.draw(family, choice.consistency, label))
         except LeftOutError as reason:
             yield Drawn(name, None, str(reason))

@@ -22,16 +22,12 @@ from fine_bench.report.figures.benchmark import (
     title_of,
 )
 from fine_bench.report.figures.labels import Name, place
-from fine_bench.report.figures.requirements import LeftOutError, interval_of
+from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import Look, canvas, settle, styled
 from fine_bench.report.figures.tables import Shelf
 
-QUALITY: Mapping[str, tuple[str, float]] = {
-    "fidelity": ("fidelity: Spearman with retraining", 0.0),
-    "lds": ("LDS: prediction of retraining on subsets", 0.0),
-    "auroc": ("detection: AUROC", 0.5),
-}
-"""Measures by name, the most telling first: label, and what guessing reaches."""
+QUALITY: Mapping[str, float] = {"fidelity": 0.0, "lds": 0.0, "auroc": 0.5}
+"""Measures by name, the most telling first, and what guessing reaches."""
 
 GUESSING = 0.05
 """A control this near to guessing would squeeze the others together, and is written below."""
@@ -86,7 +82,7 @@ def cost_and_quality(
 
 def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> list[Point]:
     """The points of a panel; returns those that are on the scale."""
-    label, chance = QUALITY[panel.measure]
+    chance = QUALITY[panel.measure]
     points = sorted(panel.points, key=lambda p: p.label)
     shown = [p for p in points if not _guesses(p, looks[p.label], chance)]
     shown = shown or [p for p in points if math.isfinite(p.y.mean)]
@@ -118,9 +114,14 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> list[Point]:
         if narrow:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     notes = [f"off the scale: {_note(p)}" for p in points if p not in shown]
-    axes.set_xlabel("\n".join(["extra seconds, beyond plain training", *notes]))
-    axes.set_ylabel(label)
+    axes.set_xlabel("\n".join([in_full("cost", "seconds"), *notes]))
+    axes.set_ylabel(_quality(panel.measure))
     return shown
+
+
+def _quality(measure: str) -> str:
+    label = in_full("metrics", measure)
+    return f"detection: {label}" if measure == "auroc" else label
 
 
 def _guesses(point: Point, look: Look, chance: float) -> bool:

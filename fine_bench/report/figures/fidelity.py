@@ -14,16 +14,16 @@ from matplotlib.lines import Line2D
 
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import TARGET_TITLES, named, panels_of, reach, title_of
-from fine_bench.report.figures.requirements import LeftOutError, interval_of
+from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import BLACK, GREY, Look, canvas, styled
 from fine_bench.report.figures.tables import Shelf
 
-MEASURES: Mapping[str, tuple[str, str]] = {
-    "fidelity": ("all examples", "Spearman with the μ of retraining"),
-    "fidelity_clean": ("clean examples only", "Spearman with the μ of retraining"),
-    "lds": ("single queries", "LDS: rank correlation with models trained on subsets"),
+MEASURES: Mapping[str, str] = {
+    "fidelity": "all examples",
+    "fidelity_clean": "clean examples only",
+    "lds": "single queries",
 }
-"""Metric: what it covers, and the label of its axis; its ceiling follows from ``…_of_ceiling``."""
+"""Metric: what it covers; its ceiling follows from ``…_of_ceiling``."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ def faithfulness(panels: Mapping[str, Panel], looks: Mapping[str, Look], *, size
     measures = list(dict.fromkeys(m for panel in panels.values() for m in panel.measures))
     handles = [
         Line2D([], [], linestyle="none", marker="o" if i == 0 else "|", color=BLACK,
-               markersize=6 if i == 0 else 9, label=MEASURES[m][0])
+               markersize=6 if i == 0 else 9, label=MEASURES[m])
         for i, m in enumerate(measures)
     ]  # fmt: skip
     handles += [
         Line2D([], [], color=GREY, linestyle=_LINES[i % 3], linewidth=1.2,
-               label=f"ceiling, {MEASURES[m][0]}")
+               label=f"ceiling, {MEASURES[m]}")
         for i, m in enumerate(measures)
         if any(m in panel.ceilings for panel in panels.values())
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
     values = [v.mean for m in methods for v in m.values.values() if math.isfinite(v.mean)]
     axes.set_xlim(min(-0.03, *values) if values else 0.0, 1.01)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(MEASURES[first][1])
+    axes.set_xlabel(in_full("metrics", first))
 
 
 def draw(shelf: Shelf) -> Figure:

@@ -28,7 +28,6 @@ MEASURES = (
 """What gets a panel where there are numbers; every other number stands in the table."""
 
 MOST = 4
-_LONGER = {"consistency_jaccard_corrected": "Jaccard@k, corrected"}
 _NOBODY = Look(GREY, "o", "-", True)
 
 
@@ -94,7 +93,7 @@ def _draw(axes: Axes, spreads: Sequence[Spread], column: Metric, looks: Mapping[
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y", visible=False)
-    label = _LONGER.get(column.key, column.label)
+    label = "Jaccard@k, corrected" if column.label == "corrected" else column.label
     axes.set_xlabel(f"{label} ({column.better} is better)" if column.better else label)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.intervals import Interval
-from fine_bench.metrics.registry import Source, stat_key
+from fine_bench.metrics.registry import Source, named, stat_key
 from fine_bench.report.figures.tables import Shelf
 
 
@@ -16,6 +16,11 @@ def interval_of(row: Row, source: Source, name: str) -> Interval | None:
     """A number of a row with its interval; None when no seed has it."""
     stat = row.stats.get(stat_key(source, name))
     return None if stat is None else Interval(stat.mean, stat.lower, stat.upper)
+
+
+def in_full(source: Source, name: str) -> str:
+    """What a number is called on an axis; its metric declares it."""
+    return named(stat_key(source, name)).in_full
 
 
 def need_rows(shelf: Shelf) -> None:
