@@ -13,10 +13,14 @@ from itertools import combinations
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fine_bench.leaderboard.tables import Stat
-from fine_bench.metrics.consistency import coefficient_of_variation, pairwise_consistency
+from fine_bench.metrics.consistency import (
+    Run,
+    agreement_of_runs,
+    coefficient_of_variation,
+    ranked,
+)
 from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import pair_mean_interval
 from fine_bench.metrics.registry import stat_key
@@ -106,9 +110,12 @@ class Comparisons:
         if len({_watched_ones(found) for found in loaded.values()}) > 1:
             raise ValueError("its seeds score different examples; set sample_seed to one number")
         vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
-        for (a, b), pair in wanted.items():
-            if pair not in pairs:
-                pairs[pair] = _agreement(vectors[a], vectors[b], k)
+        missing = {seeds: pair for seeds, pair in wanted.items() if pair not in pairs}
+        new = {seed for pair in missing for seed in pair}
+        runs = {seed: ranked(vectors[seed], max(k, 1), "high") for seed in new}
+        for (a, b), pair in missing.items():
+            if pair not in pairs:  # two runs may have the same scores
+                pairs[pair] = _agreement(runs[a], runs[b], k)
         return coefficient_of_variation(np.stack(list(vectors.values())))[1]
 
 
@@ -121,8 +128,8 @@ def _pair(scores: Mapping[int, str], a: int, b: int) -> Pair:
     return min(scores[a], scores[b]), max(scores[a], scores[b])
 
 
-def _agreement(a: NDArray[np.float64], b: NDArray[np.float64], k: int) -> dict[str, float]:
-    values = pairwise_consistency(a, b, max(k, 1), "high")
+def _agreement(a: Run, b: Run, k: int) -> dict[str, float]:
+    values = agreement_of_runs(a, b)
     if k == 0:  # nobody knows the bad examples, so there is no k
         return {name: x for name, x in values.items() if not name.startswith("jaccard")}
     return values

@@ -167,7 +167,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                 metric = declared.get(key, Metric(key or NONE, key or NONE, table=""))
                 number_of = {"mean": math.nan, "lower": math.nan, "upper": math.nan, "n": 0}
                 if key:
-                    number_of = asdict(row.stats[key])
+                    number_of = vars(row.stats[key])
                 lines.append(
                     line
                     | {

@@ -7,6 +7,7 @@ says nothing, so wherever it appears the result is NaN: undefined, not perfect.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +71,41 @@ def _inclusion(scores: Vector, k: int) -> Vector:
     return np.asarray(above + tied * ((k - above.sum()) / tied.sum()), dtype=np.float64)
 
 
-def pairwise_consistency(a: ArrayLike, b: ArrayLike, k: int, end: End) -> dict[str, float]:
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run's scores with what every comparison asks of them; see ``ranked``.
+
+    Attributes:
+        values: ``(n_train,)``, high for suspicious.
+        ranks: their ranks, ties with the mean of theirs.
+        inclusion: probability of each example to be among the k highest.
+        k: size of the suspicious set.
+    """
+
+    values: Vector
+    ranks: Vector
+    inclusion: Vector
+    k: int
+
+
+def ranked(scores: ArrayLike, k: int, end: End) -> Run:
+    """Scores made ready to be compared with those of other runs.
+
+    Args:
+        scores: ``(n_train,)``, finite; one row.
+        k: size of the suspicious set, 1 … n_train; the true number of bad examples as a rule.
+        end: the suspicious end of the scores.
+
+    Raises:
+        ValueError: k out of range, values that are not finite.
+    """
+    values = as_vector(scores, "scores")
+    _check_k(k, len(values))
+    values = oriented(values, end)
+    return Run(values, stats.rankdata(values), _inclusion(values, k), k)
+
+
+def agreement_of_runs(a: Run, b: Run) -> dict[str, float]:
     """Agreement of two runs' scores of the same training examples.
 
     - ``spearman``, ``kendall`` (tau-b): rank correlation over all examples.
@@ -85,14 +120,40 @@ def pairwise_consistency(a: ArrayLike, b: ArrayLike, k: int, end: End) -> dict[s
     order nor on a random draw. It lies slightly below the expected J, which is convex in the
     overlap, and is J itself when nothing is tied at the cut.
 
-    Args:
-        a, b: ``(n_train,)``, finite; one row of scores each.
-        k: size of the suspicious sets, 1 … n_train; the true number of bad examples as a rule.
-        end: the suspicious end of the scores.
-
     Returns:
         One value for each of ``KEYS``: all NaN when ``a`` or ``b`` is constant; the corrected
         Jaccard is NaN at k = n_train too, where chance is perfect.
+
+    Raises:
+        ValueError: different lengths, or different k.
+    """
+    n, k = len(a.values), a.k
+    if len(b.values) != n or b.k != k:
+        raise ValueError(
+            f"a has {n} examples and k = {k}, b {len(b.values)} and {b.k}; consistency compares "
+            "runs of one task"
+        )
+    if np.ptp(a.values) == 0 or np.ptp(b.values) == 0:
+        return dict.fromkeys(KEYS, float("nan"))
+    overlap = float(a.inclusion @ b.inclusion)
+    jaccard = overlap / (2 * k - overlap)
+    chance = expected_jaccard(n, k)
+    return {
+        # scipy's spearmanr to the last bit, without ranking each run anew for every other
+        "spearman": float(np.corrcoef(np.stack([a.ranks, b.ranks]))[1, 0]),
+        "kendall": float(stats.kendalltau(a.values, b.values).statistic),
+        "jaccard": jaccard,
+        "jaccard_corrected": (jaccard - chance) / (1 - chance) if k < n else float("nan"),
+    }
+
+
+def pairwise_consistency(a: ArrayLike, b: ArrayLike, k: int, end: End) -> dict[str, float]:
+    """Agreement of two score vectors; see ``ranked`` and ``agreement_of_runs``.
+
+    Args:
+        a, b: ``(n_train,)``, finite; one row of scores each.
+        k: size of the suspicious sets.
+        end: the suspicious end of the scores.
 
     Raises:
         ValueError: different lengths, k out of range, values that are not finite.
@@ -102,20 +163,7 @@ def pairwise_consistency(a: ArrayLike, b: ArrayLike, k: int, end: End) -> dict[s
         raise ValueError(
             f"a has {len(first)} examples, b {len(second)}; consistency compares runs of one task"
         )
-    n = len(first)
-    _check_k(k, n)
-    first, second = oriented(first, end), oriented(second, end)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return dict.fromkeys(KEYS, float("nan"))
-    overlap = float(_inclusion(first, k) @ _inclusion(second, k))
-    jaccard = overlap / (2 * k - overlap)
-    chance = expected_jaccard(n, k)
-    return {
-        "spearman": float(stats.spearmanr(first, second).statistic),
-        "kendall": float(stats.kendalltau(first, second).statistic),
-        "jaccard": jaccard,
-        "jaccard_corrected": (jaccard - chance) / (1 - chance) if k < n else float("nan"),
-    }
+    return agreement_of_runs(ranked(first, k, end), ranked(second, k, end))
 
 
 def coefficient_of_variation(runs: ArrayLike) -> tuple[NDArray[Any], float]:

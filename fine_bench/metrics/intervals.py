@@ -21,7 +21,6 @@ from math import factorial, isfinite, prod
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fine_bench.metrics._arrays import Vector
 from fine_bench.seeds import derive
@@ -47,7 +46,7 @@ UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
 @lru_cache(maxsize=32)
-def _resamples(n: int) -> tuple[NDArray[np.int64], Vector]:
+def _resamples(n: int) -> tuple[Vector, Vector]:
     """All resamples of n seeds with their probabilities, or a Monte-Carlo sample of them.
 
     Returns ``counts (n_resamples, n)``, how often each seed was drawn, and ``weights`` summing
@@ -56,13 +55,25 @@ def _resamples(n: int) -> tuple[NDArray[np.int64], Vector]:
     if n > MAX_EXACT_SEEDS:
         generator = np.random.default_rng(derive(n, "metrics/bootstrap"))
         counts = generator.multinomial(n, np.full(n, 1 / n), size=MONTE_CARLO_RESAMPLES)
-        return counts, np.full(len(counts), 1 / len(counts))
+        return counts.astype(np.float64), np.full(len(counts), 1 / len(counts))
     # n draws as n "stars" separated by n − 1 "bars" in 2n − 1 places
     bars = np.array(list(combinations(range(2 * n - 1), n - 1)), dtype=np.int64)
     ends = np.full((len(bars), 1), 2 * n - 1)
     counts = np.diff(np.hstack([np.full_like(ends, -1), bars, ends]), axis=1) - 1
     orders = np.array([factorial(n) // prod(map(factorial, row)) for row in counts.tolist()])
-    return counts, orders / float(n) ** n
+    return counts.astype(np.float64), orders / float(n) ** n
+
+
+@lru_cache(maxsize=32)
+def _pair_resamples(n: int) -> tuple[Vector, Vector, Vector]:
+    """The resamples of n seeds that hold a pair, their weights, and their numbers of pairs.
+
+    Ordered pairs of draws that hit distinct seeds; the factor of two cancels.
+    """
+    counts, weights = _resamples(n)
+    n_pairs = n**2 - (counts**2).sum(axis=1)
+    kept = n_pairs > 0
+    return counts[kept], weights[kept], n_pairs[kept]
 
 
 def _check_level(level: float) -> None:
@@ -170,12 +181,8 @@ def pair_mean_interval(
     mean = float(matrix.sum() / (n * (n - 1)))
     if n == 2:
         return Interval(mean, float("nan"), float("nan"))
-    counts, weights = _resamples(n)
-    # ordered pairs of draws that hit distinct seeds; the factor of two cancels
-    n_pairs = n**2 - (counts**2).sum(axis=1)
-    kept = n_pairs > 0
-    counts, weights = counts[kept], weights[kept]
-    values = ((counts @ matrix) * counts).sum(axis=1) / n_pairs[kept]
+    counts, weights, n_pairs = _pair_resamples(n)
+    values = ((counts @ matrix) * counts).sum(axis=1) / n_pairs
     return Interval(mean, *_percentiles(values, weights, level))
 
 
@@ -202,6 +209,16 @@ class PairedDifference:
     unmatched: tuple[int, ...]
 
 
+@lru_cache(maxsize=32)
+def _signs(n: int, exact: bool) -> Vector:
+    """All patterns of n signs, or the observed one and a Monte-Carlo sample, one a row."""
+    if exact:
+        return np.array(list(product((-1.0, 1.0), repeat=n)))
+    generator = np.random.default_rng(derive(n, "metrics/sign flips"))
+    drawn = generator.choice([-1.0, 1.0], size=(MONTE_CARLO_RESAMPLES, n))
+    return np.vstack([np.ones((1, n)), drawn])
+
+
 def sign_flip_p_value(differences: Vector) -> float:
     """Two-sided randomisation test: P(|Σ s_i d_i| ≥ |Σ d_i|) over random signs s_i = ±1.
 
@@ -212,13 +229,7 @@ def sign_flip_p_value(differences: Vector) -> float:
     Args:
         differences: ``(n_seeds,)``, finite.
     """
-    n = len(differences)
-    if n <= MAX_EXACT_SIGNS:
-        signs = np.array(list(product((-1.0, 1.0), repeat=n)))
-    else:
-        generator = np.random.default_rng(derive(n, "metrics/sign flips"))
-        drawn = generator.choice([-1.0, 1.0], size=(MONTE_CARLO_RESAMPLES, n))
-        signs = np.vstack([np.ones((1, n)), drawn])
+    signs = _signs(len(differences), len(differences) <= MAX_EXACT_SIGNS)
     # sums that are equal on paper must not differ by rounding
     slack = 1e-12 * float(np.abs(differences).sum())
     extreme = np.abs(signs @ differences) >= abs(float(differences.sum())) - slack

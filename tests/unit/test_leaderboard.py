@@ -24,7 +24,7 @@ from fine_bench.leaderboard import captions
 from fine_bench.leaderboard import render as view
 from fine_bench.leaderboard.build import build, cells
 from fine_bench.leaderboard.tables import Leaderboard, Row
-from fine_bench.metrics.consistency import pairwise_consistency
+from fine_bench.metrics.consistency import agreement_of_runs, pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
 from fine_bench.store import files as files_module
@@ -494,13 +494,13 @@ def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[int] = []
-    compare = pairwise_consistency
+    compare = agreement_of_runs
 
     def counting(*arguments: Any) -> Mapping[str, float]:
         compared.append(1)
         return compare(*arguments)
 
-    monkeypatch.setattr("fine_bench.leaderboard.consistency.pairwise_consistency", counting)
+    monkeypatch.setattr("fine_bench.leaderboard.consistency.agreement_of_runs", counting)
     store = fill(tmp_path)
     full = build(store)
     once = 4 * 3 + 2  # the three constants are one and the same score
