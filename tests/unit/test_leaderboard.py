@@ -630,7 +630,7 @@ def test_cli_without_records_says_what_to_type(
 ) -> None:
     assert main(["--results", str(tmp_path / "none")]) == 2
     err = capsys.readouterr().err
-    assert "python -m fine_bench" in err
+    assert "fine-bench run" in err
     assert "--results DIR" in err
     assert not (tmp_path / "none").exists()
 
@@ -653,11 +653,14 @@ def test_cells_of_a_sweep() -> None:
     assert [(c.setting, c.estimator, c.estimator_hash, c.target, c.seed) for c in found] == planned
 
 
-def test_the_command_needs_no_trainer(tmp_path: Path) -> None:
+def test_runs_as_a_module_and_needs_no_trainer(tmp_path: Path) -> None:
     code = (
-        "import sys\n"
-        "from fine_bench.commands.leaderboard import main\n"
-        f"print(main(['--results', {str(tmp_path)!r}]))\n"
+        "import runpy, sys\n"
+        f"sys.argv = ['leaderboard', '--results', {str(tmp_path)!r}]\n"
+        "try:\n"
+        "    runpy.run_module('fine_bench.leaderboard', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
         "print([m for m in ('pytorch_lightning', 'hydra', 'wandb') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parents[2]
