@@ -140,7 +140,7 @@ def agreement_of_runs(a: Run, b: Run) -> dict[str, float]:
     chance = expected_jaccard(n, k)
     return {
         # scipy's spearmanr to the last bit, without ranking each run anew for every other
-        "spearman": float(np.corrcoef(np.stack([a.ranks, b.ranks]))[1, 0]),
+        "spearman": float(np.asarray(np.corrcoef(np.stack([a.ranks, b.ranks])))[1, 0]),
         "kendall": float(stats.kendalltau(a.values, b.values).statistic),
         "jaccard": jaccard,
         "jaccard_corrected": (jaccard - chance) / (1 - chance) if k < n else float("nan"),
