@@ -116,6 +116,22 @@ def _mean(values: Tensor, logits: Tensor, y: Tensor) -> Tensor:
     return values.sum(1) / counted.clamp_min(1)
 
 
+def labelled_positions(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where labelled tokens are predicted, ``(B, K + 1)``, and the labels beside them.
+
+    K is the largest number of labels of a row. The labels are those of a sequence of K + 1 tokens,
+    the first of which nothing predicts; rows with fewer labels are filled by ``IGNORED``. The last
+    position stands for the logits behind the last token, at which nobody looks.
+    """
+    marked = y[:, 1:] != IGNORED
+    size = max(1, int(marked.sum(1).max()))
+    positions = (~marked).long().argsort(dim=1, stable=True)[:, :size]
+    labels = torch.where(marked.gather(1, positions), y[:, 1:].gather(1, positions), IGNORED)
+    # what fills a row up must stand in front of its padding, which the model leaves out
+    positions = torch.where(labels == IGNORED, 0, positions)
+    return F.pad(positions, (0, 1)), F.pad(labels, (1, 0), value=IGNORED)
+
+
 def _reduced(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values

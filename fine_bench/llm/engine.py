@@ -2,7 +2,7 @@
 
 Three things make them cheaper than ``GradientEngine`` alone, and change nothing but rounding:
 
-- Logits are computed where something is labelled only (``CausalNet.labelled``). Prompts and padding
+- Logits are computed where something is labelled only (``SequenceModel.at``). Prompts and padding
   have no loss, and a vocabulary makes logits the largest tensors of a pass.
 - A batch is taken in pieces of samples of about the same length, so that little is padding.
 - The gradients of few parameters (LoRA matrices of a small model) are formed in full, P numbers a
@@ -17,13 +17,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fine_bench.gradients.blocks.dense import in_full
 from fine_bench.gradients.cache import GradientMemory, fingerprint
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import DenseBlock, PerExampleGradients
-from fine_bench.gradients.token_losses import lengths, mean_complement
-from fine_bench.llm.net import CausalNet, labelled_positions
+from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
+from fine_bench.gradients.token_losses import labelled_positions, lengths, mean_complement
 from fine_bench.types import Loss, UnsupportedProblemError
 
 DENSE_PARAMETERS = 2**18
@@ -34,6 +34,26 @@ PIECE = 32
 
 CHUNK = 128
 """Samples that are kept under one name: as many as the task's methods take at once by default."""
+
+
+class SequenceModel(nn.Module):
+    """What the engine asks of a model of token sequences.
+
+    Attributes:
+        memory: where gradients are kept for further methods; None keeps nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: GradientMemory | None = None
+
+    def at(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``(B, K, V)`` at some positions ``(B, K)`` of each row of ids ``(B, T)``."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 class SequenceEngine(GradientEngine):
@@ -50,7 +70,7 @@ class SequenceEngine(GradientEngine):
 
     def __init__(
         self,
-        net: CausalNet,
+        net: SequenceModel,
         loss: Loss,
         layers: Sequence[str] | None = None,
         *,
@@ -82,7 +102,7 @@ class SequenceEngine(GradientEngine):
         if self.net.memory is None:
             return self._in_pieces(x, y)
         # whoever asks for more samples at once finds them too
-        return _beside(
+        return stack_examples(
             [
                 self._remembered(self.net.memory, x[i : i + CHUNK], y[i : i + CHUNK])
                 for i in range(0, len(x), CHUNK)
@@ -104,7 +124,7 @@ class SequenceEngine(GradientEngine):
         """The batch by length, in full, and in its own order again."""
         order = lengths(x).argsort(stable=True)
         parts = [_full(self._pass(x[i], y[i])) for i in torch.split(order, PIECE)]
-        return _beside(parts).rows(order.argsort().to(parts[0].blocks[0].values.device))
+        return stack_examples(parts).rows(order.argsort().to(parts[0].blocks[0].values.device))
 
     def _pass(self, x: Tensor, y: Tensor) -> PerExampleGradients:
         """One pass over the whole batch."""
@@ -126,25 +146,4 @@ class SequenceEngine(GradientEngine):
 
 
 def _full(gradients: PerExampleGradients) -> PerExampleGradients:
-    return replace(
-        gradients, blocks=[DenseBlock(block.name, block.dense()) for block in gradients.blocks]
-    )
-
-
-def _beside(parts: Sequence[PerExampleGradients]) -> PerExampleGradients:
-    """Gradients in full of several batches as those of one."""
-    if len(parts) == 1:
-        return parts[0]
-    return PerExampleGradients(
-        [
-            DenseBlock(same[0].name, torch.cat([block.dense() for block in same]))
-            for same in zip(*(part.blocks for part in parts), strict=True)
-        ],
-        _joined([part.loss for part in parts]),
-        _joined([part.one_minus_p for part in parts]),
-    )
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
+    return replace(gradients, blocks=[in_full(block) for block in gradients.blocks])

@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_bench.gradients.cache import GradientMemory
-from fine_bench.gradients.token_losses import IGNORED, trimmed
+from fine_bench.gradients.token_losses import labelled_positions, trimmed
+from fine_bench.llm.engine import SequenceEngine, SequenceModel
 from fine_bench.types import Loss
 
-if TYPE_CHECKING:
-    from fine_bench.llm.engine import SequenceEngine
 
-
-class CausalNet(nn.Module):
+class CausalNet(SequenceModel):
     """Logits ``(B, T', V)`` from ids ``(B, T)`` padded by ``PAD`` on the right.
 
     Only the trained parameters (the LoRA matrices) are state: ``state_dict`` holds nothing else,
@@ -39,7 +35,6 @@ class CausalNet(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.memory: GradientMemory | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits. No attention mask is needed: see ``fine_bench.llm.tokens``."""
@@ -82,8 +77,6 @@ class CausalNet(nn.Module):
         self, loss: Loss, layers: Sequence[str] | None = None, **options: Any
     ) -> SequenceEngine:
         """Its own kind of engine; see ``fine_bench.gradients.cache.engine_of``."""
-        from fine_bench.llm.engine import SequenceEngine
-
         return SequenceEngine(self, loss, layers, **options)
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -104,10 +97,6 @@ class CausalNet(nn.Module):
             raise RuntimeError("the model has no adapter that could be switched off")
         with disable():
             yield
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def state_dict(  # type: ignore[override]
         self, *args: Any, **kwargs: Any
@@ -158,22 +147,6 @@ class CausalNet(nn.Module):
         for name, value in self.__dict__.items():
             result.__dict__[name] = copy.deepcopy(value, memo)
         return result
-
-
-def labelled_positions(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where labelled tokens are predicted, ``(B, K + 1)``, and the labels beside them.
-
-    K is the largest number of labels of a row. The labels are those of a sequence of K + 1 tokens,
-    the first of which nothing predicts; rows with fewer labels are filled by ``IGNORED``. The last
-    position stands for the logits behind the last token, at which nobody looks.
-    """
-    marked = y[:, 1:] != IGNORED
-    size = max(1, int(marked.sum(1).max()))
-    positions = (~marked).long().argsort(dim=1, stable=True)[:, :size]
-    labels = torch.where(marked.gather(1, positions), y[:, 1:].gather(1, positions), IGNORED)
-    # what fills a row up must stand in front of its padding, which the model leaves out
-    positions = torch.where(labels == IGNORED, 0, positions)
-    return F.pad(positions, (0, 1)), F.pad(labels, (1, 0), value=IGNORED)
 
 
 def _taken(values: Tensor, positions: Tensor) -> Tensor:

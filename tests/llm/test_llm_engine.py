@@ -21,6 +21,7 @@ from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.token_losses import (
     IGNORED,
     PAD,
+    labelled_positions,
     mean_complement,
     mean_token_loss,
     negative_token_margin,
@@ -28,7 +29,7 @@ from fine_bench.gradients.token_losses import (
 )
 from fine_bench.llm import engine as module
 from fine_bench.llm.engine import SequenceEngine
-from fine_bench.llm.net import CausalNet, labelled_positions
+from fine_bench.llm.net import CausalNet
 from fine_bench.types import UnsupportedProblemError
 from support.language import build, one_at_a_time, question
 
