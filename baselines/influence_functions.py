@@ -48,38 +48,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from baselines.arnoldi import RitzPairs, krylov_space
-from baselines.inverses import (
-    ArnoldiInverse,
-    CGInverse,
-    ExactInverse,
-    Inverse,
-    LissaInverse,
-    cholesky,
+from baselines.damped_system import (
+    DampedSystem,
+    Series,
+    Solver,
+    check_iterations,
+    check_options,
+    in_float64,
 )
-from baselines.lissa import Apply, Lissa
+from baselines.inverses import Inverse, cholesky
 from baselines.tracin import reference_batches
 from fine_bench.estimator import InfluenceEstimator, Schedule
-from fine_bench.gradients.blocks.direction import concatenated
+from fine_bench.gradients.blocks.direction import Direction, add_directions, concatenated
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import (
-    CURVATURES,
     Curvature,
-    CurvatureProducts,
     Roots,
     count_parameters,
-    curvature_matrix,
     parameter_names,
-    sum_of_squares_trace,
 )
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import Direction, PerExampleGradients, add_directions
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
@@ -94,9 +88,6 @@ from fine_bench.types import (
     Problem,
     QueryWeighting,
 )
-
-Solver: TypeAlias = Literal["exact", "cg", "lissa", "arnoldi", "ekfac"]
-SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
 EXACT_LIMIT = 20_000
 """Largest matrix, in rows, that ``exact`` builds: 3.2 GB in float64."""
@@ -281,7 +272,7 @@ class InfluenceFunction(InfluenceEstimator):
             yield rows, self._cast(x), self._cast(y)
 
     def _cast(self, values: Tensor) -> Tensor:
-        return values.double() if self.solver != "ekfac" and values.is_floating_point() else values
+        return values if self.solver == "ekfac" else in_float64(values)
 
     def _gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
         self.gradient_evaluations += len(x)
@@ -299,119 +290,38 @@ class InfluenceFunction(InfluenceEstimator):
         self.gradient_evaluations += 2 * self.problem.n_train
         return fitted
 
+    def _system(self) -> DampedSystem:
+        return DampedSystem(
+            engine=self.engine,
+            problem=self.problem,
+            kind=self.curvature,
+            names=self._names,
+            n_params=self._n_params,
+            absolute=self.damping,
+            relative=self.relative_damping,
+            uniforms=self._uniforms,
+            batches=self._batches,
+            extras=self._extras,
+            count=self._count,
+        )
+
+    def _count(self, gradients: int) -> None:
+        self.gradient_evaluations += gradients
+
     def _inverse(self) -> Inverse:
-        n = self.problem.n_train
         if self.solver == "ekfac":
             fitted = self._ekfac()
             self._extras["damping"] = fitted.damping
             return fitted
-        loss = self.problem.loss
-        products = CurvatureProducts(
-            self.model, loss, self._names, self.curvature, self._batches, n, self._uniforms
-        )
-        if self.solver == "exact" or (self.curvature == "hessian" and self.damping is None):
-            like = torch.zeros(1, self._n_params, dtype=torch.float64)
-            matrix = curvature_matrix(products, like)
-            self.gradient_evaluations += n * self._n_params
-            lam = self._lambda(float(matrix.trace()))
-            if self.solver == "exact":
-                matrix.diagonal().add_(lam)
-                return ExactInverse(matrix, lam)
-        else:
-            lam = self._lambda(self._trace)
+        system = self._system()
+        if self.solver == "exact":
+            return system.exact()
         if self.solver == "arnoldi":
-            return self._arnoldi(products, lam)
+            return system.arnoldi(self.krylov, self.seed)
         if self.solver == "lissa":
-            return self._lissa(products, lam)
-        self._extras["iterations"] = torch.zeros(1, dtype=torch.int64)
-        self._extras["residual"] = torch.zeros(0, dtype=torch.float64)
-        return CGInverse(products, lam, self.tol, self.max_iter, self._report)
-
-    def _arnoldi(self, products: CurvatureProducts, lam: float) -> Inverse:
-        self._require_damping(lam)
-        start = stream(self.seed, "influence-function/arnoldi")
-        basis, compressed = krylov_space(products, self._n_params, self.krylov, start)
-        self.gradient_evaluations += products.products * self.problem.n_train
-        return ArnoldiInverse(RitzPairs(basis, compressed, lam))
-
-    def _lissa(self, products: CurvatureProducts, lam: float) -> Inverse:
-        self._require_damping(lam)
-        problem, n = self.problem, self.problem.n_train
-        size = n if self.sample_size is None else min(self.sample_size, n)
-
-        def whole(v: Tensor) -> Tensor:
-            self.gradient_evaluations += len(v) * n
-            return products(v) + lam * v
-
-        def sampled(rows: Tensor) -> Apply:
-            x, y = examples(problem, rows)
-            draw = CurvatureProducts(
-                self.model,
-                problem.loss,
-                self._names,
-                self.curvature,
-                lambda: iter([(slice(0, size), self._cast(x), self._cast(y))]),
-                size,
-                self._uniforms[rows],
-            )
-
-            def apply(v: Tensor) -> Tensor:
-                self.gradient_evaluations += len(v) * size
-                return draw(v) + lam * v
-
-            return apply
-
-        def draws(repeat: int) -> Iterator[Apply]:
-            generator = stream(self.seed, f"influence-function/lissa/{repeat}")
-            while True:
-                if size == n:
-                    yield whole
-                else:
-                    yield sampled(torch.randperm(n, generator=generator)[:size])
-
-        definite = self.curvature != "hessian"
-        lissa = Lissa(
-            whole, draws, self._n_params, lam, self.scale, self.depth, self.repeats, definite
-        )
-        self._extras["scale"] = torch.tensor([lissa.scale], dtype=torch.float64)
-        self._extras["residual"] = torch.zeros(0, dtype=torch.float64)
-
-        def report(residual: Tensor) -> None:
-            self._extras["residual"] = torch.cat([self._extras["residual"], residual])
-
-        return LissaInverse(lissa, report)
-
-    def _require_damping(self, lam: float) -> None:
-        if lam <= 0:
-            raise ValueError(
-                f'solver="{self.solver}" divides by λ where it does not see the curvature, got '
-                "damping 0; give damping= or relative_damping= above 0"
-            )
-
-    def _report(self, iterations: int, residual: Tensor) -> None:
-        self._extras["iterations"] += iterations
-        self.gradient_evaluations += iterations * len(residual) * self.problem.n_train
-        self._extras["residual"] = torch.cat([self._extras["residual"], residual])
-
-    def _trace(self) -> float:
-        self.gradient_evaluations += self.problem.n_train
-        roots = Roots(self.curvature, self.problem.loss, self._uniforms)
-        return sum_of_squares_trace(self.engine, self._batches, roots, self.problem.n_train)
-
-    def _lambda(self, trace: float | Callable[[], float]) -> float:
-        if self.damping is not None:
-            lam = self.damping
-        else:
-            value = trace() if callable(trace) else trace
-            lam = self.relative_damping * value / self._n_params
-            if lam < 0:
-                raise ValueError(
-                    f"the {self.curvature} has a negative mean eigenvalue, "
-                    f"{value / self._n_params:.3g}, so it gives no scale for relative damping; "
-                    "give damping= itself"
-                )
-        self._extras["damping"] = torch.tensor([lam], dtype=torch.float64)
-        return lam
+            series = Series(self.scale, self.depth, self.repeats, self.sample_size)
+            return system.lissa(series, self.seed)
+        return system.cg(self.tol, self.max_iter)
 
     # ------------------------------------------------------------------ scores
 
@@ -486,7 +396,7 @@ class InfluenceFunction(InfluenceEstimator):
         problem, n = self.problem, self.problem.n_train
         train = [self._gradients(x, y) for _, x, y in self._batches()]
         kernel = torch.cat([torch.cat([g.gram(h) for h in train], 1) for g in train])
-        lam = self._lambda(float(kernel.trace()) / n)
+        lam = self._system().damping(float(kernel.trace()) / n)
         damped = kernel / n
         damped.diagonal().add_(lam)
         factor = cholesky(damped, lam, "the dual K/n")
@@ -507,58 +417,3 @@ class InfluenceFunction(InfluenceEstimator):
             weights = torch.cat(norm_weights)
         groups = query_groups(problem.labels("queries"), problem.reduce)
         return (groups.to(weights) * weights) @ values
-
-
-def check_options(
-    solver: str, curvature: str | None, damping: float | None, relative_damping: float
-) -> None:
-    """Refuse settings that no problem could make sense of."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if curvature is not None and curvature not in CURVATURES:
-        raise ValueError(f"curvature must be one of {CURVATURES} or None, got {curvature!r}")
-    if solver == "ekfac" and curvature == "hessian":
-        raise ValueError(
-            'the Hessian is not a sum of squares and has no Kronecker factors: solver="ekfac" '
-            'takes curvature="fisher", "ggn" or "empirical_fisher"; for the Hessian use '
-            'solver="exact" or "cg"'
-        )
-    for name, value in (("damping", damping), ("relative_damping", relative_damping)):
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number ≥ 0, got {value}")
-
-
-def check_iterations(
-    scale: float | None, depth: int, repeats: int, sample_size: int | None, krylov: int
-) -> None:
-    """Refuse settings of the iterative solvers that no problem could make sense of."""
-    if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be a finite number > 0, or None to find one, got {scale}")
-    for name, value in (
-        ("depth", depth),
-        ("repeats", repeats),
-        ("sample_size", sample_size),
-        ("krylov", krylov),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if sample_size is None and repeats > 1:
-        raise ValueError(
-            f"repeats={repeats} with sample_size=None would compute the same series {repeats} "
-            "times; pass repeats=1, or a sample_size"
-        )
-
-
-def examples(problem: Problem, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The training examples at these positions, in this order, as one batch."""
-    if isinstance(problem.train, TensorDataset):
-        x, y = problem.train.tensors[:2]
-        return x[rows], y[rows]
-    # the loader's own generator leaves the global random state alone
-    loader: DataLoader[tuple[Tensor, ...]] = DataLoader(
-        Subset(problem.train, rows.tolist()),
-        batch_size=len(rows),
-        generator=torch.Generator().manual_seed(0),
-    )
-    x, y, *_ = next(iter(loader))
-    return x, y

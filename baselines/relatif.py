@@ -28,7 +28,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from baselines.influence_functions import InfluenceFunction, Solver
+from baselines.damped_system import Solver
+from baselines.influence_functions import InfluenceFunction
 from baselines.inverses import Inverse
 from fine_bench.gradients.curvature.products import Curvature
 from fine_bench.gradients.per_example import PerExampleGradients

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 import baselines.influence_functions as module
+from baselines.damped_system import examples
 from baselines.influence_functions import InfluenceFunction
 from baselines.lissa import DivergedSeriesError, Lissa, power_iteration
 from fine_bench import Problem
@@ -229,6 +230,6 @@ def test_examples_come_in_the_order_of_their_positions() -> None:
     x, y = data((5,), N, 0)
     rows = torch.randperm(N, generator=stream(0, "test"))[:9]
     task = problem("relu")
-    found = module.examples(Problem(task.model, task.loss, TensorDataset(x, y), "self"), rows)
+    found = examples(Problem(task.model, task.loss, TensorDataset(x, y), "self"), rows)
     assert torch.equal(found[0], x[rows])
     assert torch.equal(found[1], y[rows])
