@@ -24,14 +24,10 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, Schedule
+from fine_bench.gradients.blocks.dense import in_full
+from fine_bench.gradients.blocks.direction import Direction, add_directions
 from fine_bench.gradients.cache import engine_of
-from fine_bench.gradients.per_example import (
-    Block,
-    DenseBlock,
-    Direction,
-    PerExampleGradients,
-    add_directions,
-)
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
@@ -161,7 +157,7 @@ class DataInf(InfluenceEstimator):
             for g in self._train():
                 mine = weights[:, :, start : start + len(g)]
                 part = [
-                    block.weighted_sum(w.to(_dtype(block)))
+                    block.weighted_sum(w.to(block.values.dtype))
                     for block, w in zip(g.blocks, mine, strict=True)
                 ]
                 direction = part if direction is None else add_directions(direction, part)
@@ -224,8 +220,4 @@ def _contractions(gradients: PerExampleGradients, direction: Direction) -> Tenso
 
 def _dense(gradients: PerExampleGradients) -> PerExampleGradients:
     """The gradients formed in full, whatever their factors."""
-    return PerExampleGradients([DenseBlock(b.name, b.dense()) for b in gradients.blocks])
-
-
-def _dtype(block: Block) -> torch.dtype:
-    return block.g.dtype if isinstance(block, DenseBlock) else block.b.dtype
+    return PerExampleGradients([in_full(block) for block in gradients.blocks])

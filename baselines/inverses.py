@@ -15,8 +15,9 @@ from torch import Tensor
 from baselines.arnoldi import RitzPairs
 from baselines.conjugate_gradients import solve_cg
 from baselines.lissa import Lissa
+from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.curvature.products import CurvatureProducts, as_direction, as_rows
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 
 BLOCK_FLOATS = 2**24
 """Numbers in one block of right-hand sides; CG holds about six of them, LiSSA three."""

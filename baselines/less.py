@@ -29,8 +29,10 @@ from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.adam import AdamCheckpoint, adam_direction
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.cache import engine_of
-from fine_bench.gradients.per_example import Block, DenseBlock, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.random import make_projection
 from fine_bench.gradients.query_weighting import (
     check_weighting,

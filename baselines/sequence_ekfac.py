@@ -28,10 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from baselines.influence_functions import InfluenceFunction
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.cache import engine_of
-from fine_bench.gradients.curvature.ekfac import EKFAC, LayerCurvature
+from fine_bench.gradients.curvature.ekfac import EKFAC
+from fine_bench.gradients.curvature.ekfac_linear import LayerCurvature
 from fine_bench.gradients.layers import trained_parameters
-from fine_bench.gradients.per_example import DenseBlock, FactorBlock
 from fine_bench.gradients.query_weighting import noise_weights, query_groups, reference_rows
 from fine_bench.gradients.token_losses import PAD
 from fine_bench.types import Checkpoint, Problem, QueryWeighting

@@ -43,10 +43,10 @@ from torch import Tensor
 
 from baselines.tracin import gather
 from fine_bench.estimator import InfluenceEstimator, Schedule
+from fine_bench.gradients.blocks.direction import Direction, add_directions
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots, count_parameters
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import Direction, add_directions
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     query_groups,

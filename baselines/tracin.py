@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, T
+from fine_bench.gradients.blocks.direction import Direction, add_directions
 from fine_bench.gradients.cache import engine_of
-from fine_bench.gradients.per_example import (
-    Block,
-    DenseBlock,
-    Direction,
-    FactorBlock,
-    PerExampleGradients,
-    add_directions,
-)
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.chunks import joined
 from fine_bench.gradients.query_weighting import (
     check_weighting,
@@ -175,14 +169,7 @@ class TracIn(InfluenceEstimator):
 
 def formed(gradients: PerExampleGradients) -> PerExampleGradients:
     """The same with the gradients of layers with several positions in full, ``(B, P)``."""
-    blocks: list[Block] = []
-    for block in gradients.blocks:
-        if isinstance(block, FactorBlock) and block.a.shape[1] > 1:
-            only_weight = block.weight and not block.bias
-            g = block.weight_gradients().flatten(1) if only_weight else block.dense()
-            blocks.append(DenseBlock(block.name, g))
-        else:
-            blocks.append(block)
+    blocks = [block.positions_summed() for block in gradients.blocks]
     return PerExampleGradients(blocks, gradients.loss, gradients.one_minus_p)
 
 

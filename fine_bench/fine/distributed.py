@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fine_bench.gradients.blocks.embedding import TokenBlock
-from fine_bench.gradients.blocks.linear import FactorBlock
-from fine_bench.gradients.blocks.stacking import stack_examples
-from fine_bench.gradients.per_example import Block, DenseBlock, PerExampleGradients
+from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
 
 
 class Processes:
@@ -75,10 +73,5 @@ class Processes:
         )
 
     def _block(self, block: Block) -> list[Block]:
-        if isinstance(block, FactorBlock):
-            pairs = zip(self.each(block.a), self.each(block.b), strict=True)
-            return [FactorBlock(block.name, a, b, block.weight, block.bias) for a, b in pairs]
-        if isinstance(block, TokenBlock):
-            pairs = zip(self.each(block.tokens), self.each(block.b), strict=True)
-            return [TokenBlock(block.name, v, b, block.n_tokens) for v, b in pairs]
-        return [DenseBlock(block.name, g) for g in self.each(block.g)]
+        parts = zip(*(self.each(part) for part in block.tensors), strict=True)
+        return [block.with_tensors(*tensors) for tensors in parts]

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.training_data import TrainingData
+from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import query_weights
 from fine_bench.seeds import stream
 from fine_bench.types import Loss, QueryWeighting, UnsupportedProblemError

@@ -27,10 +27,10 @@ from fine_bench.gradients.blocks.diagonal import (
     diagonal_gram,
     diagonal_norm2,
     scaled_direction,
-    weights_for_block,
     weights_for_direction,
 )
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import UnsupportedProblemError
 
 
@@ -75,7 +75,7 @@ class Preconditioned(Metric):
         return True
 
     def _weights(self, x: PerExampleGradients) -> Direction:
-        return [weights_for_block(block, self._inverse[block.name]) for block in x.blocks]
+        return [block.diagonal_weights(self._inverse[block.name]) for block in x.blocks]
 
     def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
         """⟨g_i, D⁻¹ g'_j⟩, ``(B, B')``."""

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.training_data import complement_from_logit_gradients, refuse_repeats
-from fine_bench.gradients.blocks.stacking import stack_examples
-from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
 
 
 @dataclass(frozen=True, eq=False)

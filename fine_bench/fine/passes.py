@@ -14,8 +14,9 @@ from fine_bench.fine.distributed import Processes
 from fine_bench.fine.geometry import Metric, Whitened
 from fine_bench.fine.geometry_optimiser import Preconditioned
 from fine_bench.fine.training_data import TrainingData
+from fine_bench.gradients.blocks.direction import BlockDirection, Direction
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import BlockDirection, Direction, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import query_groups
 from fine_bench.types import QueryWeighting, Reduce
 

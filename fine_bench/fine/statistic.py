@@ -16,7 +16,8 @@ from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.micro_batches import scaled_gradients
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
 
 Kind: TypeAlias = Literal["gram", "columns", "diagonal", "directions"]

@@ -10,7 +10,8 @@ from fine_bench.fine.passes import Passes
 from fine_bench.fine.subset_options import SubsetOptions
 from fine_bench.fine.subset_samples import direction_products, samples, self_products
 from fine_bench.fine.subsets import Draw, Subsets, draw_batches
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
 
 

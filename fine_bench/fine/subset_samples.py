@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fine_bench.fine.effects import Observable
 from fine_bench.fine.subsets import Draw, Subsets
-from fine_bench.gradients.per_example import Direction, PerExampleGradients
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.per_example import PerExampleGradients
 
 MIN_SAMPLES = 4
 """Fewest samples of an arm that split into a half that chooses and a half that counts."""

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import FactorBlock
 from fine_bench.types import Loss, UnsupportedProblemError
 
 BATCH_FLOATS = 2**22
@@ -48,8 +47,6 @@ def suitable_batch_size(model: nn.Module, loss: Loss, x: Any, y: Tensor, most: i
     finally:
         if engine is not None:
             engine.close()
-    floats = sum(
-        block.values.numel() + (block.a.numel() if isinstance(block, FactorBlock) else 0)
-        for block in gradients.blocks
-    )
+    parts = [part for block in gradients.blocks for part in block.tensors]
+    floats = sum(part.numel() for part in parts if part.is_floating_point())
     return min(most, max(SMALLEST, BATCH_FLOATS * len(gradients) // max(floats, 1)))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import DenseBlock, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import Loss
 
 KEPT_BYTES = 2**30
@@ -62,7 +62,7 @@ class GradientMemory:
         start = time.perf_counter()
         gradients = compute()
         seconds = time.perf_counter() - start
-        if all(isinstance(block, DenseBlock) for block in gradients.blocks):
+        if all(block.in_full for block in gradients.blocks):
             self._keep(key, gradients, seconds)
         return gradients
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.margin import negative_margin
-from fine_bench.gradients.per_example import Block, DenseBlock, PerExampleGradients
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder, refuse_batch_coupling
 from fine_bench.gradients.sum_check import disagreeing, unequal_weights
 from fine_bench.types import Loss, UnsupportedProblemError

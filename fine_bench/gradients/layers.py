@@ -15,33 +15,56 @@ Shapes: B examples, T positions, I inputs, O outputs, C channels, V tokens, D wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients.blocks.convolution import FieldBlock, Fields
-from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.embedding import TokenBlock
+from fine_bench.gradients.blocks.linear import FactorBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.types import UnsupportedProblemError
 
 Normalise = Callable[[nn.Module, Tensor], Tensor]
 """``normalise(layer, x) -> x̂``, the layer's output before its weight and bias apply."""
 
 
+Call: TypeAlias = tuple[Any, Tensor]
+"""What one application of a layer leaves: its features and the gradient at its output."""
+
+
 class LayerKind(ABC):
-    """What is known of one kind of layer."""
+    """What is known of one kind of layer: how its blocks follow from what a pass holds.
+
+    Attributes:
+        advice: how its inputs get the examples as their first dimension, for an error message.
+    """
+
+    advice = ""
+
+    def of(self, layer: nn.Module) -> LayerKind:
+        """The kind of this very layer, where its options matter."""
+        return self
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Why this layer cannot be trained in a per-example way at all, or None."""
         return None
 
+    def counts_positions(self, x: Tensor) -> bool:
+        """Whether the input of a training pass is positions that all examples share."""
+        return False
+
     @abstractmethod
-    def features(self, layer: nn.Module, x: Tensor) -> Tensor | Fields:
+    def features(self, layer: nn.Module, x: Tensor) -> Any:
         """What the gradient needs to know of an input, ``(B, T, ·)``, or ``(B, T)`` of tokens.
 
-        A convolution may leave its receptive fields to be written when they are needed.
+        A convolution may leave its receptive fields to be written when they are needed (``Fields``
+        in the place of a tensor).
 
         Raises:
             UnsupportedProblemError: an input without a dimension for the examples.
@@ -51,14 +74,22 @@ class LayerKind(ABC):
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:
         """The gradient at an output, ``(B, T, O)``."""
 
-    @staticmethod
-    def block_of_fields(name: str, layer: nn.Module, fields: Fields, b: Tensor) -> Block:
-        """``block`` from the receptive fields of a convolution's one call."""
-        return FieldBlock(name, fields, b, is_trained(layer, "weight"), is_trained(layer, "bias"))
+    def block(self, name: str, layer: nn.Module, calls: Sequence[Call]) -> Block:
+        """Per-example gradients of the trained weight and bias.
+
+        A layer used several times sums its gradients: its uses are further positions.
+
+        Args:
+            calls: at least one; features and output gradients of each use.
+        """
+        if len(calls) == 1:
+            return self.block_of(name, layer, *calls[0])
+        a, b = (torch.cat(parts, 1) for parts in zip(*calls, strict=True))
+        return self.block_of(name, layer, a, b)
 
     @abstractmethod
-    def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
-        """Per-example gradients of the trained weight and bias.
+    def block_of(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
+        """``block`` of all uses.
 
         Args:
             a: features of all calls, side by side along T.
@@ -74,23 +105,28 @@ class _Linear(LayerKind):
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:
         return grad.unsqueeze(1) if grad.ndim == 2 else grad.flatten(1, -2)
 
-    def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
+    def block_of(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
         return FactorBlock(name, a, b, is_trained(layer, "weight"), is_trained(layer, "bias"))
 
 
 class _Convolution(LayerKind):
-    def features(self, layer: nn.Module, x: Tensor) -> Tensor | Fields:
+    def of(self, layer: nn.Module) -> LayerKind:
+        return _WINDOWS if Fields.serves(layer) else self
+
+    def features(self, layer: nn.Module, x: Tensor) -> Any:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
         n_dims = len(layer.kernel_size)
         _require_dimensions(x, n_dims + 2, "(batch, channels, …)", exactly=True)
-        if isinstance(layer, nn.Conv2d) and Fields.serves(layer):
-            return Fields(layer, x)
+        return self.fields(layer, x)
+
+    def fields(self, layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Any:
+        """The receptive fields of an input of the right dimensions."""
         return patches(layer, x).transpose(1, 2)
 
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:
         return grad.flatten(2).transpose(1, 2)
 
-    def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
+    def block_of(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
         weight, bias = is_trained(layer, "weight"), is_trained(layer, "bias")
         if layer.groups == 1:
@@ -107,7 +143,35 @@ class _Convolution(LayerKind):
         return DenseBlock(name, torch.cat(parts, 1))
 
 
+class _Windows(_Convolution):
+    """A convolution whose receptive fields are windows; see ``Fields.serves``."""
+
+    def fields(self, layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Any:
+        assert isinstance(layer, nn.Conv2d)
+        return Fields(layer, x)
+
+    def block(self, name: str, layer: nn.Module, calls: Sequence[Call]) -> Block:
+        if len(calls) > 1:
+            return super().block(name, layer, [(fields.full, b) for fields, b in calls])
+        (fields, b), weight, bias = calls[0], is_trained(layer, "weight"), is_trained(layer, "bias")
+        return FieldBlock(name, fields, b, weight, bias)
+
+
+_WINDOWS = _Windows()
+
+
 class _Embedding(LayerKind):
+    advice = (
+        "; give positions that all examples share as (batch, positions), with "
+        ".expand(batch, -1), and one token an example as (batch, 1)"
+    )
+
+    def counts_positions(self, x: Tensor) -> bool:
+        # 0, 1, 2, … in a training pass are positions, not one token each
+        if x.ndim != 1 or len(x) < 2:
+            return False
+        return torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
+
     def refusal(self, layer: nn.Module) -> str | None:
         assert isinstance(layer, nn.Embedding)
         if layer.max_norm is not None:
@@ -128,7 +192,7 @@ class _Embedding(LayerKind):
     def positions(self, layer: nn.Module, grad: Tensor) -> Tensor:
         return grad.unsqueeze(1) if grad.ndim == 2 else grad.flatten(1, -2)
 
-    def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
+    def block_of(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
         assert isinstance(layer, nn.Embedding)
         if layer.padding_idx is not None:
             b = b.masked_fill((a == layer.padding_idx)[:, :, None], 0.0)
@@ -165,7 +229,7 @@ class _Norm(LayerKind):
             return grad.unsqueeze(1) if grad.ndim == 2 else grad.flatten(2).transpose(1, 2)
         return grad.reshape(len(grad), -1, prod(_affine_shape(layer)))
 
-    def block(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
+    def block_of(self, name: str, layer: nn.Module, a: Tensor, b: Tensor) -> Block:
         parts = []
         if is_trained(layer, "weight"):
             parts.append((a * b).sum(1))
@@ -232,7 +296,17 @@ def register_norm(cls: type[nn.Module], normalise: Normalise) -> None:
         raise TypeError(
             f"register_norm takes a class of modules, got {cls!r}; pass type(layer), not the layer"
         )
-    _KINDS[cls] = _Norm(normalise)
+    register_layer(cls, _Norm(normalise))
+
+
+def register_layer(cls: type[nn.Module], kind: LayerKind) -> None:
+    """Have gradients of a class of layers read off a pass; see ``LayerKind``.
+
+    Args:
+        cls: the layer's class; subclasses with a ``forward`` of their own are not included.
+        kind: how a block follows from input and output gradient.
+    """
+    _KINDS[cls] = kind
 
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
@@ -242,7 +316,7 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
     """
     for cls in type(layer).__mro__:
         if cls in _KINDS:
-            return _KINDS[cls] if type(layer).forward is cls.forward else None
+            return _KINDS[cls].of(layer) if type(layer).forward is cls.forward else None
     return None
 
 

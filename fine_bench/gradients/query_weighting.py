@@ -14,7 +14,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.per_example import DenseBlock, PerExampleGradients
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
 from fine_bench.types import QueryWeighting, Reduce
 

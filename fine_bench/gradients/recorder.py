@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from fine_bench.gradients.blocks.convolution import Fields
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.layers import (
     LayerKind,
     batch_coupling_reason,
     kind_of,
     trained_parameters,
 )
-from fine_bench.gradients.per_example import Block
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.types import UnsupportedProblemError
 
@@ -55,7 +54,7 @@ class Call:
     output: Tensor | None = None
     edge: GradientEdge | None = None
     grad: Tensor | None = None
-    features: Tensor | Fields | None = None
+    features: Any = None
     reduced: Block | None = None
 
 
@@ -229,7 +228,8 @@ class LayerRecorder:
         assert self.reduce is not None
         if call.reduced is None:
             with torch.no_grad():
-                block = self._block_of(call.name, *self._factors(call, batch_size, scale))
+                calls = [self._factors(call, batch_size, scale)]
+                block = self._kinds[call.name].block(call.name, call.layer, calls)
                 call.reduced = self.reduce(block)
         return call.reduced
 
@@ -296,11 +296,7 @@ class LayerRecorder:
         parts = [self._factors(c, batch_size, scale) for c in calls if c.grad is not None]
         if not parts:
             raise self._no_part(name)
-        if len(parts) == 1:
-            return self._block_of(name, *parts[0])
-        # a layer used several times sums its gradients: its uses are further positions
-        features = torch.cat([a.full if isinstance(a, Fields) else a for a, _ in parts], 1)
-        return self._block_of(name, features, torch.cat([b for _, b in parts], 1))
+        return self._kinds[name].block(name, self.layers[name], parts)
 
     def _reduced(self, name: str, calls: list[Call], batch_size: int, scale: float) -> Block:
         assert self.reduce is not None
@@ -313,12 +309,6 @@ class LayerRecorder:
             raise self._no_part(name)
         return parts[0] if len(parts) == 1 else self.reduce.sum(parts)
 
-    def _block_of(self, name: str, a: Tensor | Fields, b: Tensor) -> Block:
-        kind, layer = self._kinds[name], self.layers[name]
-        if isinstance(a, Fields):
-            return kind.block_of_fields(name, layer, a, b)
-        return kind.block(name, layer, a, b)
-
     @staticmethod
     def _no_part(name: str) -> UnsupportedProblemError:
         return UnsupportedProblemError(
@@ -326,38 +316,29 @@ class LayerRecorder:
             f"unknown; leave it out with layers=[...] or set requires_grad=False"
         )
 
-    def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Tensor | Fields, Tensor]:
+    def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Any, Tensor]:
         """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
         assert call.grad is not None
         assert call.input is not None
         x, grad, layer, kind = call.input, call.grad, call.layer, self._kinds[call.name]
-        if x.ndim == 0 or x.shape[0] != batch_size or self._counts_positions(x, layer):
-            advice = ""
-            if isinstance(layer, nn.Embedding):
-                advice = (
-                    "; give positions that all examples share as (batch, positions), with "
-                    ".expand(batch, -1), and one token an example as (batch, 1)"
-                )
+        if x.ndim == 0 or x.shape[0] != batch_size or (self.tap and kind.counts_positions(x)):
+            # an engine finds shared positions out by itself
             raise UnsupportedProblemError(
                 f"layer {call.name!r} got an input of shape {tuple(x.shape)} in a batch of "
-                f"{batch_size}: the first dimension must be the examples{advice}"
+                f"{batch_size}: the first dimension must be the examples{kind.advice}"
             )
         if call.features is None:
             try:
                 call.features = kind.features(layer, x)
             except UnsupportedProblemError as error:
                 raise UnsupportedProblemError(f"layer {call.name!r}: {error}") from error
-        a: Tensor | Fields = call.features
+        a = call.features
         if self.tap and grad.dtype in (torch.bfloat16, torch.float16):
             grad = grad.float()  # products of a mixed-precision pass are taken in float32
         if scale != 1.0:
             grad = grad * scale
         b = kind.positions(layer, grad)
-        if isinstance(a, Fields):
-            if a.x.dtype != b.dtype:
-                both = torch.promote_types(a.x.dtype, b.dtype)
-                a, b = a.to(both), b.to(both)
-        elif a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
+        if a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
             both = torch.promote_types(a.dtype, b.dtype)
             a, b = a.to(both), b.to(both)
         return a, b
@@ -366,13 +347,6 @@ class LayerRecorder:
         """ε of the least precise gradient that was recorded."""
         grads = [call.grad for call in self.calls if call.grad is not None]
         return max((torch.finfo(grad.dtype).eps for grad in grads), default=0.0)
-
-    def _counts_positions(self, x: Tensor, layer: nn.Module) -> bool:
-        # 0, 1, 2, … in a training pass are positions that all examples share, not one token each;
-        # an engine finds out by itself
-        if not self.tap or not isinstance(layer, nn.Embedding) or x.ndim != 1 or len(x) < 2:
-            return False
-        return torch.equal(x, torch.arange(len(x), device=x.device, dtype=x.dtype))
 
     def _check(self, blocks: Sequence[Block], scale: float) -> None:
         """Refuse parameters whose gradient is not the sum of the examples' gradients."""

@@ -17,7 +17,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.per_example import Block
+from fine_bench.gradients.blocks.protocol import Block
 
 
 def unequal_weights(n: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from baselines.influence_functions import InfluenceFunction
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.curvature import ekfac as ekfac_module
+from fine_bench.gradients.curvature import ekfac_dense
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
 
@@ -305,7 +305,7 @@ def test_ggn_of_a_squared_loss() -> None:
 def test_a_large_block_without_factors_is_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     task = problem("norm")
     dense = scores(task).values
-    monkeypatch.setattr(ekfac_module, "DENSE_LIMIT", 5)
+    monkeypatch.setattr(ekfac_dense, "DENSE_LIMIT", 5)
     diagonal = scores(task).values
     close(diagonal, twin(task, "fisher", diagonal=True))
     assert float((diagonal - dense).abs().max()) > 1e-3 * float(dense.abs().max())
@@ -390,7 +390,7 @@ def test_queries_in_several_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["cnn", "tokens"])
 def test_squares_summed_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fine_bench.gradients.curvature.ekfac.SQUARE_FLOATS", 40)
+    monkeypatch.setattr("fine_bench.gradients.curvature.ekfac_linear.SQUARE_FLOATS", 40)
     close(scores(problem(name)).values, twin(problem(name), "fisher"))
 
 

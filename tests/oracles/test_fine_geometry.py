@@ -19,9 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from fine_bench.callback import FINECallback
 from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.snapshot import SnapshotSchedule
-from fine_bench.gradients.curvature import ekfac as ekfac_module
-from fine_bench.gradients.curvature.ekfac import EKFAC, DenseCurvature, LayerCurvature, rotated
-from fine_bench.gradients.per_example import DenseBlock, FactorBlock
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.linear import FactorBlock
+from fine_bench.gradients.curvature import ekfac_linear
+from fine_bench.gradients.curvature.ekfac import EKFAC
+from fine_bench.gradients.curvature.ekfac_dense import DenseCurvature
+from fine_bench.gradients.curvature.ekfac_linear import LayerCurvature, rotated
 from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH, EPOCHS = 22, 6, 3, 6, 3  # 22 = 3 · 6 + 4: the last batch is shorter
@@ -396,8 +399,8 @@ def test_gram_of_the_rotated_gradients(
     layer = LayerCurvature("layer", q_in, q_out, inverse, positions == 1, inverse)
     x, y = block(9), block(4)
     for size in (2**18, 50):
-        monkeypatch.setattr(ekfac_module, "GRAM_FLOATS", size)
-        monkeypatch.setattr(ekfac_module, "DENSE_FLOATS", size)
+        monkeypatch.setattr(ekfac_linear, "GRAM_FLOATS", size)
+        monkeypatch.setattr(ekfac_linear, "DENSE_FLOATS", size)
         for one, other in ((x, x), (x, y)):
             left, right = (rotated(v, q_in, q_out).flatten(1) for v in (one, other))
             close(layer.gram(one, other), (left * inverse.flatten()) @ right.T, 1e-12)

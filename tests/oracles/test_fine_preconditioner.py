@@ -19,7 +19,6 @@ from fine_bench.gradients.blocks.diagonal import (
     diagonal_gram,
     diagonal_norm2,
     scaled_direction,
-    weights_for_block,
     weights_for_direction,
 )
 from fine_bench.gradients.recorder import LayerRecorder
@@ -189,7 +188,7 @@ def test_diagonal_products_of_every_kind_of_block() -> None:
     first, second = engine(x, y), engine(x[:5], y[:5])
     weights = [[d[id(p)] for p in part] for part in recorder.parameters().values()]
     assert [b.name for b in first.blocks] == list(recorder.parameters())
-    direction = [weights_for_block(b, w) for b, w in zip(first.blocks, weights, strict=True)]
+    direction = [b.diagonal_weights(w) for b, w in zip(first.blocks, weights, strict=True)]
     flat = torch.cat([w.flatten() for part in weights for w in part])
     a, b = first.dense(), second.dense()
     assert torch.allclose(diagonal_gram(first, second, direction), (a * flat) @ b.T)

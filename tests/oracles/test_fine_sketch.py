@@ -14,7 +14,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.embedding import TokenBlock
+from fine_bench.gradients.blocks.linear import FactorBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.projection.sketch import REDRAW, Sketch
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError

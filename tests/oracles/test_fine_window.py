@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.micro_batches import window_weights
+from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.embedding import TokenBlock
-from fine_bench.gradients.blocks.stacking import stack_examples
-from fine_bench.gradients.per_example import DenseBlock, FactorBlock, PerExampleGradients
+from fine_bench.gradients.blocks.linear import FactorBlock
+from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
 from support.training import QUIET
 
 CLASSES, LR = 3, 0.3

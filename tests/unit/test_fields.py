@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fine_bench.gradients import FactorBlock
 from fine_bench.gradients.blocks.convolution import FieldBlock, Fields
-from fine_bench.gradients.per_example import BlockDirection
+from fine_bench.gradients.blocks.direction import BlockDirection
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3},

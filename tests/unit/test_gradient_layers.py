@@ -25,8 +25,8 @@ from fine_bench.gradients import (
 )
 from fine_bench.gradients import layers as layers_module
 from fine_bench.gradients.blocks import linear as factors_module
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.curvature.products import Roots, parameter_names, root_gradients
-from fine_bench.gradients.per_example import Block
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
 from support.training import QUIET
@@ -447,7 +447,7 @@ def test_a_large_vocabulary_is_never_written_out(monkeypatch: pytest.MonkeyPatch
     projection = make_projection("factorized", 4, 0)
     block = g.blocks[0]
     assert isinstance(block, TokenBlock)
-    p_v, p_d = projection._factors(block)  # type: ignore[attr-defined]
+    p_v, p_d = projection._factors(block, block.matrix_shape)  # type: ignore[attr-defined]
     kron = torch.einsum("vb,da->vdba", p_v[used].double(), p_d[:-1].double()).flatten(2) / 2
     close(projection.project(g), expected[:, : 4 * len(used)] @ kron.flatten(0, 1))
 

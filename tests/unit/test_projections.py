@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients import GradientEngine, PerExampleGradients
-from fine_bench.gradients.per_example import DenseBlock, FactorBlock
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.projection import random as module
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
 

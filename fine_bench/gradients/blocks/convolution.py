@@ -65,6 +65,15 @@ class Fields:
         """The fields of some of the examples."""
         return self._with(self.x[which])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the input."""
+        return self.x.dtype
+
+    def is_floating_point(self) -> bool:
+        """Whether the input has one, as a tensor says it."""
+        return self.x.is_floating_point()
+
     def to(self, dtype: torch.dtype) -> Fields:
         """The same in another precision."""
         return self._with(self.x.to(dtype))
@@ -238,6 +247,13 @@ class FieldBlock(FactorBlock):
             by_row = [(weights @ next(parts)).view(n_rows, -1, k_w, n_units) for _ in range(k_h)]
             summed.append(torch.stack(by_row, 2).permute(0, 4, 1, 2, 3).flatten(2))
         return BlockDirection(torch.cat(summed, 1), weights @ self.b.sum(1) if self.bias else None)
+
+    def _sketched_weight(self, p: Tensor | None, b: Tensor) -> list[Tensor]:
+        """The weight's part, without writing the receptive fields out."""
+        if p is not None:
+            return [torch.bmm(b.mT, self.fields.combined(p)).flatten(1)]
+        # few inputs: the fields as windows
+        return list(FieldBlock(self.name, self.fields, b, True, False).formed([slice(None)]))
 
     def _with(self, fields: Fields, b: Tensor) -> FieldBlock:
         return FieldBlock(self.name, fields, b, self.weight, self.bias)

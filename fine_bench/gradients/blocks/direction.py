@@ -48,3 +48,20 @@ def concatenated(parts: Sequence[Direction]) -> Direction:
         BlockDirection(join([d.weight for d in blocks]), join([d.bias for d in blocks]))
         for blocks in zip(*parts, strict=True)
     ]
+
+
+def flat_weights(parameters: Sequence[Tensor]) -> BlockDirection:
+    """One number for each parameter as a direction of a ``DenseBlock``, ``(1, P)``."""
+    return BlockDirection(torch.cat([p.flatten() for p in parameters])[None], None)
+
+
+def matrix_weights(parameters: Sequence[Tensor], weight: bool, bias: bool) -> BlockDirection:
+    """One number for each parameter of a matrix and a bias, ``(1, O, I)`` and ``(1, O)``.
+
+    Args:
+        parameters: those that are trained, in this order.
+        weight, bias: which of the two they are.
+    """
+    rest = list(parameters)
+    matrix = rest.pop(0).flatten(1)[None] if weight else None
+    return BlockDirection(matrix, rest.pop(0)[None] if bias else None)

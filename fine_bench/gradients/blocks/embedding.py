@@ -18,18 +18,26 @@ Shapes: B examples, T positions, V tokens in the vocabulary, D width, R rows of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.gradients.blocks.direction import BlockDirection
-from fine_bench.gradients.blocks.linear import HELD_FLOATS
+from fine_bench.gradients.blocks.direction import BlockDirection, matrix_weights
+from fine_bench.gradients.blocks.protocol import (
+    HELD_FLOATS,
+    Block,
+    Columns,
+    combined,
+    positions_side_by_side,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class TokenBlock:
+class TokenBlock(Block):
     """Gradients of one embedding table for B examples.
 
     Attributes:
@@ -44,8 +52,7 @@ class TokenBlock:
     b: Tensor
     n_tokens: int
 
-    def __len__(self) -> int:
-        return self.b.shape[0]
+    kind: ClassVar[str] = "tokens"
 
     @property
     def width(self) -> int:
@@ -63,35 +70,27 @@ class TokenBlock:
         return self.b
 
     @property
-    def g(self) -> Tensor:
-        """The gradients in full, as a ``DenseBlock`` has them. Large: for small tables."""
-        return self.dense()
-
-    @property
-    def n_floats(self) -> int:
-        """Numbers in ``tensors``."""
-        return self.tokens.numel() + self.b.numel()
+    def n_positions(self) -> int:
+        """T."""
+        return self.b.shape[1]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the block is made of, ``(B, …)`` each."""
         return self.tokens, self.b
 
-    def with_tensors(self, tokens: Tensor, b: Tensor) -> TokenBlock:
+    def with_tensors(self, *tensors: Tensor) -> TokenBlock:
         """Other gradients of the same table, from their ``tensors``."""
+        tokens, b = tensors
         return TokenBlock(self.name, tokens, b, self.n_tokens)
 
     def scaled(self, factor: Tensor) -> TokenBlock:
         """Every example's gradient times its factor, ``(B,)``."""
         return TokenBlock(self.name, self.tokens, self.b * factor[:, None, None], self.n_tokens)
 
-    def rows(self, which: slice | Tensor) -> TokenBlock:
-        """The gradients of some of the examples."""
-        return TokenBlock(self.name, self.tokens[which], self.b[which], self.n_tokens)
-
-    def double(self) -> TokenBlock:
-        """The same in float64."""
-        return TokenBlock(self.name, self.tokens, self.b.double(), self.n_tokens)
+    @staticmethod
+    def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+        return positions_side_by_side(tensors)
 
     def summed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of all gradients that are not zero.
@@ -120,13 +119,13 @@ class TokenBlock:
         examples, _, rows = self.summed()
         return rows.new_zeros(len(self)).index_add_(0, examples, rows.square().sum(1))
 
-    def gram(self, other: TokenBlock) -> Tensor:
+    def gram(self, other: Block) -> Tensor:
         """Dot products with another batch of the same table, ``(B, B')``.
 
         Only examples that share a token contribute. Tokens are handled together that occur in
         about as many examples, so that a rare one costs little beside a frequent one.
         """
-        n, m = len(self), len(other)
+        n, m, other = len(self), len(other), self.same(other)
         total = self.b.new_zeros(n, m)
         mine = _by_token(self.summed())
         theirs = mine if other is self else _by_token(other.summed())
@@ -148,10 +147,6 @@ class TokenBlock:
                 total.view(-1).index_add_(0, where.flatten(), products.flatten())
         return total
 
-    def own_and_rows(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """‖g_i‖² ``(B,)`` and ⟨g_c, g_i⟩ for the chosen positions, ``(r, B)``."""
-        return self.norm2(), self.rows(chosen).gram(self)
-
     def contract(self, direction: BlockDirection) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
         assert direction.weight is not None
@@ -165,6 +160,59 @@ class TokenBlock:
         for row, w in zip(result, weights, strict=True):
             row.index_add_(0, tokens, (self.b * w[:, None, None]).flatten(0, 1))
         return BlockDirection(result, None)
+
+    # ------------------------------------------------------------------ products ⟨g, d ∘ g'⟩
+
+    def diagonal_weights(self, parameters: Sequence[Tensor]) -> BlockDirection:
+        """Weights d as a direction, ``(1, V, D)``."""
+        return matrix_weights(parameters, True, False)
+
+    def diagonal_gram(self, other: Block, d: BlockDirection) -> Tensor:
+        """⟨g_i, d ∘ g'_j⟩, ``(B, B')``: the weights of a token's row go with its gradient."""
+        theirs = self.same(other)
+        assert d.weight is not None
+        return self.with_tensors(self.tokens, self.b * d.weight[0][self.tokens]).gram(theirs)
+
+    def diagonal_norm2(self, d: BlockDirection) -> Tensor:
+        """⟨g_i, d ∘ g_i⟩, ``(B,)``."""
+        assert d.weight is not None
+        examples, tokens, rows = self.summed()
+        squares = (rows.square() * d.weight[0][tokens]).sum(1)
+        return squares.new_zeros(len(self)).index_add_(0, examples, squares)
+
+    # ------------------------------------------------------------------ for random projections
+
+    def columns(self) -> Iterator[Columns]:
+        """The rows of the table that occur, each with the examples in which it does."""
+        for token, examples, gradients in self.by_token():
+            yield Columns(token * self.width, examples, gradients)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """V and D."""
+        return self.n_tokens, self.width
+
+    def projected_factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens' ``rows``, and δ times ``columns``."""
+        return rows[self.tokens], self.b @ columns[:-1]
+
+    def in_order(self, matrix: Tensor) -> Tensor:
+        """Row by row; there is no bias."""
+        return matrix[:, :-1].flatten(0, 1)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """V and D: an input is one-hot."""
+        return self.n_tokens, self.width
+
+    def sketched(self, p: Tensor | None, q: Tensor | None) -> Tensor:
+        """Σ_t (Qᵀδ_t)(Pᵀonehot(v_t))ᵀ, ``(B, …)``."""
+        b = self.b if q is None else combined(self.b, q)
+        if p is None:
+            inputs = F.one_hot(self.tokens, self.n_tokens).to(self.values)
+        else:
+            inputs = p.T[self.tokens]
+        return torch.bmm(b.mT, inputs).flatten(1)
 
     def by_token(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(token, examples ``(k,)``, rows ``(k, D)``) for every token that occurs, ascending."""

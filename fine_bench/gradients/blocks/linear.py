@@ -21,20 +21,29 @@ Shapes: B examples, T positions, I inputs, O outputs, R rows of a direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.blocks.direction import BlockDirection
-
-HELD_FLOATS = 2**20
-"""Numbers of an intermediate result that are held at a time: about what stays in a CPU's cache."""
+from fine_bench.gradients.blocks.dense import in_full
+from fine_bench.gradients.blocks.direction import BlockDirection, matrix_weights
+from fine_bench.gradients.blocks.protocol import (
+    COLUMNS,
+    HELD_FLOATS,
+    Block,
+    Columns,
+    OuterProducts,
+    combined,
+    group_rows,
+    positions_side_by_side,
+)
 
 
 @dataclass(frozen=True, eq=False)
-class FactorBlock:
+class FactorBlock(Block):
     """Gradients of one layer's [W|b] for B examples, as factors.
 
     Attributes:
@@ -50,8 +59,7 @@ class FactorBlock:
     weight: bool
     bias: bool
 
-    def __len__(self) -> int:
-        return self.b.shape[0]
+    kind: ClassVar[str] = "factors"
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -81,8 +89,14 @@ class FactorBlock:
         """What the block is made of, ``(B, …)`` each."""
         return self.a, self.b
 
-    def with_tensors(self, a: Tensor, b: Tensor) -> FactorBlock:
+    @property
+    def n_positions(self) -> int:
+        """T."""
+        return self.sizes[1]
+
+    def with_tensors(self, *tensors: Tensor) -> FactorBlock:
         """Other gradients of the same layer, from their ``tensors``."""
+        a, b = tensors
         return FactorBlock(self.name, a, b, self.weight, self.bias)
 
     def scaled(self, factor: Tensor) -> FactorBlock:
@@ -95,9 +109,18 @@ class FactorBlock:
         """The gradients of some of the examples."""
         return FactorBlock(self.name, self.a[which], self.b[which], self.weight, self.bias)
 
-    def double(self) -> FactorBlock:
-        """The same in float64."""
-        return FactorBlock(self.name, self.a.double(), self.b.double(), self.weight, self.bias)
+    @staticmethod
+    def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+        return positions_side_by_side(tensors)
+
+    def compact(self) -> Block:
+        """The gradients in full where these are fewer numbers than the factors."""
+        _, t, n_in, n_out = self.sizes
+        return in_full(self) if t * (n_in + n_out) > self.n_params else self
+
+    def positions_summed(self) -> Block:
+        """In full where there are several positions."""
+        return in_full(self) if self.n_positions > 1 else self
 
     def weight_gradients(self) -> Tensor:
         """``(B, O, I)``."""
@@ -110,7 +133,7 @@ class FactorBlock:
             parts.append(self.weight_gradients().flatten(1))
         if self.bias:
             parts.append(self.b.sum(1))
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def norm2(self) -> Tensor:
         """Squared norms, ``(B,)``."""
@@ -131,8 +154,11 @@ class FactorBlock:
                     total = total + torch.linalg.vecdot(g, g)
         return total
 
-    def gram(self, other: FactorBlock) -> Tensor:
+    def gram(self, other: Block) -> Tensor:
         """Dot products with another batch of the same layer, ``(B, B')``."""
+        return self._gram(self.same(other))
+
+    def _gram(self, other: FactorBlock) -> Tensor:
         n, t, n_in, n_out = self.sizes
         m, s, _, _ = other.sizes
         if t == 1 and s == 1:
@@ -155,12 +181,9 @@ class FactorBlock:
         return total
 
     def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
-        """Gram matrices of consecutive groups of m examples, for T = 1, ``(groups, m, m)``.
-
-        Args:
-            n_groups: into how many groups of one length the examples fall.
-            rows: positions in each group, ``(groups, r)``; only their rows, ``(groups, r, m)``.
-        """
+        """Gram matrices of consecutive groups; for T = 1 all groups in one product."""
+        if self.n_positions != 1:
+            return super().grams(n_groups, rows)
         b = self.b.reshape(n_groups, -1, self.b.shape[2])
         bb = group_rows(b, rows) @ b.mT
         if not self.weight:
@@ -177,7 +200,7 @@ class FactorBlock:
         (n, t, n_in, n_out), r = self.sizes, len(chosen)
         by_factors = min(n * r * t, n * t) * t * (n_in + n_out)
         if t == 1 or not self.weight or by_factors < n * t * n_in * n_out:
-            return self.norm2(), self.rows(chosen).gram(self)
+            return super().own_and_rows(chosen)
         own, rows = self.b.new_zeros(n), self.b.new_zeros(r, n)
         for g in self.formed(self.some_units()):
             own += torch.linalg.vecdot(g, g)
@@ -293,13 +316,91 @@ class FactorBlock:
             bias = weights @ self.b.sum(1)
         return BlockDirection(weight, bias)
 
+    # ------------------------------------------------------------------ products ⟨g, d ∘ g'⟩
 
-def group_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows ``(G, r)`` of each group of ``(G, m, K)``; all if None."""
-    if rows is None:
-        return x
-    groups, m, width = x.shape
-    first = m * torch.arange(groups, device=x.device)[:, None]
-    # whole rows are copied, where ``gather`` would look up every number
-    found = x.reshape(groups * m, width).index_select(0, (first + rows).flatten())
-    return found.view(groups, -1, width)
+    def diagonal_weights(self, parameters: Sequence[Tensor]) -> BlockDirection:
+        """Weights d as a direction, ``(1, O, I)`` and ``(1, O)``."""
+        return matrix_weights(parameters, self.weight, self.bias)
+
+    def diagonal_gram(self, other: Block, d: BlockDirection) -> Tensor:
+        """⟨g_i, d ∘ g'_j⟩, ``(B, B')``: the gradients are formed, some output units at a time."""
+        y: FactorBlock = self.same(other)
+        total = self.b.new_zeros(len(self), len(y))
+        if self.bias:
+            assert d.bias is not None
+            total += (self.b.sum(1) * d.bias) @ y.b.sum(1).T
+        if self.weight:
+            assert d.weight is not None
+            for units in (self if len(self) > len(y) else y).some_units():
+                left = self.unit_gradients(units) * d.weight[:, units]
+                total.addmm_(left.flatten(1), y.unit_gradients(units).flatten(1).T)
+        return total
+
+    def diagonal_norm2(self, d: BlockDirection) -> Tensor:
+        """⟨g_i, d ∘ g_i⟩, ``(B,)``."""
+        total = self.b.new_zeros(len(self))
+        if self.bias:
+            assert d.bias is not None
+            total += self.b.sum(1).square() @ d.bias[0]
+        if self.weight:
+            assert d.weight is not None
+            if self.n_positions == 1:
+                total += ((self.b[:, 0].square() @ d.weight[0]) * self.a[:, 0].square()).sum(1)
+            else:
+                for units in self.some_units():
+                    total += (self.unit_gradients(units).square() * d.weight[:, units]).sum((1, 2))
+        return total
+
+    # ------------------------------------------------------------------ for random projections
+
+    def columns(self) -> Iterator[Columns]:
+        """The weight's gradients, some output units at a time, then the bias's."""
+        start = 0
+        if self.weight:
+            units = max(1, COLUMNS // self.a.shape[2])
+            for b in torch.split(self.b, units, dim=2):
+                values = torch.bmm(b.transpose(1, 2), self.a).flatten(1)
+                yield Columns(start, None, values)
+                start += values.shape[1]
+        if self.bias:
+            yield Columns(start, None, self.b.sum(1))
+
+    def outer_products(self) -> OuterProducts | None:
+        """The factors, for T = 1 and a trained weight."""
+        if not self.weight or self.n_positions != 1:
+            return None
+        return OuterProducts(self.a[:, 0], self.b[:, 0], self.bias)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """O and I."""
+        return self.sizes[3], self.sizes[2]
+
+    def projected_factors(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """b times ``rows`` and [a, 1] times ``columns``."""
+        b = self.b @ rows
+        a = self.a @ columns[:-1] if self.weight else b.new_zeros(*b.shape[:2], columns.shape[1])
+        return b, a + columns[-1] if self.bias else a
+
+    def in_order(self, matrix: Tensor) -> Tensor:
+        """What belongs to the weight, row by row, then what belongs to the bias."""
+        parts = [matrix[:, :-1].flatten(0, 1)] if self.weight else []
+        return torch.cat([*parts, matrix[:, -1]] if self.bias else parts)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """I and O."""
+        return self.sizes[2], self.sizes[3]
+
+    def sketched(self, p: Tensor | None, q: Tensor | None) -> Tensor:
+        """Σ_t (Qᵀb_t)(Pᵀa_t)ᵀ and Qᵀ Σ_t b_t for a bias, ``(B, …)``."""
+        b = self.b if q is None else combined(self.b, q)
+        parts = self._sketched_weight(p, b) if self.weight else []
+        if self.bias:
+            parts.append(b.sum(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _sketched_weight(self, p: Tensor | None, b: Tensor) -> list[Tensor]:
+        """The weight's part from its sketched outputs ``(B, T, ·)``, ``(B, …)`` each."""
+        a = self.a if p is None else combined(self.a, p)
+        return [torch.bmm(b.mT, a).flatten(1)]

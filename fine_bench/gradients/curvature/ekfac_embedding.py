@@ -16,13 +16,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fine_bench.gradients.per_example import BlockDirection, TokenBlock
+from fine_bench.gradients.blocks.direction import BlockDirection
+from fine_bench.gradients.blocks.embedding import TokenBlock
+from fine_bench.gradients.curvature.block import (
+    BlockCurvature,
+    CurvatureFit,
+    added,
+    register_curvature,
+)
 
 
 @dataclass(eq=False)
-class TokenCurvature:
+class TokenCurvature(BlockCurvature[TokenBlock]):
     """The curvature of one embedding table.
 
     Attributes:
@@ -42,7 +50,7 @@ class TokenCurvature:
         b = block.b @ self.q_out
         if scale is not None:
             b = b * scale[block.tokens]
-        return TokenBlock(block.name, block.tokens, b, block.n_tokens)
+        return block.with_tensors(block.tokens, b)
 
     def quadratic(self, block: TokenBlock) -> Tensor:
         """vᵀ(C + λ)⁻¹v for every example's gradient v, ``(B,)``."""
@@ -63,7 +71,7 @@ class TokenCurvature:
     def prepare(self, block: TokenBlock) -> BlockDirection:
         """(C + λ)⁻¹v, in the layer's own coordinates: ``(B, V, D)``, one table a query."""
         b = self.rotated(block, self.inverse).b @ self.q_out.T
-        solved = TokenBlock(block.name, block.tokens, b, block.n_tokens)
+        solved = block.with_tensors(block.tokens, b)
         return BlockDirection(solved.dense().view(len(block), *self.inverse.shape), None)
 
     def solve(self, direction: BlockDirection) -> BlockDirection:
@@ -72,7 +80,40 @@ class TokenCurvature:
         turned = (direction.weight @ self.q_out) * self.inverse
         return BlockDirection(turned @ self.q_out.T, None)
 
-    def add_squares(self, total: Tensor, block: TokenBlock) -> None:
-        """Add the squares (r Q_G)² of all examples to ``total`` ``(V, D)``."""
-        _, tokens, rows = self.rotated(block).summed()
-        total.index_add_(0, tokens, rows.square_().to(total))
+
+class TokenFit(CurvatureFit[TokenBlock]):
+    """Q_G from the first pass, s from the second."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._outer: Tensor | None = None
+        self._moments: Tensor | None = None
+
+    def see(self, block: TokenBlock, root: int) -> None:
+        """Add to G."""
+        b = block.b.flatten(0, 1)
+        self._outer = added(self._outer, b.T @ b)
+
+    def decompose(self, dtype: torch.dtype) -> None:
+        """The eigenvectors of G."""
+        assert self._outer is not None
+        unset = torch.zeros((), dtype=dtype)
+        q_out = torch.linalg.eigh(self._outer)[1].to(dtype)
+        self._fitted = TokenCurvature(self.name, q_out, unset, unset)
+
+    def add(self, block: TokenBlock, n_roots: int) -> None:
+        """Add the squares (r Q_G)² of all examples."""
+        if self._moments is None:
+            shape = (block.n_tokens, block.width)
+            self._moments = block.b.new_zeros(shape, dtype=torch.float64)
+        _, tokens, rows = self._fitted.rotated(block).summed()
+        self._moments.index_add_(0, tokens, rows.square_().to(self._moments))
+
+    def curvature(self, n: int) -> TokenCurvature:
+        """s as a mean over n examples."""
+        assert self._moments is not None
+        self._fitted.eigenvalues = self._moments / n
+        return self._fitted
+
+
+register_curvature(TokenCurvature, TokenBlock, TokenFit)

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
+from fine_bench.gradients.blocks.direction import BlockDirection, Direction
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.engine import GradientEngine
-from fine_bench.gradients.per_example import Block, BlockDirection, Direction
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, UnsupportedProblemError
 

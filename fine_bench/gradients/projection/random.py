@@ -41,22 +41,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.gradients.per_example import (
-    Block,
-    DenseBlock,
-    FactorBlock,
-    PerExampleGradients,
-    TokenBlock,
-)
-from fine_bench.gradients.projection.chunks import (
-    Rows,
-    compact,
-    dense_chunks,
-    joined,
-    n_bytes,
-    shapes,
-    token_rows,
-)
+from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.projection.chunks import Rows, joined, n_bytes, shapes
 from fine_bench.seeds import random_signs, stream
 
 ProjectionKind: TypeAlias = Literal["none", "gaussian", "rademacher", "sjlt", "factorized"]
@@ -66,6 +53,9 @@ PORTION = 256
 
 SJLT_NONZEROS = 4
 """Entries a row of a sparse projection (all columns, where ``dim`` is smaller)."""
+
+WIDE = 64
+"""Inputs from which a product with one output unit's rows of P is worth its call."""
 
 HELD_BYTES = 128 * 2**20
 """Gradient factors gathered before P is drawn once for all of them."""
@@ -94,6 +84,10 @@ class Projection(ABC):
     @abstractmethod
     def matrix(self, block: Block) -> Tensor:
         """P of one block, explicitly, ``(block.n_params, dim)`` float64; for small models."""
+
+    def whole(self, gradients: PerExampleGradients) -> Tensor:
+        """P of all blocks; see ``projection_matrix``."""
+        return torch.cat([self.matrix(block) for block in gradients.blocks])
 
     def project_all(self, batches: Iterable[PerExampleGradients]) -> Tensor:
         """φ of many batches, ``(n, dim)``."""
@@ -125,9 +119,7 @@ def make_projection(kind: ProjectionKind, dim: int, seed: int) -> Projection:
 
 def projection_matrix(projection: Projection, gradients: PerExampleGradients) -> Tensor:
     """P explicitly, ``(parameters, dim)`` float64, rows in the order of ``gradients.dense()``."""
-    if isinstance(projection, NoProjection):
-        return torch.eye(gradients.n_params, dtype=torch.float64)
-    return torch.cat([projection.matrix(block) for block in gradients.blocks])
+    return projection.whole(gradients)
 
 
 class NoProjection(Projection):
@@ -140,6 +132,10 @@ class NoProjection(Projection):
     def matrix(self, block: Block) -> Tensor:
         """The block's identity, ``(block.n_params, block.n_params)``."""
         return torch.eye(block.n_params, dtype=torch.float64)
+
+    def whole(self, gradients: PerExampleGradients) -> Tensor:
+        """The identity of all parameters."""
+        return torch.eye(gradients.n_params, dtype=torch.float64)
 
 
 class _Unstructured(Projection):
@@ -186,7 +182,7 @@ class _Unstructured(Projection):
         held: list[PerExampleGradients] = []
         size = 0
         for batch in batches:
-            small = PerExampleGradients([compact(block) for block in batch.blocks])
+            small = PerExampleGradients([block.compact() for block in batch.blocks])
             if held and (size > HELD_BYTES or shapes(small) != shapes(held[0])):
                 done.append(self.project(joined(held)))
                 held, size = [], 0
@@ -202,19 +198,19 @@ class _DenseRows(_Unstructured):
         return rows.double()
 
     def _add(self, block: Block, rows: Rows, total: Tensor) -> None:
-        if isinstance(block, FactorBlock) and block.weight and _by_unit(block):
-            a, b = block.a[:, 0], block.b[:, 0]
+        outer = block.outer_products()
+        if outer is not None and outer.a.shape[1] >= WIDE:
+            a, b, bias = outer
             for unit in range(b.shape[1]):
                 _add_unit(a, b[:, unit], rows.take(a.shape[1]).to(total), total)
-            if block.bias:
+            if bias:
                 total.addmm_(b, rows.take(b.shape[1]).to(total))
             return
-        if isinstance(block, TokenBlock):
-            for examples, gradients, mine in token_rows(block, rows):
-                total.index_add_(0, examples, gradients @ mine.to(total))
-            return
-        for chunk in dense_chunks(block):
-            total.addmm_(chunk, rows.take(chunk.shape[1]).to(total))
+        for (_, examples, values), mine in rows.beside(block):
+            if examples is None:
+                total.addmm_(values, mine.to(total))
+            else:
+                total.index_add_(0, examples, values @ mine.to(total))
 
 
 class Gaussian(_DenseRows):
@@ -258,24 +254,24 @@ class SparseJL(_Unstructured):
     def _add(self, block: Block, rows: Rows, total: Tensor) -> None:
         # transposed, (dim, B): a row of P then touches contiguous memory
         transposed = torch.zeros_like(total.T, memory_format=torch.contiguous_format)
-        if isinstance(block, FactorBlock) and block.weight and block.a.shape[1] == 1:
-            a, b = block.a[:, 0].T.contiguous(), block.b[:, 0].T.contiguous()
+        outer = block.outer_products()
+        if outer is not None:
+            a, b = outer.a.T.contiguous(), outer.b.T.contiguous()
             for units in torch.split(b, max(1, 4096 // len(a))):
                 bags = self._bags(rows.take(len(units) * len(a)), a)
                 for start in range(0, a.shape[1], 256):  # so few that a chunk stays in cache
                     part = slice(start, start + 256)
                     chunk = (units[:, None, part] * a[None, :, part]).flatten(0, 1)
                     transposed[:, part] += _sum_bags(chunk, bags)
-            if block.bias:
+            if outer.bias:
                 transposed += _sum_bags(b, self._bags(rows.take(len(b)), b))
-        elif isinstance(block, TokenBlock):
-            for examples, gradients, mine in token_rows(block, rows):
-                sums = _sum_bags(gradients.T.contiguous(), self._bags(mine, gradients))
-                transposed.index_add_(1, examples, sums)
         else:
-            for chunk in dense_chunks(block):
-                bags = self._bags(rows.take(chunk.shape[1]), chunk)
-                transposed += _sum_bags(chunk.T.contiguous(), bags)
+            for (_, examples, values), mine in rows.beside(block):
+                sums = _sum_bags(values.T.contiguous(), self._bags(mine, values))
+                if examples is None:
+                    transposed += sums
+                else:
+                    transposed.index_add_(1, examples, sums)
         total += transposed.T
 
     def _bags(self, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,52 +298,33 @@ class Factorized(Projection):
         # parameters without factors are projected as by an unstructured Gaussian
         self._fallback = Gaussian(dim, seed)
 
-    def _factors(self, block: FactorBlock | TokenBlock) -> tuple[Tensor, Tensor]:
+    def _factors(self, block: Block, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """P_b ``(O, k_b)`` and P_a ``(I + 1, k_a)``, the last row of P_a for the bias."""
         generator = self.stream(block.name)
-        if isinstance(block, TokenBlock):
-            n_out, n_in = block.n_tokens, block.width
-        else:
-            n_out, n_in = block.b.shape[2], block.a.shape[2]
+        n_out, n_in = shape
         p_b = torch.randn(n_out, self.k_b, generator=generator)
         p_a = torch.randn(n_in + 1, self.k_a, generator=generator)
         return p_b, p_a
 
     def matrix(self, block: Block) -> Tensor:
         """The Kronecker product in full."""
-        if isinstance(block, DenseBlock):
+        if block.matrix_shape is None:
             return self._fallback.matrix(block)
-        p_b, p_a = (factor.double() for factor in self._factors(block))
+        p_b, p_a = (factor.double() for factor in self._factors(block, block.matrix_shape))
         full = torch.einsum("ob,ia->oiba", p_b, p_a).flatten(2) * self.dim**-0.5
-        parts = []
-        if isinstance(block, TokenBlock) or block.weight:
-            parts.append(full[:, :-1].flatten(0, 1))
-        if isinstance(block, FactorBlock) and block.bias:
-            parts.append(full[:, -1])
-        return torch.cat(parts)
+        return block.in_order(full)
 
     def project(self, gradients: PerExampleGradients) -> Tensor:
         """φ from the factors alone."""
         total = gradients.blocks[0].values.new_zeros(len(gradients), self.dim)
         for block in gradients.blocks:
-            if isinstance(block, DenseBlock):
+            if block.matrix_shape is None:
                 total += self._fallback.project(PerExampleGradients([block]))
                 continue
-            p_b, p_a = (factor.to(total) for factor in self._factors(block))
-            if isinstance(block, TokenBlock):
-                b, a = p_b[block.tokens], block.b @ p_a[:-1]
-            else:
-                b = block.b @ p_b
-                a = block.a @ p_a[:-1] if block.weight else b.new_zeros(*b.shape[:2], self.k_a)
-                if block.bias:
-                    a = a + p_a[-1]
+            p_b, p_a = (factor.to(total) for factor in self._factors(block, block.matrix_shape))
+            b, a = block.projected_factors(p_b, p_a)
             total += torch.bmm(b.transpose(1, 2), a).flatten(1) * self.dim**-0.5
         return total
-
-
-def _by_unit(block: FactorBlock) -> bool:
-    # one position, and inputs enough to make a product with one unit's rows of P worth its call
-    return block.a.shape[1] == 1 and block.a.shape[2] >= 64
 
 
 def _add_unit(a: Tensor, b: Tensor, rows: Tensor, total: Tensor) -> None:

@@ -22,7 +22,7 @@ I O. Exact products need every ‖g_i‖², and so every G or all products of an
 Nothing of a layer but its (B, k²) sketch has to be kept until the backward pass is through.
 
 The structure is that of the LoGra projection (Choe et al. 2024, arXiv:2405.13954), which
-``projections.Factorized`` has for methods that need the same coordinates at all times.
+``projection.random.Factorized`` has for methods that need the same coordinates at all times.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.gradients.blocks.convolution import FieldBlock
-from fine_bench.gradients.per_example import Block, DenseBlock, FactorBlock, TokenBlock
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.seeds import random_signs, stream
 
 REDRAW = 8
@@ -65,9 +64,7 @@ class Sketch:
 
     def __call__(self, block: Block) -> Block:
         """The sketch of a layer's gradients, or the block itself where it stays exact."""
-        if isinstance(block, DenseBlock) or block.b.shape[1] == 1:
-            return block
-        return self.dense(block)
+        return block if block.n_positions == 1 else self.dense(block)
 
     def sum(self, blocks: Sequence[Block]) -> DenseBlock:
         """The sketch of a sum of gradients of one layer."""
@@ -76,32 +73,19 @@ class Sketch:
 
     def dense(self, block: Block) -> DenseBlock:
         """The sketch of a layer's gradients, ``(B, k · k)`` and k more for a bias."""
-        if isinstance(block, DenseBlock):
-            return block
-        p, q = self.matrices(block)
-        b = block.b if q is None else _combined(block.b, q)
-        parts = []
-        if isinstance(block, TokenBlock):
-            parts.append(torch.bmm(b.mT, _inputs_of_tokens(block, p)).flatten(1))
-        elif block.weight:
-            parts += self._weight(block, p, b)
-        if isinstance(block, FactorBlock) and block.bias:
-            parts.append(b.sum(1))
-        return DenseBlock(block.name, parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        return DenseBlock(block.name, block.sketched(*self.matrices(block)))
 
-    def matrices(self, block: FactorBlock | TokenBlock) -> tuple[Tensor | None, Tensor | None]:
+    def matrices(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
         """Pᵀ ``(k, I)`` and Qᵀ ``(k, O)`` of a layer; None for a side that stays as it is.
 
         They depend on seed, draw, the layer's name and its sizes alone. An embedding's I is its
         number of tokens.
         """
+        if block.sides is None:
+            return None, None
         if block.name not in self._drawn:
             generator = stream(self.seed, f"fine/sketch/{self._draw}/{block.name}")
-            if isinstance(block, TokenBlock):
-                sizes = block.n_tokens, block.width
-            else:
-                sizes = block.sizes[2], block.sizes[3]
-            p, q = (self._matrix(size, generator, block.values) for size in sizes)
+            p, q = (self._matrix(size, generator, block.values) for size in block.sides)
             self._drawn[block.name] = p, q
         return self._drawn[block.name]
 
@@ -109,30 +93,3 @@ class Sketch:
         if width < 2 * self.size:
             return None
         return random_signs(self.size, width, generator).mul_(self.size**-0.5).to(like)
-
-    @staticmethod
-    def _weight(block: FactorBlock, p: Tensor | None, b: Tensor) -> list[Tensor]:
-        """The weight's part from its sketched outputs ``(B, T, ·)``, ``(B, …)`` each."""
-        if not isinstance(block, FieldBlock):
-            a = block.a if p is None else _combined(block.a, p)
-        elif p is not None:
-            a = block.fields.combined(p)
-        else:
-            # few inputs: the receptive fields as windows, without writing all of them out
-            fields = FieldBlock(block.name, block.fields, b, True, False)
-            return list(fields.formed([slice(None)]))
-        return [torch.bmm(b.mT, a).flatten(1)]
-
-
-def _inputs_of_tokens(block: TokenBlock, p: Tensor | None) -> Tensor:
-    """Every position's column of Pᵀ, ``(B, T, k)``."""
-    if p is None:
-        return F.one_hot(block.tokens, block.n_tokens).to(block.values)
-    return p.T[block.tokens]
-
-
-def _combined(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x`` ``(B, T, K)`` times a matrix ``(k, K)`` transposed, ``(B, T, k)``."""
-    if not x.is_contiguous() and x.mT.is_contiguous():  # as convolutions have it: without a copy
-        return torch.bmm(matrix.expand(len(x), -1, -1), x.mT).mT
-    return F.linear(x, matrix)
