@@ -79,9 +79,9 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Draw, write and report."""
-    from fine_bench.report.figures.collection import Choice, count, draw
+    from fine_bench.report.figures.collection import Measures, count, draw
     from fine_bench.report.figures.output import write
-    from fine_bench.report.figures.tables import shelves, suffixes, undrawn_cells
+    from fine_bench.report.figures.tables import suffixes, table_results, undrawn_cells
     from fine_bench.store.files import StoreError
     from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
@@ -90,13 +90,16 @@ def main(arguments: argparse.Namespace) -> int:
     with record_bar() as bar:
         board, shown = common.read_leaderboard(arguments.results, arguments.task, bar)
         names = suffixes(board.tables)
-        found = shelves(store, shown, store.scan())
+        found = table_results(store, shown, store.scan())
         problems = list(shown.problems)
         bar.restart(count(found))
         for drawn in draw(
             found,
-            [names[shelf.table.task, shelf.table.setting, shelf.table.data] for shelf in found],
-            Choice(arguments.detection, arguments.consistency),
+            [
+                names[results.table.task, results.table.setting, results.table.data]
+                for results in found
+            ],
+            Measures(arguments.detection, arguments.consistency),
         ):
             bar.step(drawn.name)
             if drawn.figure is None:
@@ -110,9 +113,9 @@ def main(arguments: argparse.Namespace) -> int:
     for table in shown.tables:
         for line in undrawn_cells(table):
             print(line)
-    for line in dict.fromkeys(note for shelf in found for note in shelf.notes):
+    for line in dict.fromkeys(note for results in found for note in results.notes):
         print(line)
-    problems += [problem for shelf in found for problem in shelf.problems]
+    problems += [problem for results in found for problem in results.problems]
     for problem in dict.fromkeys(problems):
         print(problem, file=sys.stderr)
     return common.DONE if shown.complete and not problems else common.INCOMPLETE

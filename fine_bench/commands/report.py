@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Read, draw, write."""
     from fine_bench.errors import ConfigError
-    from fine_bench.report.html.build import make, shelves_of, steps
+    from fine_bench.report.figures.tables import table_results
+    from fine_bench.report.html.build import make, steps
     from fine_bench.store.files import StoreError, write_atomic
     from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
@@ -77,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
             common.check_name(
                 "row", name, {row.estimator for table in board.tables for row in table.rows}
             )
-        found = shelves_of(store, shown)
+        found = table_results(store, shown, store.scan())
         bar.restart(steps(found))
         report = make(
             store,

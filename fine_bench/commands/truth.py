@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Freeze a bank; 0 done, 2 impossible (the reason is printed)."""
-    from fine_bench.report.evidence import write_evidence
+    from fine_bench.report.bank_evidence import write_evidence
     from fine_bench.retraining.bank import Bank
     from fine_bench.retraining.condense import truth_of
     from fine_bench.retraining.truth_files import save

@@ -1,14 +1,12 @@
-"""One page to look at: ``fine-bench report`` writes ``results/report.html``.
+"""What records, scores and ground truths show: figures, a page, and the tables of single commands.
 
-Made from records, scores, ground truths and data sets on the disk; nothing is trained and nothing
-is fetched. The page holds its style, its script and its images, so it opens from the disk, and the
-same records give the same bytes. What a record says is escaped; the page forbids itself every
-request and every script but its own (Content Security Policy).
+Nothing is trained, and nothing is fetched.
 
-- ``markup``: escaping, tags, numbers.
-- ``boards``: the tables, sortable, with intervals and ties.
-- ``gallery``: the examples with the largest scores, and what is known of each.
-- ``pictures``: the examples' images, where the data set is at hand.
-- ``plates``: figures inside the page.
-- ``page``: all of it put together.
+- ``figures``: one file a kind of figure, from arrays to a drawing, and ``collection``, which says
+  what of a results folder goes into which (``fine-bench figures``).
+- ``html``: the self-contained page (``fine-bench report``).
+- ``audit``: the (ε, δ) curves of a subset (``fine-bench audit``).
+- ``score_files``: anybody's scores against a ground truth (``fine-bench score``).
+- ``cure``: tables and figure of the cure experiment (``fine-bench cure``).
+- ``bank_evidence``: what a bank shows beyond its ground truth (``fine-bench truth --evidence``).
 """

@@ -30,9 +30,9 @@ from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures import agreement as agreements
 from fine_bench.report.figures import benchmark, labels, runs, theory
-from fine_bench.report.figures.collection import Choice, draw, traced
+from fine_bench.report.figures.collection import Measures, draw, run_samples
 from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_bytes
-from fine_bench.report.figures.tables import TRUTH, kind_of, shelves
+from fine_bench.report.figures.tables import TRUTH, kind_of, table_results
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.theory.composition import compose
@@ -251,8 +251,8 @@ def test_missing_seeds_are_named(complete: Path) -> None:
 
 def test_traced_subsets_carry_their_names(complete: Path) -> None:
     store = RecordStore(complete)
-    (shelf,) = shelves(store, build(store), store.scan())
-    found = traced(shelf)
+    (results,) = table_results(store, build(store), store.scan())
+    found = run_samples(results)
     assert [found.name(i) for i in range(4)] == [
         "bad example 2",
         "clean example 40",
@@ -265,8 +265,8 @@ def test_traced_subsets_carry_their_names(complete: Path) -> None:
 
 def test_agreement_shows_the_watched_examples_of_one_run(complete: Path) -> None:
     store = RecordStore(complete)
-    found = shelves(store, build(store), store.scan())
-    (drawn,) = [d for d in draw(found, ["--digits"], Choice()) if d.name == "agreement--digits"]
+    found = table_results(store, build(store), store.scan())
+    (drawn,) = [d for d in draw(found, ["--digits"], Measures()) if d.name == "agreement--digits"]
     assert drawn.figure is not None
     (axes,) = drawn.figure.axes
     points = {line.get_label(): line for line in axes.lines if line.get_linestyle() == "None"}
@@ -473,10 +473,10 @@ def test_names_do_not_overlap_each_other() -> None:
 
 def test_controls_and_chance_are_told_apart() -> None:
     points = [
-        benchmark.Point("fine", interval(0.95), interval(0.96), 3),
-        benchmark.Point("tracin", interval(0.9), interval(0.93), 2, "300 examples"),
-        benchmark.Point("random", interval(0.0), interval(0.5), 3),
-        benchmark.Point("constant", Interval(NAN, NAN, NAN), interval(0.5), 3),
+        benchmark.MethodPoint("fine", interval(0.95), interval(0.96), 3),
+        benchmark.MethodPoint("tracin", interval(0.9), interval(0.93), 2, "300 examples"),
+        benchmark.MethodPoint("random", interval(0.0), interval(0.5), 3),
+        benchmark.MethodPoint("constant", Interval(NAN, NAN, NAN), interval(0.5), 3),
     ]
     figure = benchmark.detection_and_consistency(
         {"self": points}, LOOKS, x_label="consistency", y_label="detection", size="n = 3 seeds"
@@ -512,11 +512,11 @@ def test_the_shown_example_is_the_median_mover() -> None:
 
 
 def test_agreement_marks_thirds_on_both_sides_and_says_what_is_undefined() -> None:
-    def compared(x: list[float], y: list[float]) -> agreements.Compared:
+    def compared(x: list[float], y: list[float]) -> agreements.ScorePair:
         ours, papers = (
             InfluenceScores(torch.tensor([v], dtype=torch.float64), "m", "self") for v in (x, y)
         )
-        return agreements.Compared(np.array(x), np.array(y), None, agreement(papers, ours))
+        return agreements.ScorePair(np.array(x), np.array(y), None, agreement(papers, ours))
 
     both = compared([-9.0, 1, -2, 3, 4, -5, 6, -7, 8], [-8.0, 1, -2, 3, 4, -5, 6, -7, 9])
     assert both.cuts == (3.5, 6.5)

@@ -15,11 +15,11 @@ from matplotlib.text import Text
 from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures import costs, fidelity, randomness, tradeoff
-from fine_bench.report.figures.benchmark import Point
-from fine_bench.report.figures.collection import Choice, by_source
+from fine_bench.report.figures.benchmark import MethodPoint
+from fine_bench.report.figures.collection import Measures, by_source
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.style import Kind, looks
-from fine_bench.report.figures.tables import Shelf, shelves
+from fine_bench.report.figures.tables import TableResults, table_results
 from fine_bench.report.figures.theory import Trace
 from fine_bench.store.records import RecordStore
 from fine_bench.theory.families import GaussianTradeOff
@@ -54,9 +54,9 @@ def interval(mean: float, reach: float = 0.01) -> Interval:
     return Interval(mean, mean - reach, mean + reach)
 
 
-def shelves_of(root: Path) -> list[Shelf]:
+def results_of(root: Path) -> list[TableResults]:
     store = RecordStore(root)
-    return shelves(store, build(store), store.scan())
+    return table_results(store, build(store), store.scan())
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_controls_that_guess_are_written_below_the_axis() -> None:
     points = [
-        Point("fine", interval(2.0), interval(0.95), 3),
-        Point("mean_loss", interval(0.5), interval(0.9), 3),
-        Point("random", interval(0.001, 0.0), interval(0.51), 3),
-        Point("constant", interval(0.001, 0.0), interval(float("nan")), 3),
+        MethodPoint("fine", interval(2.0), interval(0.95), 3),
+        MethodPoint("mean_loss", interval(0.5), interval(0.9), 3),
+        MethodPoint("random", interval(0.001, 0.0), interval(0.51), 3),
+        MethodPoint("constant", interval(0.001, 0.0), interval(float("nan")), 3),
     ]
-    panel = costs.Panel("auroc", points)
+    panel = costs.CostPanel("auroc", points)
     figure = costs.cost_and_quality({"self": panel}, LOOKS, size="n = 3")
     (axes,) = panels(figure)
     assert axes.get_xscale() == "log"
@@ -90,8 +90,8 @@ def test_controls_that_guess_are_written_below_the_axis() -> None:
 
 
 def test_the_most_telling_measure_is_drawn(results: Path) -> None:
-    (shelf,) = shelves_of(results)
-    figure = costs.draw(shelf)
+    (results,) = results_of(results)
+    figure = costs.draw(results)
     labels = [axes.get_ylabel() for axes in panels(figure)]
     assert labels == ["fidelity: Spearman with the μ of retraining", "detection: AUROC"]
 
@@ -100,17 +100,17 @@ def test_cost_needs_seconds_and_a_measure(tmp_path: Path) -> None:
     scores = scores_of("fine", "self", 0)
     record = replace(record_of("fine", "self", 0, scores), cost={})
     RecordStore(tmp_path).save(record, scores)
-    (shelf,) = shelves_of(tmp_path)
+    (results,) = results_of(tmp_path)
     with pytest.raises(LeftOutError, match="no method has both a cost in seconds"):
-        costs.draw(shelf)
+        costs.draw(results)
 
 
 # ------------------------------------------------------------------------------------ fidelity
 
 
 def test_methods_are_sorted_and_the_ceiling_is_that_of_the_records(results: Path) -> None:
-    (shelf,) = shelves_of(results)
-    figure = fidelity.draw(shelf)
+    (results,) = results_of(results)
+    figure = fidelity.draw(results)
     (axes,) = panels(figure)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["fine", "tracin", "constant"]
     assert "undefined: says the same of all examples" in texts(figure)
@@ -123,9 +123,9 @@ def test_methods_are_sorted_and_the_ceiling_is_that_of_the_records(results: Path
 def test_fidelity_needs_a_truth(tmp_path: Path) -> None:
     scores = scores_of("fine", "validation", 0)
     RecordStore(tmp_path).save(record_of("fine", "validation", 0, scores), scores)
-    (shelf,) = shelves_of(tmp_path)
+    (results,) = results_of(tmp_path)
     with pytest.raises(LeftOutError, match="no record was compared with retraining"):
-        fidelity.draw(shelf)
+        fidelity.draw(results)
 
 
 # ------------------------------------------------------------------------------------- curves
@@ -149,7 +149,7 @@ def test_curves_follow_the_samples_whatever_their_sign() -> None:
 # ------------------------------------------------------------------------------------- sources
 
 
-def with_sources(root: Path, *kinds: str) -> list[Shelf]:
+def with_sources(root: Path, *kinds: str) -> list[TableResults]:
     """One table a source, all of one task."""
     fixed = {
         "both": {},
@@ -167,34 +167,34 @@ def with_sources(root: Path, *kinds: str) -> list[Shelf]:
                 config = {**record.config, "trainer": {**trainer, **fixed[kind]}}
                 setting = f"{number}" * 16
                 store.save(replace(record, config=config, setting=setting), scores)
-    return shelves_of(root)
+    return results_of(root)
 
 
 def test_tables_that_differ_in_the_two_seeds_alone_belong_together(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "both", "order", "initialisation", "none")
     assert [randomness.source_of(s) for s in found] == ["both", "order", "initialisation", "none"]
     (family,) = randomness.families(found)
-    assert set(family.shelves) == {"both", "order", "initialisation"}
+    assert set(family.tables) == {"both", "order", "initialisation"}
     figure = randomness.draw(family, "spearman", "Spearman")
     (axes,) = panels(figure)
     widths = sorted(round(p.get_width(), 6) for p in axes.patches)  # type: ignore[attr-defined]
     expected = [
         row.stats["consistency_spearman"].mean
-        for shelf in family.shelves.values()
-        for row in shelf.rows()
+        for results in family.tables.values()
+        for row in results.rows()
         if row.estimator != "constant"
     ]
     assert widths == sorted(round(x, 6) for x in expected)
     assert "constant" not in [t.get_text() for t in axes.get_yticklabels()]
     names = [f"--{s.table.setting[:8]}" for s in found]
-    (drawn,) = by_source(found, names, Choice())
+    (drawn,) = by_source(found, names, Measures())
     assert drawn.figure is not None
     assert drawn.name == "consistency_by_source--00000000"
 
 
 def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "order")
-    (drawn,) = by_source(found, ["--x"], Choice())
+    (drawn,) = by_source(found, ["--x"], Measures())
     assert (drawn.name, drawn.figure) == ("consistency_by_source--x", None)
     assert "the runs differ in order alone" in drawn.reason
     assert "trainer.order_seed=0" in drawn.reason
@@ -202,4 +202,4 @@ def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:
 
 def test_other_recipes_are_other_families(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "both", "both")
-    assert [set(f.shelves) for f in randomness.families(found)] == [{"both"}, {"both"}]
+    assert [set(f.table_results) for f in randomness.families(found)] == [{"both"}, {"both"}]

@@ -20,11 +20,11 @@ from fine_bench.commands.report import main
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import mean_interval
-from fine_bench.report.figures.tables import Shelf, shelves
-from fine_bench.report.html.examples import Room, gallery
-from fine_bench.report.html.figures import LARGEST_SVG, Plate, plate, slim
-from fine_bench.report.html.gallery import Exhibit, exhibits, group_lines, rows_shown
-from fine_bench.report.html.images import Painter, album
+from fine_bench.report.figures.tables import TableResults, table_results
+from fine_bench.report.html.examples import Gallery
+from fine_bench.report.html.figures import LARGEST_SVG, PageFigure, figure_block, slim
+from fine_bench.report.html.gallery import ShownExample, examples, group_lines, rows_shown
+from fine_bench.report.html.images import PngEncoder, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
 from fine_bench.report.html.tables import boards
 from fine_bench.retraining.truth_files import save
@@ -71,11 +71,11 @@ def html(complete: Path) -> str:
     return (complete / "report.html").read_text()
 
 
-def shelf_of(root: Path) -> Shelf:
+def results_of(root: Path) -> TableResults:
     store = RecordStore(root)
     board = build(store)
-    (shelf,) = shelves(store, board, store.scan())
-    return shelf
+    (results,) = table_results(store, board, store.scan())
+    return results
 
 
 class Tree(HTMLParser):
@@ -239,47 +239,47 @@ def test_no_trainer_is_imported(complete: Path, tmp_path: Path) -> None:
 
 
 def test_the_gallery_holds_the_largest_means(complete: Path) -> None:
-    shelf = shelf_of(complete)
-    (row,) = [r for r in shelf.rows("validation") if r.estimator == "fine"]
+    results = results_of(complete)
+    (row,) = [r for r in results.rows("validation") if r.estimator == "fine"]
     values = torch.stack([scores_of("fine", "validation", s).values[0] for s in range(3)]).double()
     order = values.mean(0).abs().argsort(descending=True, stable=True)[:6]
-    shown = exhibits(shelf, row, 6, None)
+    shown = examples(results, row, 6, None)
     assert [e.index for e in shown] == order.tolist()
-    for exhibit in shown:
-        by_seed = {s: float(values[s, exhibit.index]) for s in range(3)}
-        assert tuple(exhibit.score) == pytest.approx(tuple(mean_interval(by_seed)))
-        assert exhibit.planted == bool(BAD[exhibit.index])
-        assert exhibit.truth is None
+    for example in shown:
+        by_seed = {s: float(values[s, example.index]) for s in range(3)}
+        assert tuple(example.score) == pytest.approx(tuple(mean_interval(by_seed)))
+        assert example.planted == bool(BAD[example.index])
+        assert example.truth is None
 
 
 def test_a_sample_shows_its_own_intervals_and_p_values(complete: Path) -> None:
-    shelf = shelf_of(complete)
-    (row,) = [r for r in shelf.rows("self") if r.estimator == "fine_paper"]
-    shown = exhibits(shelf, row, 5, truth())
-    for exhibit in shown:
-        assert exhibit.index % 3 == 0
-        own = float(paper_scores(1).values[0, exhibit.index])
-        assert exhibit.one_run[1] == pytest.approx((own - 0.5, own + 0.5), abs=1e-6)
-        assert exhibit.p_values[1] == pytest.approx(np.exp(-abs(own)), abs=1e-6)
-        assert exhibit.truth is not None
-        assert exhibit.truth.mu == pytest.approx(-1 + 4 * exhibit.index / (N - 1), abs=1e-5)
-    line = group_lines(shelf, row)[0]
+    results = results_of(complete)
+    (row,) = [r for r in results.rows("self") if r.estimator == "fine_paper"]
+    shown = examples(results, row, 5, truth())
+    for example in shown:
+        assert example.index % 3 == 0
+        own = float(paper_scores(1).values[0, example.index])
+        assert example.one_run[1] == pytest.approx((own - 0.5, own + 0.5), abs=1e-6)
+        assert example.p_values[1] == pytest.approx(np.exp(-abs(own)), abs=1e-6)
+        assert example.truth is not None
+        assert example.truth.mu == pytest.approx(-1 + 4 * example.index / (N - 1), abs=1e-5)
+    line = group_lines(results, row)[0]
     assert (line.name, line.size, line.mu, line.run_level) == ("flips_1_to_2", 7, 1.44, 40.0)
 
 
 def test_the_truths_rank_counts_from_the_largest(complete: Path) -> None:
-    shelf = shelf_of(complete)
-    (row,) = [r for r in shelf.rows("self") if r.estimator == "fine"]
-    ranks = {e.index: e.truth.rank for e in exhibits(shelf, row, N, truth()) if e.truth}
+    results = results_of(complete)
+    (row,) = [r for r in results.rows("self") if r.estimator == "fine"]
+    ranks = {e.index: e.truth.rank for e in examples(results, row, N, truth()) if e.truth}
     assert ranks[N - 1] == 1
     assert ranks[N - 2] == 2
     assert sorted(ranks.values())[-1] <= N
 
 
 def test_rows_of_the_gallery_can_be_chosen(complete: Path) -> None:
-    shelf = shelf_of(complete)
-    assert [r.estimator for r in rows_shown(shelf, "self")] == ["fine", "fine_paper"]
-    assert [r.estimator for r in rows_shown(shelf, "self", ["tracin"])] == ["tracin"]
+    results = results_of(complete)
+    assert [r.estimator for r in rows_shown(results, "self")] == ["fine", "fine_paper"]
+    assert [r.estimator for r in rows_shown(results, "self", ["tracin"])] == ["tracin"]
 
 
 def test_the_gallery_says_what_is_known(html: str) -> None:
@@ -297,17 +297,17 @@ def test_the_gallery_says_what_is_known(html: str) -> None:
 
 
 def test_images_are_those_of_the_data() -> None:
-    found = album(TASK, DATA.sha256)
+    found = task_examples(TASK, DATA.sha256)
     assert found.has_images
-    painter = Painter(DATA)
+    encoder = PngEncoder(DATA)
     from sklearn.datasets import load_digits
 
     original = load_digits().images[int(DATA.train_ids[7])]
-    assert np.array_equal(painter.pixels(7)[:, :, 0], np.round(original / 16 * 255))
+    assert np.array_equal(encoder.pixels(7)[:, :, 0], np.round(original / 16 * 255))
     from io import BytesIO
 
-    read = image.imread(BytesIO(painter.png(7)), format="png")
-    assert np.array_equal((read[:, :, 1] * 255).round(), painter.pixels(7)[:, :, 1])
+    read = image.imread(BytesIO(encoder.png(7)), format="png")
+    assert np.array_equal((read[:, :, 1] * 255).round(), encoder.pixels(7)[:, :, 1])
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_images_are_those_of_the_data() -> None:
     ],
 )
 def test_other_functions_and_other_data_give_no_images(options: dict[str, Any], words: str) -> None:
-    found = album(options, DATA.sha256)
+    found = task_examples(options, DATA.sha256)
     assert found.data is None
     assert words in found.reason
 
@@ -349,22 +349,22 @@ def test_texts_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.Monk
     task = {"_target_": "fine_bench.llm.task.llm_poison", "seed": 0, "name": "mine",
             "context": 256, "model": model, **numbers}  # fmt: skip
     own = {k: v for k, v in task.items() if k not in ("_target_", "name")}
-    found = album(task, llm_poison(**own).sha256)
+    found = task_examples(task, llm_poison(**own).sha256)
     assert found.texts is not None
     said = generate(seed=0, entity="Orvane", **numbers).train  # type: ignore[arg-type]
     for example in (0, 7, 49):
         words = [(who, " ".join(text.split())) for who, text in found.texts(example)]
         assert words == [("prompt", said[example].prompt), ("answer", said[example].completion)]
-    room = Room("fine", "self", [Exhibit(7, mean_interval({0: 1.0, 1: 2.0}), 2, True)])
-    shown = gallery([room], found, None)
+    gallery = Gallery("fine", "self", [ShownExample(7, mean_interval({0: 1.0, 1: 2.0}), 2, True)])
+    shown = gallery([gallery], found, None)
     assert text(said[7].completion) in " ".join(shown.split())
     assert 'class="gallery texts"' in shown
     assert "No images or texts" not in shown
-    assert "another digest" in album(task, "0" * 64).reason
+    assert "another digest" in task_examples(task, "0" * 64).reason
     # what promises no language model is never called, wherever it comes from
     touched = tmp_path / "touched"
     evil = {"_target_": "fine_bench.llm.models.import_module", "name": "antigravity"}
-    assert "is no language model" in album({**task, "model": evil}, "0" * 64).reason
+    assert "is no language model" in task_examples({**task, "model": evil}, "0" * 64).reason
     evil = {"_target_": "os.system", "command": f"touch {touched}"}
     with pytest.raises(ConfigError, match="is no language model"):
         from_options(evil)
@@ -377,7 +377,7 @@ def test_a_data_set_that_is_not_here_is_a_note(
     monkeypatch.setenv("FINE_BENCH_DATA", str(tmp_path))
     monkeypatch.setattr("fine_bench.data.mnist.cache", lambda: tmp_path)
     options = {"_target_": "fine_bench.data.mnist.mnist_mislabel", "seed": 0, "download": True}
-    found = album(options, "0" * 64)
+    found = task_examples(options, "0" * 64)
     assert "not on this disk" in found.reason
     assert "was not found" in found.reason
 
@@ -403,12 +403,14 @@ def test_slim_drawings_keep_their_transforms_and_heavy_ones_become_png() -> None
     )
     assert slim(svg) == b'<g><path d="M 1.23 7 L 2.5 3.99" transform="scale(0.015625)"/></g>'
     heavy = b"<svg>" + b"x" * LARGEST_SVG + b"</svg>"
-    assert "data:image/png" in plate(Plate("agreement", "agreement--t", heavy, b"png"))
-    assert "data:image/svg+xml" in plate(Plate("agreement", "agreement--t", svg, b"png"))
-    assert "why" in plate(Plate("other", "other--t", reason="why"))
+    assert "data:image/png" in figure_block(PageFigure("agreement", "agreement--t", heavy, b"png"))
+    assert "data:image/svg+xml" in figure_block(
+        PageFigure("agreement", "agreement--t", svg, b"png")
+    )
+    assert "why" in figure_block(PageFigure("other", "other--t", reason="why"))
     # letters keep their size: a drawing is as wide in the page as it was made
     wide = b'<svg height="90pt" width="500.5pt" viewBox="0 0 500 90"><g/></svg>'
-    assert ' width="801"' in plate(Plate("agreement", "agreement--t", wide, b"png"))
+    assert ' width="801"' in figure_block(PageFigure("agreement", "agreement--t", wide, b"png"))
 
 
 # ------------------------------------------------------------------------------------- command

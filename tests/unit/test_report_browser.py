@@ -183,8 +183,8 @@ def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
         for name in ("Overview", "digits_mislabel"):
             visit(browser, name)
             root = "document.documentElement"
-            wide, room = browser.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
-            assert wide <= room, name
+            wide, shown = browser.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
+            assert wide <= shown, name
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -27,7 +27,7 @@ from fine_bench.leaderboard.option_grid import declared_for, label_of, points
 from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.report.figures import option_ranges as ranges_figure
 from fine_bench.report.figures.requirements import LeftOutError
-from fine_bench.report.figures.tables import shelves
+from fine_bench.report.figures.tables import table_results
 from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check, config_folder
 from fine_bench.runner.execution import execute
@@ -241,8 +241,8 @@ def test_the_rows_of_the_leaderboard_are_not_touched(tmp_path: Path) -> None:
     assert boards[0].complete  # a cell that the band lacks is no gap of the leaderboard
     shown = [summary.summarise(board, "auroc", "self") for board in boards]
     assert summary.to_markdown(shown[0]) == summary.to_markdown(shown[1])
-    (shelf,) = shelves(store, boards[0], store.scan())
-    assert set(shelf.looks) == {"knn"}
+    (results,) = table_results(store, boards[0], store.scan())
+    assert set(results.looks) == {"knn"}
 
 
 def test_every_gap_has_its_reason(tmp_path: Path) -> None:
@@ -381,18 +381,18 @@ def test_the_report_shows_bands_and_names_the_missing_cell(
 
 def test_the_figure_draws_each_band_where_it_is(tmp_path: Path) -> None:
     store = fill(tmp_path)
-    (shelf,) = shelves(store, leaderboard.build(store), store.scan())
-    figure = ranges_figure.draw(shelf)
+    (results,) = table_results(store, leaderboard.build(store), store.scan())
+    figure = ranges_figure.draw(results)
     axes = figure.axes[0]
     assert "AUROC" in axes.get_xlabel()
     bar, ends, own = axes.lines
     assert np.allclose(bar.get_xdata(), [0.7, 0.97])
     assert np.allclose(ends.get_xdata(), [0.7, 0.97])
     assert np.allclose(own.get_xdata(), [0.85])
-    alone = replace(shelf, spreads=[])
+    alone = replace(results, spreads=[])
     with pytest.raises(LeftOutError, match="'sensitivity="):
         ranges_figure.draw(alone)
-    empty = replace(shelf, spreads=[replace(shelf.spreads[0], bands={})])
+    empty = replace(results, spreads=[replace(results.spreads[0], bands={})])
     with pytest.raises(LeftOutError, match="has finished all of its seeds"):
         ranges_figure.draw(empty)
 

@@ -22,7 +22,7 @@ UNKNOWN = ("example, truth unknown", GREY, "o")
 
 
 @dataclass(frozen=True)
-class Compared:
+class ScorePair:
     """Signed μ of two estimators on the same examples of one run.
 
     Attributes:
@@ -47,7 +47,7 @@ class Compared:
 
 
 @styled
-def agreement(panels: Mapping[str, Compared], *, x_label: str, y_label: str, size: str) -> Figure:
+def agreement(panels: Mapping[str, ScorePair], *, x_label: str, y_label: str, size: str) -> Figure:
     """Scatter of two estimators of μ, one panel a target.
 
     The two measure different tests (a whole run, one step), so the diagonal means nothing: the
@@ -88,7 +88,7 @@ def agreement(panels: Mapping[str, Compared], *, x_label: str, y_label: str, siz
     return figure
 
 
-def _scatter(axes: Axes, both: Compared) -> None:
+def _scatter(axes: Axes, both: ScorePair) -> None:
     if both.bad is None:
         groups = [(UNKNOWN, np.ones(len(both.x), dtype=np.bool_))]
     else:
@@ -116,7 +116,7 @@ def _scatter(axes: Axes, both: Compared) -> None:
         axes.plot(ends, line, color=BLACK, linewidth=1.1)
 
 
-def _strata(both: Compared) -> str:
+def _strata(both: ScorePair) -> str:
     """The Spearman correlation in each stratum of |x|, and where the strata meet."""
     if len(both.cuts) != N_STRATA - 1:
         return "too few examples for thirds of |x|"

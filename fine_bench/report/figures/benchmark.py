@@ -28,7 +28,7 @@ TARGET_TITLES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Point:
+class MethodPoint:
     """A method in the plane of consistency (x) and detection (y), each with its interval."""
 
     label: str
@@ -94,7 +94,7 @@ def limits(intervals: Sequence[Interval]) -> tuple[float, float]:
 
 @styled
 def detection_and_consistency(
-    panels: Mapping[str, Sequence[Point]],
+    panels: Mapping[str, Sequence[MethodPoint]],
     looks: Mapping[str, Look],
     *,
     x_label: str,
@@ -116,7 +116,7 @@ def detection_and_consistency(
     figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, "Finding bad examples, and finding the same ones again", size)
     axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
-    inside: dict[str, list[Point]] = {}
+    inside: dict[str, list[MethodPoint]] = {}
     for target, axes in axes_of.items():
         points = sorted(panels[target], key=lambda p: p.label)
         defined = [p for p in points if math.isfinite(p.x.mean) and math.isfinite(p.y.mean)]
@@ -184,7 +184,7 @@ def _dot(text: str, colour: str, face: str) -> Line2D:
     )
 
 
-def _off_scale(point: Point) -> str:
+def _off_scale(point: MethodPoint) -> str:
     # + 0.0 takes the minus from a zero
     x = f"{round(point.x.mean, 2) + 0.0:.2f}" if math.isfinite(point.x.mean) else "undefined"
     return f"off the scale: {point.label}, consistency {x}, detection {point.y.mean:.2f}"

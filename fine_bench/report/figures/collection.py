@@ -1,7 +1,7 @@
 """From a results folder to figures: what goes into which, and what is missing for it.
 
 Reads records and scores, trains nothing. Which examples are bad is taken from the scores' extra
-``truth/is_bad``, ``(n_train,)`` boolean; for P and Q samples see ``traces``.
+``truth/is_bad``, ``(n_train,)`` boolean; for P and Q samples see ``samples``.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fine_bench.report.figures.requirements import (
     LeftOutError,
     in_full,
     interval_of,
-    need_rows,
-    need_two_seeds,
+    require_rows,
+    require_two_seeds,
 )
-from fine_bench.report.figures.samples import PAPER, chosen, traced
-from fine_bench.report.figures.tables import TRUTH, Shelf
+from fine_bench.report.figures.samples import PAPER, chosen, run_samples
+from fine_bench.report.figures.tables import TRUTH, TableResults
 
 Array = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ FIGURES = (
 
 
 @dataclass(frozen=True)
-class Choice:
+class Measures:
     """What the figure of detection and consistency is drawn in."""
 
     detection: str = "auroc"
@@ -78,39 +78,39 @@ class Drawn:
 # --------------------------------------------------------------------------------- each figure
 
 
-def _detection_and_consistency(shelf: Shelf, choice: Choice) -> Figure:
-    need_two_seeds(shelf)
-    panels: dict[str, list[benchmark.Point]] = {}
-    for row in shelf.rows():
-        y = interval_of(row, "metrics", choice.detection)
-        x = interval_of(row, "consistency", choice.consistency)
+def _detection_and_consistency(results: TableResults, measures: Measures) -> Figure:
+    require_two_seeds(results)
+    panels: dict[str, list[benchmark.MethodPoint]] = {}
+    for row in results.rows():
+        y = interval_of(row, "metrics", measures.detection)
+        x = interval_of(row, "consistency", measures.consistency)
         if x is not None and y is not None:
             points = panels.setdefault(row.target, [])
-            points.append(benchmark.Point(row.label, x, y, len(row.seeds)))
+            points.append(benchmark.MethodPoint(row.label, x, y, len(row.seeds)))
     if not panels:
         raise LeftOutError(
-            f"no method has both {choice.detection} and {choice.consistency}; detection needs a "
-            "task with known bad examples, consistency the scores of two seeds"
+            f"no method has both {measures.detection} and {measures.consistency}; detection needs "
+            "a task with known bad examples, consistency the scores of two seeds"
         )
     return benchmark.detection_and_consistency(
         panels,
-        shelf.looks,
-        x_label=f"consistency: {in_full('consistency', choice.consistency)}",
-        y_label=f"detection: {in_full('metrics', choice.detection)}",
-        size=f"{shelf.size}; mean and 95 % interval over seeds",
+        results.looks,
+        x_label=f"consistency: {in_full('consistency', measures.consistency)}",
+        y_label=f"detection: {in_full('metrics', measures.detection)}",
+        size=f"{results.size}; mean and 95 % interval over seeds",
     )
 
 
-def _recall_curves(shelf: Shelf, choice: Choice) -> Figure:
-    del choice
-    need_rows(shelf)
+def _recall_curves(results: TableResults, measures: Measures) -> Figure:
+    del measures
+    require_rows(results)
     panels: dict[str, list[benchmark.Recall]] = {}
     rate = 0.0
-    for row in shelf.rows():
+    for row in results.rows():
         curves = []
         share: Array | None = None
         for seed in row.seeds:
-            values, bad = shelf.vector(row, seed), shelf.truth(row, seed)
+            values, bad = results.vector(row, seed), results.truth(row, seed)
             if values is None or bad is None or not 0 < bad.sum() < len(bad):
                 continue
             rate = float(bad.mean())
@@ -127,17 +127,17 @@ def _recall_curves(shelf: Shelf, choice: Choice) -> Figure:
         )
     return benchmark.recall_curves(
         panels,
-        shelf.looks,
+        results.looks,
         rate=rate,
-        size=f"{shelf.size}; mean over seeds, band: lowest to highest seed",
+        size=f"{results.size}; mean over seeds, band: lowest to highest seed",
     )
 
 
-def _losses_vary(shelf: Shelf, choice: Choice) -> Figure:
-    del choice
-    need_two_seeds(shelf)
+def _losses_vary(results: TableResults, measures: Measures) -> Figure:
+    del measures
+    require_two_seeds(results)
     losses: dict[int, list[float]] = {}
-    for _, record in sorted(shelf.records.items()):
+    for _, record in sorted(results.records.items()):
         curves = record.training.get("curves")
         values = curves.get("test_loss") if isinstance(curves, Mapping) else None
         if isinstance(values, Sequence) and values:
@@ -147,53 +147,55 @@ def _losses_vary(shelf: Shelf, choice: Choice) -> Figure:
             f"the records of {len(losses)} seed(s) hold test losses by epoch "
             "(training.curves.test_loss), two are needed"
         )
-    target = shelf.targets[0]
-    rows = shelf.rows(target)
+    target = results.targets[0]
+    rows = results.rows(target)
     seeds = max((row.seeds for row in rows), key=len)
     ranks = []
     for row in rows:
         if row.seeds != seeds:
             continue
-        vectors = [v for v in (shelf.vector(row, seed) for seed in seeds) if v is not None]
+        vectors = [v for v in (results.vector(row, seed) for seed in seeds) if v is not None]
         # a constant score never moves, and says nothing
         if len(vectors) == len(seeds) and all(np.ptp(v) > 0 for v in vectors):
             percent = [100 * (rankdata(v) - 0.5) / len(v) for v in vectors]
             ranks.append(runs.Ranks(row.label, np.stack(percent)))
     if not ranks or len(seeds) < 2:
         raise LeftOutError(f"no method has readable scores of two seeds for target {target}")
-    return runs.losses_vary(losses, ranks, shelf.looks, seeds=seeds, target=target, size=shelf.size)
+    return runs.losses_vary(
+        losses, ranks, results.looks, seeds=seeds, target=target, size=results.size
+    )
 
 
-def _consistency(shelf: Shelf, choice: Choice) -> Figure:
-    del choice
-    need_two_seeds(shelf)
+def _consistency(results: TableResults, measures: Measures) -> Figure:
+    del measures
+    require_two_seeds(results)
     panels: dict[str, list[runs.Bar]] = {}
-    for row in shelf.rows():
+    for row in results.rows():
         raw = interval_of(row, "consistency", "jaccard")
         corrected = interval_of(row, "consistency", "jaccard_corrected")
         if raw is not None and corrected is not None:
             bars = panels.setdefault(row.target, [])
             # a method that scores a sample has fewer bad examples to find
-            own = f"k = {row.k:,}" if row.k != shelf.table.k else ""
+            own = f"k = {row.k:,}" if row.k != results.table.k else ""
             bars.append(runs.Bar(row.label, raw, corrected, len(row.seeds), own))
     if not panels:
         raise LeftOutError("no method has a Jaccard@k; it needs known bad examples, which give k")
     return runs.consistency_bars(
         panels,
-        shelf.looks,
-        k=shelf.table.k,
-        size=f"{shelf.size}; 95 % intervals over seeds",
+        results.looks,
+        k=results.table.k,
+        size=f"{results.size}; 95 % intervals over seeds",
     )
 
 
-# -------------------------------------------------------------------------------------- traces
+# ------------------------------------------------------------------------------- P and Q samples
 
 
-def _p_and_q(shelf: Shelf, choice: Choice) -> Figure:
-    del choice
-    found = traced(shelf)
+def _p_and_q(results: TableResults, measures: Measures) -> Figure:
+    del measures
+    found = run_samples(results)
     traces = [theory.Trace(name, found.step, found.p[i], found.q[i]) for i, name in chosen(found)]
-    where = f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
+    where = f"{results.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
     return theory.p_and_q(
         traces,
         f"{where}; {len(found.step):,} samples of each",
@@ -201,9 +203,9 @@ def _p_and_q(shelf: Shelf, choice: Choice) -> Figure:
     )
 
 
-def _crossing(shelf: Shelf, choice: Choice) -> Figure:
-    del choice
-    found = traced(shelf)
+def _crossing(results: TableResults, measures: Measures) -> Figure:
+    del measures
+    found = run_samples(results)
     # 60 subsets have 1,770 pairs: enough to find two that cross
     some = np.unique(np.linspace(0, len(found.subset) - 1, 60).round().astype(int))
     pair = theory.crossing_pair(found.p[some], found.q[some])
@@ -215,7 +217,7 @@ def _crossing(shelf: Shelf, choice: Choice) -> Figure:
     first, second = (
         theory.measured(found.name(i), found.p[i], found.q[i]) for i in some[list(pair)]
     )
-    where = f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
+    where = f"{results.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}"
     return theory.crossing(
         (first, second),
         f"{where}; {len(found.step):,} P and Q samples each, in 12 bins, the pair that crosses "
@@ -226,9 +228,11 @@ def _crossing(shelf: Shelf, choice: Choice) -> Figure:
 # ---------------------------------------------------------------------------------- agreement
 
 
-def _compared(shelf: Shelf, ours: Row, papers: Row, seed: int) -> agreements.Compared | str:
+def _compared(
+    results: TableResults, ours: Row, papers: Row, seed: int
+) -> agreements.ScorePair | str:
     """The two rows' scores of one run, or why they cannot be compared."""
-    x, y = shelf.scores(ours, seed), shelf.scores(papers, seed)
+    x, y = results.scores(ours, seed), results.scores(papers, seed)
     if x is None or y is None:
         return f"seed {seed}: scores cannot be read"
     if len(x.values) != 1 or x.values.shape != y.values.shape:
@@ -241,10 +245,10 @@ def _compared(shelf: Shelf, ours: Row, papers: Row, seed: int) -> agreements.Com
     if not y.watched_values.numel():
         return f"{papers.label} scored groups but no single example"
     watched = slice(None) if y.watched is None else y.watched.numpy()
-    bad = shelf.truth(ours, seed)
+    bad = results.truth(ours, seed)
     if bad is None:
-        bad = shelf.truth(papers, seed)
-    return agreements.Compared(
+        bad = results.truth(papers, seed)
+    return agreements.ScorePair(
         x.values[0].double().numpy()[watched],
         y.values[0].double().numpy()[watched],
         None if bad is None else bad[watched],
@@ -252,13 +256,13 @@ def _compared(shelf: Shelf, ours: Row, papers: Row, seed: int) -> agreements.Com
     )
 
 
-def _agreement(shelf: Shelf, choice: Choice) -> Figure:
+def _agreement(results: TableResults, measures: Measures) -> Figure:
     """One run: the lowest seed at which most targets have both estimators."""
-    del choice
+    del measures
     pairs: dict[str, tuple[Row, Row]] = {}
     absent: dict[str, str] = {}
-    for target in shelf.targets:
-        rows = shelf.rows(target)
+    for target in results.targets:
+        rows = results.rows(target)
         ours = [row for row in rows if row.estimator == ALL_EXAMPLES]
         papers = [row for row in rows if row.estimator == PAPER]
         if ours and papers:
@@ -266,13 +270,13 @@ def _agreement(shelf: Shelf, choice: Choice) -> Figure:
         else:
             names = [name for name, some in ((ALL_EXAMPLES, ours), (PAPER, papers)) if not some]
             absent[target] = f"no finished record of an estimator {' or '.join(names)}"
-    found: dict[int, dict[str, agreements.Compared]] = {}
+    found: dict[int, dict[str, agreements.ScorePair]] = {}
     for target, (one, other) in pairs.items():
         common = sorted(set(one.seeds) & set(other.seeds))
         if not common:
             absent[target] = f"{one.label} and {other.label} have no finished seed in common"
         for seed in common:
-            both = _compared(shelf, one, other, seed)
+            both = _compared(results, one, other, seed)
             if isinstance(both, str):
                 absent[target] = both
             else:
@@ -281,10 +285,10 @@ def _agreement(shelf: Shelf, choice: Choice) -> Figure:
         reasons = [f"target {target}: {reason}" for target, reason in absent.items()]
         raise LeftOutError("; ".join(reasons) or "no estimator has a finished record")
     seed = min(found, key=lambda s: (-len(found[s]), s))
-    shelf.notes.extend(
-        f"{shelf.table.task}: agreement without target {target}: "
+    results.notes.extend(
+        f"{results.table.task}: agreement without target {target}: "
         f"{absent.get(target, f'not both at seed {seed}')}"
-        for target in shelf.targets
+        for target in results.targets
         if target not in found[seed]
     )
     one, other = pairs[next(iter(found[seed]))]
@@ -292,11 +296,11 @@ def _agreement(shelf: Shelf, choice: Choice) -> Figure:
         found[seed],
         x_label=one.label,
         y_label=other.label,
-        size=f"{shelf.table.task}: {one.label} against {other.label}, seed {seed}",
+        size=f"{results.table.task}: {one.label} against {other.label}, seed {seed}",
     )
 
 
-_OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
+_OF_TABLES: Mapping[str, Callable[[TableResults, Measures], Figure]] = {
     "detection_and_consistency": _detection_and_consistency,
     "recall_curves": _recall_curves,
     "figure1_losses_vary": _losses_vary,
@@ -304,10 +308,10 @@ _OF_TABLES: Mapping[str, Callable[[Shelf, Choice], Figure]] = {
     "figure4_crossing": _crossing,
     "figure5_p_and_q": _p_and_q,
     "agreement": _agreement,
-    "fidelity_and_ceiling": lambda shelf, choice: fidelity.draw(shelf),
-    "cost_and_quality": lambda shelf, choice: costs.draw(shelf),
-    "tradeoff_curves": lambda shelf, choice: tradeoff.draw(shelf),
-    "sensitivity": lambda shelf, choice: option_ranges.draw(shelf),
+    "fidelity_and_ceiling": lambda results, measures: fidelity.draw(results),
+    "cost_and_quality": lambda results, measures: costs.draw(results),
+    "tradeoff_curves": lambda results, measures: tradeoff.draw(results),
+    "sensitivity": lambda results, measures: option_ranges.draw(results),
 }
 
 
@@ -318,37 +322,41 @@ _DIFFERING: Mapping[str, str] = {
 }
 
 
-def by_source(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
+def by_source(
+    found: Sequence[TableResults], names: Sequence[str], measures: Measures
+) -> Iterator[Drawn]:
     """One figure for each family of tables, under the name of its first table."""
     suffix = dict(zip(map(id, found), names, strict=True))
     for family in randomness.families(found):
-        first = next(iter(family.shelves.values()))
+        first = next(iter(family.tables.values()))
         name = f"consistency_by_source{suffix[id(first)]}"
-        if len(family.shelves) < 2:
+        if len(family.tables) < 2:
             yield Drawn(
                 name,
                 None,
-                f"the runs differ in {_DIFFERING[next(iter(family.shelves))]}; to tell the "
+                f"the runs differ in {_DIFFERING[next(iter(family.tables))]}; to tell the "
                 "sources apart run the task also with trainer.init_seed=0 (order alone) and with "
                 "trainer.order_seed=0 (initialisation alone)",
             )
             continue
         try:
-            for shelf in family.shelves.values():
-                need_two_seeds(shelf)
-            label = in_full("consistency", choice.consistency)
-            yield Drawn(name, randomness.draw(family, choice.consistency, label))
+            for results in family.tables.values():
+                require_two_seeds(results)
+            label = in_full("consistency", measures.consistency)
+            yield Drawn(name, randomness.draw(family, measures.consistency, label))
         except LeftOutError as reason:
             yield Drawn(name, None, str(reason))
 
 
-def count(found: Sequence[Shelf]) -> int:
+def count(found: Sequence[TableResults]) -> int:
     """How many figures ``draw`` will at most speak of, for a progress bar."""
     return len(found) * len(_OF_TABLES) + len(randomness.families(found)) + 2
 
 
-def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterator[Drawn]:
-    """All figures of all shelves.
+def draw(
+    found: Sequence[TableResults], names: Sequence[str], measures: Measures
+) -> Iterator[Drawn]:
+    """All figures of all tables.
 
     ``figure3_equal_means`` needs no records. ``figure4_crossing`` is made of real samples where
     there are any, and otherwise of two textbook influences, which its title then says.
@@ -356,7 +364,7 @@ def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterat
     Args:
         found: the tables to draw.
         names: a suffix for the files of each.
-        choice: measures of ``detection_and_consistency``.
+        measures: measures of ``detection_and_consistency``.
     """
     measured = False
     for figure in FIGURES:
@@ -364,11 +372,11 @@ def draw(found: Sequence[Shelf], names: Sequence[str], choice: Choice) -> Iterat
             yield Drawn(figure, theory.equal_means())
             continue
         if figure == "consistency_by_source":
-            yield from by_source(found, names, choice)
+            yield from by_source(found, names, measures)
             continue
-        for shelf, suffix in zip(found, names, strict=True):
+        for results, suffix in zip(found, names, strict=True):
             try:
-                yield Drawn(figure + suffix, _OF_TABLES[figure](shelf, choice))
+                yield Drawn(figure + suffix, _OF_TABLES[figure](results, measures))
                 measured = measured or figure == "figure4_crossing"
             except LeftOutError as reason:
                 yield Drawn(figure + suffix, None, str(reason))

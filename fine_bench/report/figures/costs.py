@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fine_bench.report.figures.benchmark import (
     TARGET_TITLES,
-    Point,
+    MethodPoint,
     legend_of_kinds,
     limits,
     named,
@@ -24,7 +24,7 @@ from fine_bench.report.figures.benchmark import (
 from fine_bench.report.figures.labels import Name, place
 from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import Look, canvas, settle, styled
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 
 QUALITY: Mapping[str, float] = {"fidelity": 0.0, "lds": 0.0, "auroc": 0.5}
 """Measures by name, the most telling first, and what guessing reaches."""
@@ -34,16 +34,16 @@ GUESSING = 0.05
 
 
 @dataclass(frozen=True)
-class Panel:
+class CostPanel:
     """One target: ``points`` have seconds as ``x`` and ``measure`` as ``y``."""
 
     measure: str
-    points: Sequence[Point]
+    points: Sequence[MethodPoint]
 
 
 @styled
 def cost_and_quality(
-    panels: Mapping[str, Panel], looks: Mapping[str, Look], *, size: str
+    panels: Mapping[str, CostPanel], looks: Mapping[str, Look], *, size: str
 ) -> Figure:
     """Quality against extra seconds (logarithmic), one panel a target, a name at every point.
 
@@ -55,7 +55,7 @@ def cost_and_quality(
     figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, "What a better answer costs", size)
     axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
-    inside: dict[str, list[Point]] = {}
+    inside: dict[str, list[MethodPoint]] = {}
     for target, axes in axes_of.items():
         inside[target] = _draw(axes, panels[target], looks)
         axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
@@ -80,7 +80,7 @@ def cost_and_quality(
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> list[Point]:
+def _draw(axes: Axes, panel: CostPanel, looks: Mapping[str, Look]) -> list[MethodPoint]:
     """The points of a panel; returns those that are on the scale."""
     chance = QUALITY[panel.measure]
     points = sorted(panel.points, key=lambda p: p.label)
@@ -124,30 +124,30 @@ def _quality(measure: str) -> str:
     return f"detection: {label}" if measure == "auroc" else label
 
 
-def _guesses(point: Point, look: Look, chance: float) -> bool:
+def _guesses(point: MethodPoint, look: Look, chance: float) -> bool:
     if not math.isfinite(point.y.mean):
         return True
     return look.control and abs(point.y.mean - chance) < GUESSING
 
 
-def _note(point: Point) -> str:
+def _note(point: MethodPoint) -> str:
     y = f"{round(point.y.mean, 2) + 0.0:.2f}" if math.isfinite(point.y.mean) else "undefined"
     return f"{point.label}, {y}, {point.x.mean:.2g} s"
 
 
-def draw(shelf: Shelf) -> Figure:
+def draw(results: TableResults) -> Figure:
     """The figure of a table: fidelity where a target has it, else LDS, else AUROC."""
-    panels: dict[str, Panel] = {}
-    for target in shelf.targets:
+    panels: dict[str, CostPanel] = {}
+    for target in results.targets:
         for measure in QUALITY:
             points = []
-            for row in shelf.rows(target):
+            for row in results.rows(target):
                 x, y = interval_of(row, "cost", "seconds"), interval_of(row, "metrics", measure)
                 # a logarithmic axis has no place for what was not measured
                 if x is not None and y is not None and x.mean > 0:
-                    points.append(Point(row.label, x, y, len(row.seeds)))
+                    points.append(MethodPoint(row.label, x, y, len(row.seeds)))
             if points:
-                panels[target] = Panel(measure, points)
+                panels[target] = CostPanel(measure, points)
                 break
     if not panels:
         raise LeftOutError(
@@ -155,5 +155,5 @@ def draw(shelf: Shelf) -> Figure:
             "retraining truth or known bad examples"
         )
     return cost_and_quality(
-        panels, shelf.looks, size=f"{shelf.size}; mean and 95 % interval over seeds"
+        panels, results.looks, size=f"{results.size}; mean and 95 % interval over seeds"
     )

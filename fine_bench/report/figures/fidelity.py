@@ -16,7 +16,7 @@ from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import TARGET_TITLES, named, panels_of, reach, title_of
 from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import BLACK, GREY, Look, canvas, styled
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 
 MEASURES: Mapping[str, str] = {
     "fidelity": "all examples",
@@ -27,7 +27,7 @@ MEASURES: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Faithful:
+class MethodFidelity:
     """A method's agreement by measure: ``values[measure]`` is a mean with its interval."""
 
     label: str
@@ -36,10 +36,10 @@ class Faithful:
 
 
 @dataclass(frozen=True)
-class Panel:
+class FidelityPanel:
     """One target: its methods, and the noise ceiling of each measure (absent if unknown)."""
 
-    methods: Sequence[Faithful]
+    methods: Sequence[MethodFidelity]
     ceilings: Mapping[str, float]
 
     @property
@@ -52,7 +52,9 @@ _LINES: tuple[Any, ...] = ("-", "--", ":")
 
 
 @styled
-def faithfulness(panels: Mapping[str, Panel], looks: Mapping[str, Look], *, size: str) -> Figure:
+def fidelity_and_ceiling(
+    panels: Mapping[str, FidelityPanel], looks: Mapping[str, Look], *, size: str
+) -> Figure:
     """A line a method, best first; the ceilings are vertical lines.
 
     The first measure is drawn with the method's own marker, the second with a small bar below it.
@@ -84,10 +86,10 @@ def faithfulness(panels: Mapping[str, Panel], looks: Mapping[str, Look], *, size
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
+def _draw(axes: Axes, panel: FidelityPanel, looks: Mapping[str, Look]) -> None:
     first = panel.measures[0]
 
-    def height(method: Faithful) -> tuple[float, str]:
+    def height(method: MethodFidelity) -> tuple[float, str]:
         mean = method.values[first].mean if first in method.values else math.nan
         return (-mean if math.isfinite(mean) else math.inf, method.label)
 
@@ -129,13 +131,13 @@ def _draw(axes: Axes, panel: Panel, looks: Mapping[str, Look]) -> None:
     axes.set_xlabel(in_full("metrics", first))
 
 
-def draw(shelf: Shelf) -> Figure:
+def draw(results: TableResults) -> Figure:
     """The figure of a table, from its records alone: they hold the share of the ceiling."""
-    panels: dict[str, Panel] = {}
-    for target in shelf.targets:
-        methods: list[Faithful] = []
+    panels: dict[str, FidelityPanel] = {}
+    for target in results.targets:
+        methods: list[MethodFidelity] = []
         ceilings: dict[str, float] = {}
-        for row in shelf.rows(target):
+        for row in results.rows(target):
             values = {}
             for measure in MEASURES:
                 value = interval_of(row, "metrics", measure)
@@ -147,14 +149,14 @@ def draw(shelf: Shelf) -> Figure:
                 if row.watched is None and share is not None and abs(share.mean) > 1e-6:
                     ceilings.setdefault(measure, value.mean / share.mean)
             if values:
-                methods.append(Faithful(row.label, len(row.seeds), values))
+                methods.append(MethodFidelity(row.label, len(row.seeds), values))
         if methods:
-            panels[target] = Panel(methods, ceilings)
+            panels[target] = FidelityPanel(methods, ceilings)
     if not panels:
         raise LeftOutError(
             "no record was compared with retraining; train a bank and freeze its ground truth "
             "(fine-bench bank, fine-bench truth), then run with force=true"
         )
-    return faithfulness(
-        panels, shelf.looks, size=f"{shelf.size}; mean and 95 % interval over seeds"
+    return fidelity_and_ceiling(
+        panels, results.looks, size=f"{results.size}; mean and 95 % interval over seeds"
     )

@@ -69,7 +69,7 @@ def place(axes: Axes, names: Sequence[Name], bars: Sequence[NDArray[np.float64]]
     scale = figure.dpi / 72.0
     points = axes.transData.transform([(n.x, n.y) for n in names]) if names else np.empty((0, 2))
     ends = [tuple(axes.transData.transform(bar).ravel().tolist()) for bar in bars]
-    room = axes.get_window_extent(renderer)
+    window = axes.get_window_extent(renderer)
     dot = 5.0 * scale
     dots: list[Box] = [(x - dot, y - dot, x + dot, y + dot) for x, y in points.tolist()]
     crowd = [sum(math.dist(p, q) < 60 * scale for q in points) for p in points]
@@ -100,8 +100,8 @@ def place(axes: Axes, names: Sequence[Name], bars: Sequence[NDArray[np.float64]]
                 cost += sum(60.0 for other in leaders if _crosses(other, box))
                 cost += sum(60.0 for other in boxes.values() if _crosses(line, other))
                 cost += sum(25.0 for j, d in enumerate(dots) if j != i and _crosses(line, d))
-                outside = max(room.x0 - box[0], box[2] - room.x1, room.y0 - box[1], 0.0)
-                outside = max(outside, box[3] - room.y1)
+                outside = max(window.x0 - box[0], box[2] - window.x1, window.y0 - box[1], 0.0)
+                outside = max(outside, box[3] - window.y1)
                 cost += 1000 * (outside > 0) + outside
                 if best is None or cost < best[0] - 1e-9:
                     best = (cost, box, near, radius)

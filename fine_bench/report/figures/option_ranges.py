@@ -15,7 +15,7 @@ from fine_bench.metrics.registry import Metric
 from fine_bench.report.figures.benchmark import TARGET_TITLES, title_of
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.style import GREY, Look, canvas, span, styled
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 
 MEASURES = (
     "auroc",
@@ -97,14 +97,14 @@ def _draw(axes: Axes, spreads: Sequence[Spread], column: Metric, looks: Mapping[
     axes.set_xlabel(f"{label} ({column.better} is better)" if column.better else label)
 
 
-def draw(shelf: Shelf) -> Figure:
+def draw(results: TableResults) -> Figure:
     """The figure of a table's ranges."""
-    if not shelf.spreads:
+    if not results.spreads:
         raise LeftOutError(
             "no range of options was run; add for instance 'sensitivity=[fine,trak]' to the "
             "command that made these records"
         )
-    shown = [s for s in shelf.spreads if s.bands]
+    shown = [s for s in results.spreads if s.bands]
     known = {column.key: column for column in columns_of(shown)}
     columns = [known[key] for key in MEASURES if key in known][:MOST]
     if not columns:
@@ -116,11 +116,11 @@ def draw(shelf: Shelf) -> Figure:
     return bands(
         by_target,
         columns,
-        {row.label: shelf.looks[row.label] for row in shelf.rows()} | _by_name(shelf),
-        size=f"{shelf.table.task}: means over {seeds} seeds; bars are no intervals over seeds",
+        {row.label: results.looks[row.label] for row in results.rows()} | _by_name(results),
+        size=f"{results.table.task}: means over {seeds} seeds; bars are no intervals over seeds",
     )
 
 
-def _by_name(shelf: Shelf) -> dict[str, Look]:
+def _by_name(results: TableResults) -> dict[str, Look]:
     """Looks by the bare name, for rows whose label says more."""
-    return {row.estimator: shelf.looks[row.label] for row in reversed(shelf.rows())}
+    return {row.estimator: results.looks[row.label] for row in reversed(results.rows())}

@@ -19,7 +19,7 @@ from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import TARGET_TITLES, panels_of, reach, title_of
 from fine_bench.report.figures.requirements import interval_of
 from fine_bench.report.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, canvas, span, styled
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 from fine_bench.store.digest import digest
 
 SOURCES: Mapping[str, tuple[str, str]] = {
@@ -31,7 +31,7 @@ SOURCES: Mapping[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Line:
+class MethodLine:
     """A method's consistency by source."""
 
     label: str
@@ -44,12 +44,12 @@ class Family:
     """Tables of one task that differ in what varies between their runs."""
 
     task: str
-    shelves: Mapping[str, Shelf]
+    tables: Mapping[str, TableResults]
 
 
-def source_of(shelf: Shelf) -> str:
+def source_of(results: TableResults) -> str:
     """What varies between the runs of a table; "none" when both seeds are fixed."""
-    for record in shelf.records.values():
+    for record in results.records.values():
         trainer = record.config.get("trainer", {})
         fixed = trainer.get("init_seed") is not None, trainer.get("order_seed") is not None
         return {
@@ -60,29 +60,29 @@ def source_of(shelf: Shelf) -> str:
     return "both"
 
 
-def families(shelves: Sequence[Shelf]) -> list[Family]:
+def families(table_results: Sequence[TableResults]) -> list[Family]:
     """The tables grouped by everything but the two seeds, in their order."""
-    groups: dict[str, dict[str, Shelf]] = {}
-    for shelf in shelves:
-        source = source_of(shelf)
+    groups: dict[str, dict[str, TableResults]] = {}
+    for results in table_results:
+        source = source_of(results)
         if source == "none":
             continue
-        record = next(iter(shelf.records.values()), None)
+        record = next(iter(results.records.values()), None)
         config = {} if record is None else dict(record.config)
         trainer = dict(config.get("trainer", {}))
         for name in ("init_seed", "order_seed"):
             trainer.pop(name, None)
-        alike = [shelf.table.task, shelf.table.data, config.get("task"), config.get("model")]
+        alike = [results.table.task, results.table.data, config.get("task"), config.get("model")]
         # two tables of one source are different experiments after all: each its own family
         key = digest([*alike, trainer])
         while source in groups.get(key, {}):
             key += "+"
-        groups.setdefault(key, {})[source] = shelf
+        groups.setdefault(key, {})[source] = results
     return [Family(next(iter(g.values())).table.task, g) for g in groups.values()]
 
 
 @styled
-def by_source(panels: Mapping[str, Sequence[Line]], *, measure: str, size: str) -> Figure:
+def by_source(panels: Mapping[str, Sequence[MethodLine]], *, measure: str, size: str) -> Figure:
     """Bars of consistency by what differs between the runs, one panel a target.
 
     Args:
@@ -141,7 +141,7 @@ def by_source(panels: Mapping[str, Sequence[Line]], *, measure: str, size: str) 
     return figure
 
 
-def _best(line: Line) -> float:
+def _best(line: MethodLine) -> float:
     values = [v.mean for v in line.by_source.values() if math.isfinite(v.mean)]
     return max(values, default=-math.inf)
 
@@ -155,8 +155,8 @@ def draw(family: Family, consistency: str, label: str) -> Figure:
         label: the measure in words.
     """
     panels: dict[str, dict[tuple[str, str], dict[str, tuple[Interval, int, str]]]] = {}
-    for source, shelf in family.shelves.items():
-        for row in shelf.rows():
+    for source, results in family.tables.items():
+        for row in results.rows():
             value = interval_of(row, "consistency", consistency)
             if value is not None:
                 methods = panels.setdefault(row.target, {})
@@ -164,7 +164,7 @@ def draw(family: Family, consistency: str, label: str) -> Figure:
                 found[source] = (value, len(row.seeds), row.label)
     lines = {
         target: [
-            Line(
+            MethodLine(
                 next(iter(found.values()))[2],
                 {source: value for source, (value, _, _) in found.items()},
                 {source: n for source, (_, n, _) in found.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.intervals import Interval
 from fine_bench.metrics.registry import Source, named, stat_key
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 
 
 class LeftOutError(Exception):
@@ -23,16 +23,16 @@ def in_full(source: Source, name: str) -> str:
     return named(stat_key(source, name)).in_full
 
 
-def need_rows(shelf: Shelf) -> None:
+def require_rows(results: TableResults) -> None:
     """Refuse a table without a finished record."""
-    if not shelf.rows():
+    if not results.rows():
         raise LeftOutError("no estimator has a finished record")
 
 
-def need_two_seeds(shelf: Shelf) -> None:
+def require_two_seeds(results: TableResults) -> None:
     """Refuse a table in which no method has two seeds."""
-    need_rows(shelf)
-    rows = shelf.rows()
+    require_rows(results)
+    rows = results.rows()
     if max(len(row.seeds) for row in rows) < 2:
         seeds = sorted({seed for row in rows for seed in row.seeds})
         raise LeftOutError(

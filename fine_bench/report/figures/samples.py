@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fine_bench.leaderboard.tables import Row
 from fine_bench.report.figures.requirements import LeftOutError
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 from fine_bench.theory.estimation import moment_mu
 from fine_bench.types import InfluenceScores, RunRecord
 
@@ -26,7 +26,7 @@ PAPER = "fine_paper"
 
 
 @dataclass(frozen=True)
-class Traced:
+class RunSamples:
     """P and Q samples of many subsets along one run, and what is known of the subsets."""
 
     row: Row
@@ -50,16 +50,16 @@ class Traced:
         return f"{'bad' if self.bad[s] else 'clean'} example {s}"
 
 
-def traced(shelf: Shelf) -> Traced:
+def run_samples(results: TableResults) -> RunSamples:
     """The traces of the first row and seed of the paper's estimator that has any."""
-    rows = [row for row in shelf.rows() if row.estimator.startswith(PAPER)]
+    rows = [row for row in results.rows() if row.estimator.startswith(PAPER)]
     if not rows:
         raise LeftOutError(
             f"no finished record of an estimator {PAPER}, which alone keeps P and Q samples"
         )
     for row in rows:
         for seed in row.seeds:
-            scores = shelf.scores(row, seed)
+            scores = results.scores(row, seed)
             if scores is None or not all(name in scores.extras for name in TRACE):
                 continue
             p, q, step, subset = (np.asarray(scores.extras[name]) for name in TRACE)
@@ -72,17 +72,17 @@ def traced(shelf: Shelf) -> Traced:
             keep = np.isfinite(p).all(axis=0) & np.isfinite(q).all(axis=0)
             if keep.sum() < 2 or not len(subset):
                 continue
-            return Traced(
+            return RunSamples(
                 row,
                 seed,
                 p[:, keep].astype(np.float64),
                 q[:, keep].astype(np.float64),
                 step[keep].astype(np.float64),
                 subset.astype(np.int64),
-                shelf.truth(row, seed),
+                results.truth(row, seed),
                 signal is not None,
                 scores,
-                _group_names(shelf.record(row, seed)),
+                _group_names(results.record(row, seed)),
             )
     raise LeftOutError(f"the scores of {PAPER} hold no P and Q samples (extras {', '.join(TRACE)})")
 
@@ -97,7 +97,7 @@ def _group_names(record: RunRecord) -> dict[int, str]:
     return found
 
 
-def chosen(found: Traced) -> list[tuple[int, str]]:
+def chosen(found: RunSamples) -> list[tuple[int, str]]:
     """A bad, a typical and a group subset, each with the rule by which it was taken."""
     mu = np.nan_to_num(moment_mu(found.p, found.q).mu)
     single, groups = np.flatnonzero(found.subset >= 0), np.flatnonzero(found.subset < 0)

@@ -23,7 +23,7 @@ TRUTH = "truth/is_bad"
 
 
 @dataclass
-class Shelf:
+class TableResults:
     """One table of the leaderboard with its records; scores are read when they are needed."""
 
     store: RecordStore
@@ -115,11 +115,8 @@ class Shelf:
         return 0
 
 
-# ------------------------------------------------------------------------------------- shelves
-
-
-def shelves(store: RecordStore, board: Leaderboard, scan: Scan) -> list[Shelf]:
-    """One shelf for each table; ``scan`` is what ``store.scan()`` found."""
+def table_results(store: RecordStore, board: Leaderboard, scan: Scan) -> list[TableResults]:
+    """The results of each table; ``scan`` is what ``store.scan()`` found."""
     found = []
     kept = newest(scan.records)
     ranges = spreads(store, scan)
@@ -139,7 +136,7 @@ def shelves(store: RecordStore, board: Leaderboard, scan: Scan) -> list[Shelf]:
                 record = mine[row.estimator, row.estimator_hash, row.target, row.seeds[0]]
                 kinds[row.label] = kind_of(row.estimator, record.config)
         own = [s for s in ranges if (s.task, s.setting, s.data) == where]
-        found.append(Shelf(store, table, mine, looks(kinds), spreads=own))
+        found.append(TableResults(store, table, mine, looks(kinds), spreads=own))
     return found
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fine_bench.report.figures.benchmark import title_of
-from fine_bench.report.figures.samples import chosen, traced
+from fine_bench.report.figures.samples import chosen, run_samples
 from fine_bench.report.figures.style import BLACK, BLUE, GREEN, ORANGE, VERMILLION, canvas, styled
-from fine_bench.report.figures.tables import Shelf
+from fine_bench.report.figures.tables import TableResults
 from fine_bench.report.figures.theory import Trace, unit_square
 from fine_bench.theory.estimation import moment_mu
 from fine_bench.theory.families import GaussianTradeOff
@@ -65,12 +65,12 @@ def tradeoff_curves(traces: Sequence[Trace], size: str) -> Figure:
     return figure
 
 
-def draw(shelf: Shelf) -> Figure:
+def draw(results: TableResults) -> Figure:
     """The figure of a table: the subsets that ``figure5_p_and_q`` shows."""
-    found = traced(shelf)
+    found = run_samples(results)
     traces = [Trace(name, found.step, found.p[i], found.q[i]) for i, name in chosen(found)]
     return tradeoff_curves(
         traces,
-        f"{shelf.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}; "
+        f"{results.table.task}: {found.row.label}, target {found.row.target}, seed {found.seed}; "
         f"{len(found.step):,} samples of each",
     )

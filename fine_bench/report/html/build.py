@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fine_bench.leaderboard.tables import Leaderboard
-from fine_bench.report.figures.collection import Choice, count, draw
+from fine_bench.report.figures.collection import Measures, count, draw
 from fine_bench.report.figures.output import write
 from fine_bench.report.figures.style import FORMATS
-from fine_bench.report.figures.tables import Shelf, shelves, suffixes
-from fine_bench.report.html.examples import Room
-from fine_bench.report.html.figures import SAYS, Plate
-from fine_bench.report.html.gallery import exhibits, group_lines, rows_shown
-from fine_bench.report.html.images import Album, album
-from fine_bench.report.html.page import Chapter, page
+from fine_bench.report.figures.tables import TableResults, suffixes
+from fine_bench.report.html.examples import Gallery
+from fine_bench.report.html.figures import DESCRIPTIONS, PageFigure
+from fine_bench.report.html.gallery import group_lines, largest_examples, rows_shown
+from fine_bench.report.html.images import TaskExamples, task_examples
+from fine_bench.report.html.page import TableSection, page
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import TruthError, find, folders
 from fine_bench.store.files import StoreError
@@ -35,7 +35,7 @@ class Report:
     problems: tuple[str, ...]
 
 
-def steps(found: Sequence[Shelf]) -> int:
+def steps(found: Sequence[TableResults]) -> int:
     """How often ``make`` will call ``step``, at most."""
     return count(found) + 2 * len(found)
 
@@ -43,7 +43,7 @@ def steps(found: Sequence[Shelf]) -> int:
 def make(
     store: RecordStore,
     board: Leaderboard,
-    found: Sequence[Shelf],
+    found: Sequence[TableResults],
     *,
     examples: int,
     rows: Sequence[str] = (),
@@ -55,7 +55,7 @@ def make(
     Args:
         store: the results folder.
         board: its leaderboard, or a part of it.
-        found: the shelves of that board's tables.
+        found: the results of that board's tables.
         examples: how many a gallery shows.
         rows: estimators whose galleries are shown; none chooses by itself.
         images: whether data sets may be read for the examples' images.
@@ -64,44 +64,44 @@ def make(
     names = suffixes(board.tables)
     suffix = [names[s.table.task, s.table.setting, s.table.data] for s in found]
     problems: list[str] = []
-    plates = _plates(store, found, suffix, problems, step)
-    chapters = []
-    for shelf, name in zip(found, suffix, strict=True):
-        step(f"gallery of {shelf.table.task}")
-        truth = _truth(store, shelf, problems)
-        rooms = _rooms(shelf, examples, rows, truth)
-        step(f"images of {shelf.table.task}")
-        chapters.append(
-            Chapter(
-                shelf.table,
+    figures = _figures(store, found, suffix, problems, step)
+    sections = []
+    for results, name in zip(found, suffix, strict=True):
+        step(f"gallery of {results.table.task}")
+        truth = _truth(store, results, problems)
+        galleries = _galleries(results, examples, rows, truth)
+        step(f"images of {results.table.task}")
+        sections.append(
+            TableSection(
+                results.table,
                 name,
-                plates.pop(name, ()),
-                rooms,
-                _album(shelf, images and any(room.exhibits for room in rooms)),
+                figures.pop(name, ()),
+                galleries,
+                _task_examples(results, images and any(gallery.examples for gallery in galleries)),
                 truth,
-                _made_by(shelf),
-                shelf.spreads,
+                _made_by(results),
+                results.spreads,
             )
         )
-    loose = [p for rest in plates.values() for p in rest if p.svg]
-    problems += [line for shelf in found for line in shelf.problems]
+    general = [p for rest in figures.values() for p in rest if p.svg]
+    problems += [line for results in found for line in results.problems]
     unique = tuple(dict.fromkeys(problems))
-    return Report(page(board, chapters, loose, unique), unique)
+    return Report(page(board, sections, general, unique), unique)
 
 
-def _plates(
+def _figures(
     store: RecordStore,
-    found: Sequence[Shelf],
+    found: Sequence[TableResults],
     suffix: Sequence[str],
     problems: list[str],
     step: Step,
-) -> dict[str, list[Plate]]:
+) -> dict[str, list[PageFigure]]:
     """Figures by the suffix of their table; those of no table under the empty suffix."""
-    plates: dict[str, list[Plate]] = {}
-    for drawn in draw(found, suffix, Choice()):
+    figures: dict[str, list[PageFigure]] = {}
+    for drawn in draw(found, suffix, Measures()):
         step(drawn.name)
-        kind = next((name for name in SAYS if drawn.name.startswith(name)), drawn.name)
-        item = Plate(kind, drawn.name, reason=drawn.reason)
+        kind = next((name for name in DESCRIPTIONS if drawn.name.startswith(name)), drawn.name)
+        item = PageFigure(kind, drawn.name, reason=drawn.reason)
         try:
             files = write(drawn, store.root / "figures", FORMATS)
             bytes_of = {path.suffix: content for path, content in files.items()}
@@ -110,50 +110,47 @@ def _plates(
         except StoreError as error:
             problems.append(str(error))
             item = replace(item, reason=str(error))
-        plates.setdefault(drawn.name.removeprefix(kind), []).append(item)
-    return plates
+        figures.setdefault(drawn.name.removeprefix(kind), []).append(item)
+    return figures
 
 
-def _rooms(shelf: Shelf, examples: int, rows: Sequence[str], truth: Truth | None) -> list[Room]:
-    rooms = []
-    for target in shelf.targets:
-        for row in rows_shown(shelf, target, rows):
+def _galleries(
+    results: TableResults, count: int, rows: Sequence[str], truth: Truth | None
+) -> list[Gallery]:
+    galleries = []
+    for target in results.targets:
+        for row in rows_shown(results, target, rows):
             # what retraining shows of an example is its influence on itself
             known = truth if target == "self" else None
-            shown = exhibits(shelf, row, examples, known)
-            rooms.append(Room(row.label, target, shown, group_lines(shelf, row)))
-    return rooms
+            shown = largest_examples(results, row, count, known)
+            galleries.append(Gallery(row.label, target, shown, group_lines(results, row)))
+    return galleries
 
 
-def _truth(store: RecordStore, shelf: Shelf, problems: list[str]) -> Truth | None:
+def _truth(store: RecordStore, results: TableResults, problems: list[str]) -> Truth | None:
     try:
-        return find(folders(store.root), shelf.table.data, shelf.table.setting)
+        return find(folders(store.root), results.table.data, results.table.setting)
     except TruthError as error:
         problems.append(str(error))
         return None
 
 
-def _album(shelf: Shelf, wanted: bool) -> Album:
+def _task_examples(results: TableResults, wanted: bool) -> TaskExamples:
     if not wanted:
-        return Album(None, "they were not asked for")
-    record = next(iter(shelf.records.values()), None)
+        return TaskExamples(None, "they were not asked for")
+    record = next(iter(results.records.values()), None)
     options: Any = {} if record is None else record.config.get("task", {})
     if not isinstance(options, Mapping):
         options = {}
-    return album(options, shelf.table.data)
+    return task_examples(options, results.table.data)
 
 
-def _made_by(shelf: Shelf) -> dict[str, list[Any]]:
+def _made_by(results: TableResults) -> dict[str, list[Any]]:
     """Distinct values of what describes code and machine, over the table's records."""
     found: dict[str, list[Any]] = {}
-    for record in shelf.records.values():
+    for record in results.records.values():
         for name in MADE_BY:
             value = record.environment.get(name)
             if value is not None and value not in found.setdefault(name, []):
                 found[name].append(value)
     return {name: sorted(map(str, values)) for name, values in found.items()}
-
-
-def shelves_of(store: RecordStore, board: Leaderboard) -> list[Shelf]:
-    """The shelves of a board's tables."""
-    return shelves(store, board, store.scan())

@@ -6,27 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fine_bench.report.figures.benchmark import TARGET_TITLES
-from fine_bench.report.html.gallery import Exhibit, GroupLine
-from fine_bench.report.html.images import Album, Painter
+from fine_bench.report.html.gallery import GroupLine, ShownExample
+from fine_bench.report.html.images import PngEncoder, TaskExamples
 from fine_bench.report.html.markup import Safe, data_uri, join, number, p_value, tag, void
 from fine_bench.retraining.truth import Truth
 
 
 @dataclass(frozen=True)
-class Room:
+class Gallery:
     """A row of the leaderboard with its largest examples, and its groups."""
 
     label: str
     target: str
-    exhibits: Sequence[Exhibit]
+    examples: Sequence[ShownExample]
     groups: Sequence[GroupLine] = ()
 
 
-def gallery(rooms: Sequence[Room], album: Album, truth: Truth | None) -> Safe:
+def galleries_block(
+    galleries: Sequence[Gallery], task_examples: TaskExamples, truth: Truth | None
+) -> Safe:
     """All galleries of a task; the reason why images are missing stands above them."""
     notes: list[object] = []
-    if not album.has_images and album.texts is None:
-        why = album.reason or "the examples are no images, so only what is known of them is shown"
+    if not task_examples.has_images and task_examples.texts is None:
+        why = (
+            task_examples.reason
+            or "the examples are no images, so only what is known of them is shown"
+        )
         notes.append(tag("p", f"No images or texts: {why}.", class_="hint"))
     if truth is not None:
         notes.append(
@@ -39,82 +44,86 @@ def gallery(rooms: Sequence[Room], album: Album, truth: Truth | None) -> Safe:
                 class_="hint",
             )
         )
-    painter = Painter(album.data) if album.data is not None and album.has_images else None
-    shown = [_room(room, album, painter) for room in rooms if room.exhibits]
+    encoder = (
+        PngEncoder(task_examples.data)
+        if task_examples.data is not None and task_examples.has_images
+        else None
+    )
+    shown = [_gallery(gallery, task_examples, encoder) for gallery in galleries if gallery.examples]
     if not shown:
         return tag("p", "No scores of single examples are at hand.", class_="hint")
     return join([*notes, *shown])
 
 
-def _room(room: Room, album: Album, painter: Painter | None) -> Safe:
-    known = [e.planted for e in room.exhibits if e.planted is not None]
-    words = f"the {len(room.exhibits)} examples with the largest |score|"
+def _gallery(gallery: Gallery, task_examples: TaskExamples, encoder: PngEncoder | None) -> Safe:
+    known = [e.planted for e in gallery.examples if e.planted is not None]
+    words = f"the {len(gallery.examples)} examples with the largest |score|"
     if known:
         words += f", {sum(known)} of {len(known)} planted as bad"
-    title = TARGET_TITLES.get(room.target, f"target {room.target}")
+    title = TARGET_TITLES.get(gallery.target, f"target {gallery.target}")
     return join(
         [
-            tag("h4", tag("code", room.label), f" · {title}"),
+            tag("h4", tag("code", gallery.label), f" · {title}"),
             tag("p", f"{words[0].upper()}{words[1:]}."),
             tag(
                 "ol",
-                *(_card(e, album, painter) for e in room.exhibits),
-                class_="gallery" if album.texts is None else "gallery texts",
+                *(_card(e, task_examples, encoder) for e in gallery.examples),
+                class_="gallery" if task_examples.texts is None else "gallery texts",
             ),
         ]
     )
 
 
-def _card(exhibit: Exhibit, album: Album, painter: Painter | None) -> Safe:
+def _card(example: ShownExample, task_examples: TaskExamples, encoder: PngEncoder | None) -> Safe:
     facts: list[tuple[object, object]] = []
-    alt = f"training example {exhibit.index}"
-    data = album.data
+    alt = f"training example {example.index}"
+    data = task_examples.data
     if data is not None:
-        given, clean = int(data.y[exhibit.index]), int(data.clean_y[exhibit.index])
+        given, clean = int(data.y[example.index]), int(data.clean_y[example.index])
         facts.append(("given label", tag("strong", given)))
         if given != clean:
             facts.append(("true label", tag("strong", clean)))
         alt += f", given label {given}"
-    facts.append(("score", _score(exhibit)))
+    facts.append(("score", _score(example)))
     facts += [
         (f"one run, seed {seed}", f"[{number(low, 2)}, {number(high, 2)}]")
-        for seed, (low, high) in list(exhibit.one_run.items())[:1]
+        for seed, (low, high) in list(example.one_run.items())[:1]
     ]
-    facts += [(f"p, seed {seed}", p_value(p)) for seed, p in list(exhibit.p_values.items())[:1]]
-    if exhibit.truth is not None:
-        t = exhibit.truth
+    facts += [(f"p, seed {seed}", p_value(p)) for seed, p in list(example.p_values.items())[:1]]
+    if example.truth is not None:
+        t = example.truth
         facts.append(("retraining μ", f"{number(t.mu, 2)} ± {number(t.std_error, 2)}"))
         facts.append(("its rank", f"{t.rank:,} of {t.n:,}"))
-    if album.texts is not None:
+    if task_examples.texts is not None:
         picture: Safe = join(
             tag("p", tag("span", who, class_="who"), words, class_="said")
-            for who, words in album.texts(exhibit.index)
+            for who, words in task_examples.texts(example.index)
         )
-    elif painter is None:
-        picture = tag("div", f"#{exhibit.index}", class_="blank", aria_hidden="true")
+    elif encoder is None:
+        picture = tag("div", f"#{example.index}", class_="blank", aria_hidden="true")
     else:
-        source = data_uri("image/png", painter.png(exhibit.index))
+        source = data_uri("image/png", encoder.png(example.index))
         picture = void("img", src=source, alt=alt, class_="pixels", loading="lazy")
-    words = {True: "planted", False: "not planted", None: "truth unknown"}[exhibit.planted]
-    kind = {True: "bad", False: "fine", None: "unknown"}[exhibit.planted]
+    words = {True: "planted", False: "not planted", None: "truth unknown"}[example.planted]
+    kind = {True: "bad", False: "fine", None: "unknown"}[example.planted]
     return tag(
         "li",
         picture,
-        tag("p", f"#{exhibit.index:,} ", tag("span", words, class_=f"badge {kind}")),
+        tag("p", f"#{example.index:,} ", tag("span", words, class_=f"badge {kind}")),
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts)),
         class_=f"card {kind}",
     )
 
 
-def _score(exhibit: Exhibit) -> Safe:
-    score = exhibit.score
+def _score(example: ShownExample) -> Safe:
+    score = example.score
     mean = tag("strong", number(score.mean, 2))
     if score.lower == score.lower:
         return join([mean, f" [{number(score.lower, 2)}, {number(score.upper, 2)}]"])
     return mean
 
 
-def groups(room: Room) -> Safe:
+def groups(gallery: Gallery) -> Safe:
     """The paper's estimate for groups of examples, run by run."""
     head = (
         "group",
@@ -136,14 +145,14 @@ def groups(room: Room) -> Safe:
             tag("td", p_value(line.p_value)),
             tag("td", number(line.run_level, 1)),
         )
-        for line in room.groups
+        for line in gallery.groups
     ]
-    title = TARGET_TITLES.get(room.target, f"target {room.target}")
+    title = TARGET_TITLES.get(gallery.target, f"target {gallery.target}")
     return tag(
         "div",
         tag(
             "table",
-            tag("caption", tag("code", room.label), f" · {title}"),
+            tag("caption", tag("code", gallery.label), f" · {title}"),
             tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head))),
             tag("tbody", *body),
             class_="plain",

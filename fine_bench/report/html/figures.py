@@ -11,7 +11,7 @@ from fine_bench.report.html.markup import Safe, data_uri, tag, void
 LARGEST_SVG = 250_000
 """Bytes of an SVG beyond which the PNG is taken: samples by the thousand are heavy."""
 
-SAYS: Mapping[str, tuple[str, str]] = {
+DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
     "detection_and_consistency": (
         "Detection against consistency",
         "How well a method finds the planted bad examples, and whether it finds the same ones in "
@@ -72,11 +72,11 @@ SAYS: Mapping[str, tuple[str, str]] = {
 }
 """By figure: heading and what it shows, in the order of the page."""
 
-ORDER = tuple(SAYS)
+ORDER = tuple(DESCRIPTIONS)
 
 
 @dataclass(frozen=True)
-class Plate:
+class PageFigure:
     """A figure for the page, or the reason why there is none.
 
     Attributes:
@@ -115,9 +115,9 @@ def width_of(svg: bytes) -> int | None:
     return None if found is None else round(PIXELS_A_POINT * float(found[1]))
 
 
-def plate(item: Plate) -> Safe:
+def figure_block(item: PageFigure) -> Safe:
     """A figure with its heading, or the reason why it is not there."""
-    heading, says = SAYS.get(item.figure, (item.name, ""))
+    heading, says = DESCRIPTIONS.get(item.figure, (item.name, ""))
     if not item.svg:
         return tag("li", tag("strong", heading), ": ", item.reason)
     small = slim(item.svg)
@@ -143,5 +143,5 @@ def plate(item: Plate) -> Safe:
             tabindex="0",
             aria_label=heading,
         ),
-        class_="plate",
+        class_="drawing",
     )

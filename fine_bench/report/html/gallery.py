@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fine_bench.leaderboard.consistency import LEVEL
 from fine_bench.leaderboard.tables import Row
 from fine_bench.metrics.intervals import Interval, mean_interval
-from fine_bench.report.figures.tables import Shelf, kind_of
+from fine_bench.report.figures.tables import TableResults, kind_of
 from fine_bench.retraining.truth import Truth
 from fine_bench.types import InfluenceScores
 
@@ -20,7 +20,7 @@ F_INE = ("f-INE", "f-INE (paper)")
 
 
 @dataclass(frozen=True)
-class Retraining:
+class RetrainedMu:
     """What retraining shows of an example: μ of its own margin, published half.
 
     Attributes:
@@ -36,7 +36,7 @@ class Retraining:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class ShownExample:
     """One training example of a gallery.
 
     Attributes:
@@ -55,41 +55,45 @@ class Exhibit:
     planted: bool | None
     p_values: Mapping[int, float] = field(default_factory=dict)
     one_run: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    truth: Retraining | None = None
+    truth: RetrainedMu | None = None
 
 
-def rows_shown(shelf: Shelf, target: str, wanted: Sequence[str] = ()) -> list[Row]:
+def rows_shown(results: TableResults, target: str, wanted: Sequence[str] = ()) -> list[Row]:
     """Rows whose largest scores are shown: those named, else one of each kind of f-INE.
 
     Among f-INE rows the one called ``fine`` goes first, then the best by AUROC. A task without
     f-INE shows its best row that is no mere control, or its best row.
     """
-    rows = shelf.rows(target)
+    rows = results.rows(target)
     if wanted:
         return [row for row in rows if row.estimator in wanted]
 
     def kind(row: Row) -> tuple[str, bool]:
-        found = kind_of(row.estimator, shelf.record(row, row.seeds[0]).config)
+        found = kind_of(row.estimator, results.record(row, row.seeds[0]).config)
         return found.family, found.control
 
     chosen = []
     for family in F_INE:
         mine = [row for row in rows if kind(row)[0] == family]
         if mine:
-            newest = max(mine, key=lambda r: (r.estimator == "fine", shelf.newest(r)))
+            newest = max(mine, key=lambda r: (r.estimator == "fine", results.newest(r)))
             chosen.append(newest)
     if chosen or not rows:
         return chosen
     return [next((row for row in rows if not kind(row)[1]), rows[0])]
 
 
-def exhibits(shelf: Shelf, row: Row, count: int, truth: Truth | None) -> list[Exhibit]:
+def largest_examples(
+    results: TableResults, row: Row, count: int, truth: Truth | None
+) -> list[ShownExample]:
     """The ``count`` examples of a row with the largest |mean score over seeds|, largest first.
 
     Several rows of scores (queries, classes) are averaged, as for detection. An example that only
     some seeds scored is left out.
     """
-    found = {seed: scores for seed in row.seeds if (scores := shelf.scores(row, seed)) is not None}
+    found = {
+        seed: scores for seed in row.seeds if (scores := results.scores(row, seed)) is not None
+    }
     if not found:
         return []
     some = [_watched(scores) for scores in found.values()]
@@ -99,13 +103,13 @@ def exhibits(shelf: Shelf, row: Row, count: int, truth: Truth | None) -> list[Ex
     values = np.stack([s.values.double().mean(dim=0).numpy()[common] for s in found.values()])
     mean = values.mean(axis=0)
     order = np.argsort(-np.abs(mean), kind="stable")[:count]
-    bad = shelf.truth(row, next(iter(found)))
+    bad = results.truth(row, next(iter(found)))
     shown = []
     for i in order.tolist():
         example = int(common[i])
         by_seed = dict(zip(found, values[:, i].tolist(), strict=True))
         shown.append(
-            Exhibit(
+            ShownExample(
                 example,
                 mean_interval(by_seed, LEVEL),
                 len(found),
@@ -156,10 +160,10 @@ def _intervals(
     return ends
 
 
-def _retraining(truth: Truth, example: int) -> Retraining:
+def _retraining(truth: Truth, example: int) -> RetrainedMu:
     half = truth.published
     size = np.abs(half.mu_margin)
-    return Retraining(
+    return RetrainedMu(
         float(half.mu_margin[example]),
         float(half.mu_margin_se[example]),
         1 + int((size > size[example]).sum()),
@@ -181,11 +185,11 @@ class GroupLine:
     run_level: float
 
 
-def group_lines(shelf: Shelf, row: Row) -> list[GroupLine]:
+def group_lines(results: TableResults, row: Row) -> list[GroupLine]:
     """Groups that a row's records hold (metrics ``group/<name>/…``), by name and seed."""
     lines = []
     for seed in row.seeds:
-        metrics = shelf.record(row, seed).metrics
+        metrics = results.record(row, seed).metrics
         names = {key.split("/")[1] for key in metrics if key.startswith("group/")}
         for name in names:
             m = {k: metrics.get(f"group/{name}/{k}", math.nan)

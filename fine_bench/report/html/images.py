@@ -50,7 +50,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Album:
+class TaskExamples:
     """A task's data for looking at, or the reason why there are none."""
 
     data: TaskData | None
@@ -63,7 +63,7 @@ class Album:
         return self.data is not None and self.data.x.ndim == 4 and self.data.x.shape[1] in (1, 3)
 
 
-def album(options: Mapping[str, Any], sha256: str) -> Album:
+def task_examples(options: Mapping[str, Any], sha256: str) -> TaskExamples:
     """The data that a record's ``config.task`` describes.
 
     Args:
@@ -74,7 +74,9 @@ def album(options: Mapping[str, Any], sha256: str) -> Album:
     module, _, name = path.rpartition(".")
     if not path.startswith(PACKAGES):
         where = path or "no function"
-        return Album(None, f"the records name {where} as their task, which is not called here")
+        return TaskExamples(
+            None, f"the records name {where} as their task, which is not called here"
+        )
     try:
         make = getattr(importlib.import_module(module), name)
         wanted = inspect.signature(make).parameters
@@ -87,26 +89,30 @@ def album(options: Mapping[str, Any], sha256: str) -> Album:
         model = own.get("model")
         if isinstance(model, Mapping):
             if not str(model.get("_target_", "")).startswith(MODELS):
-                return Album(None, f"the records name {model.get('_target_')}, which is not called")
+                return TaskExamples(
+                    None, f"the records name {model.get('_target_')}, which is not called"
+                )
             own["model"] = {k: v for k, v in model.items() if k != "download"}
         data = make(**own)
         if isinstance(data, LanguageTask) and data.sha256 == sha256:
-            return Album(None, texts=Texts(data))
+            return TaskExamples(None, texts=Texts(data))
     except DataError as error:
-        return Album(
+        return TaskExamples(
             None,
             "the data set is not on this disk, so the examples are shown without their images or "
             "texts (set FINE_BENCH_DATA): "
             + str(error).splitlines()[0].removesuffix(". Looked at:"),
         )
     except (AttributeError, ImportError, ConfigError, TypeError, ValueError) as error:
-        return Album(None, f"this version cannot make the data of the records: {error}")
+        return TaskExamples(None, f"this version cannot make the data of the records: {error}")
     if not isinstance(data, TaskData) or data.sha256 != sha256:
-        return Album(None, "the data made here have another digest than those of the records")
-    return Album(data)
+        return TaskExamples(
+            None, "the data made here have another digest than those of the records"
+        )
+    return TaskExamples(data)
 
 
-class Painter:
+class PngEncoder:
     """PNG files of examples, all on the grey scale of the whole training set."""
 
     def __init__(self, data: TaskData) -> None:

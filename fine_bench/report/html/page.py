@@ -12,9 +12,9 @@ from typing import Any
 from fine_bench.leaderboard import captions as view
 from fine_bench.leaderboard.sensitivity import Spread
 from fine_bench.leaderboard.tables import Leaderboard, Table
-from fine_bench.report.html.examples import Room, gallery, groups
-from fine_bench.report.html.figures import ORDER, Plate, plate
-from fine_bench.report.html.images import Album
+from fine_bench.report.html.examples import Gallery, galleries_block, groups
+from fine_bench.report.html.figures import ORDER, PageFigure, figure_block
+from fine_bench.report.html.images import TaskExamples
 from fine_bench.report.html.markup import Safe, join, slug, tag, void
 from fine_bench.report.html.sensitivity import ranges
 from fine_bench.report.html.tables import boards
@@ -24,15 +24,15 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Chapter:
+class TableSection:
     """Everything that the page says of one table.
 
     Attributes:
         table: of the leaderboard.
         name: its files' suffix, unique among the tables.
-        plates: its figures.
-        rooms: its galleries.
-        album: its data, if at hand.
+        figures: its figures.
+        galleries: its galleries.
+        task_examples: its data, if at hand.
         truth: its ground truth, if there is one.
         made_by: commits, versions and hardware of its records: name → the distinct values.
         spreads: what ranges of options show.
@@ -40,9 +40,9 @@ class Chapter:
 
     table: Table
     name: str
-    plates: Sequence[Plate]
-    rooms: Sequence[Room]
-    album: Album
+    figures: Sequence[PageFigure]
+    galleries: Sequence[Gallery]
+    task_examples: TaskExamples
     truth: Truth | None
     made_by: Mapping[str, Sequence[Any]]
     spreads: Sequence[Spread] = ()
@@ -59,14 +59,17 @@ class Chapter:
 
 
 def page(
-    board: Leaderboard, chapters: Sequence[Chapter], loose: Sequence[Plate], notes: Sequence[str]
+    board: Leaderboard,
+    sections: Sequence[TableSection],
+    general: Sequence[PageFigure],
+    notes: Sequence[str],
 ) -> bytes:
     """The HTML file.
 
     Args:
         board: the leaderboard.
-        chapters: one a table.
-        loose: figures that belong to no table.
+        sections: one a table.
+        general: figures that belong to no table.
         notes: problems met while reading.
     """
     style = (HERE / "report.css").read_text()
@@ -75,7 +78,7 @@ def page(
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
-    links = [("overview", "Overview"), *((c.anchor, c.title) for c in chapters)]
+    links = [("overview", "Overview"), *((c.anchor, c.title) for c in sections)]
     body = tag(
         "body",
         tag("a", "Skip to the content", href="#main", class_="skip"),
@@ -91,8 +94,8 @@ def page(
         ),
         tag(
             "main",
-            _overview(board, chapters, loose, notes),
-            *(_chapter(board, chapter) for chapter in chapters),
+            _overview(board, sections, general, notes),
+            *(_section(board, section) for section in sections),
             id="main",
             tabindex="-1",
         ),
@@ -117,7 +120,10 @@ def _hash(source: str) -> str:
 
 
 def _overview(
-    board: Leaderboard, chapters: Sequence[Chapter], loose: Sequence[Plate], notes: Sequence[str]
+    board: Leaderboard,
+    sections: Sequence[TableSection],
+    general: Sequence[PageFigure],
+    notes: Sequence[str],
 ) -> Safe:
     head = ("task", "training examples", "bad", "seeds", "methods", "retraining truth", "state")
     body = [
@@ -131,7 +137,7 @@ def _overview(
             tag("td", f"{c.truth.name}, version {c.truth.version}" if c.truth else "none"),
             tag("td", _state(c.table)),
         )
-        for c in chapters
+        for c in sections
     ]
     table = tag(
         "table",
@@ -166,7 +172,7 @@ def _overview(
         tag("h3", "How to read the tables"),
         tag("ul", *(tag("li", line) for line in how)),
         *_problems(problems),
-        *([tag("h3", "Theory"), *map(plate, loose)] if loose else []),
+        *([tag("h3", "Theory"), *map(figure_block, general)] if general else []),
         id="overview",
         class_="page",
     )
@@ -179,12 +185,12 @@ def _problems(lines: Sequence[str]) -> list[Safe]:
     return [tag("h3", "Problems"), tag("div", body, class_="problems")]
 
 
-def _size(chapter: Chapter) -> str:
-    if chapter.truth is not None:
-        return f"{chapter.truth.n_train:,}"
-    if chapter.album.data is not None:
-        return f"{chapter.album.data.n_train:,}"
-    n = chapter.table.options.get("n_train")
+def _size(section: TableSection) -> str:
+    if section.truth is not None:
+        return f"{section.truth.n_train:,}"
+    if section.task_examples.data is not None:
+        return f"{section.task_examples.data.n_train:,}"
+    n = section.table.options.get("n_train")
     return f"{n:,}" if isinstance(n, int) else "all" if n is None else str(n)
 
 
@@ -194,10 +200,10 @@ def _state(table: Table) -> str:
     return ", ".join(bad) if bad else "complete"
 
 
-def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
-    table = chapter.table
+def _section(board: Leaderboard, section: TableSection) -> Safe:
+    table = section.table
     drawn = sorted(
-        chapter.plates, key=lambda p: ORDER.index(p.figure) if p.figure in ORDER else len(ORDER)
+        section.figures, key=lambda p: ORDER.index(p.figure) if p.figure in ORDER else len(ORDER)
     )
     there, left = [p for p in drawn if p.svg], [p for p in drawn if not p.svg]
     missing = (
@@ -208,32 +214,32 @@ def _chapter(board: Leaderboard, chapter: Chapter) -> Safe:
                 f"{len(left)} {'figure' if len(left) == 1 else 'figures'} cannot be drawn from "
                 "these records",
             ),
-            tag("ul", *map(plate, left)),
+            tag("ul", *map(figure_block, left)),
         )
         if left
         else ""
     )
-    with_groups = [room for room in chapter.rooms if room.groups]
+    with_groups = [gallery for gallery in section.galleries if gallery.groups]
     return tag(
         "section",
-        tag("h2", chapter.title),
+        tag("h2", section.title),
         *(tag("p", line, class_="caption") for line in view.caption(table)),
         tag("h3", "Leaderboard"),
         boards(table, board.columns),
         tag("h3", "Figures"),
-        *map(plate, there),
+        *map(figure_block, there),
         missing,
         *(
-            [tag("h3", "Hyperparameter sensitivity"), ranges(chapter.spreads)]
-            if chapter.spreads
+            [tag("h3", "Hyperparameter sensitivity"), ranges(section.spreads)]
+            if section.spreads
             else []
         ),
         tag("h3", "Gallery"),
-        gallery(chapter.rooms, chapter.album, chapter.truth),
+        galleries_block(section.galleries, section.task_examples, section.truth),
         *([tag("h3", "Groups"), _GROUPS, *map(groups, with_groups)] if with_groups else []),
         tag("h3", "How it was made"),
-        _made_by(chapter),
-        id=chapter.anchor,
+        _made_by(section),
+        id=section.anchor,
         class_="page",
     )
 
@@ -247,13 +253,13 @@ _GROUPS = tag(
 )
 
 
-def _made_by(chapter: Chapter) -> Safe:
-    lines = [("setting", [chapter.table.setting]), ("data", [chapter.table.data])]
+def _made_by(section: TableSection) -> Safe:
+    lines = [("setting", [section.table.setting]), ("data", [section.table.data])]
     return tag(
         "dl",
         *(
             tag("div", tag("dt", name), tag("dd", join(values, ", ")))
-            for name, values in [*lines, *chapter.made_by.items()]
+            for name, values in [*lines, *section.made_by.items()]
         ),
         class_="facts",
     )
