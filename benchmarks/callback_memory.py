@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.models import Classifier
+from fine_bench.models.classifier import Classifier
 
 WIDTH, CLASSES, BATCH = 16, 4, 256
 

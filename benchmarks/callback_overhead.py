@@ -44,7 +44,7 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.data.task import loader
-from fine_bench.models import Classifier
+from fine_bench.models.classifier import Classifier
 
 
 def seconds(load: Workload, steps: int, callbacks: list[pl.Callback], accelerator: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fine_bench.models import cnn, mlp
+from fine_bench.models.networks import cnn, mlp
 from fine_bench.models.transformer import token_transformer
 
 CLASSES = 10

@@ -60,7 +60,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fine_bench.data.mnist import mnist_mislabel
-from fine_bench.models import cnn, mlp
+from fine_bench.models.networks import cnn, mlp
 
 PACKAGES = ("captum", "traker", "kronfluence", "dattri", "pyDVL", "curvlinops-for-pytorch")
 SHAPE, CLASSES = (1, 28, 28), 10

@@ -23,7 +23,7 @@ from baselines.influence_functions import InfluenceFunction
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, InfluenceEstimator, Problem, replay
 from fine_bench.data.mnist import mnist_mislabel
-from fine_bench.models import cnn, mlp
+from fine_bench.models.networks import cnn, mlp
 
 LR, EPOCHS, BATCH = 0.05, 1, 64
 METHODS: dict[str, Callable[[], InfluenceEstimator]] = {

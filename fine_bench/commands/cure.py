@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Read, retrain, write."""
-    from fine_bench.models import DivergedError
+    from fine_bench.models.classifier import DivergedError
     from fine_bench.report.cure import choose, write
     from fine_bench.runner.backends.images import images_of
     from fine_bench.runner.cure import cure

@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from fine_bench.commands.cure import main
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.cure import ORACLE, RANDOM
-from fine_bench.models import DivergedError
+from fine_bench.models.classifier import DivergedError
 from fine_bench.runner.backends import images
 from fine_bench.runner.cure import (
     FIRST_SEED,

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.standard_error import INFLATION
-from fine_bench.models import Classifier
+from fine_bench.models.classifier import Classifier
 from support.training import QUIET
 
 N, BATCH, EPOCHS, LR, CLASSES = 48, 12, 6, 0.2, 3

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fine_bench.data.task import loader
-from fine_bench.models import Classifier
+from fine_bench.models.classifier import Classifier
 from support.training import QUIET
 
 

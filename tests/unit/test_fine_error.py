@@ -15,7 +15,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval
 from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
-from fine_bench.models import Classifier
+from fine_bench.models.classifier import Classifier
 from support.training import QUIET
 
 N, EPOCHS = 6, 9

@@ -26,7 +26,8 @@ from fine_bench.data.task import loader
 from fine_bench.errors import ConfigError
 from fine_bench.estimator import InfluenceEstimator, replay
 from fine_bench.metrics.error_rate import Flags, Vector
-from fine_bench.models import Classifier, DivergedError, cnn, mlp
+from fine_bench.models.classifier import Classifier, DivergedError
+from fine_bench.models.networks import cnn, mlp
 from fine_bench.runner.clean.data_files import LabelledData
 from fine_bench.runner.fit import fit
 from fine_bench.seeds import derive, stream
