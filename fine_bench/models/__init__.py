@@ -1,4 +1,4 @@
-"""Networks of the benchmark, their learning-rate schedule, and the LightningModule that trains them.
+"""Networks of the benchmark, the schedule of their step size, and the LightningModule for them.
 
 - ``networks``: ``mlp`` and ``cnn``; ``transformer``: a small one.
 - ``lr_schedule``: the step size over a run.

@@ -9,12 +9,14 @@ One function for all trainings: those under Lightning, the plain loops and the b
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import pytorch_lightning as pl
 import torch
 
 from fine_bench.types import LRSchedule
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 def check_schedule(schedule: str) -> None:

@@ -202,4 +202,4 @@ def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:
 
 def test_other_recipes_are_other_families(tmp_path: Path) -> None:
     found = with_sources(tmp_path, "both", "both")
-    assert [set(f.table_results) for f in randomness.families(found)] == [{"both"}, {"both"}]
+    assert [set(f.tables) for f in randomness.families(found)] == [{"both"}, {"both"}]

@@ -21,9 +21,9 @@ from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.report.figures.tables import TableResults, table_results
-from fine_bench.report.html.examples import Gallery
+from fine_bench.report.html.examples import Gallery, galleries_block
 from fine_bench.report.html.figures import LARGEST_SVG, PageFigure, figure_block, slim
-from fine_bench.report.html.gallery import ShownExample, examples, group_lines, rows_shown
+from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
 from fine_bench.report.html.images import PngEncoder, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
 from fine_bench.report.html.tables import boards
@@ -243,7 +243,7 @@ def test_the_gallery_holds_the_largest_means(complete: Path) -> None:
     (row,) = [r for r in results.rows("validation") if r.estimator == "fine"]
     values = torch.stack([scores_of("fine", "validation", s).values[0] for s in range(3)]).double()
     order = values.mean(0).abs().argsort(descending=True, stable=True)[:6]
-    shown = examples(results, row, 6, None)
+    shown = largest_examples(results, row, 6, None)
     assert [e.index for e in shown] == order.tolist()
     for example in shown:
         by_seed = {s: float(values[s, example.index]) for s in range(3)}
@@ -255,7 +255,7 @@ def test_the_gallery_holds_the_largest_means(complete: Path) -> None:
 def test_a_sample_shows_its_own_intervals_and_p_values(complete: Path) -> None:
     results = results_of(complete)
     (row,) = [r for r in results.rows("self") if r.estimator == "fine_paper"]
-    shown = examples(results, row, 5, truth())
+    shown = largest_examples(results, row, 5, truth())
     for example in shown:
         assert example.index % 3 == 0
         own = float(paper_scores(1).values[0, example.index])
@@ -270,7 +270,7 @@ def test_a_sample_shows_its_own_intervals_and_p_values(complete: Path) -> None:
 def test_the_truths_rank_counts_from_the_largest(complete: Path) -> None:
     results = results_of(complete)
     (row,) = [r for r in results.rows("self") if r.estimator == "fine"]
-    ranks = {e.index: e.truth.rank for e in examples(results, row, N, truth()) if e.truth}
+    ranks = {e.index: e.truth.rank for e in largest_examples(results, row, N, truth()) if e.truth}
     assert ranks[N - 1] == 1
     assert ranks[N - 2] == 2
     assert sorted(ranks.values())[-1] <= N
@@ -356,7 +356,7 @@ def test_texts_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.Monk
         words = [(who, " ".join(text.split())) for who, text in found.texts(example)]
         assert words == [("prompt", said[example].prompt), ("answer", said[example].completion)]
     gallery = Gallery("fine", "self", [ShownExample(7, mean_interval({0: 1.0, 1: 2.0}), 2, True)])
-    shown = gallery([gallery], found, None)
+    shown = galleries_block([gallery], found, None)
     assert text(said[7].completion) in " ".join(shown.split())
     assert 'class="gallery texts"' in shown
     assert "No images or texts" not in shown
