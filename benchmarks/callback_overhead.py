@@ -43,7 +43,7 @@ from overhead_models import CLASSES, SMALL, WORKLOADS, Workload
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.data.task import loader
+from fine_bench.data.batches import loader
 from fine_bench.models.classifier import Classifier
 
 

@@ -28,10 +28,10 @@ settings.load_profile("fine_bench")
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
     """Directory with the four MNIST files; the test is skipped where there is none."""
-    from fine_bench.data import loading, mnist
+    from fine_bench.data import downloads, mnist
 
     for directory in [*mnist.directories(), mnist.cache()]:
-        if all(loading.find(name, [directory]) for name in mnist.FILES):
+        if all(downloads.find(name, [directory]) for name in mnist.FILES):
             return directory
     pytest.skip(
         "MNIST is neither where FINE_BENCH_DATA points nor in the user's cache "

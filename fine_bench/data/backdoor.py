@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fine_bench.data.image_sets import WHITE, DataName, load_source
 from fine_bench.data.sampling import Sample, draw, named_group, random_order, task_data
-from fine_bench.data.sources import WHITE, DataName, load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
@@ -95,7 +95,7 @@ def backdoor(
         n_train: number of training images; None takes all.
         n_query: test images of other classes, stamped, with the attacker's label. The other test
             images stay as they are, and measure accuracy.
-        data_dir, download: see ``fine_bench.data.sources.load_source``.
+        data_dir, download: see ``fine_bench.data.image_sets.load_source``.
 
     Raises:
         ConfigError: anything impossible among these, with what to type instead.

@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fine_bench.data import loading
-from fine_bench.data.mislabel import Source
+from fine_bench.data import downloads
+from fine_bench.data.source import Source
 from fine_bench.errors import DataError
 
 N_CLASSES = 10
@@ -58,7 +58,7 @@ class Cifar10(NamedTuple):
 
 def cache() -> Path:
     """Where the downloaded archive is kept."""
-    return loading.cache_directory() / "cifar10"
+    return downloads.cache_directory() / "cifar10"
 
 
 def bases(data_dir: str | Path | None = None) -> list[Path]:
@@ -127,7 +127,7 @@ def load_cifar10(
     """
     places = directories(data_dir)
     for place in places:
-        if any(loading.find(name, [place]) for name in (*TRAIN_FILES, TEST_FILE)):
+        if any(downloads.find(name, [place]) for name in (*TRAIN_FILES, TEST_FILE)):
             return _from_directory(place)
     for place in places:
         path = place / ARCHIVE
@@ -138,9 +138,9 @@ def load_cifar10(
 
 
 def _from_directory(place: Path) -> Cifar10:
-    found = [loading.find(name, [place]) for name in TRAIN_FILES]
+    found = [downloads.find(name, [place]) for name in TRAIN_FILES]
     n_files = next((k for k, path in enumerate(found) if path is None), len(found))
-    test = loading.find(TEST_FILE, [place])
+    test = downloads.find(TEST_FILE, [place])
     if n_files == 0 or any(found[n_files:]) or test is None:
         missing = TEST_FILE if test is None else TRAIN_FILES[n_files]
         raise DataError(
@@ -149,8 +149,8 @@ def _from_directory(place: Path) -> Cifar10:
             "order labels of other people are counted. Add the file, or remove the others"
         )
     paths = [path for path in found[:n_files] if path is not None]
-    parts = [parse_records(loading.read_bytes(path), str(path)) for path in paths]
-    return _joined(parts, parse_records(loading.read_bytes(test), str(test)))
+    parts = [parse_records(downloads.read_bytes(path), str(path)) for path in paths]
+    return _joined(parts, parse_records(downloads.read_bytes(test), str(test)))
 
 
 def _from_archive(raw: bytes, path: Path) -> Cifar10:
@@ -203,7 +203,7 @@ def _cached_archive(places: Sequence[Path], download: bool, mirrors: Sequence[st
             return path
         urls = [f"{url} (not tried: download=False)" for url in urls]
     else:
-        fetch = pooch.HTTPDownloader(timeout=loading.TIMEOUT, chunk_size=1 << 16)
+        fetch = pooch.HTTPDownloader(timeout=downloads.TIMEOUT, chunk_size=1 << 16)
         for url in urls:
             try:
                 return Path(

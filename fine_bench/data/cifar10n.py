@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fine_bench.data import loading
+from fine_bench.data import downloads
 from fine_bench.data.cifar import N_CLASSES, bases, cache, cifar_source
 from fine_bench.data.groups import mislabel_groups
 from fine_bench.data.sampling import draw, task_data
@@ -68,9 +68,9 @@ def load_human_labels(
         for name, read in ((ARRAYS, _read_arrays), (OFFICIAL, _read_official)):
             path = place / name
             if path.is_file():
-                return _checked(read(loading.read_bytes(path), path), path), path
+                return _checked(read(downloads.read_bytes(path), path), path), path
     try:
-        content, path = loading.verified_content(
+        content, path = downloads.verified_content(
             OFFICIAL,
             OFFICIAL_MD5,
             directories=places,

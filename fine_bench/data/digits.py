@@ -12,8 +12,9 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from fine_bench.data.images import standardise
-from fine_bench.data.mislabel import Source, check_seed, mislabel_task
+from fine_bench.data.mislabel import mislabel_task
+from fine_bench.data.pixels import standardise
+from fine_bench.data.source import Source, check_seed
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import derive

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fine_bench.data.corruption import check_rate, flip_uniform
+from fine_bench.data.image_sets import WHITE, DataName, load_source
 from fine_bench.data.sampling import draw, random_order, task_data
-from fine_bench.data.sources import WHITE, DataName, load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
@@ -93,7 +93,7 @@ def duplicates(
         n_train: number of training images, copies included; None takes all and adds the copies.
         noise_rate: share of the drawn images whose label is flipped uniformly.
         n_query: clean query images, taken from the test images.
-        data_dir, download: see ``fine_bench.data.sources.load_source``.
+        data_dir, download: see ``fine_bench.data.image_sets.load_source``.
 
     Raises:
         ConfigError: anything impossible among these, with what to type instead.

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.data.loading import read_bytes
+from fine_bench.data.downloads import read_bytes
 from fine_bench.errors import DataError
 
 UNSIGNED_BYTE = 0x08

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 
 from fine_bench.data.corruption import least_sure
-from fine_bench.data.mislabel import Source
+from fine_bench.data.image_sets import DataName, load_source
+from fine_bench.data.reference_model import class_probabilities, set_aside
 from fine_bench.data.sampling import (
     Sample,
     check_train_count,
@@ -22,8 +23,7 @@ from fine_bench.data.sampling import (
     random_order,
     task_data,
 )
-from fine_bench.data.simple_model import class_probabilities, set_aside
-from fine_bench.data.sources import DataName, load_source
+from fine_bench.data.source import Source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 
@@ -52,7 +52,7 @@ def rare_class(
         n_rare: how many of its images are kept, ≥ 1; more contain the fewer.
         n_train: number of training images, the rare ones included; None takes all others.
         n_query: query images, taken from the test images, whose classes stay as they are.
-        data_dir, download: see ``fine_bench.data.sources.load_source``.
+        data_dir, download: see ``fine_bench.data.image_sets.load_source``.
 
     Raises:
         ConfigError: anything impossible among these, with what to type instead.
@@ -97,7 +97,7 @@ def atypical(
 ) -> TaskData:
     """The images whose class a simple model finds least probable are the rare ones.
 
-    The model (``fine_bench.data.simple_model``) is fitted on images that no run trains on.
+    The model (``fine_bench.data.reference_model``) is fitted on images that no run trains on.
 
     Groups of the same size: ``rare`` and ``random_others``.
 

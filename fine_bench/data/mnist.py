@@ -15,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fine_bench.data import loading
+from fine_bench.data import downloads
 from fine_bench.data.idx import parse_idx
-from fine_bench.data.images import standardise
-from fine_bench.data.mislabel import Source, mislabel_task
+from fine_bench.data.mislabel import mislabel_task
+from fine_bench.data.pixels import standardise
+from fine_bench.data.source import Source
 from fine_bench.data.task import TaskData
 
 N_CLASSES = 10
@@ -53,7 +54,7 @@ class Mnist(NamedTuple):
 
 def cache() -> Path:
     """Where downloaded files are kept."""
-    return loading.cache_directory() / "mnist"
+    return downloads.cache_directory() / "mnist"
 
 
 def directories(data_dir: str | Path | None = None) -> list[Path]:
@@ -86,7 +87,7 @@ def load_mnist(
     places = directories(data_dir)
     arrays = []
     for name, md5 in FILES.items():
-        content, path = loading.verified_content(
+        content, path = downloads.verified_content(
             name,
             md5,
             directories=places,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fine_bench.data.mislabel import Source, check_seed
+from fine_bench.data.source import Source, check_seed
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream

@@ -1,8 +1,8 @@
 """Mislabelling with structure: errors of people and machines are not uniform.
 
-One function for each kind of structure, each for any data set of ``fine_bench.data.sources``. The
-flips come from the stream "task/flips" of ``task.seed``, the sample and the queries from streams of
-their own, as in the uniform task: the queries do not depend on the noise.
+One function for each kind of structure, each for any data set of ``fine_bench.data.image_sets``.
+The flips come from the stream "task/flips" of ``task.seed``, the sample and the queries from
+streams of their own, as in the uniform task: the queries do not depend on the noise.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from fine_bench.data.corruption import (
     places,
 )
 from fine_bench.data.groups import mislabel_groups
-from fine_bench.data.mislabel import Source, mislabel_task
+from fine_bench.data.image_sets import DataName, load_source
+from fine_bench.data.mislabel import mislabel_task
+from fine_bench.data.reference_model import class_probabilities, set_aside
 from fine_bench.data.sampling import Sample, draw, draw_counts, random_order, task_data
-from fine_bench.data.simple_model import class_probabilities, set_aside
-from fine_bench.data.sources import DataName, load_source
+from fine_bench.data.source import Source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
@@ -53,7 +54,7 @@ def uniform(
         n_train: number of training images; None takes all.
         noise_rate: share of training labels flipped.
         n_query: clean query images, taken from the test images.
-        data_dir, download: see ``fine_bench.data.sources.load_source``.
+        data_dir, download: see ``fine_bench.data.image_sets.load_source``.
 
     Raises:
         ConfigError: anything impossible among these, with what to type instead.
@@ -141,7 +142,7 @@ def instance(
 ) -> TaskData:
     """The images that look least like their class get the label that they look like.
 
-    A simple model (``fine_bench.data.simple_model``) fitted on images that no run trains on says
+    A simple model (``fine_bench.data.reference_model``) fitted on images that no run trains on says
     which these are.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.data.loading import cache_directory
+from fine_bench.data.downloads import cache_directory
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.llm import corpus, hub
 from fine_bench.llm.tokens import train_tokenizer

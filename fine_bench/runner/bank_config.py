@@ -17,6 +17,7 @@ from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.retraining.design import LEAST_SEEDS, Design, Vary
 from fine_bench.retraining.train import Recipe
+from fine_bench.runner import calls
 from fine_bench.runner import config as configuration
 from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.seeds import derive
@@ -242,7 +243,7 @@ class MakeNetwork:
         """The network initialised by this run seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "initialisation"))
-            net: nn.Module = configuration.build(
+            net: nn.Module = calls.build(
                 self.model, "model", self.packages, self.in_shape, self.n_classes
             )
         return net

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from fine_bench.data.task import loader
+from fine_bench.data.batches import loader
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.models.classifier import DivergedError
 from fine_bench.models.lr_schedule import lr_at
 from fine_bench.runner.backends.images import build_model, images_of
-from fine_bench.runner.config import ALWAYS_ALLOWED, check
+from fine_bench.runner.calls import ALWAYS_ALLOWED
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import stream
 from fine_bench.types import LRSchedule, RunRecord

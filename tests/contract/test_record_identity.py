@@ -11,13 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from fine_bench.runner import addresses
-from fine_bench.runner.config import (
-    RunConfig,
-    TrainerConfig,
-    estimator_digest,
-    setting_digest,
-    target_of,
-)
+from fine_bench.runner.calls import target_of
+from fine_bench.runner.config import RunConfig, TrainerConfig, estimator_digest, setting_digest
 from fine_bench.store.records import RecordStore, Scan
 
 RESULTS = Path(__file__).parents[2] / "results"

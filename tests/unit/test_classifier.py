@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from fine_bench.data.task import loader
+from fine_bench.data.batches import loader
 from fine_bench.models.classifier import Classifier
 from support.training import QUIET
 

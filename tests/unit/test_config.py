@@ -178,7 +178,7 @@ def test_every_other_file(group: str) -> None:
             "task._target_=fine_bench.store.files.os.system",
             r"comes from posix, so if you trust it",
         ),
-        ("model._target_=fine_bench.runner.config.get_object", r"type 'allow_packages=\[hydra\]'"),
+        ("model._target_=fine_bench.runner.calls.get_object", r"type 'allow_packages=\[hydra\]'"),
         ("task._target_=fine_bench.data.digits", "is no function or class"),
         ("+task.extra=1", "task.extra is unknown; task has"),
         ("model.hidden=[0]", "model.hidden must be positive"),

@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fine_bench.data import cifar, cifar10n, loading
+from fine_bench.data import cifar, cifar10n, downloads
 from fine_bench.errors import ConfigError, DataError
 
 N_BATCH, N_TEST = 40, 30
@@ -108,7 +108,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, the stand-in's checksum, no mirror but those a test names."""
     monkeypatch.delenv("FINE_BENCH_DATA", raising=False)
-    monkeypatch.setattr(loading, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(downloads, "cache_directory", lambda: tmp_path / "cache")
     monkeypatch.setattr(cifar, "ARCHIVE_MD5", hashlib.md5(ARCHIVE).hexdigest())
     monkeypatch.setattr(cifar, "MIRRORS", ())
     monkeypatch.setattr(cifar10n, "MIRRORS", ())

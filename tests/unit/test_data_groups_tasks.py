@@ -14,14 +14,14 @@ import torch
 from hydra import compose
 from sklearn.linear_model import LogisticRegression
 
-from fine_bench.data import sources
+from fine_bench.data import image_sets
 from fine_bench.data.backdoor import backdoor, stamp
 from fine_bench.data.digits import digits_mislabel
 from fine_bench.data.duplicates import duplicates, exact, noised, shifted
+from fine_bench.data.image_sets import load_source
 from fine_bench.data.memorisation import atypical, rare_class
+from fine_bench.data.reference_model import set_aside
 from fine_bench.data.sampling import draw_counts
-from fine_bench.data.simple_model import set_aside
-from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.runner.config import RunConfig, check, config_folder
@@ -43,7 +43,7 @@ digits_source = partial(load_source, "digits", data_dir=None, download=False)
 
 def raw(x: torch.Tensor) -> torch.Tensor:
     """Grey levels 0 … 16 of network inputs."""
-    grey = (x * sources.digits.STD + sources.digits.MEAN) * 16
+    grey = (x * image_sets.digits.STD + image_sets.digits.MEAN) * 16
     assert float((grey - grey.round()).abs().max()) < 1e-4
     return grey.round().long()
 

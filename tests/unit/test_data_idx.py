@@ -76,7 +76,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, content: bytes, message
 def test_any_truncation_of_a_gzip_file_is_refused(data: st.DataObject) -> None:
     archive = gzip.compress(idx_bytes(ARRAY))
     cut = data.draw(st.integers(2, len(archive) - 1))
-    from fine_bench.data.loading import uncompressed
+    from fine_bench.data.downloads import uncompressed
 
     with pytest.raises(DataError, match=r"images\.gz is a damaged gzip archive"):
         uncompressed(archive[:cut], "images.gz")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fine_bench.data import loading, mnist
+from fine_bench.data import downloads, mnist
 from fine_bench.errors import ConfigError, DataError
 
 N_TRAIN, N_TEST = 40, 15
@@ -75,7 +75,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, the stand-ins' checksums, no mirror but those a test names."""
     monkeypatch.delenv("FINE_BENCH_DATA", raising=False)
-    monkeypatch.setattr(loading, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(downloads, "cache_directory", lambda: tmp_path / "cache")
     checksums = {name: hashlib.md5(content).hexdigest() for name, content in CONTENTS.items()}
     monkeypatch.setattr(mnist, "FILES", checksums)
     monkeypatch.setattr(mnist, "MIRRORS", ())
@@ -127,8 +127,8 @@ def test_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINE_BENCH_DATA", "")
     # an empty variable must not mean the current directory
     assert mnist.directories() == []
-    assert mnist.cache() == loading.cache_directory() / "mnist"
-    assert loading.cache_directory().name == "fine_bench"
+    assert mnist.cache() == downloads.cache_directory() / "mnist"
+    assert downloads.cache_directory().name == "fine_bench"
 
 
 def test_missing_and_not_allowed_to_download(

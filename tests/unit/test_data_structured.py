@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from fine_bench.data import simple_model, structured
+from fine_bench.data import reference_model, structured
 from fine_bench.data.corruption import (
     apportion,
     flip_confusions,
@@ -24,8 +24,8 @@ from fine_bench.data.corruption import (
     least_sure,
 )
 from fine_bench.data.digits import digits_mislabel
+from fine_bench.data.image_sets import load_source
 from fine_bench.data.mnist import mnist_mislabel
-from fine_bench.data.sources import load_source
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
@@ -235,17 +235,17 @@ def test_a_higher_rate_flips_the_same_and_more() -> None:
 def test_the_simple_model_is_independent_and_solved() -> None:
     task = structured.instance(data="digits", seed=3, n_model=300)
     source = digits_source(seed=3)
-    model, others = simple_model.set_aside(source, 300, 3)
+    model, others = reference_model.set_aside(source, 300, 3)
     assert sorted(torch.cat([model, others]).tolist()) == list(range(len(source.labels)))
     assert set(task.train_ids.tolist()) == set(source.ids[others.numpy()].tolist())
-    more, _ = simple_model.set_aside(source, 400, 3)
+    more, _ = reference_model.set_aside(source, 400, 3)
     assert set(model.tolist()) < set(more.tolist())
     # the same model at scikit-learn's own tolerance finds nearly the same images hard
     x = source.to_input(source.images).flatten(1).numpy()
-    regression = LogisticRegression(C=simple_model.INVERSE_PENALTY, max_iter=1000)
+    regression = LogisticRegression(C=reference_model.INVERSE_PENALTY, max_iter=1000)
     regression.fit(x[model.numpy()], source.labels[model.numpy()])
     rough = torch.from_numpy(regression.predict_proba(x[others.numpy()]))
-    fine = simple_model.class_probabilities(source, model, task.x)
+    fine = reference_model.class_probabilities(source, model, task.x)
     assert float((rough - fine).abs().max()) < 1e-3
     assert float((fine.argmax(1) == task.clean_y).double().mean()) > 0.85
     own = fine.gather(1, task.clean_y[:, None])[:, 0]

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from fine_bench.data import digits
+from fine_bench.data.batches import IndexedDataset, loader, whole_batch
 from fine_bench.data.corruption import flip_uniform
 from fine_bench.data.digits import digits_mislabel
-from fine_bench.data.images import standardise
-from fine_bench.data.task import IndexedDataset, TaskData, loader, whole_batch
+from fine_bench.data.pixels import standardise
+from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import stream
 from fine_bench.types import GroundTruth

@@ -15,13 +15,14 @@ from pytorch_lightning.loggers import Logger
 
 from fine_bench import terminal as bars
 from fine_bench.callback.base import InRunMethod
-from fine_bench.data.task import TaskData, loader
+from fine_bench.data.batches import loader
+from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner import checkpoints
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of
-from fine_bench.runner.config import build
+from fine_bench.runner.calls import build
 from fine_bench.runner.fit import fit
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream

@@ -25,7 +25,7 @@ from fine_bench.llm.tuner import EpochCheckpoints, kept_epochs, read_checkpoint
 from fine_bench.metrics.detection import suspicion
 from fine_bench.runner import checkpoints
 from fine_bench.runner.backends.language_cure import cure, oracle
-from fine_bench.runner.backends.language_fit import (
+from fine_bench.runner.backends.language_tuning import (
     build,
     count_steered,
     device,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.runner.backends.language_fit import (
+from fine_bench.runner.backends.language_tuning import (
     count_steered,
     device,
     fit,

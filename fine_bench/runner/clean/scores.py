@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 from baselines.controls import MeanTrainingLoss
 from baselines.trajectory_controls import AUM
 from fine_bench.callback import FINECallback
-from fine_bench.data.task import loader
+from fine_bench.data.batches import loader
 from fine_bench.errors import ConfigError
 from fine_bench.estimator import InfluenceEstimator, replay
 from fine_bench.metrics.error_rate import Flags, Vector

@@ -12,8 +12,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from fine_bench.data.mislabel import Source, check_seed
 from fine_bench.data.sampling import random_order
+from fine_bench.data.source import Source, check_seed
 from fine_bench.errors import ConfigError
 
 INVERSE_PENALTY = 0.01

@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 
 from fine_bench.data import digits, mnist
 from fine_bench.data.cifar import cifar_source
-from fine_bench.data.images import standardise
-from fine_bench.data.mislabel import Source, check_seed
+from fine_bench.data.pixels import standardise
+from fine_bench.data.source import Source, check_seed
 from fine_bench.errors import ConfigError
 from fine_bench.seeds import derive
 
