@@ -44,7 +44,13 @@ CHUNK_FLOATS = 2**25
 
 
 class Metric(ABC):
-    """What f-INE asks of a geometry."""
+    """What f-INE asks of a geometry.
+
+    Attributes:
+        plain: whether products are plain dot products, the same at every step.
+    """
+
+    plain: bool = False
 
     @abstractmethod
     def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
@@ -57,6 +63,34 @@ class Metric(ABC):
     @abstractmethod
     def solve(self, direction: Direction) -> Direction:
         """Directions whose *plain* products with gradients are the products of this geometry."""
+
+    def due(self, step: int, epoch: int) -> bool:
+        """Whether it is to be fitted before anything is scored after ``step`` steps."""
+        return False
+
+    def fit(self, engine: GradientEngine, data: TrainingData, step: int, epoch: int) -> int:
+        """Fit it at the present parameters; per-example gradients taken."""
+        return 0
+
+    def refresh(self) -> bool:
+        """Read what it depends on, before a step; whether there is a geometry to score in."""
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it must remember to go on after an interruption; empty if nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on from ``state_dict()``.
+
+        Raises:
+            ValueError: the state is that of another geometry.
+        """
+        if state:
+            raise ValueError(
+                "the saved f-INE state holds a fitted geometry, but this one is never fitted; "
+                "resume with the geometry=… that it was saved with"
+            )
 
     def own_and_rows(self, x: PerExampleGradients, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """``norm2`` ``(B,)``, and the products of the chosen positions with all, ``(r, B)``."""
@@ -79,6 +113,8 @@ class Metric(ABC):
 
 class Euclidean(Metric):
     """Plain dot products."""
+
+    plain = True
 
     def gram(self, x: PerExampleGradients, y: PerExampleGradients | None = None) -> Tensor:
         """⟨g_i, g'_j⟩, ``(B, B')``."""

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
-from fine_bench.fine.geometry import Euclidean, Whitened
-from fine_bench.fine.geometry_optimiser import Preconditioned
 from fine_bench.fine.gradient_queue import GradientQueue
 from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weights
 from fine_bench.fine.options import Options
@@ -66,10 +64,8 @@ class InBatchSchedule:
         recorder.reduce = self._sketch
         self._gradients = GradientQueue()
         self._waiting: list[GlobalBatch] = []  # whose gradients are in that queue
-        metric = passes.metric
-        plain = isinstance(metric, Euclidean)
-        plain = plain or (isinstance(metric, Preconditioned) and metric.plain)
-        self._may_queue = plain and passes.processes.count == 1  # others differ from step to step
+        # other geometries differ from step to step
+        self._may_queue = passes.metric.plain and passes.processes.count == 1
         self._index: Tensor | None = None
         self._window: list[MicroBatch] = []
         self._checked_epoch = -1
@@ -197,8 +193,8 @@ class InBatchSchedule:
         if statistic.direction is not None and self.options.target != "queries":
             state["direction"] = direction_state(statistic.direction)
             state["steps_seen"] = statistic.steps_seen
-        if isinstance(self.passes.metric, Whitened):
-            state["metric"] = self.passes.metric.state_dict()
+        if metric := self.passes.metric.state_dict():
+            state["metric"] = metric
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,7 +204,7 @@ class InBatchSchedule:
         if "direction" in state:
             self._statistic.direction = direction_from_state(state["direction"], device)
             self._statistic.steps_seen = int(state["steps_seen"])
-        if isinstance(self.passes.metric, Whitened):
+        if "metric" in state:
             self.passes.metric.load_state_dict(state["metric"], device)
 
     def _observe(self, batch: GlobalBatch) -> None:

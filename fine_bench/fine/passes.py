@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.distributed import Processes
-from fine_bench.fine.geometry import Metric, Whitened
-from fine_bench.fine.geometry_optimiser import Preconditioned
+from fine_bench.fine.geometry import Metric
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.gradients.blocks.direction import BlockDirection, Direction
 from fine_bench.gradients.engine import GradientEngine
@@ -129,16 +128,15 @@ class Passes:
 
     def fit_if_due(self, step: int, epoch: int) -> bool:
         """Fit the curvature at the present parameters, if it is time; whether it was."""
-        metric = self.metric
-        if not isinstance(metric, Whitened) or not metric.due(step, epoch):
+        if not self.metric.due(step, epoch):
             return False
         with self.aside():
-            self.evaluations += metric.fit(self.engine, self.data, step, epoch)
+            self.evaluations += self.metric.fit(self.engine, self.data, step, epoch)
         return True
 
     def ready(self) -> bool:
         """Whether there is a geometry to score in; a preconditioner is read anew."""
-        return not isinstance(self.metric, Preconditioned) or self.metric.refresh()
+        return self.metric.refresh()
 
     def close(self) -> None:
         """Remove the engine's hooks."""

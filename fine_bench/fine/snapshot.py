@@ -19,7 +19,6 @@ from fine_bench.fine.effects import (
     reference_effects,
     whitened_effects,
 )
-from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.micro_batches import window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
@@ -128,15 +127,15 @@ class SnapshotSchedule:
         if self._before_end is not None:
             return self._before_end
         state = {"accumulator": self.accumulator.state_dict(), "interval": asdict(self._interval)}
-        if isinstance(self.passes.metric, Whitened):
-            state["metric"] = self.passes.metric.state_dict()
+        if metric := self.passes.metric.state_dict():
+            state["metric"] = metric
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``."""
         self.accumulator.load_state_dict(state["accumulator"])
         self._interval = SnapshotInterval(**state["interval"])
-        if isinstance(self.passes.metric, Whitened):
+        if "metric" in state:
             self.passes.metric.load_state_dict(state["metric"], self.passes.data.device)
 
     def draw_reference(self, step: int) -> Tensor:

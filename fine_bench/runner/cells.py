@@ -29,20 +29,13 @@ from fine_bench.runner.plan import Cell, Job
 from fine_bench.runner.progress import Announcer
 from fine_bench.store.records import RecordStore
 from fine_bench.types import (
+    REDUCE,
     InfluenceScores,
     Problem,
-    Reduce,
     Status,
     Target,
     UnsupportedProblemError,
 )
-
-_REDUCE: Mapping[Target, Reduce] = {
-    "self": None,
-    "queries": None,
-    "validation": "mean",
-    "validation_per_class": "class",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +261,7 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
         loss=data.loss,
         train=TensorDataset(data.x, data.y),
         queries="self" if target == "self" else TensorDataset(data.query_x, data.query_y),
-        reduce=_REDUCE[target],
+        reduce=REDUCE[target],
         batch_size=backend_of(job).batch_size(job, model),
     )
 

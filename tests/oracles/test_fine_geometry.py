@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.fine.geometry import Whitened
+from fine_bench.fine.geometry import Euclidean, Whitened
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.linear import FactorBlock
@@ -309,6 +309,13 @@ def test_ekfac_snapshots_with_the_noise_of_the_geometry() -> None:
 def test_the_noise_of_the_geometry_needs_that_geometry() -> None:
     with pytest.raises(ValueError, match='use noise="sample"'):
         FINECallback(noise="model")
+
+
+def test_a_fitted_geometry_is_not_resumed_by_one_that_is_never_fitted() -> None:
+    assert Euclidean().state_dict() == {}
+    Euclidean().load_state_dict({})
+    with pytest.raises(ValueError, match="resume with the geometry=… that it was saved with"):
+        Euclidean().load_state_dict(Whitened(torch.nn.functional.cross_entropy).state_dict())
 
 
 def test_ekfac_in_batch_refitted_at_other_steps() -> None:
