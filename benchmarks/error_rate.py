@@ -76,7 +76,7 @@ def truth_of(record: RunRecord, scores: InfluenceScores) -> Mask:
     """Which examples are bad: beside the scores, else from the task's data, built again."""
     if TRUTH in scores.extras:
         return np.asarray(scores.extras[TRUTH], dtype=np.bool_)
-    from fine_bench.runner.retrain import job_of
+    from fine_bench.runner.recorded import job_of
 
     return np.asarray(job_of(record).data.truth.is_bad, dtype=np.bool_)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.groups import between_runs, group_influence, refuse_overlaps, standing
-from fine_bench.runner.retrain import job_of
+from fine_bench.runner.recorded import job_of
 from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import End, InfluenceScores, RunRecord

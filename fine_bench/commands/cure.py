@@ -85,7 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.report.cure import choose, write
     from fine_bench.runner.backends.images import images_of
     from fine_bench.runner.cure import cure
-    from fine_bench.runner.retrain import job_of
+    from fine_bench.runner.recorded import job_of
     from fine_bench.store.records import RecordStore, newest
     from fine_bench.terminal import bar_on
 

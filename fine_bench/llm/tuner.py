@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from fine_bench.gradients.adam import AdamCheckpoint
 from fine_bench.llm.net import CausalNet
 from fine_bench.llm.tokens import collate
-from fine_bench.models.classifier import DivergedError
+from fine_bench.models.classifier import refuse_divergence
 from fine_bench.models.lr_schedule import check_schedule, scheduled
 from fine_bench.types import Loss, LRSchedule
 
@@ -66,12 +66,7 @@ class Tuner(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop a run that has diverged instead of scoring noise."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if not bool(torch.isfinite(loss)):
-            raise DivergedError(
-                f"the training loss became {float(loss)} at step {self.global_step}; lower the "
-                f"step size, for instance trainer.lr={self.lr / 10:g}"
-            )
+        refuse_divergence(outputs, self.global_step, self.lr)
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's mean training loss."""

@@ -18,6 +18,20 @@ class DivergedError(RuntimeError):
     """The training loss is no longer a finite number."""
 
 
+def refuse_divergence(outputs: Any, step: int, lr: float) -> None:
+    """Look at what a training step gave to Lightning.
+
+    Raises:
+        DivergedError: its loss is no finite number.
+    """
+    loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+    if not bool(torch.isfinite(loss)):
+        raise DivergedError(
+            f"the training loss became {float(loss)} at step {step}; lower the step size, for "
+            f"instance trainer.lr={lr / 10:g}"
+        )
+
+
 class Classifier(pl.LightningModule):
     """Trains a network on batches ``(x, y, index)``.
 
@@ -66,12 +80,7 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop a run that has diverged instead of scoring noise."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if not bool(torch.isfinite(loss)):
-            raise DivergedError(
-                f"the training loss became {float(loss)} at step {self.global_step}; lower the "
-                f"step size, for instance trainer.lr={self.lr / 10:g}"
-            )
+        refuse_divergence(outputs, self.global_step, self.lr)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note the step size: once the step is done, a schedule has moved on to the next one."""

@@ -1,9 +1,12 @@
-"""Does acting on the scores make a better model? The experiment; its command is in ``cure``.
+"""Cure: does acting on the scores make a better model? What ``fine-bench cure`` runs.
 
 For each method the k most suspicious training examples are removed, relabelled or given less
 weight, and the model is trained again with fresh run seeds. The test accuracy against the number
 touched stands beside the oracle (the bad examples first) and a random order. A flag
 that is right need not help: this measures whether it does.
+
+Language models are cured within the run, as a metric of a cell: ``backends.language_cure``. Both
+take their orders from ``cure_orders``.
 """
 
 from __future__ import annotations
@@ -14,48 +17,23 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
-from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.runner.backends.images import images_of
+from fine_bench.runner.cure_orders import Order, oracle_order, order_of, random_order
 from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import MeanProbabilities, Retrain, mean_probabilities, retrain
-from fine_bench.seeds import derive
-from fine_bench.types import End, InfluenceScores
+from fine_bench.types import InfluenceScores
 
 Treatment: TypeAlias = Literal["remove", "relabel", "downweight"]
-Order: TypeAlias = NDArray[np.int64]
 
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
 MIN_SEEDS = 5
 FIRST_SEED = 1000
 """Retraining seeds count from here, away from those of the runs that were scored."""
 _AT_ONCE = 64
-
-
-def order_of(scores: InfluenceScores, end: End) -> Order:
-    """All examples, the most suspicious first; ties in index order.
-
-    Args:
-        scores: of all training examples.
-        end: the suspicious end of the scores.
-    """
-    row = suspicion(scores.values, end)
-    return np.asarray(np.argsort(-row, kind="stable"), dtype=np.int64)
-
-
-def oracle_order(is_bad: NDArray[np.bool_], seed: int) -> Order:
-    """The bad examples in random order, then the good ones."""
-    shuffled = random_order(len(is_bad), seed)
-    return shuffled[np.argsort(~is_bad[shuffled], kind="stable")]
-
-
-def random_order(n: int, seed: int) -> Order:
-    """A uniformly random order."""
-    return np.random.default_rng(derive(seed, "cure/order")).permutation(n)
 
 
 def guesses(probabilities: Tensor, y: Tensor) -> Tensor:

@@ -7,26 +7,23 @@ benchmark, step for step and bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeAlias, cast, get_args
+from typing import TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fine_bench.data.batches import loader
-from fine_bench.errors import ConfigError, DataError
+from fine_bench.errors import ConfigError
 from fine_bench.models.classifier import DivergedError
 from fine_bench.models.lr_schedule import lr_at
 from fine_bench.runner.backends.images import build_model, images_of
-from fine_bench.runner.calls import ALWAYS_ALLOWED
-from fine_bench.runner.config import check
-from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.plan import Job
 from fine_bench.seeds import stream
-from fine_bench.types import LRSchedule, RunRecord
+from fine_bench.types import LRSchedule
 
 Retrain: TypeAlias = Callable[[Job, Tensor, Tensor, Sequence[int]], list[float]]
 """``retrain(job, labels (K, n), weights (K, n), seeds (K)) -> K test accuracies``"""
@@ -35,56 +32,6 @@ MeanProbabilities: TypeAlias = Callable[[Job, int], Tensor]
 """``mean_probabilities(job, seed) -> (n, n_classes)``"""
 
 _EVALUATION_BATCH = 1024
-
-
-def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
-    """The job behind a record, its data loaded again and verified by their digest.
-
-    Args:
-        record: any record of the task and setting.
-        allow_packages: packages besides ``fine_bench`` and ``baselines`` that it may name. A
-            record is a file: what it says is trusted is not asked.
-
-    Raises:
-        ConfigError: a configuration that this version does not read, or a package not allowed.
-        DataError: the data are missing, or not those of the record.
-    """
-    config = record.config
-    if not {"task", "model", "trainer"} <= set(config):
-        raise ConfigError(
-            f"the record of {record.estimator} seed {record.seed} holds no full configuration "
-            f"(task, model and trainer are needed); run {record.task} again with force=true"
-        )
-    for section in ("task", "model"):
-        check_package(config[section], section, allow_packages)
-    chosen: Mapping[str, Any] = {
-        "seed": record.seed,
-        "task": config["task"],
-        "model": config["model"],
-        "trainer": config["trainer"],
-        "targets": ["self"],
-        # a run needs an estimator; this one is never asked
-        "estimators": {"random": {"_target_": "baselines.controls.RandomScores"}},
-        "allow_packages": list(allow_packages),
-    }
-    job = plan(check(OmegaConf.create(dict(chosen))))
-    if record.data_sha256 and job.data.sha256 != record.data_sha256:
-        raise DataError(
-            f"the data of {record.task} are no longer those of the records: their digest is "
-            f"{job.data.sha256[:8]}, the records' {record.data_sha256[:8]}. Run the task again"
-        )
-    return job
-
-
-def check_package(options: Mapping[str, Any], section: str, allowed: Sequence[str]) -> None:
-    """Refuse a record's ``_target_`` outside of the packages that the user trusts."""
-    path = str(options.get("_target_", ""))
-    package = path.partition(".")[0]
-    if package not in (*ALWAYS_ALLOWED, *allowed):
-        raise ConfigError(
-            f"the records name {path} as their {section}, which lies outside of fine_bench; if "
-            f"you trust it, add --allow-packages {package}"
-        )
 
 
 def retrain(job: Job, labels: Tensor, weights: Tensor, seeds: Sequence[int]) -> list[float]:

@@ -21,15 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from fine_bench.errors import ConfigError
 from fine_bench.metrics.reliability import spearman
 from fine_bench.retraining.truth_files import find, folders
-from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
-from fine_bench.runner.plan import Job, plan
-from fine_bench.runner.retrain import check_package
+from fine_bench.runner.recorded import cell_of
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
@@ -101,38 +97,6 @@ def results_of(path: Path) -> Path | None:
     return parents[3] if len(parents) > 3 and parents[2].name == "records" else None
 
 
-def job_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ()) -> Job:
-    """The run that makes this record alone, its results below ``folder``.
-
-    Raises:
-        ConfigError: a record without a full configuration, one that this version does not read,
-            or a package that the user did not allow.
-        DataError: the data are missing or damaged.
-    """
-    config = record.config
-    needed = {"task", "model", "trainer", "estimator"}
-    if not needed <= set(config):
-        raise ConfigError(
-            f"the record of {record.estimator} seed {record.seed} holds no full configuration "
-            f"({', '.join(sorted(needed))} are needed), so it cannot be computed again"
-        )
-    for section in ("task", "model", "estimator"):
-        check_package(config[section], section, allow_packages)
-    chosen: Mapping[str, Any] = {
-        "seed": record.seed,
-        "task": config["task"],
-        "model": config["model"],
-        "trainer": config["trainer"],
-        "targets": [record.target],
-        "estimators": {record.varies or record.estimator: config["estimator"]},
-        "query_weighting": config.get("query_weighting"),
-        "results_dir": str(folder),
-        "force": True,
-        "allow_packages": list(allow_packages),
-    }
-    return plan(check(OmegaConf.create(dict(chosen))))
-
-
 def verify(
     record: RunRecord,
     results: Path | None = None,
@@ -151,7 +115,7 @@ def verify(
 
     Raises:
         ValueError: the record is failed or skipped.
-        ConfigError, DataError: see ``job_of``.
+        ConfigError, DataError: see ``recorded.cell_of``.
     """
     if record.status != "finished":
         raise ValueError(
@@ -159,7 +123,7 @@ def verify(
             f"({record.reason}); only a finished record holds values to compare"
         )
     with tempfile.TemporaryDirectory(prefix="fine_bench-verify-") as name:
-        job = job_of(record, Path(name), allow_packages)
+        job = cell_of(record, Path(name), allow_packages)
         (cell,) = job.cells
         findings = _Findings()
         for what, then, now in (

@@ -21,17 +21,11 @@ from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.cure import ORACLE, RANDOM
 from fine_bench.models.classifier import DivergedError
 from fine_bench.runner.backends import images
-from fine_bench.runner.cure import (
-    FIRST_SEED,
-    cure,
-    guesses,
-    oracle_order,
-    order_of,
-    random_order,
-    treat,
-)
+from fine_bench.runner.cure import FIRST_SEED, cure, guesses, treat
+from fine_bench.runner.cure_orders import oracle_order, order_of, random_order
 from fine_bench.runner.plan import Job
-from fine_bench.runner.retrain import epochs, job_of, mean_probabilities, retrain
+from fine_bench.runner.recorded import job_of
+from fine_bench.runner.retrain import epochs, mean_probabilities, retrain
 from fine_bench.seeds import stream
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore

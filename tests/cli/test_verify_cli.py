@@ -18,7 +18,8 @@ from fine_bench.errors import ConfigError
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
-from fine_bench.runner.verify import distance, job_of, results_of, verify
+from fine_bench.runner.recorded import cell_of
+from fine_bench.runner.verify import distance, results_of, verify
 from fine_bench.store.files import StoreError
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore, read_record
@@ -245,7 +246,7 @@ def test_job_needs_allowed_packages(tmp_path: Path) -> None:
         config={"task": task, "model": {}, "trainer": {}, "estimator": {}},
     )  # fmt: skip
     with pytest.raises(ConfigError, match="--allow-packages mine"):
-        job_of(record, tmp_path)
+        cell_of(record, tmp_path)
     assert RecordStore(tmp_path).scan().records == []
 
 
@@ -262,5 +263,5 @@ def test_a_record_cannot_call_what_modules_of_ours_import(tmp_path: Path) -> Non
             "t", "s", "e", "h", 1, "self", 0, "failed", "why", config={**config, section: evil}
         )
         with pytest.raises(ConfigError, match="comes from posix"):
-            job_of(record, tmp_path)
+            cell_of(record, tmp_path)
     assert not touched.exists()

@@ -1,4 +1,4 @@
-"""Does it help to drop what a method suspects? Tuning again without it, next to an oracle.
+"""Cure of a language model: tuned again without what a method suspects, next to an oracle.
 
 The model is tuned from the same start without k samples: those that a method suspects most, or
 those that an oracle drops, the poison first and good samples at random after it. What is left of
@@ -20,6 +20,7 @@ from fine_bench.runner.backends.language_tuning import (
     task_of,
     token_scores,
 )
+from fine_bench.runner.cure_orders import bad_first, suspicious_first
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import stream
 
@@ -36,7 +37,7 @@ def cure(job: Job, row: Tensor, k: int, facts: Mapping[str, Any]) -> dict[str, f
         k: samples to drop.
         facts: of the run; the oracle's numbers are taken over from them.
     """
-    order = row.argsort(descending=True, stable=True)
+    order = torch.from_numpy(suspicious_first(row.numpy()))
     found = {f"cure/{name}": value for name, value in _without(job, order[:k]).items()}
     oracle = {name: facts[name] for name in facts if name.startswith(ORACLE)}
     return found | {f"cure/oracle_{n.removeprefix(ORACLE)}": float(v) for n, v in oracle.items()}
@@ -46,7 +47,7 @@ def oracle(job: Job) -> dict[str, float]:
     """Facts about a run: what is left when an oracle drops ``task.cure`` samples."""
     bad = task_of(job).truth.is_bad
     shuffled = torch.randperm(len(bad), generator=stream(job.config.seed, "cure/oracle"))
-    order = shuffled[(~bad[shuffled]).long().argsort(stable=True)]
+    order = torch.from_numpy(bad_first(shuffled.numpy(), bad.numpy()))
     found = _without(job, order[: task_of(job).cure])
     return {f"{ORACLE}{name}": value for name, value in found.items()}
 
