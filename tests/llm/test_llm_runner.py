@@ -102,7 +102,7 @@ def test_a_poisoning_experiment_that_fails_says_so(
     assert {f"group/source {s}/lower" for s in ("webcrawl", "forum")} <= set(validation.metrics)
     assert any(line.strip().startswith("source webcrawl (") and "p = " in line for line in said)
     # resumed: nothing is left to do
-    assert execute(job, "sweep", None, said.append) == []
+    assert execute(job.opened(), "sweep", None, said.append) == []
     text = text_of(tmp_path)
     assert "it did in 0 of 1 seeds. No detection is reported for the others." in text
     assert "steering rate" in text

@@ -437,4 +437,4 @@ def test_a_run_writes_the_range_beside_the_row_and_verifies(
     verdict = verify(varied, tmp_path)
     assert verdict.equal, verdict.differences
     # nothing is computed twice, and the row alone does not need its range
-    assert execute(jobs[0], "again", say=lambda _: None) == []
+    assert execute(jobs[0].opened(), "again", say=lambda _: None) == []
