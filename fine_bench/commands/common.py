@@ -85,6 +85,25 @@ def add_results(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_printing(to: argparse.ArgumentParser, formats: Sequence[str], words: str) -> None:
+    """``--format`` and ``--task`` of a command that prints tables.
+
+    Args:
+        to: the parser.
+        formats: what may be printed; the first is the default.
+        words: what the formats are, for the help.
+    """
+    to.add_argument(
+        "--format", choices=formats, default=formats[0], help=f"what is printed: {words}"
+    )
+    to.add_argument("--task", metavar="NAME", help="print the tables of one task only")
+
+
+def add_packages(to: argparse.ArgumentParser, words: str) -> None:
+    """``--allow-packages``; ``words`` says which packages, and what for."""
+    to.add_argument("--allow-packages", metavar="PACKAGE", nargs="+", default=[], help=words)
+
+
 def command(
     make_parser: Callable[[], argparse.ArgumentParser],
 ) -> Callable[[Callable[[argparse.Namespace], int]], Main]:

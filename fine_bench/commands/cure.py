@@ -68,13 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="of an example that is weighted down (default: 0.1)",
     )
     add("--name", metavar="NAME", default="cure", help="of the files written (default: cure)")
-    add(
-        "--allow-packages",
-        metavar="PACKAGE",
-        nargs="+",
-        default=[],
-        help="packages besides fine_bench and baselines that the records may name",
-    )
+    common.add_packages(made, "packages besides fine_bench and baselines that the records may name")
     return made
 
 

@@ -23,20 +23,12 @@ def parser() -> argparse.ArgumentParser:
         examples=["", "--task mnist_mlp --format md"],
     )
     common.add_results(made)
-    made.add_argument(
-        "--format",
-        choices=("table", "md", "csv", "json"),
-        default="table",
-        help="what is printed: tables of 100 columns (default), Markdown, csv or JSON",
+    common.add_printing(
+        made,
+        ("table", "md", "csv", "json"),
+        "tables of 100 columns (default), Markdown, csv or JSON",
     )
-    made.add_argument("--task", metavar="NAME", help="print the tables of one task only")
-    made.add_argument(
-        "--allow-packages",
-        metavar="PACKAGE",
-        nargs="+",
-        default=[],
-        help="packages besides fine_bench whose metrics get columns",
-    )
+    common.add_packages(made, "packages besides fine_bench whose metrics get columns")
     return made
 
 

@@ -26,13 +26,9 @@ def parser() -> argparse.ArgumentParser:
         examples=["", "--task mnist_mlp --format md"],
     )
     common.add_results(made)
-    made.add_argument(
-        "--format",
-        choices=("table", "md", "csv"),
-        default="table",
-        help="what is printed: tables of 100 columns (default), Markdown or csv",
+    common.add_printing(
+        made, ("table", "md", "csv"), "tables of 100 columns (default), Markdown or csv"
     )
-    made.add_argument("--task", metavar="NAME", help="print the tables of one task only")
     return made
 
 

@@ -46,13 +46,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="where its scores and ground truths are (default: the folder that the record lies in)",
     )
-    add(
-        "--allow-packages",
-        metavar="PACKAGE",
-        nargs="+",
-        default=[],
-        help="packages besides fine_bench and baselines that the record may name",
-    )
+    common.add_packages(made, "packages besides fine_bench and baselines that the record may name")
     return made
 
 

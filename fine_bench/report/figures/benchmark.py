@@ -122,22 +122,7 @@ def detection_and_consistency(
         defined = [p for p in points if math.isfinite(p.x.mean) and math.isfinite(p.y.mean)]
         shown = [p for p in defined if not (looks[p.label].control and p.x.mean < 0.1)] or defined
         inside[target] = shown
-        for point in shown:
-            look = looks[point.label]
-            axes.errorbar(
-                point.x.mean,
-                point.y.mean,
-                xerr=np.array(reach(point.x))[:, None],
-                yerr=np.array(reach(point.y))[:, None],
-                color=look.colour,
-                marker=look.marker,
-                markerfacecolor=look.face,
-                elinewidth=1.0,
-                capsize=2.0,
-                linestyle="none",
-                zorder=3,
-                clip_on=False,
-            )
+        draw_points(axes, shown, looks)
         if shown:
             axes.set_xlim(*limits([p.x for p in shown]))
             axes.set_ylim(*limits([p.y for p in shown]))
@@ -152,21 +137,54 @@ def detection_and_consistency(
     settle(figure)  # the labels are placed for this layout
     most = max((p.n_seeds for points in panels.values() for p in points), default=0)
     for target, axes in axes_of.items():
-        shown = inside[target]
-        bars = [
-            np.array(bar)
-            for p in shown
-            for bar in (
-                [(p.x.mean - reach(p.x)[0], p.y.mean), (p.x.mean + reach(p.x)[1], p.y.mean)],
-                [(p.x.mean, p.y.mean - reach(p.y)[0]), (p.x.mean, p.y.mean + reach(p.y)[1])],
-            )
-        ]
-        names = [
-            Name(named(p.label, p.n_seeds, most, p.note), p.x.mean, p.y.mean, looks[p.label].ink)
-            for p in shown
-        ]
-        place(axes, names, bars)
+        name_points(axes, inside[target], looks, most)
     return figure
+
+
+def draw_points(axes: Axes, points: Sequence[MethodPoint], looks: Mapping[str, Look]) -> None:
+    """A marker for every method, with its intervals both ways."""
+    for point in points:
+        look = looks[point.label]
+        axes.errorbar(
+            point.x.mean,
+            point.y.mean,
+            xerr=np.array(reach(point.x))[:, None],
+            yerr=np.array(reach(point.y))[:, None],
+            color=look.colour,
+            marker=look.marker,
+            markerfacecolor=look.face,
+            elinewidth=1.0,
+            capsize=2.0,
+            linestyle="none",
+            zorder=3,
+            clip_on=False,
+        )
+
+
+def name_points(
+    axes: Axes, points: Sequence[MethodPoint], looks: Mapping[str, Look], most: int
+) -> None:
+    """The names of drawn points, beside them and clear of their intervals.
+
+    Args:
+        axes: whose layout is settled.
+        points: those that are on the scale.
+        looks: by label.
+        most: seeds of the method that has most; fewer are said beside the name.
+    """
+    bars = [
+        np.array(bar)
+        for p in points
+        for bar in (
+            [(p.x.mean - reach(p.x)[0], p.y.mean), (p.x.mean + reach(p.x)[1], p.y.mean)],
+            [(p.x.mean, p.y.mean - reach(p.y)[0]), (p.x.mean, p.y.mean + reach(p.y)[1])],
+        )
+    ]
+    names = [
+        Name(named(p.label, p.n_seeds, most, p.note), p.x.mean, p.y.mean, looks[p.label].ink)
+        for p in points
+    ]
+    place(axes, names, bars)
 
 
 def legend_of_kinds(figure: Figure) -> None:

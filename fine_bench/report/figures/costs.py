@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -14,14 +13,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from fine_bench.report.figures.benchmark import (
     TARGET_TITLES,
     MethodPoint,
+    draw_points,
     legend_of_kinds,
     limits,
-    named,
+    name_points,
     panels_of,
-    reach,
     title_of,
 )
-from fine_bench.report.figures.labels import Name, place
 from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import Look, canvas, settle, styled
 from fine_bench.report.figures.tables import TableResults
@@ -63,20 +61,7 @@ def cost_and_quality(
     settle(figure)  # the labels are placed for this layout
     most = max((p.n_seeds for panel in panels.values() for p in panel.points), default=0)
     for target, axes in axes_of.items():
-        names = [
-            Name(named(p.label, p.n_seeds, most, p.note), p.x.mean, p.y.mean, looks[p.label].ink)
-            for p in inside[target]
-        ]
-        bars = [
-            np.array(bar)
-            for p in inside[target]
-            for (left, right), (low, high) in [(reach(p.x), reach(p.y))]
-            for bar in (
-                [(p.x.mean, p.y.mean - low), (p.x.mean, p.y.mean + high)],
-                [(p.x.mean - left, p.y.mean), (p.x.mean + right, p.y.mean)],
-            )
-        ]
-        place(axes, names, bars)
+        name_points(axes, inside[target], looks, most)
     return figure
 
 
@@ -87,22 +72,7 @@ def _draw(axes: Axes, panel: CostPanel, looks: Mapping[str, Look]) -> list[Metho
     shown = [p for p in points if not _guesses(p, looks[p.label], chance)]
     shown = shown or [p for p in points if math.isfinite(p.y.mean)]
     axes.set_xscale("log")
-    for point in shown:
-        look = looks[point.label]
-        axes.errorbar(
-            point.x.mean,
-            point.y.mean,
-            xerr=np.array(reach(point.x))[:, None],
-            yerr=np.array(reach(point.y))[:, None],
-            color=look.colour,
-            marker=look.marker,
-            markerfacecolor=look.face,
-            elinewidth=1.0,
-            capsize=2.0,
-            linestyle="none",
-            zorder=3,
-            clip_on=False,
-        )
+    draw_points(axes, shown, looks)
     if shown:
         axes.set_ylim(*limits([p.y for p in shown]))
         costs = [p.x.mean for p in shown]

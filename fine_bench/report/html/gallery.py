@@ -114,11 +114,7 @@ def largest_examples(
                 mean_interval(by_seed, LEVEL),
                 len(found),
                 None if bad is None else bool(bad[example]),
-                {
-                    s: p
-                    for s, f in found.items()
-                    if (p := _extra(f, "p_value", example)) is not None
-                },
+                _p_values(found, example),
                 _intervals(found, example),
                 None if truth is None else _retraining(truth, example),
             )
