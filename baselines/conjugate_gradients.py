@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fine_bench.gradients.reciprocal import unit_rows
+
 
 def solve_cg(
     apply: Callable[[Tensor], Tensor], rhs: Tensor, tol: float, max_iter: int
@@ -26,9 +28,8 @@ def solve_cg(
         ValueError: A is not positive definite; states the negative curvature that was met.
         RuntimeError: a residual is above ``tol`` after ``max_iter`` iterations.
     """
-    norms = rhs.norm(dim=1, keepdim=True)
     # rows of one size, and 0 for a query without gradient
-    scaled = rhs / torch.where(norms > 0, norms, 1.0)
+    scaled, norms = unit_rows(rhs)
     x = torch.zeros_like(rhs)
     remainder, used = scaled, 0
     relative = remainder.norm(dim=1)

@@ -30,9 +30,7 @@ from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
     check_weighting,
-    noise_weights,
-    query_groups,
-    reference_rows,
+    reduced_rows,
 )
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
@@ -187,17 +185,11 @@ class DataInf(InfluenceEstimator):
         return ((norms - correction) / self._damping[:, None]).sum(0, keepdim=True)
 
     def _reduced(self, rows: Tensor) -> Tensor:
-        problem = self.problem
-        if problem.reduce is None:
-            return rows
-        groups = query_groups(problem.labels("queries"), problem.reduce).to(rows)
-        if self.query_weighting == "noise":
-            groups = groups * noise_weights(rows[:, reference_rows(problem.n_train)])
-        elif self.query_weighting == "norm":
-            sizes = [self.engine(x, y).norm2() for _, x, y in problem.batches("queries")]
-            norms = torch.cat(sizes).sqrt().to(rows)
-            groups = groups * torch.where(norms > 0, 1.0 / norms, 0.0)
-        return groups @ rows
+        def norms() -> Tensor:
+            batches = self.problem.batches("queries")
+            return torch.cat([self.engine(x, y).norm2() for _, x, y in batches]).sqrt()
+
+        return reduced_rows(rows, self.problem, self.query_weighting, norms)
 
 
 def _norms(gradients: PerExampleGradients) -> Tensor:

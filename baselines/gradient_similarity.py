@@ -23,6 +23,7 @@ from torch import Tensor
 from baselines.tracin import TracIn
 from fine_bench.estimator import Schedule
 from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.types import Checkpoint, Problem
 
 
@@ -67,16 +68,11 @@ class GradCos(GradDot):
         """Divided by their norm over all blocks; a zero gradient stays zero."""
         gradients = super().gradients(x, y)
         # two steps: the square of a confident example's small gradient would underflow
-        gradients = gradients.scaled(_inverse(_largest(gradients)))
-        return gradients.scaled(_inverse(gradients.norm2().sqrt()))
+        gradients = gradients.scaled(inverse_or_zero(_largest(gradients)))
+        return gradients.scaled(inverse_or_zero(gradients.norm2().sqrt()))
 
 
 def _largest(gradients: PerExampleGradients) -> Tensor:
     """Largest absolute entry among the output gradients (or full gradients) of each example."""
     parts = [block.values.flatten(1).abs().amax(1) for block in gradients.blocks]
     return torch.stack(parts).amax(0)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    tiny = torch.finfo(scale.dtype).tiny
-    return torch.where(scale > tiny, 1.0 / scale.clamp_min(tiny), 0.0)

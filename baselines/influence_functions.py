@@ -64,7 +64,7 @@ from baselines.damped_system import (
 from baselines.inverses import Inverse, cholesky
 from baselines.tracin import reference_batches
 from fine_bench.estimator import InfluenceEstimator, Schedule
-from fine_bench.gradients.blocks.direction import Direction, add_directions, concatenated
+from fine_bench.gradients.blocks.direction import Direction, concatenated
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import (
     Curvature,
@@ -77,6 +77,7 @@ from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
+    query_direction,
     query_groups,
     query_weights,
     reference_rows,
@@ -361,22 +362,18 @@ class InfluenceFunction(InfluenceEstimator):
 
     def _query_direction(self, inverse: Inverse) -> Direction:
         """Σ_v w_v g_v for each row of the reduction."""
-        statistic = None
-        if self.query_weighting == "noise":
-            statistic = self._statistic(inverse)
         problem = self.problem
-        groups = query_groups(problem.labels("queries"), problem.reduce)
-        direction: Direction | None = None
-        for which, x, y in self._batches("queries"):
-            queries = self._gradients(x, y)
-            if statistic is None:
-                weights = query_weights(queries, None, self.query_weighting)
-            else:
-                weights = noise_weights(statistic[which])
-            part = queries.weighted_sum(groups[:, which].to(weights) * weights)
-            direction = part if direction is None else add_directions(direction, part)
-        assert direction is not None
-        return direction
+        statistic = self._statistic(inverse) if self.query_weighting == "noise" else None
+
+        def weigh(which: slice, queries: PerExampleGradients) -> Tensor:
+            if statistic is not None:
+                return noise_weights(statistic[which])
+            return query_weights(queries, None, self.query_weighting)
+
+        batches = ((which, self._gradients(x, y)) for which, x, y in self._batches("queries"))
+        return query_direction(
+            batches, query_groups(problem.labels("queries"), problem.reduce), weigh
+        )
 
     def _statistic(self, inverse: Inverse) -> Tensor:
         """The scores of every query at the reference examples, ``(V, R)``."""

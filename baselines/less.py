@@ -25,7 +25,6 @@ from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.adam import AdamCheckpoint, adam_direction
@@ -40,6 +39,7 @@ from fine_bench.gradients.query_weighting import (
     query_groups,
     reference_rows,
 )
+from fine_bench.gradients.reciprocal import unit_rows
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
@@ -117,7 +117,7 @@ class LESS(InfluenceEstimator):
         self.load(checkpoint)
         # P is drawn once for both
         directions = chain(self._directions("queries", None), self._directions("train", checkpoint))
-        features = _units(self.projection.project_all(directions))
+        features = unit_rows(self.projection.project_all(directions))[0]
         queries, train = features[: self.problem.n_query], features[self.problem.n_query :]
         self.gradient_evaluations += self.problem.n_train + self.problem.n_query
         rows = (queries @ train.T).double().cpu()
@@ -182,9 +182,3 @@ class LESS(InfluenceEstimator):
             for part in ("weight", "bias")
             if (p := layer._parameters.get(part)) is not None and p.requires_grad
         ]
-
-
-def _units(rows: Tensor) -> Tensor:
-    """Rows divided by their norms; a zero row stays zero."""
-    norms = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(norms > 0, norms, 1.0)

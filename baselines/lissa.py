@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fine_bench.gradients.reciprocal import unit_rows
 from fine_bench.seeds import stream
 
 Apply = Callable[[Tensor], Tensor]
@@ -123,8 +124,7 @@ class Lissa:
         Raises:
             DivergedSeriesError: a residual above 1, or one that is no number.
         """
-        norms = rhs.norm(dim=1, keepdim=True)
-        scaled = rhs / torch.where(norms > 0, norms, 1.0)
+        scaled, norms = unit_rows(rhs)
         x, residual = self._attempt(scaled, self.scale)
         bad = ~(residual <= ACCEPTED)  # also where it is not a number
         if bool(bad.any()):

@@ -33,6 +33,7 @@ from baselines.influence_functions import InfluenceFunction
 from baselines.inverses import Inverse
 from fine_bench.gradients.curvature.products import Curvature
 from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.reciprocal import ratio_or_zero
 from fine_bench.types import Problem, QueryWeighting
 
 Relative: TypeAlias = Literal["theta", "loss"]
@@ -108,20 +109,15 @@ class RelatIF(InfluenceFunction):
     def _values_from(self, inverse: Inverse) -> Tensor:
         values = super()._values_from(inverse)
         parts = [self._sizes(inverse, self._gradients(x, y)) for _, x, y in self._batches()]
-        return divided(values, torch.cat(parts))
+        return ratio_or_zero(values, torch.cat(parts))
 
     def _statistic(self, inverse: Inverse) -> Tensor:
         values = super()._statistic(inverse)
         parts = [self._sizes(inverse, self._gradients(x, y)) for _, x, y in self._reference()]
-        return divided(values, torch.cat(parts))
+        return ratio_or_zero(values, torch.cat(parts))
 
     def _sizes(self, inverse: Inverse, gradients: PerExampleGradients) -> Tensor:
         """How much each example moves the parameters, or the losses, ``(B,)``."""
         if self.relative == "theta":
             return inverse.solved_norm2(gradients).sqrt()
         return inverse.quadratic(gradients).sqrt()
-
-
-def divided(values: Tensor, sizes: Tensor) -> Tensor:
-    """``values`` ``(rows, n)`` over ``sizes`` ``(n,)``; 0 where an example does nothing."""
-    return torch.where(sizes > 0, values / torch.where(sizes > 0, sizes, 1.0), 0.0)

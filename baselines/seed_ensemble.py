@@ -30,6 +30,7 @@ from baselines.gradient_similarity import GradCos, GradDot
 from baselines.influence_functions import InfluenceFunction
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.query_weighting import check_weighting
+from fine_bench.gradients.reciprocal import ratio_or_zero
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
 Base: TypeAlias = Literal["influence_function", "grad_dot", "grad_cos"]
@@ -142,7 +143,7 @@ def ratio_and_p(mean: Tensor, deviation: Tensor, n_runs: int) -> tuple[Tensor, T
     """
     floor = torch.finfo(mean.dtype).eps * mean.abs()
     scale = torch.maximum(deviation, floor)
-    ratio = torch.where(scale > 0, mean / torch.where(scale > 0, scale, 1.0), 0.0)
+    ratio = ratio_or_zero(mean, scale)
     t = n_runs**0.5 * ratio.abs()
     p_value = torch.as_tensor(2 * stdtr(n_runs - 1, -t.numpy()))
     return ratio, p_value

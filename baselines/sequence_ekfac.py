@@ -34,7 +34,7 @@ from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.curvature.ekfac import EKFAC
 from fine_bench.gradients.curvature.ekfac_linear import LayerCurvature
 from fine_bench.gradients.layers import trained_parameters
-from fine_bench.gradients.query_weighting import noise_weights, query_groups, reference_rows
+from fine_bench.gradients.query_weighting import reduced_rows
 from fine_bench.gradients.token_losses import PAD
 from fine_bench.types import Checkpoint, Problem, QueryWeighting
 
@@ -158,12 +158,5 @@ class SequenceEKFAC(InfluenceFunction):
             return (train.square() @ inverse)[None]
         queries = self._turned(layers, "queries")
         rows = (queries * inverse) @ train.T
-        if problem.reduce is None:
-            return rows
-        groups = query_groups(problem.labels("queries"), problem.reduce).to(rows)
-        if self.query_weighting == "noise":
-            groups = groups * noise_weights(rows[:, reference_rows(problem.n_train)])
-        elif self.query_weighting == "norm":
-            norms = queries.norm(dim=1)  # the basis is orthogonal
-            groups = groups * torch.where(norms > 0, 1.0 / norms, 0.0)
-        return groups @ rows
+        # the basis is orthogonal, so a gradient's norm is the same in it
+        return reduced_rows(rows, problem, self.query_weighting, lambda: queries.norm(dim=1))

@@ -53,6 +53,7 @@ from fine_bench.gradients.query_weighting import (
     query_weights,
     reference_rows,
 )
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.seeds import stream
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
@@ -339,6 +340,6 @@ class SOURCE(InfluenceEstimator):
                 self.gradient_evaluations += len(x)
             else:
                 spread = self._against(segments, self._own(x, y), only).std(1)
-                weights.append(torch.where(spread > 0, 1.0 / spread, 0.0))
+                weights.append(inverse_or_zero(spread))
         weighted: Tensor = groups * torch.cat(weights)
         return weighted

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator, T
-from fine_bench.gradients.blocks.direction import Direction, add_directions
+from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.chunks import joined
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     noise_weights,
+    query_direction,
     query_groups,
     query_weights,
     reference_rows,
@@ -130,18 +131,16 @@ class TracIn(InfluenceEstimator):
         """Σ_v w_v g_v for each row of the reduction."""
         problem = self.problem
         noise = self._noise() if self.query_weighting == "noise" else None
-        groups = query_groups(problem.labels("queries"), problem.reduce)
-        direction: Direction | None = None
-        for which, x, y in problem.batches("queries"):
-            queries = self.gradients(x, y)
-            if noise is None:
-                weights = query_weights(queries, None, self.query_weighting)
-            else:
-                weights = noise[which]
-            part = queries.weighted_sum(groups[:, which].to(weights) * weights)
-            direction = part if direction is None else add_directions(direction, part)
-        assert direction is not None
-        return direction
+
+        def weigh(which: slice, queries: PerExampleGradients) -> Tensor:
+            if noise is not None:
+                return noise[which]
+            return query_weights(queries, None, self.query_weighting)
+
+        batches = ((which, self.gradients(x, y)) for which, x, y in problem.batches("queries"))
+        return query_direction(
+            batches, query_groups(problem.labels("queries"), problem.reduce), weigh
+        )
 
     def _noise(self) -> Tensor:
         """1/σ_v of each query's dot products with the reference examples, ``(V,)``."""

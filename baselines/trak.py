@@ -50,6 +50,7 @@ from fine_bench.gradients.margin import classification_reason, negative_margin
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.random import Projection, ProjectionKind, make_projection
 from fine_bench.gradients.query_weighting import check_weighting, query_groups, reference_rows
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
@@ -278,8 +279,7 @@ class TRAK(InfluenceEstimator):
             if len(rows) < 2:
                 raise ValueError('query_weighting="noise" needs at least two training examples')
             scale = (at_reference(rows) * self._residual_now[rows]).std(1)
-        weights = torch.where(scale > 0, 1.0 / scale, 0.0)
-        reduction: Tensor = groups * weights
+        reduction: Tensor = groups * inverse_or_zero(scale)
         return reduction
 
     def _factor(self, gram: Tensor) -> Tensor:

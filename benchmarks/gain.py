@@ -45,8 +45,9 @@ from torch.utils.data import TensorDataset
 from fine_bench.fine.effects import direction_effects, self_effects
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
-from fine_bench.gradients.engine import GradientEngine, inverse_or_zero
+from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.runner.backends import images
 from fine_bench.runner.config import check, config_folder, register

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from fine_bench.fine.effects import Composition, choose
 from fine_bench.fine.standard_error import INFLATION, ratio_error
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.types import InfluenceScores, Target
 
 VERSION = 2
@@ -157,7 +158,7 @@ class FineAccumulator:
         if self.composition == "accumulated":
             scale = (self.n_train * s["variance"]).sqrt()
             known = scale > 0
-            inverse = torch.where(known, 1.0 / scale.clamp_min(tiny), 0.0)
+            inverse = inverse_or_zero(scale)
             values = s["shift"] * inverse
             error = ratio_error(values, inverse, s["variance"], *blocks)
             several = blocks[-1] > 1

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.engine import inverse_or_zero
+from fine_bench.gradients.reciprocal import inverse_or_zero
 
 Observable: TypeAlias = Literal["margin", "loss"]
 Composition: TypeAlias = Literal["accumulated", "standardised"]

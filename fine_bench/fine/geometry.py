@@ -31,6 +31,7 @@ from fine_bench.gradients.curvature.products import Roots
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import query_weights
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.seeds import stream
 from fine_bench.types import Loss, QueryWeighting, UnsupportedProblemError
 
@@ -268,5 +269,4 @@ class Whitened(Metric):
 
 def spread_weights(products: Tensor) -> Tensor:
     """1/σ_v of each query's products with reference examples ``(r, V)``; 0 without a spread."""
-    scale = products.std(0)
-    return torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+    return inverse_or_zero(products.std(0))

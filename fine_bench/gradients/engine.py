@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.protocol import Block
-from fine_bench.gradients.margin import negative_margin
+from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder, refuse_batch_coupling
 from fine_bench.gradients.sum_check import disagreeing, unequal_weights
@@ -254,47 +254,6 @@ class _Whole(nn.Module):
 
 def _dense(name: str, parameters: Sequence[str], values: Mapping[str, Tensor]) -> DenseBlock:
     return DenseBlock(name, torch.cat([values[key].flatten(1) for key in parameters], 1))
-
-
-def as_observable(
-    gradients: PerExampleGradients, observable: Literal["loss", "margin"]
-) -> PerExampleGradients:
-    """Cross-entropy gradients that are at hand already, turned into those of the observable.
-
-    Saves a second pass where both are needed. In float32 the quotient g/(1 − p) loses the digits
-    that cancel in p − 1; where they matter, ask the engine for the margin itself.
-
-    Raises:
-        UnsupportedProblemError: ``"margin"`` where the model's output is not class logits.
-    """
-    if observable == "loss":
-        return gradients
-    if gradients.one_minus_p is None:
-        raise UnsupportedProblemError(
-            'observable="margin" needs class logits (batch, classes) and integer labels (batch,); '
-            'use observable="loss"'
-        )
-    return gradients.scaled(inverse_or_zero(gradients.one_minus_p))
-
-
-def inverse_or_zero(one_minus_p: Tensor) -> Tensor:
-    """1/(1 − p), and 0 where 1 − p has underflowed.
-
-    There the loss gradient has underflowed with it, and the observable's gradient is unknown in
-    this precision: the example is left out instead of being given an infinite one.
-    """
-    tiny = torch.finfo(one_minus_p.dtype).tiny
-    return torch.where(one_minus_p > tiny, 1.0 / one_minus_p.clamp_min(tiny), 0.0)
-
-
-def one_minus_probability(logits: Tensor, y: Tensor) -> Tensor:
-    """1 − p of the given label, ``(batch,)``, without cancellation.
-
-    Computed as Σ_{k≠y} p_k in the log domain, so it keeps its relative precision where p rounds
-    to one.
-    """
-    others = logits.scatter(1, y[:, None], float("-inf"))
-    return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(logits, 1))
 
 
 def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:

@@ -19,18 +19,44 @@ from torch import Tensor
 from fine_bench.types import Problem
 
 
+def label_and_others(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """z_y and log Σ_{k≠y} exp z_k, ``(...)`` each.
+
+    Args:
+        logits: ``(..., classes)``, at least two classes.
+        y: ``(...)`` integer labels.
+    """
+    label = y.unsqueeze(-1)
+    others = torch.logsumexp(logits.scatter(-1, label, float("-inf")), -1)
+    return logits.gather(-1, label).squeeze(-1), others
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """log(p/(1 − p)) of the label, ``(...)``, without cancellation; see ``label_and_others``."""
+    at_label, others = label_and_others(logits, y)
+    return at_label - others
+
+
 def negative_margin(logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
     """−log(p/(1−p)) an example, ``(batch,)``, shaped like a loss: lower is better for the label.
 
     Args:
-        logits: ``(batch, classes)``, at least two classes.
-        y: ``(batch,)`` integer labels.
+        logits, y: see ``label_and_others``.
         reduction: only ``"none"`` has a meaning here.
     """
     assert reduction == "none"
-    at_label = logits.gather(1, y[:, None])[:, 0]
-    others = logits.scatter(1, y[:, None], float("-inf"))
-    return torch.logsumexp(others, 1) - at_label
+    at_label, others = label_and_others(logits, y)
+    return others - at_label
+
+
+def one_minus_probability(logits: Tensor, y: Tensor) -> Tensor:
+    """1 − p of the given label, ``(...)``, without cancellation.
+
+    Computed as Σ_{k≠y} p_k in the log domain, so it keeps its relative precision where p rounds
+    to one.
+    """
+    _, others = label_and_others(logits, y)
+    return torch.exp(others - torch.logsumexp(logits, -1))
 
 
 def classification_reason(problem: Problem) -> str | None:

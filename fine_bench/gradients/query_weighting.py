@@ -9,15 +9,18 @@ test sees it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.blocks.direction import Direction, add_directions
 from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.seeds import stream
-from fine_bench.types import QueryWeighting, Reduce
+from fine_bench.types import Problem, QueryWeighting, Reduce
 
 N_REFERENCE = 2048
 """Training examples from which post-hoc methods estimate the noise of a query."""
@@ -51,7 +54,7 @@ def query_weights(
         if reference is None or len(reference) < 2:
             raise ValueError('query_weighting="noise" needs at least two reference examples')
         scale = reference.gram(queries).std(0)
-    return torch.where(scale > 0, 1.0 / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+    return inverse_or_zero(scale)
 
 
 def noise_weights(statistic: Tensor) -> Tensor:
@@ -71,6 +74,48 @@ def noise_weights(statistic: Tensor) -> Tensor:
         PerExampleGradients([DenseBlock("reference", unit)]),
         "noise",
     )
+
+
+def query_direction(
+    batches: Iterable[tuple[slice, PerExampleGradients]],
+    groups: Tensor,
+    weigh: Callable[[slice, PerExampleGradients], Tensor],
+) -> Direction:
+    """Σ_v w_v g_v for each row of a reduction.
+
+    Args:
+        batches: positions and gradients of the queries, at least one batch.
+        groups: ``(rows, V)``; see ``query_groups``.
+        weigh: the weights w of a batch's queries.
+    """
+    direction: Direction | None = None
+    for which, queries in batches:
+        weights = weigh(which, queries)
+        part = queries.weighted_sum(groups[:, which].to(weights) * weights)
+        direction = part if direction is None else add_directions(direction, part)
+    assert direction is not None
+    return direction
+
+
+def reduced_rows(
+    rows: Tensor, problem: Problem, weighting: QueryWeighting, norms: Callable[[], Tensor]
+) -> Tensor:
+    """Scores of all queries ``(V, n)`` averaged as the problem asks, ``(rows, n)``.
+
+    Args:
+        rows: every query against every training example.
+        problem: its queries' labels and ``reduce``.
+        weighting: weights of the queries in a mean; ``"noise"`` is the spread of ``rows``.
+        norms: ``(V,)``, asked for where ``"norm"`` needs them.
+    """
+    if problem.reduce is None:
+        return rows
+    groups = query_groups(problem.labels("queries"), problem.reduce).to(rows)
+    if weighting == "noise":
+        groups = groups * noise_weights(rows[:, reference_rows(problem.n_train)])
+    elif weighting == "norm":
+        groups = groups * inverse_or_zero(norms().to(rows))
+    return groups @ rows
 
 
 def query_groups(labels: Tensor, reduce: Reduce) -> Tensor:

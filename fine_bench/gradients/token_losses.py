@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.types import UnsupportedProblemError
 
 PAD = -1
@@ -87,19 +88,14 @@ def mean_token_loss(logits: Tensor, y: Tensor, reduction: str = "none") -> Tenso
 def negative_token_margin(logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
     """Mean over each sample's labelled tokens of −log(p/(1 − p)), ``(B,)``; no cancellation."""
     z, target = targets(logits, y)
-    index = target.clamp_min(0)[..., None]
-    at_label = z.gather(2, index)[..., 0]
-    others = torch.logsumexp(z.scatter(2, index, float("-inf")), 2)
-    values = torch.where(target != IGNORED, others - at_label, 0.0)
+    values = torch.where(target != IGNORED, negative_margin(z, target.clamp_min(0)), 0.0)
     return _reduced(_mean(values, logits, y), reduction)
 
 
 def mean_complement(logits: Tensor, y: Tensor) -> Tensor:
     """Mean over each sample's labelled tokens of 1 − p, ``(B,)``, without cancellation."""
     z, target = targets(logits, y)
-    index = target.clamp_min(0)[..., None]
-    others = torch.logsumexp(z.scatter(2, index, float("-inf")), 2)
-    complement = torch.exp(others - torch.logsumexp(z, 2))
+    complement = one_minus_probability(z, target.clamp_min(0))
     return _mean(torch.where(target != IGNORED, complement, 0.0), logits, y)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_bench.gradients.margin import margins
 from fine_bench.models.lr_schedule import check_schedule, lr_at
 from fine_bench.retraining.train_dense import DenseStack, is_dense
 from fine_bench.retraining.train_mapped import ModuleStack
@@ -197,18 +198,6 @@ def train_one(
             optimizer.step()
             t += 1
     return net
-
-
-def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """log(p/(1 − p)) of the label: z_y − log Σ_{k≠y} exp(z_k), without cancellation.
-
-    Args:
-        logits: ``(..., classes)``.
-        y: ``(...)`` int64.
-    """
-    label = y.unsqueeze(-1)
-    others = logits.scatter(-1, label, -math.inf).logsumexp(-1)
-    return logits.gather(-1, label).squeeze(-1) - others
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from fine_bench.commands import bank as entry
+from fine_bench.gradients.margin import margins
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
 from fine_bench.retraining.bank import Bank, find_bank
-from fine_bench.retraining.train import margins
 from fine_bench.runner import bank as command
 from fine_bench.runner import bank_config
 from fine_bench.runner.backends import images

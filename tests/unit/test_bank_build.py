@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from torch import nn
 
+from fine_bench.gradients.margin import margins
 from fine_bench.retraining import build as building
 from fine_bench.retraining.build import (
     Retraining,
@@ -25,7 +26,7 @@ from fine_bench.retraining.build import (
     stacks,
 )
 from fine_bench.retraining.design import Design, definition_models, repeated_models, single_models
-from fine_bench.retraining.train import DivergedModelError, margins, train_one
+from fine_bench.retraining.train import DivergedModelError, train_one
 from fine_bench.seeds import stream
 from support.bank_networks import (
     DESIGN,

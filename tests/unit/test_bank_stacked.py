@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.data.digits import digits_mislabel
+from fine_bench.gradients.margin import margins
 from fine_bench.models.networks import cnn, mlp
 from fine_bench.retraining.train import (
     DivergedModelError,
@@ -20,7 +21,6 @@ from fine_bench.retraining.train import (
     default_stack,
     epoch_order,
     evaluate,
-    margins,
     train_one,
     train_stack,
 )
