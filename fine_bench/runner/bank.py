@@ -8,14 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
@@ -45,6 +37,7 @@ from fine_bench.runner.calls import ALWAYS_ALLOWED
 from fine_bench.runner.config import RunConfig
 from fine_bench.runner.plan import plan
 from fine_bench.store.files import StoreError
+from fine_bench.terminal import bar_on
 
 _SINGLE = "example_"
 _SECONDS_BETWEEN_LINES = 30.0
@@ -211,10 +204,8 @@ class BankJob:
 def _progress(total: int) -> Iterator[OnStored]:
     """A bar with the remaining time; in a file, a line now and then."""
     if out.is_terminal:
-        columns = [TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn()]
-        times = [TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn()]
-        with Progress(*columns, *times, console=out, speed_estimate_period=3600) as progress:
-            task = progress.add_task("models", total=total)
+        with bar_on(out) as progress:
+            task = progress.add_task("  models", total=total)
             yield lambda count: progress.update(task, advance=count)
         return
     start = last = time.perf_counter()

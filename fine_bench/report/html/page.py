@@ -17,7 +17,7 @@ from fine_bench.report.html.figures import ORDER, PageFigure, figure_block
 from fine_bench.report.html.images import TaskExamples
 from fine_bench.report.html.markup import Safe, join, slug, tag, void
 from fine_bench.report.html.sensitivity import ranges
-from fine_bench.report.html.tables import boards
+from fine_bench.report.html.tables import target_tables
 from fine_bench.retraining.truth import Truth
 
 HERE = Path(__file__).parent
@@ -225,7 +225,7 @@ def _section(board: Leaderboard, section: TableSection) -> Safe:
         tag("h2", section.title),
         *(tag("p", line, class_="caption") for line in view.caption(table)),
         tag("h3", "Leaderboard"),
-        boards(table, board.columns),
+        target_tables(table, board.columns),
         tag("h3", "Figures"),
         *map(figure_block, there),
         missing,

@@ -113,7 +113,7 @@ def _entry(entry: Entry, head: Head) -> Safe:
 # ----------------------------------------------------------------------------- the leaderboard
 
 
-def boards(table: Table, columns: Sequence[Metric]) -> Safe:
+def target_tables(table: Table, columns: Sequence[Metric]) -> Safe:
     """A table for each target of a setting, with its marks explained below."""
     rows = table.shown_rows
     parts: list[object] = []
