@@ -159,31 +159,22 @@ class Options:
                 f"composition={self.composition!r} gives every step the same weight; use "
                 'composition="accumulated" or step_weight="lr"'
             )
-        if (self.queries is None) != (self.target == "self"):
-            no = self.target == "self"
-            raise ValueError(
-                f"target={self.target!r} "
-                + ("takes no queries; leave them out" if no else "needs queries=…")
-            )
-        if self.queries is not None:
-            dataset_size(self.queries, "queries")
+        check_queries(self.target, self.queries)
         self._check_adapter()
         self._check_schedule()
-        for name, least in (
-            ("refresh_every", 1),
-            ("every_n_steps", 1),
-            ("n_snapshots", 1),
-            ("n_reference", MIN_REFERENCE),
-            ("reference_columns", MIN_REFERENCE),
-            ("observe_every", 1),
-            ("sketch", 2),
-            ("refit_every", 1),
-            ("fit_examples", 2),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        refuse_small(
+            self,
+            refresh_every=1,
+            every_n_steps=1,
+            n_snapshots=1,
+            n_reference=MIN_REFERENCE,
+            reference_columns=MIN_REFERENCE,
+            observe_every=1,
+            sketch=2,
+            refit_every=1,
+            fit_examples=2,
+            seed=0,
+        )
         if not 0 < self.relative_damping < float("inf"):
             raise ValueError(f"relative_damping must be a number > 0, got {self.relative_damping}")
 
@@ -319,6 +310,34 @@ class Options:
                 "examples, counted from 0"
             )
         return positions
+
+
+def check_queries(target: Target, queries: Dataset[Any] | None) -> None:
+    """Refuse queries for the target ``self``, and other targets without any.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if (queries is None) != (target == "self"):
+        no = target == "self"
+        raise ValueError(
+            f"target={target!r} "
+            + ("takes no queries; leave them out" if no else "needs queries=…")
+        )
+    if queries is not None:
+        dataset_size(queries, "queries")
+
+
+def refuse_small(options: object, **least: int) -> None:
+    """Refuse options below the least value that they may have; None passes.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
 
 
 def positions_of(watched: Sequence[int] | Tensor) -> Tensor:

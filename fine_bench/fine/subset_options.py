@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fine_bench.fine.effects import Observable, choose
+from fine_bench.fine.options import check_queries, refuse_small
 from fine_bench.fine.subset_samples import Signal
 from fine_bench.fine.subsets import Column, Members, Subsets, watch
 from fine_bench.gradients.query_weighting import check_weighting
-from fine_bench.types import Loss, QueryWeighting, UnsupportedProblemError, dataset_size
+from fine_bench.types import Loss, QueryWeighting, UnsupportedProblemError
 
 Selection: TypeAlias = Literal["split", "max"]
 Auxiliary: TypeAlias = Literal["reseed", "without_subset"] | None
@@ -104,33 +105,24 @@ class SubsetOptions:
         if self.auxiliary is None and self.auxiliary_signal is not None:
             raise ValueError('auxiliary_signal is given, but auxiliary=None; use "reseed"')
         check_weighting(self.query_weighting)
-        if (self.queries is None) != (self.target == "self"):
-            no = self.target == "self"
-            raise ValueError(
-                f"target={self.target!r} "
-                + ("takes no queries; leave them out" if no else "needs queries=…")
-            )
-        if self.queries is not None:
-            dataset_size(self.queries, "queries")
+        check_queries(self.target, self.queries)
         if self.subsets is None and self.groups is None and self.sample is None:
             raise ValueError(
                 "nothing to watch: pass sample=300 for single examples, subsets={name: "
                 "positions}, or groups=(one label a training example)"
             )
-        for name, least in (
-            ("every_n_steps", 1),
-            ("refresh_every", 1),
-            ("target_members", 1),
-            ("sample", 1),
-            ("members", 1),
-            ("batch_size", 2),
-            ("pool", 1),
-            ("seed", 0),
-            ("sample_seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        refuse_small(
+            self,
+            every_n_steps=1,
+            refresh_every=1,
+            target_members=1,
+            sample=1,
+            members=1,
+            batch_size=2,
+            pool=1,
+            seed=0,
+            sample_seed=0,
+        )
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level must lie strictly between 0 and 1, got {self.level}; try 0.95")
 
