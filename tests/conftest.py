@@ -25,6 +25,14 @@ settings.register_profile("fine_bench", deadline=None, derandomize=True, max_exa
 settings.load_profile("fine_bench")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_flushing() -> Iterator[None]:
+    """Thousands of small files need not survive a power cut here; a command's own still do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def mnist_dir() -> Path:
     """Directory with the four MNIST files; the test is skipped where there is none."""

@@ -27,28 +27,21 @@ from fine_bench.runner.plan import Job
 from fine_bench.runner.recorded import job_of
 from fine_bench.runner.retrain import epochs, mean_probabilities, retrain
 from fine_bench.seeds import stream
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
+from support.records import digits_run, make_record
 
 
 def record(**trainer: Any) -> RunRecord:
     """What a run on 120 digits leaves, but for its scores."""
-    config = {
-        "task": {
-            "_target_": "fine_bench.data.digits.digits_mislabel",
-            "name": "digits_mislabel",
-            "seed": 0,
-            "n_train": 120,
-            "n_query": 20,
-        },
-        "model": {"_target_": "fine_bench.models.networks.mlp", "name": "mlp", "hidden": [16]},
-        "trainer": {"max_epochs": 2, "batch_size": 16, "progress": False, **trainer},
-    }
-    return RunRecord(
-        "digits_mislabel", "a1" * 8, "fine", "e" * 8, 1, "self", 0, "finished",
-        scores_sha256=PENDING, config=config,
-    )  # fmt: skip
+    return make_record(
+        task="digits_mislabel",
+        setting="a1" * 8,
+        estimator_hash="e" * 8,
+        metrics={},
+        data_sha256="",
+        config=digits_run(**trainer),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -27,10 +27,10 @@ from fine_bench.retraining.truth_files import save
 from fine_bench.runner.config import check, config_folder
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
-from fine_bench.types import InfluenceScores, RunRecord
+from fine_bench.types import InfluenceScores
 from support.commands import Commands
+from support.records import make_record
 
 N, Q = 60, 8
 RNG = np.random.default_rng(0)
@@ -305,16 +305,9 @@ def test_a_damaged_truth_stops_the_runner_before_training(tmp_path: Path) -> Non
 
 def test_seeds_without_a_fidelity_are_named(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "results")
-    base = RunRecord(
+    base = make_record(
         task="small",
         setting="5e77" * 16,
-        estimator="fine",
-        estimator_hash="feed" * 16,
-        version=1,
-        target="self",
-        seed=0,
-        status="finished",
-        scores_sha256=PENDING,
         data_sha256="da7a" * 16,
         metrics={"n_bad": 12.0},
         cost={"seconds": 1.0},

@@ -24,6 +24,7 @@ from fine_bench.store.files import StoreError
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore, read_record
 from fine_bench.types import InfluenceScores, RunRecord
+from support.records import digits_run
 
 ESTIMATORS = {
     "fine": {"_target_": "fine_bench.callback.FINECallback"},
@@ -32,26 +33,13 @@ ESTIMATORS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of three estimators in one training on 120 digits; its tests only read it."""
     root = tmp_path_factory.mktemp("verify") / "results"
     config = {
         "seed": 3,
-        "task": {
-            "_target_": "fine_bench.data.digits.digits_mislabel",
-            "name": "digits_mislabel",
-            "seed": 0,
-            "n_train": 120,
-            "n_query": 20,
-        },
-        "model": {"_target_": "fine_bench.models.networks.mlp", "name": "mlp", "hidden": [16]},
-        "trainer": {"max_epochs": 2, "batch_size": 16, "num_threads": 1, "progress": False},
+        **digits_run(num_threads=1),
         "targets": ["self", "validation"],
         "estimators": ESTIMATORS,
         "results_dir": str(root),

@@ -26,6 +26,7 @@ from baselines.trajectory_controls import (
 from fine_bench import Checkpoint, InfluenceEstimator, Problem, replay
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import close
 
 N, CLASSES = 40, 4
 
@@ -72,12 +73,6 @@ def logits_at(problem: Problem, checkpoint: Checkpoint) -> Tensor:
 
 def labels_of(problem: Problem) -> list[int]:
     return problem.train.tensors[1].tolist()  # type: ignore[attr-defined, no-any-return]
-
-
-def close(a: Tensor, b: Any, tolerance: float = 1e-10) -> None:
-    b = torch.as_tensor(b, dtype=torch.float64)
-    assert a.shape == b.shape
-    assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 KINDS = ("mlp", "cnn")

@@ -20,6 +20,7 @@ from fine_bench.gradients import GradientEngine
 from fine_bench.gradients.curvature import ekfac_dense
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
+from support.tensors import close
 
 N, V, CLASSES = 26, 5, 4
 
@@ -119,11 +120,6 @@ def problem(name: str, queries: str = "queries", **options: Any) -> Problem:
 def scores(task: Problem, **options: Any) -> InfluenceScores:
     checkpoint = Checkpoint(task.model.state_dict(), lr=0.1)
     return replay(InfluenceFunction(solver="ekfac", **options), task, [checkpoint])
-
-
-def close(a: Tensor, b: Tensor, tol: float = 1e-10) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= tol * float(b.abs().max())
 
 
 # ---------------------------------------------------------------------------------------- the twin

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import direction_effects, self_effects
 from fine_bench.models.classifier import Classifier
-from support.training import QUIET
+from support.tensors import close, observable_gradients
+from support.training import QUIET, Diary
 
 N, N_QUERY, CLASSES, LR, BATCH = 22, 7, 3, 0.3, 6  # 22 = 3 · 6 + 4: the last batch is shorter
 
@@ -46,17 +46,6 @@ def data(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, xq, yq
 
 
-class Diary(pl.Callback):
-    """Keeps what the twin needs: the parameters before each step and who was in the batch."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict[str, Tensor], Tensor]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        params = {k: v.detach().clone().double() for k, v in pl_module.net.named_parameters()}
-        self.steps.append((params, batch[2].clone()))
-
-
 def fit(name: str, callbacks: list[pl.Callback], epochs: int = 3) -> tuple[Classifier, Diary]:
     net, shape = networks()[name]
     x, y, _, _ = data(shape)
@@ -73,23 +62,6 @@ def fit(name: str, callbacks: list[pl.Callback], epochs: int = 3) -> tuple[Class
         callbacks=[*callbacks, diary],
     ).fit(module, loader)
     return module, diary
-
-
-def per_example(
-    net: nn.Module, params: dict[str, Tensor], x: Tensor, y: Tensor, observable: str
-) -> Tensor:
-    """∇ of each example's observable, (n, P), by differentiating the observable itself."""
-    net = net.double()
-
-    def one(values: dict[str, Tensor], xi: Tensor, yi: Tensor) -> Tensor:
-        log_p = F.log_softmax(functional_call(net, values, (xi[None],)), 1)[0]
-        if observable == "loss":
-            return -log_p.gather(0, yi[None])[0]
-        p = log_p.exp().gather(0, yi[None])[0]
-        return -(p / (1 - p)).log()
-
-    grads = vmap(grad(one), in_dims=(None, 0, 0))(params, x.double(), y)
-    return torch.cat([g.flatten(1) for g in grads.values()], 1)
 
 
 def twin(
@@ -126,10 +98,10 @@ def twin(
             logits = functional_call(net.double(), params, (x[index].double(),))
             p = torch.softmax(logits, 1)[range(m), y[index]]
             weight = LR * float((1 - p).mean())
-        g = per_example(net, params, x[index], y[index], "loss")
-        own = per_example(net, params, x[index], y[index], observable)
+        g = observable_gradients(net, params, x[index], y[index], "loss")
+        own = observable_gradients(net, params, x[index], y[index], observable)
         if target != "self" and t % refresh == 0:
-            h = per_example(net, params, xq, yq, observable)
+            h = observable_gradients(net, params, xq, yq, observable)
             directions = []
             for members in groups:
                 parts = []
@@ -163,11 +135,6 @@ def twin(
     return mu, squares.sqrt(), seen
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    assert a.shape == b.shape
-    assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max())
-
-
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("observable", ["margin", "loss"])
 @pytest.mark.parametrize("composition", ["accumulated", "standardised"])
@@ -179,8 +146,8 @@ def test_self(name: str, observable: Any, composition: Any, contrast: Any) -> No
     scores = callback.scores()
     mu, bound, seen = twin(name, diary, target="self", **options)
     assert scores.values.shape == (1, N)
-    close(scores.values, mu)
-    close(scores.extras["bound"], bound)
+    close(scores.values, mu, 1e-5)
+    close(scores.extras["bound"], bound, 1e-5)
     assert scores.n_observations is not None
     assert torch.equal(scores.n_observations, seen.long())
 
@@ -221,8 +188,8 @@ def test_queries(
         refresh=refresh,
     )
     scores = callback.scores()
-    close(scores.values, mu)
-    close(scores.extras["bound"], bound)
+    close(scores.values, mu, 1e-5)
+    close(scores.extras["bound"], bound, 1e-5)
     assert (scores.values.abs() <= scores.extras["bound"] + 1e-6).all() or (
         composition == "accumulated"
     )
@@ -247,8 +214,8 @@ def test_steps_weighted_by_uncertainty(name: str, target: Any, observable: Any) 
         contrast="substitution",
         step_weight="uncertainty",
     )
-    close(callback.scores().values, mu)
-    close(callback.scores().extras["bound"], bound)
+    close(callback.scores().values, mu, 1e-5)
+    close(callback.scores().extras["bound"], bound, 1e-5)
     # the weights must matter, or the comparison says nothing
     difference = (callback.scores().values - plain.scores().values).abs().max()
     assert float(difference) > 1e-3 * float(mu.abs().max())

@@ -25,6 +25,7 @@ from fine_bench.gradients.curvature import ekfac_linear
 from fine_bench.gradients.curvature.ekfac import EKFAC
 from fine_bench.gradients.curvature.ekfac_dense import DenseCurvature
 from fine_bench.gradients.curvature.ekfac_linear import LayerCurvature, rotated
+from support.tensors import close
 from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH, EPOCHS = 22, 6, 3, 6, 3  # 22 = 3 · 6 + 4: the last batch is shorter
@@ -256,11 +257,6 @@ def twin(
         variance = variance * N * N
     mu = shift / variance.sqrt() if o.composition == "accumulated" else total / times.sqrt()
     return mu, squares.sqrt()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float) -> None:
-    assert a.shape == b.shape
-    assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 def check(callback: FINECallback, expected: tuple[Tensor, Tensor], tolerance: float) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
@@ -31,6 +29,7 @@ from fine_bench.models.classifier import Classifier
 from fine_bench.seeds import stream
 from fine_bench.theory.estimation import estimate_mu
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import observable_gradients
 from support.training import QUIET
 
 N, N_QUERY, CLASSES, BATCH = 40, 7, 3, 6
@@ -115,18 +114,7 @@ def options(target: str) -> dict[str, Any]:
 
 
 def per_example(params: dict[str, Tensor], x: Tensor, y: Tensor, observable: str) -> Tensor:
-    """∇ of each example's observable, (n, P), by differentiating the observable itself."""
-    net = network().double().eval()
-
-    def one(values: dict[str, Tensor], xi: Tensor, yi: Tensor) -> Tensor:
-        log_p = F.log_softmax(functional_call(net, values, (xi[None],)), 1)[0]
-        if observable == "loss":
-            return -log_p.gather(0, yi[None])[0]
-        p = log_p.exp().gather(0, yi[None])[0]
-        return -(p / (1 - p)).log()
-
-    grads = vmap(grad(one), in_dims=(None, 0, 0))(params, x.double(), y)
-    return torch.cat([g.flatten(1) for g in grads.values()], 1)
+    return observable_gradients(network().eval(), params, x, y, observable)
 
 
 def twin(callback: Recording, diary: Diary, weighting: str | None) -> Tensor:

@@ -23,7 +23,7 @@ from fine_bench.gradients.blocks.diagonal import (
 )
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
-from support.training import QUIET
+from support.training import QUIET, Diary
 
 N, BATCH, CLASSES, EPS, BETAS = 20, 5, 3, 1e-3, (0.8, 0.9)
 
@@ -56,15 +56,6 @@ def data(n: int = N, seed: int = 7) -> TensorDataset:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 5, generator=g, dtype=torch.float64)
     return TensorDataset(x, torch.randint(CLASSES, (n,), generator=g), torch.arange(n))
-
-
-class Diary(pl.Callback):
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict[str, Tensor], Tensor]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        params = {k: v.detach().clone() for k, v in pl_module.net.named_parameters()}
-        self.steps.append((params, batch[2].clone()))
 
 
 def watch(target: Any = "self", **options: Any) -> FINECallback:

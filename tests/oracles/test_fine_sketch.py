@@ -21,7 +21,7 @@ from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.projection.sketch import REDRAW, Sketch
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError
-from support.training import QUIET
+from support.training import QUIET, Diary
 
 CLASSES, N, BATCH, EPOCHS, LR, K = 3, 24, 6, 5, 0.2, 3
 
@@ -194,17 +194,6 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=LR)
-
-
-class Diary(pl.Callback):
-    """Parameters and batch of every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict[str, Tensor], Tensor]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        params = {k: v.detach().clone() for k, v in pl_module.net.named_parameters()}
-        self.steps.append((params, batch[2]))
 
 
 def fit(kind: str, *callbacks: pl.Callback, batch: int = BATCH, **options: Any) -> Module:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from baselines.in_run_shapley import InRunShapleyCallback
-from support.training import QUIET
+from support.training import QUIET, Diary
 
 N, N_QUERY, CLASSES, BATCH = 17, 7, 3, 5  # 17 = 3 · 5 + 2: the last batch is shorter
 ROWS = {
@@ -67,17 +67,6 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def queries() -> TensorDataset:
     _, _, xq, yq = data()
     return TensorDataset(xq, yq)
-
-
-class Diary(pl.Callback):
-    """The parameters before each step and who was in the batch."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict[str, Tensor], Tensor]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        params = {k: v.detach().clone() for k, v in pl_module.net.named_parameters()}
-        self.steps.append((params, batch[2].clone()))
 
 
 def fit(

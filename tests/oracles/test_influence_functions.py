@@ -20,6 +20,7 @@ from fine_bench import Checkpoint, InfluenceScores, Problem, replay
 from fine_bench.gradients.curvature.products import CurvatureProducts, Roots
 from fine_bench.gradients.query_weighting import reference_rows
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import close
 
 N, V, CLASSES = 24, 6, 4
 CURVATURES = ["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -86,11 +87,6 @@ def scores(task: Problem, solver: str, **options: Any) -> InfluenceScores:
     checkpoint = Checkpoint(task.model.state_dict(), lr=0.1)
     estimator = InfluenceFunction(solver=solver, **options)  # type: ignore[arg-type]
     return replay(estimator, task, [checkpoint])
-
-
-def close(a: Tensor, b: Tensor, tol: float) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= tol * float(b.abs().max())
 
 
 # ---------------------------------------------------------------------------------------- the twin

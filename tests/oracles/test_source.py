@@ -15,6 +15,7 @@ from baselines.influence_functions import InfluenceFunction
 from baselines.source import SOURCE, accumulated
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import close
 
 N, V, CLASSES = 14, 4, 3
 LR = [0.4, 0.3, 0.2, 0.2, 0.1]
@@ -40,11 +41,6 @@ def problem(queries: str = "queries", **options: Any) -> Problem:
     y = torch.randint(CLASSES, (N + V,), generator=g)
     wanted = "self" if queries == "self" else TensorDataset(x[N:], y[N:])
     return Problem(net(0), F.cross_entropy, TensorDataset(x[:N], y[:N]), wanted, **options)  # type: ignore[arg-type]
-
-
-def close(a: Tensor, b: Tensor, tol: float) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= tol * float(b.abs().max())
 
 
 # ---------------------------------------------------------------------------------------- the twin

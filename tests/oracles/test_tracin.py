@@ -8,36 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from baselines.tracin import TracIn
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.gradients.query_weighting import reference_rows
+from support.networks import CLASSES, MODELS, models
+from support.tensors import close
 
-N, V, CLASSES = 23, 9, 4
-
-
-def models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return {
-            "relu": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), (6,)),
-            "tanh, no bias": (
-                nn.Sequential(
-                    nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, CLASSES, bias=False)
-                ),
-                (6,),
-            ),
-            "cnn": (
-                nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)),
-                (2, 5, 4),
-            ),
-            "logistic": (nn.Sequential(nn.Linear(6, CLASSES)), (6,)),
-        }
-
-
-MODELS = tuple(models())
+N, V = 23, 9
 
 
 def make(
@@ -114,11 +94,6 @@ def twin(
             rows = torch.stack([rows[group].mean(0) for group in groups])
         total = total + checkpoint.lr * rows
     return total
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
-    assert a.shape == b.shape
-    assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 @pytest.mark.parametrize("name", MODELS)

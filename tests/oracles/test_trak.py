@@ -18,31 +18,11 @@ from fine_bench.gradients import GradientEngine
 from fine_bench.gradients.margin import negative_margin
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
+from support.networks import CLASSES, MODELS, models
+from support.tensors import close
 
-N, V, CLASSES = 60, 9, 4
+N, V = 60, 9
 KINDS = ("gaussian", "rademacher", "sjlt", "factorized")
-
-
-def models() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return {
-            "relu": (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), (6,)),
-            "tanh, no bias": (
-                nn.Sequential(
-                    nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, CLASSES, bias=False)
-                ),
-                (6,),
-            ),
-            "cnn": (
-                nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(18, CLASSES)),
-                (2, 5, 4),
-            ),
-            "logistic": (nn.Sequential(nn.Linear(6, CLASSES)), (6,)),
-        }
-
-
-MODELS = tuple(models())
 
 
 def make(
@@ -133,11 +113,6 @@ def twin(
             rows = torch.stack([weighted[labels == k].mean(0) for k in labels.unique()])
         kernels.append(rows)
     return torch.stack(kernels).mean(0) * torch.stack(residuals).mean(0)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
-    assert a.shape == b.shape
-    assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 TARGETS: list[dict[str, Any]] = [

@@ -13,18 +13,12 @@ from fine_bench.data.digits import digits_mislabel
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.report.figures.tables import TRUTH
 from fine_bench.retraining.truth import HalfTruth, Truth
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
+from support.records import digits_run, make_record
 
 N = 60
-TASK = {
-    "_target_": "fine_bench.data.digits.digits_mislabel",
-    "name": "digits_mislabel",
-    "seed": 0,
-    "n_train": N,
-    "n_query": 10,
-}
+TASK = digits_run(N, 10)["task"]
 DATA = digits_mislabel(seed=0, n_train=N, n_query=10)
 BAD = DATA.truth.is_bad
 CLASSES = {
@@ -83,16 +77,12 @@ def record_of(estimator: str, target: Target, seed: int, scores: InfluenceScores
             }.items()
         }  # fmt: skip
     name = CLASSES.get(estimator, "fine_bench.callback.paper.PaperFINECallback")
-    return RunRecord(
+    return make_record(
         task="digits_mislabel",
         setting=SETTING,
         estimator=estimator,
-        estimator_hash="feed" * 16,
-        version=1,
         target=target,
         seed=seed,
-        status="finished",
-        scores_sha256=PENDING,
         metrics=metrics,
         cost={"seconds": 1.0 + len(estimator)},
         data_sha256=DATA.sha256,

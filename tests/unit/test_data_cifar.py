@@ -6,11 +6,8 @@ import gzip
 import hashlib
 import io
 import tarfile
-import threading
 import zipfile
-from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +80,6 @@ def write_labels(directory: Path, **arrays: Any) -> Path:
     path = directory / cifar10n.ARRAYS
     np.savez(path, **(arrays or human()))
     return path
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A web server's root directory and address."""
-    root = tmp_path / "www"
-    root.mkdir()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(root)))
-    thread = threading.Thread(target=partial(httpd.serve_forever, poll_interval=0.01))
-    thread.start()
-    yield root, f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
 
 
 @pytest.fixture(autouse=True)

@@ -33,11 +33,11 @@ from fine_bench.report.figures import benchmark, labels, runs, theory
 from fine_bench.report.figures.collection import Measures, draw, run_samples
 from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_bytes
 from fine_bench.report.figures.tables import TRUTH, kind_of, table_results
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.theory.composition import compose
 from fine_bench.theory.ordering import compare
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
+from support.records import make_record
 
 N = 80
 BAD = torch.arange(N) < 16
@@ -48,11 +48,6 @@ CLASSES = {
     "constant": "baselines.controls.ConstantScores",
 }
 SHARP = {"fine": 3.0, "tracin": 1.5, "mean_loss": 2.5}
-
-
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
 
 
 def scores_of(estimator: str, target: Target, seed: int) -> InfluenceScores:
@@ -98,16 +93,10 @@ def record_of(estimator: str, target: Target, seed: int, scores: InfluenceScores
             "group/flips_0_to_2/index": 0.0,
         }
     losses = [2.0 / (epoch + 1) + 0.05 * seed for epoch in range(6)]
-    return RunRecord(
-        task="digits",
-        setting="0123456789abcdef",
+    return make_record(
         estimator=estimator,
-        estimator_hash="feed" * 16,
-        version=1,
         target=target,
         seed=seed,
-        status="finished",
-        scores_sha256=PENDING,
         metrics=metrics,
         cost={"seconds": 1.0},
         data_sha256="da7a" * 16,
@@ -172,8 +161,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything, its figures drawn by the command itself, which printed ``out``."""
     root = tmp_path_factory.mktemp("results")
     out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr("os.fsync", lambda _: None)
+    with contextlib.redirect_stdout(out):
         add_paper(fill(root))
         assert run(root) == 1  # fine_paper lacks seed 2
     (root / "out").write_text(out.getvalue())

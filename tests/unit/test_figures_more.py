@@ -36,11 +36,6 @@ LOOKS = looks(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 def texts(figure: Figure) -> str:
     found = figure.findobj(Text)
     return "\n".join(t.get_text() for t in found if isinstance(t, Text))
@@ -62,9 +57,7 @@ def results_of(root: Path) -> list[TableResults]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("more")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        fill(root)
+    fill(root)
     return root
 
 

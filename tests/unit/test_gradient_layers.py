@@ -29,6 +29,7 @@ from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.curvature.products import Roots, parameter_names, root_gradients
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import close
 from support.training import QUIET
 
 pytestmark = pytest.mark.filterwarnings(
@@ -226,11 +227,6 @@ def reference(model: nn.Module, x: Tensor, y: Tensor, loss: Any) -> dict[str, Te
 
 def flat(grads: dict[str, Tensor], names: list[str] | None = None) -> Tensor:
     return torch.cat([grads[name].flatten(1) for name in names or grads], 1)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
 def same(g: PerExampleGradients, expected: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 from fine_bench.gradients import GradientEngine, LayerRecorder, one_minus_probability
 from fine_bench.types import UnsupportedProblemError
+from support.tensors import close
 
 
 class TwiceUsed(nn.Module):
@@ -121,11 +122,6 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 def flat(grads: dict[str, Tensor]) -> Tensor:
     return torch.cat([g.flatten(1) for g in grads.values()], 1)
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,18 +29,12 @@ from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
 from fine_bench.store import files as files_module
 from fine_bench.store.files import StoreError
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore, Scan
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
+from support.records import make_record
 
 N = 60
 BAD = torch.arange(N) < 12
-
-
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of small files need not survive a power cut here."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
 
 
 def values_of(estimator: str, target: str, seed: int) -> torch.Tensor:
@@ -66,16 +60,10 @@ def config(**own: Any) -> dict[str, Any]:
 def finished(estimator: str, target: str, seed: int, **changes: Any) -> RunRecord:
     end = SUSPICIOUS_END[target]
     metrics = detection_metrics(suspicion(values_of(estimator, target, seed), end), BAD)
-    base = RunRecord(
-        task="digits",
-        setting="0123456789abcdef",
+    base = make_record(
         estimator=estimator,
-        estimator_hash="feed" * 16,
-        version=1,
         target=target,
         seed=seed,
-        status="finished",
-        scores_sha256=PENDING,
         metrics={**metrics, "n_bad": 12, "lds": 0.5 + seed / 100},
         cost={"seconds": 1.5 + seed, "gradient_evaluations": 600.0},
         data_sha256="da7a" * 16,

@@ -14,6 +14,7 @@ from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.projection import random as module
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
+from support.tensors import close
 
 KINDS = ("gaussian", "rademacher", "sjlt", "factorized")
 
@@ -70,11 +71,6 @@ def gradients(name: str, n: int = 7, dtype: torch.dtype = torch.float64) -> PerE
     x = torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(4, (n,), generator=generator)
     return GradientEngine(model.to(dtype), F.cross_entropy)(x, y)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
 @pytest.mark.parametrize("name", MODELS)

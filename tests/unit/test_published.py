@@ -19,11 +19,12 @@ from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import StoreError
 from fine_bench.store.publication import publish
 from fine_bench.store.published import file_text, one_line
-from fine_bench.store.record_json import IDENTITY, PENDING
+from fine_bench.store.record_json import IDENTITY
 from fine_bench.store.records import RecordStore, newest, read_record
 from fine_bench.store.score_archive import check_archive, unpack_archive, write_archive
 from fine_bench.store.scores import scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
+from support.records import make_record
 
 SETTING = "0123456789abcdef"
 
@@ -39,21 +40,9 @@ def make_scores(seed: int = 0, n: int = 40) -> InfluenceScores:
     )
 
 
-def make_record(**changes: object) -> RunRecord:
-    base = RunRecord(
-        task="digits",
-        setting=SETTING,
-        estimator="fine",
-        estimator_hash="feed" * 16,
-        version=1,
-        target="self",
-        seed=0,
-        status="finished",
-        scores_sha256=PENDING,
-        metrics={"auroc": 0.1 + 0.2, "average_precision": float("nan")},
-        data_sha256="data",
-    )
-    return replace(base, **changes)
+def published_record(**changes: object) -> RunRecord:
+    metrics = {"auroc": 0.1 + 0.2, "average_precision": float("nan")}
+    return make_record(**{"setting": SETTING, "metrics": metrics, **changes})
 
 
 def comparison(**changes: object) -> Consistency:
@@ -63,7 +52,7 @@ def comparison(**changes: object) -> Consistency:
 
 
 def fill(store: RecordStore, seeds: range = range(3)) -> list[RunRecord]:
-    saved = [store.save(make_record(seed=seed), make_scores(seed)) for seed in seeds]
+    saved = [store.save(published_record(seed=seed), make_scores(seed)) for seed in seeds]
     store.save_consistency(comparison())
     return saved
 
@@ -116,8 +105,8 @@ def test_new_records_come_into_their_place_and_old_lines_stay(tmp_path: Path) ->
     publish(store)
     (path,) = (tmp_path / "published").glob("*.jsonl")
     old = path.read_text().splitlines()
-    again = store.save(make_record(seed=2), make_scores(5))
-    early = store.save(make_record(seed=0, estimator="aum"), make_scores(6))
+    again = store.save(published_record(seed=2), make_scores(5))
+    early = store.save(published_record(seed=0, estimator="aum"), make_scores(6))
     assert publish(store).new_records == 2
     lines = path.read_text().splitlines()
     found = [json.loads(line) for line in lines]
@@ -137,7 +126,7 @@ def test_new_records_come_into_their_place_and_old_lines_stay(tmp_path: Path) ->
 def test_tables_are_published_apart(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     fill(store)
-    store.save(make_record(task="mnist"), make_scores())
+    store.save(published_record(task="mnist"), make_scores())
     assert [p.name for p in publish(store, ["mnist"]).written] == ["mnist--01234567.jsonl"]
     assert [p.name for p in publish(store).written] == ["digits--01234567.jsonl"]
     with pytest.raises(DataError, match="no records of cifar; there are: digits, mnist"):
@@ -151,7 +140,7 @@ def test_a_contradiction_is_refused_by_name_and_nothing_is_written(tmp_path: Pat
     before = bytes_of(tmp_path / "published")
     path = next((tmp_path / "records").rglob("*seed1*.json"))
     path.write_text(path.read_text().replace("0.30000000000000004", "0.9"))
-    store.save(make_record(seed=7), make_scores(7))
+    store.save(published_record(seed=7), make_scores(7))
     with pytest.raises(StoreError, match=r"seed1.*--r1\.json says something else than published/"):
         publish(store)
     assert bytes_of(tmp_path / "published") == before
@@ -163,7 +152,7 @@ def test_a_contradiction_is_refused_by_name_and_nothing_is_written(tmp_path: Pat
 
 def test_records_of_uncommitted_code_are_refused_by_name(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
-    store.save(make_record(environment={"dirty": True}), make_scores())
+    store.save(published_record(environment={"dirty": True}), make_scores())
     with pytest.raises(StoreError, match=r"fine--self--seed0.*uncommitted changes"):
         publish(store)
     assert list((tmp_path / "published").iterdir()) == []
@@ -173,7 +162,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     store = RecordStore(tmp_path)
     fill(store)
     publish(store)
-    store.save(make_record(seed=7), make_scores(7))
+    store.save(published_record(seed=7), make_scores(7))
     before = bytes_of(tmp_path / "published")
 
     def full(path: Path, data: bytes) -> None:
@@ -193,7 +182,7 @@ def test_a_clone_reads_what_is_published(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     saved = fill(store)
     failed = store.save(
-        make_record(seed=9, status="failed", reason="NaN", scores_sha256=""), scores=None
+        published_record(seed=9, status="failed", reason="NaN", scores_sha256=""), scores=None
     )
     publish(store)
     clone = only_published(tmp_path)
@@ -202,7 +191,7 @@ def test_a_clone_reads_what_is_published(tmp_path: Path) -> None:
     assert (scan.problems, scan.consistency) == ([], [comparison()])
     assert clone.sources == "4 published records, 0 of your own"
     assert repr(find(clone, saved[1])) == repr(saved[1])
-    assert find(clone, make_record(seed=4)) is None
+    assert find(clone, published_record(seed=4)) is None
     key = comparison()
     wanted = {k: getattr(key, k) for k in ("task", "setting", "estimator", "target", "scores", "k")}
     assert clone.find_consistency(**wanted, metric_version=1) == key
@@ -215,7 +204,7 @@ def test_own_records_count_further_and_the_newest_wins(tmp_path: Path) -> None:
     fill(store)
     publish(store)
     clone = only_published(tmp_path)
-    mine = clone.save(make_record(seed=1), make_scores(11))
+    mine = clone.save(published_record(seed=1), make_scores(11))
     assert mine.revision == 2
     assert find(clone, mine) == mine
     assert [r for r in newest(clone.scan().records) if r.seed == 1] == [mine]
@@ -260,7 +249,7 @@ def test_a_damaged_line_is_named_and_the_rest_goes_on(
     assert message in problem
     assert find(clone, saved[1]) is None  # so that its cell is computed again
     before = path.read_bytes()
-    clone.save(make_record(seed=8), make_scores(8))
+    clone.save(published_record(seed=8), make_scores(8))
     with pytest.raises(StoreError, match=r"jsonl:2: (.|\n)*damaged line, which would be lost"):
         publish(clone)
     assert path.read_bytes() == before
@@ -298,8 +287,8 @@ def test_scores_go_into_an_archive_and_come_back_bit_for_bit(tmp_path: Path) -> 
     saved = fill(store)
     watched = torch.tensor([1, 5])
     some = replace(make_scores(3), watched=watched, n_observations=None)
-    saved.append(store.save(make_record(seed=3), some))
-    store.save(make_record(task="own"), make_scores(99))  # stays unpublished
+    saved.append(store.save(published_record(seed=3), some))
+    store.save(published_record(task="own"), make_scores(99))  # stays unpublished
     publish(store, ["digits"])
     before = bytes_of(tmp_path / "results" / "scores" / "digits")
     path = tmp_path / "scores.tar"
@@ -327,7 +316,7 @@ def test_scores_go_into_an_archive_and_come_back_bit_for_bit(tmp_path: Path) -> 
 def test_shared_and_wide_tensors_are_stored_once_and_narrow(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "results")
     for seed in range(6):
-        store.save(make_record(seed=seed), make_scores(seed, n=20_000))
+        store.save(published_record(seed=seed), make_scores(seed, n=20_000))
     publish(store)
     write_archive(store, tmp_path / "scores.tar")
     values, counts, bad = 6 * 4 * 20_000, 4 * 20_000, 20_000
@@ -363,7 +352,7 @@ def test_a_wrong_archive_is_named(tmp_path: Path) -> None:
     )
     assert file.read_bytes() == b"mine"
     # a record published later is missing from it
-    later = store.save(make_record(seed=5), make_scores(5))
+    later = store.save(published_record(seed=5), make_scores(5))
     publish(store)
     assert check_archive(store, path).missing == (later.scores_file,)
 
@@ -379,7 +368,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     store = RecordStore(root)
     for seed in range(3):
         metrics = {"auroc": 0.8 + seed / 100, "average_precision": 0.5, "n_bad": 4.0}
-        store.save(make_record(seed=seed, metrics=metrics), make_scores(seed))
+        store.save(published_record(seed=seed, metrics=metrics), make_scores(seed))
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "published: 3 records and 1 comparisons of seeds in 1 files" in out

@@ -25,33 +25,17 @@ from fine_bench.store.comparisons import Consistency
 from fine_bench.store.digest import digest
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
-from fine_bench.store.record_json import IDENTITY, PENDING
+from fine_bench.store.record_json import IDENTITY
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.store.scores import pack, scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
+from support.records import make_record
 
 
 def make_scores(seed: int = 0, n: int = 7, **changes: Any) -> InfluenceScores:
     draw = torch.Generator().manual_seed(seed)
     values = torch.randn(1, n, generator=draw)
     return InfluenceScores(values=values, method="fine", target="self", **changes)
-
-
-def make_record(**changes: Any) -> RunRecord:
-    base = RunRecord(
-        task="digits",
-        setting="0123456789abcdef",
-        estimator="fine",
-        estimator_hash="feed" * 16,
-        version=1,
-        target="self",
-        seed=0,
-        status="finished",
-        scores_sha256=PENDING,
-        metrics={"auroc": 0.9},
-        data_sha256="data",
-    )
-    return replace(base, **changes)
 
 
 def failed(**changes: Any) -> RunRecord:

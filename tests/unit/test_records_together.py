@@ -17,9 +17,9 @@ import torch
 from fine_bench.store import files as files_module
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import write_atomic
-from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
+from support.records import make_record
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "numpy", "pytest", "fine_bench.store.records"])
@@ -28,20 +28,7 @@ SHARED = 99
 
 
 def record(writer: int, seed: int, number: int) -> RunRecord:
-    return RunRecord(
-        task="digits",
-        setting="0123456789abcdef",
-        estimator="fine",
-        estimator_hash="feed" * 16,
-        version=1,
-        target="self",
-        seed=seed,
-        status="finished",
-        scores_sha256=PENDING,
-        metrics={"number": float(number)},
-        training={"writer": writer},
-        data_sha256="data",
-    )
+    return make_record(seed=seed, metrics={"number": float(number)}, training={"writer": writer})
 
 
 def scores(writer: int, number: int) -> InfluenceScores:

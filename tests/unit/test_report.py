@@ -43,11 +43,6 @@ from support.report_results import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 @pytest.fixture
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; most tests look at something else."""
@@ -58,11 +53,9 @@ def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with a ground truth and its report; its tests only read it."""
     root = tmp_path_factory.mktemp("report") / "results"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        fill(root)
-        save(truth(), root / "ground_truth")
-        assert main(["--results", str(root), "--examples", "6"]) == 0
+    fill(root)
+    save(truth(), root / "ground_truth")
+    assert main(["--results", str(root), "--examples", "6"]) == 0
     return root
 
 

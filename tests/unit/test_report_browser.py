@@ -47,19 +47,17 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("browser") / "results"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        store = fill(root)
-        for seed in (0, 1, 2):
-            scores = scores_of("tracin", "self", seed + 7)
-            own = record_of("tracin", "self", seed, scores)
-            told = {"of": "tracin", "base": own.estimator_hash, "changes": {"every": 2},
-                    "grid": [{"every": 2}, {"every": 4}]}  # fmt: skip
-            config = {**own.config, "sensitivity": told}
-            name, sha = "tracin@every=2", "beef" * 16
-            store.save(replace(own, estimator=name, estimator_hash=sha, config=config), scores)
-        save(truth(), root / "ground_truth")
-        assert main(["--results", str(root), "--examples", "6"]) == 0
+    store = fill(root)
+    for seed in (0, 1, 2):
+        scores = scores_of("tracin", "self", seed + 7)
+        own = record_of("tracin", "self", seed, scores)
+        told = {"of": "tracin", "base": own.estimator_hash, "changes": {"every": 2},
+                "grid": [{"every": 2}, {"every": 4}]}  # fmt: skip
+        config = {**own.config, "sensitivity": told}
+        name, sha = "tracin@every=2", "beef" * 16
+        store.save(replace(own, estimator=name, estimator_hash=sha, config=config), scores)
+    save(truth(), root / "ground_truth")
+    assert main(["--results", str(root), "--examples", "6"]) == 0
     return root / "report.html"
 
 

@@ -44,11 +44,6 @@ OWN = {"_target_": "baselines.tracin.TracIn", "k": 20, "kind": "a"}
 GRID = [{"k": 5}, {"k": 40}, {"kind": "b"}]
 
 
-@pytest.fixture(autouse=True)
-def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)
-
-
 # ---------------------------------------------------------------------------------------- grid
 
 
