@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -20,24 +21,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_hidden = False
+_HIDDEN: ContextVar[bool] = ContextVar("whether bars are hidden", default=False)
 
 
 @contextmanager
 def hidden(hide: bool = True) -> Iterator[None]:
     """No bars of this process meanwhile, where other processes write to the same terminal."""
-    global _hidden
-    before = _hidden
-    _hidden = before or hide
+    token = _HIDDEN.set(_HIDDEN.get() or hide)
     try:
         yield
     finally:
-        _hidden = before
+        _HIDDEN.reset(token)
 
 
 def shown() -> bool:
     """Whether bars belong on the error stream: it is a terminal, and this process's alone."""
-    return sys.stderr.isatty() and not _hidden
+    return sys.stderr.isatty() and not _HIDDEN.get()
 
 
 def bar_on(console: Console | None = None) -> Progress:
@@ -56,7 +55,7 @@ def bar_on(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=_hidden or not console.is_terminal,
+        disable=_HIDDEN.get() or not console.is_terminal,
         # a step may take minutes: the speed of the last half hour counts
         speed_estimate_period=1800,
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,20 +60,14 @@ def cache() -> Path:
     return downloads.cache_directory() / "cifar10"
 
 
-def bases(data_dir: str | Path | None = None) -> list[Path]:
-    """``data_dir`` if given, then what the environment variable ``FINE_BENCH_DATA`` names."""
-    given = [data_dir, os.environ.get("FINE_BENCH_DATA")]
-    return [Path(base).expanduser().absolute() for base in given if base]
-
-
 def directories(data_dir: str | Path | None = None) -> list[Path]:
     """The user's places, in the order in which they are searched.
 
-    In each of ``bases``: ``cifar10``, ``cifar10/cifar-10-batches-bin``, ``cifar-10-batches-bin``
-    (as the archive unpacks) and the directory itself.
+    In each of ``downloads.bases``: ``cifar10``, ``cifar10/cifar-10-batches-bin``,
+    ``cifar-10-batches-bin`` (as the archive unpacks) and the directory itself.
     """
     parts = ("cifar10", f"cifar10/{FOLDER}", FOLDER, "")
-    return [root / part for root in bases(data_dir) for part in parts]
+    return [root / part for root in downloads.bases(data_dir) for part in parts]
 
 
 def parse_records(content: bytes, source: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

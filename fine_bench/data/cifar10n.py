@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from fine_bench.data import downloads
-from fine_bench.data.cifar import N_CLASSES, bases, cache, cifar_source
+from fine_bench.data.cifar import N_CLASSES, cache, cifar_source
 from fine_bench.data.groups import mislabel_groups
 from fine_bench.data.sampling import draw, task_data
 from fine_bench.data.task import TaskData
@@ -63,7 +63,8 @@ def load_human_labels(
     Raises:
         DataError: the file is missing everywhere, damaged, or holds more than plain numbers.
     """
-    places = [base / part for base in bases(data_dir) for part in ("cifar10n", "cifar10", "")]
+    parts = ("cifar10n", "cifar10", "")
+    places = [base / part for base in downloads.bases(data_dir) for part in parts]
     for place in places:
         for name, read in ((ARRAYS, _read_arrays), (OFFICIAL, _read_official)):
             path = place / name

@@ -38,6 +38,12 @@ def cache_directory() -> Path:
     return Path(pooch.os_cache("fine_bench"))
 
 
+def bases(data_dir: str | Path | None = None) -> list[Path]:
+    """``data_dir`` if given, then what the environment variable ``FINE_BENCH_DATA`` names."""
+    given = [data_dir, os.environ.get("FINE_BENCH_DATA")]
+    return [Path(base).expanduser().absolute() for base in given if base]
+
+
 def uncompressed(raw: bytes, source: str) -> bytes:
     """``raw``, gunzipped if it is a gzip archive.
 

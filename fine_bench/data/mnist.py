@@ -6,7 +6,6 @@ recognition", Proceedings of the IEEE 86(11), 1998.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,12 +59,11 @@ def cache() -> Path:
 def directories(data_dir: str | Path | None = None) -> list[Path]:
     """The user's places, in the order in which they are searched.
 
-    ``data_dir`` if given, then what the environment variable ``FINE_BENCH_DATA`` names; in each
-    of them the sub-directory ``mnist``, the directory itself, and torchvision's ``MNIST/raw``.
+    In each of ``downloads.bases``: the sub-directory ``mnist``, the directory itself, and
+    torchvision's ``MNIST/raw``.
     """
-    bases = [data_dir, os.environ.get("FINE_BENCH_DATA")]
-    roots = [Path(base).expanduser().absolute() for base in bases if base]
-    return [root / part for root in roots for part in ("mnist", "", "MNIST/raw")]
+    parts = ("mnist", "", "MNIST/raw")
+    return [root / part for root in downloads.bases(data_dir) for part in parts]
 
 
 def load_mnist(
