@@ -19,7 +19,6 @@ from baselines.trak import MAX_SIDE, TRAK
 from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.projection.random import Factorized
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.gradients.token_losses import (
     is_sequence_problem,
@@ -72,8 +71,8 @@ class SequenceTRAK(TRAK):
         super().setup(problem)
         self.engine.close()
         if callable(getattr(self.model, "gradient_engine", None)):
-            # a projection of factors must be given factors
-            options = {"dense": False} if isinstance(self.projection, Factorized) else {}
+            factors = self.projection is not None and self.projection.takes_factors
+            options = {"dense": False} if factors else {}
             self.engine = engine_of(
                 self.model, negative_token_margin, self.layers, complement=True, **options
             )

@@ -28,7 +28,7 @@ class GradientEngine:
     Other trained parameters go through ``torch.func`` (``vmap(grad)``), in full.
 
     The first batch is checked once, at the cost of a second backward pass: the examples' gradients
-    must add up to the batch's (``agreement.py``). Layers that fail it (a weight that also acts
+    must add up to the batch's (``sum_check.py``). Layers that fail it (a weight that also acts
     elsewhere, positions that all examples share) go through ``torch.func`` from then on; what
     fails even there mixes the examples of a batch and is refused.
 

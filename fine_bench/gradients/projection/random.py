@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,13 @@ class Projection(ABC):
     Args:
         dim: number of columns, ≥ 1.
         seed: ≥ 0.
+
+    Attributes:
+        takes_factors: what it is given should be factors where these are known, not gradients in
+            full.
     """
+
+    takes_factors: ClassVar[bool] = False
 
     def __init__(self, dim: int, seed: int) -> None:
         if dim < 1:
@@ -285,6 +291,8 @@ class SparseJL(_Unstructured):
 
 class Factorized(Projection):
     """P_b ⊗ P_a for the [W|b] of every layer, both Gaussian, scaled by 1/√k_b and 1/√k_a."""
+
+    takes_factors = True
 
     def __init__(self, dim: int, seed: int) -> None:
         super().__init__(dim, seed)
