@@ -296,7 +296,7 @@ Status: TypeAlias = Literal["finished", "failed", "skipped"]
 
 VARIED = "@"
 """In an estimator's name: ``row@option=value`` is the row with other options, run to see how far
-its numbers move (``fine_bench.sensitivity``). It is no row of the leaderboard."""
+its numbers move (``leaderboard.sensitivity``). It is no row of the leaderboard."""
 
 
 @dataclass(frozen=True)
