@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from fine_bench.fine.geometry import Metric
-from fine_bench.gradients.blocks.diagonal import (
+from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.diagonal import (
     diagonal_gram,
     diagonal_norm2,
     scaled_direction,
     weights_for_direction,
 )
-from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import UnsupportedProblemError
 

@@ -94,6 +94,12 @@ def test_packages_and_loose_modules_are_few() -> None:
     assert len(loose) <= 6, sorted(loose)
 
 
+def test_no_file_is_long() -> None:
+    """A file of more than 450 lines hides a second purpose."""
+    lengths = {str(path): len(path.read_text().splitlines()) for _, path in modules()}
+    assert {path: n for path, n in lengths.items() if n > 450} == {}
+
+
 def test_language_packages_are_imported_only_where_they_are_used() -> None:
     """Without the extra llm everything can be imported: they stand inside of functions."""
     extra = {"transformers", "peft", "tokenizers", "huggingface_hub", "bitsandbytes"}

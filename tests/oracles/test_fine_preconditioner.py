@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fine_bench.callback import FINECallback
 from fine_bench.fine.geometry_optimiser import inverse_scale
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.blocks.diagonal import (
+from fine_bench.gradients.diagonal import (
     diagonal_gram,
     diagonal_norm2,
     scaled_direction,

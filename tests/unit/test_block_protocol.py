@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.gradients import FactorBlock, GradientEngine, PerExampleGradients
-from fine_bench.gradients.blocks.diagonal import diagonal_gram, diagonal_norm2
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots
+from fine_bench.gradients.diagonal import diagonal_gram, diagonal_norm2
 from fine_bench.gradients.layers import _KINDS, LayerKind, register_layer
 from fine_bench.gradients.per_example import stack_examples
 from fine_bench.gradients.projection.random import make_projection, projection_matrix
