@@ -32,7 +32,7 @@ OTHER_PARAMETERS = "other parameters"
 """Name of the block of trained parameters that belong to no recorded layer."""
 
 
-class Reduce(Protocol):
+class BlockReduction(Protocol):
     """Makes of a block what is wanted of it, as soon as its layer's gradient is there."""
 
     def __call__(self, block: Block) -> Block:
@@ -95,7 +95,7 @@ class LayerRecorder:
         self.calls: list[Call] = []
         self.armed = False
         self.keep_outputs = False
-        self.reduce: Reduce | None = None
+        self.reduce: BlockReduction | None = None
         self.seconds = 0.0
         self._batch_size: int | None = None
         self._handles: list[RemovableHandle] = []

@@ -20,7 +20,7 @@ from fine_bench.leaderboard.captions import (
 )
 from fine_bench.leaderboard.consistency import LEVEL, Comparisons, consistency_stats
 from fine_bench.leaderboard.tables import (
-    Cell,
+    CellState,
     Leaderboard,
     Planned,
     Row,
@@ -114,7 +114,7 @@ def _table(
     task, setting, _ = key
     rows: list[Row] = []
     pairs: dict[RowKey, PairValues] = {}
-    unfinished: list[Cell] = []
+    unfinished: list[CellState] = []
     seeds = sorted({record.seed for record in records})
     variants = variants_of(records)
     problems = _truths(records)
@@ -135,7 +135,7 @@ def _table(
             if record is None and any(r.seed == seed for r in members):
                 reason = f"recorded by an older method version only; this is version {version}"
             name = (task, setting, estimator, estimator_hash, target, seed)
-            unfinished.append(Cell(*name, state=state, reason=reason, variant=variant))
+            unfinished.append(CellState(*name, state=state, reason=reason, variant=variant))
         stats = _stats(finished)
         watched, own_k, complaint = _watched(finished.values(), k)
         if complaint:
@@ -177,7 +177,7 @@ def _table(
 
 def cells(
     records: Iterable[RunRecord], planned: Iterable[tuple[str, str, str, str, int]]
-) -> list[Cell]:
+) -> list[CellState]:
     """What became of the planned cells, in their order.
 
     Args:
@@ -194,9 +194,9 @@ def cells(
     for wanted in map(Planned._make, planned):
         record = known.get(wanted)
         if record is None:
-            found.append(Cell("", *wanted, state="missing", reason="no record"))
+            found.append(CellState("", *wanted, state="missing", reason="no record"))
         else:
-            found.append(Cell(record.task, *wanted, state=record.status, reason=record.reason))
+            found.append(CellState(record.task, *wanted, state=record.status, reason=record.reason))
     return found
 
 
@@ -260,7 +260,7 @@ def _rank_target(target: str) -> tuple[int, str]:
     return (known.index(target) if target in known else len(known), target)
 
 
-def _cell_key(cell: Cell) -> tuple[str, str, str, int]:
+def _cell_key(cell: CellState) -> tuple[str, str, str, int]:
     return (cell.estimator, cell.variant, cell.estimator_hash, cell.seed)
 
 

@@ -31,7 +31,7 @@ class Stat:
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellState:
     """One estimator, target and seed, and what became of it."""
 
     task: str
@@ -102,7 +102,7 @@ def shows(row: Row, metric: Metric) -> bool:
     return metric.key in row.stats and (not metric.beside or metric.beside in row.stats)
 
 
-def key_of(row: Row | Cell | RunRecord) -> RowKey:
+def key_of(row: Row | CellState | RunRecord) -> RowKey:
     """Estimator, its configuration and target: what makes a row."""
     return (row.estimator, row.estimator_hash, row.target)
 
@@ -131,7 +131,7 @@ class Table:
     k: int
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[CellState, ...]
     superseded: tuple[str, ...] = ()
 
     @property

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fine_bench.errors import UserError
 from fine_bench.leaderboard.consistency import LEVEL
-from fine_bench.leaderboard.tables import Cell, Leaderboard, Row, Stat, Table
+from fine_bench.leaderboard.tables import CellState, Leaderboard, Row, Stat, Table
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
@@ -135,7 +135,9 @@ def board(
         stats |= _consistency(own, target, k)
         rows.append(Row(name, "", "", target, 1, tuple(own), stats, k=k))
         cells += [
-            Cell(truth.task, truth.setting, name, "", target, seed, "missing", "not in its file")
+            CellState(
+                truth.task, truth.setting, name, "", target, seed, "missing", "not in its file"
+            )
             for seed in range(len(runs))
             if seed not in own
         ]
