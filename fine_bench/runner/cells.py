@@ -22,8 +22,7 @@ from fine_bench.callback.base import InRunMethod
 from fine_bench.estimator import Schedule, Shared, replay
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
-from fine_bench.runner.backends import images
-from fine_bench.runner.backends.choice import backend_of
+from fine_bench.runner.backends.backend import backend_of, ensemble
 from fine_bench.runner.backends.trained import TrainedRun
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.runner.progress import Announcer
@@ -274,7 +273,7 @@ def _replayed(
     problem = problem_of(job, cell.target, run.model)
     checkpoints, cost = run.checkpoints, dict[str, float]()
     if estimator.schedule is Schedule.RUNS and estimator.unsupported(problem) is None:
-        members = images.ensemble(job, run, estimator.runs)
+        members = ensemble(job, run, estimator.runs)
         checkpoints = [member.checkpoints[-1] for member in members]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))

@@ -194,7 +194,7 @@ def _data(options: Mapping[str, Any], packages: tuple[str, ...]) -> Task:
     if not isinstance(data, Task):
         raise ConfigError(
             f"task._target_={options['_target_']} returned {type(data).__name__}; a task "
-            "returns fine_bench.data.TaskData (or fine_bench.llm.task.LanguageTask)"
+            "returns fine_bench.data.task.TaskData (or fine_bench.llm.task.LanguageTask)"
         )
     # one function may serve several tasks: the configuration names them
     return replace(data, name=str(options.get("name", data.name)))

@@ -12,6 +12,7 @@ from hydra import compose
 from baselines.seed_ensemble import SeedEnsemble
 from fine_bench import replay
 from fine_bench.runner.backends import images
+from fine_bench.runner.backends.backend import ensemble
 from fine_bench.runner.cells import problem_of
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
@@ -40,7 +41,7 @@ def job(folder: Path, *overrides: str) -> Job:
 def members(planned: Job) -> list[Any]:
     run = images.stored(planned)
     assert run is not None
-    return [m.checkpoints[-1] for m in images.ensemble(planned, run, 3)]
+    return [m.checkpoints[-1] for m in ensemble(planned, run, 3)]
 
 
 def test_the_runner_trains_the_further_models_once(

@@ -170,29 +170,6 @@ def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> 
     return run
 
 
-def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
-    """The job's own run and ``count`` − 1 like it, but for initialisation and order.
-
-    Their seeds derive from the run seed, so that two run seeds share no member. Members are kept
-    beside the run, and trained once.
-
-    Raises:
-        RuntimeError: a member could not be trained; says which.
-    """
-    members = [run]
-    for number in range(1, count):
-        member = job.with_randomness(f"ensemble member {number}")
-        found = stored(member)
-        try:
-            members.append(train(member, [], None) if found is None else found)
-        except Exception as error:
-            raise RuntimeError(
-                f"run {number + 1} of {count} of the ensemble (seed {member.config.seed}) failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    return members
-
-
 def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:
     """Train the model of ``job.reseeded()`` to be watched only; nothing is kept of it.
 

@@ -1,4 +1,4 @@
-"""Which of the two ways of training a task has: images by SGD, language models by AdamW on LoRA.
+"""What a way of training a task offers, and which of the two a job has.
 
 The runner (plan, cells, records) does not know the difference; a module of each kind does.
 """
@@ -50,3 +50,27 @@ _BACKENDS: Mapping[str, Backend] = {"images": images, "language": language}
 def backend_of(job: Job) -> Backend:
     """The module for the kind of a job's task."""
     return _BACKENDS[job.data.kind]
+
+
+def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
+    """The job's own run and ``count`` − 1 like it, but for initialisation and order.
+
+    Their seeds derive from the run seed, so that two run seeds share no member. Members are kept
+    beside the run, and trained once.
+
+    Raises:
+        RuntimeError: a member could not be trained; says which.
+    """
+    backend = backend_of(job)
+    members = [run]
+    for number in range(1, count):
+        member = job.with_randomness(f"ensemble member {number}")
+        found = backend.stored(member)
+        try:
+            members.append(backend.train(member, [], None) if found is None else found)
+        except Exception as error:
+            raise RuntimeError(
+                f"run {number + 1} of {count} of the ensemble (seed {member.config.seed}) failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return members
