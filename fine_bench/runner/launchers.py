@@ -35,7 +35,7 @@ def output_of(launcher: str) -> Output:
     Returns:
         ``"terminal"`` for a job in the command's own process, ``"file"`` where each job has a log,
         ``"nowhere"`` where several processes would write over each other on one terminal: the
-        command itself then says what they have finished (``following.Follower``).
+        command itself then says what they have finished (``progress.Follower``).
     """
     if launcher == BASIC:
         return "terminal"
