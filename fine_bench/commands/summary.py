@@ -37,21 +37,18 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Write ``DIR/summary.md`` and print it."""
-    from fine_bench.leaderboard.build import build
     from fine_bench.leaderboard.summary import summarise, to_markdown
     from fine_bench.store.files import write_atomic
-    from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
 
     with record_bar() as bar:
-        store = RecordStore(arguments.results)
-        board = build(store, bar.comparing)
+        board, _ = common.read_leaderboard(arguments.results, None, bar)
     text = "\n".join(
         to_markdown(summarise(board, arguments.measure, target, arguments.tasks))
         for target in arguments.target
     )
     write_atomic(arguments.results / "summary.md", text.encode())
     print(text)
-    for line in (f"read: {store.sources}", *board.problems):
-        print(line, file=sys.stderr)
+    for problem in board.problems:
+        print(problem, file=sys.stderr)
     return common.DONE if not board.problems else common.INCOMPLETE

@@ -89,7 +89,7 @@ class RunConfig:
             group ``estimator``.
         targets: what is asked of each estimator.
         sensitivity: by row name, values of its options that are run beside the row, to show how far
-            its numbers move (``fine_bench.sensitivity``); filled by the config group
+            its numbers move (``fine_bench.leaderboard.sensitivity``); filled by the config group
             ``sensitivity``.
         query_weighting: weights of the queries in a mean, preset for every method alike.
         results_dir: where records, scores and tables go.
