@@ -22,14 +22,13 @@ SMALL = (
 Done = subprocess.CompletedProcess[str]
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, with ``tests/`` on the path of its children."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])),
         "COLUMNS": "200",
-        **more,
     }
 
 
