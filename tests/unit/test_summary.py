@@ -70,7 +70,7 @@ def test_refusals(measure: str, target: str, tasks: list[str], message: str) -> 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--results", str(tmp_path)]) == 2
-    assert "run the experiments first" in capsys.readouterr().err
+    assert "no records below" in capsys.readouterr().err
     assert not (tmp_path / "summary.md").exists()
     shutil.copytree(Path(__file__).parents[2] / "results/published", tmp_path / "published")
     assert main(["--results", str(tmp_path), "--target", "self"]) == 0
