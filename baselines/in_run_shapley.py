@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from baselines import shapley
 from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
-from fine_bench.callback.trainer import beside_training, training_set
+from fine_bench.callback.trainer import AROUND, Events, beside_training, training_set
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
@@ -79,11 +79,12 @@ class InRunShapleyCallback(InRunMethod):
         self.order: Order = order
         self.forward = forward or (lambda module, x: module(x))
         self.loss = loss
-        super().__init__(target=target, order=order)
+        super().__init__(about={"queries": queries}, target=target, order=order)
         self._recorder: LayerRecorder | None = None
         self._validation: ValidationLoss | None = None
         self._observed: ShapleyAccumulator | None
         self._index: Tensor | None = None
+        self._events = Events()
 
     @classmethod
     def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
@@ -185,12 +186,14 @@ class InRunShapleyCallback(InRunMethod):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
         refuse_batch_coupling(pl_module)
+        self._events = Events()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note who is in the batch and record its pass."""
         assert self._recorder is not None
+        self._events.batches += 1
         self._index = batch_index(batch, len(self._accumulator.n_observations))
         self._recorder.start()
 
@@ -202,6 +205,7 @@ class InRunShapleyCallback(InRunMethod):
         assert recorder is not None
         assert validation is not None
         assert index is not None
+        self._events.steps += 1
         with self._timed():
             recorder.stop()
             shares = PerExampleGradients(recorder.blocks(len(index)))
@@ -210,6 +214,9 @@ class InRunShapleyCallback(InRunMethod):
             self._index = None
             if not self._accumulator.observe(index, values):
                 self._warn_not_finite(trainer.global_step, "the in-run Shapley values")
+
+    def _nothing_seen(self, trainer: pl.Trainer) -> str:
+        return AROUND if self._events.batches and not self._events.steps else ""
 
     def _close(self) -> None:
         if self._recorder is not None:

@@ -19,7 +19,11 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fine_bench.callback.question import digest
 from fine_bench.types import InfluenceScores, Target
+
+MARK = " #"
+"""Stands in a state's key before the digest of what is asked about."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,8 @@ class InRunMethod(pl.Callback):
     """Scores training examples while the model trains; the run itself stays what it is.
 
     Args:
+        about: what the options name but a word cannot tell: queries, layers; None where left out.
+            Its digest joins the key and the state.
         asked: plain options by which Lightning keeps the states of several callbacks apart.
 
     Attributes:
@@ -102,13 +108,17 @@ class InRunMethod(pl.Callback):
     version: ClassVar[int]
     all_examples: ClassVar[bool] = False
 
-    def __init__(self, **asked: object) -> None:
-        self._state_key = self._generate_state_key(**asked)
+    def __init__(self, *, about: Mapping[str, Any] | None = None, **asked: object) -> None:
+        self._plain_key = self._generate_state_key(**asked)
+        self._about = {k: v for k, v in (about or {}).items() if v is not None}
+        self._state_key = "" if self._about else self._plain_key
+        self._question = ""
         self.seconds = 0.0
         self._evaluations = 0
         self._observed: Resumable | None = None
         self._saved: Mapping[str, Any] | None = None
         self._warned = False
+        self._said_nothing_seen = False
 
     @property
     def gradient_evaluations(self) -> int:
@@ -166,18 +176,79 @@ class InRunMethod(pl.Callback):
         """Detach the hooks; what was seen so far stays."""
         self._close()
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say why, where a whole epoch gave nothing to observe."""
+        reason = self._nothing_seen(trainer)
+        if reason and not self._said_nothing_seen:
+            self._said_nothing_seen = True
+            warnings.warn(
+                f"{self.name} observed nothing in epoch {trainer.current_epoch}, or not all of it: "
+                f"{reason}",
+                stacklevel=2,
+            )
+
     @property
     def state_key(self) -> str:
         """Callbacks that ask something else keep their states apart."""
+        if not self._state_key:
+            self._state_key = f"{self._plain_key}{MARK}{self.question[:16]}"
         return self._state_key  # Lightning asks for it around every event: many times a step
+
+    @property
+    def _legacy_state_key(self) -> str:  # type: ignore[override]
+        """The key of states that were saved before queries and layers were told apart."""
+        return self._plain_key
+
+    @property
+    def question(self) -> str:
+        """SHA-256 of what is asked about, beside the plain options; queries by their content."""
+        if not self._question:
+            self._question = digest(self._about)
+        return self._question
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
-        return {} if self._observed is None else self._observed.state_dict()
+        if self._observed is None:
+            return {}
+        return {**self._observed.state_dict(), "question": self.question}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after an interruption."""
-        self._saved = state_dict or None
+        """Go on after an interruption.
+
+        Raises:
+            ValueError: the state belongs to another question.
+        """
+        state = dict(state_dict)
+        # states of earlier versions do not say
+        if state.pop("question", self.question) != self.question:
+            raise self._other_question()
+        self._saved = state or None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint in which this method asked about something else.
+
+        Raises:
+            ValueError: it did.
+        """
+        states = checkpoint.get("callbacks") or {}
+        if self.state_key in states:
+            return
+        claimed = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        for key in states:
+            plain = str(key).partition(MARK)[0]
+            if key not in claimed and key != self._plain_key and plain == self._plain_key:
+                raise self._other_question()
+
+    def _other_question(self) -> ValueError:
+        about = " and ".join(self._about) or "neither queries nor layers"
+        return ValueError(
+            f"the checkpoint's state of {type(self).__name__} was saved for other queries or "
+            f"layers than this callback has ({about} given here): going on would add up two "
+            "different questions. Resume with the queries and layers of the checkpoint, or begin "
+            "a run of its own (without ckpt_path)"
+        )
 
     # ------------------------------------------------------------------ for the methods
 
@@ -186,7 +257,7 @@ class InRunMethod(pl.Callback):
         self._close()
         self._observed = None
         self.seconds, self._evaluations = 0.0, 0
-        self._warned = False
+        self._warned = self._said_nothing_seen = False
 
     def _start_with(self, observed: Resumable) -> None:
         """The sums of this run; they go on where an interrupted run stopped."""
@@ -209,6 +280,10 @@ class InRunMethod(pl.Callback):
 
     def _close(self) -> None:
         """Detach every hook; what was seen stays."""
+
+    def _nothing_seen(self, trainer: pl.Trainer) -> str:
+        """Why the epoch that ends gave nothing to observe; empty where it did, or was to."""
+        return ""
 
     def _timed(self) -> Timed:
         """A context whose time counts as the method's, unless it ends in an error."""

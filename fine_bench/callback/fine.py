@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fine_bench.callback.base import InRunMethod, built_from
 from fine_bench.callback.trainer import (
+    Events,
     beside_training,
     loss_scale,
     refuse_compiled,
@@ -35,6 +36,7 @@ from fine_bench.fine.setup import make_first_batch, make_passes, make_recorder
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.training_data import step_size
+from fine_bench.fine.window import Window
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import (
     InfluenceScores,
@@ -101,11 +103,13 @@ class FINECallback(InRunMethod):
     @built_from(Options)
     def __init__(self, options: Options) -> None:
         self.options = options
-        super().__init__(**_distinguishing(options))
+        about = {"queries": options.queries, "layers": options.layers}
+        super().__init__(about=about, **_distinguishing(options))
         self._observed: InBatchSchedule | SnapshotSchedule | None
         self._recorder: LayerRecorder | None = None
         self._compiled = False
         self._first: FirstBatch | None = None
+        self._events = Events()
 
     # ------------------------------------------------------------------ results
 
@@ -153,27 +157,33 @@ class FINECallback(InRunMethod):
         def aside() -> AbstractContextManager[None]:
             return beside_training(pl_module, self._compiled)
 
+        # under manual optimisation nobody says how many micro-batches make a step
+        parameters = None if pl_module.automatic_optimization else pl_module.parameters
         processes = Processes(trainer.world_size, device)
         passes = make_passes(
             options, pl_module, data, recorder, trainer.optimizers, aside, processes
         )
         self._first = make_first_batch(options, pl_module, data, aside)
         if options.schedule == "in_batch":
-            self._start_with(InBatchSchedule(options, passes, recorder))
+            self._start_with(InBatchSchedule(options, passes, recorder, Window(parameters)))
         else:
             recorder.close()
             known = options.n_snapshots is not None
             total = trainer.estimated_stepping_batches if known else float("inf")
-            self._start_with(SnapshotSchedule(options, passes, total))
+            self._start_with(SnapshotSchedule(options, passes, total, Window(parameters)))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
         refuse_batch_coupling(pl_module)
+        self._events = Events(
+            observed=self._schedule.n_observed, around=self._schedule.window.n_around
+        )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch."""
+        self._events.batches += 1
         with self._timed():
             if self._first is not None and not self._first.size:
                 self._first.starts(batch)
@@ -181,6 +191,7 @@ class FINECallback(InRunMethod):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a batch, or of a micro-batch, are there."""
+        self._events.backwards += 1
         if self._recorder is not None:  # what its hooks did within the backward pass
             self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
         with self._timed():
@@ -194,6 +205,7 @@ class FINECallback(InRunMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """The backward pass is done and the parameters are still θ_t."""
+        self._events.steps += 1
         with self._timed():
             self._schedule.before_step(
                 step_size(optimizer),
@@ -231,6 +243,13 @@ class FINECallback(InRunMethod):
         if self._observed is not None:
             self._observed.flush()
         super().on_fit_end(trainer, pl_module)
+
+    def _nothing_seen(self, trainer: pl.Trainer) -> str:
+        schedule, events = self._schedule, self._events
+        schedule.window.drop()
+        return events.reason(schedule.n_observed, schedule.window.n_around) or (
+            schedule.reason() if events.steps and schedule.n_observed == events.observed else ""
+        )
 
     def _close(self) -> None:
         if self._recorder is not None:

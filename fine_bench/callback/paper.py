@@ -23,7 +23,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from fine_bench.callback.base import InRunMethod, WatchedRun, built_from
-from fine_bench.callback.trainer import beside_training, training_data
+from fine_bench.callback.trainer import AROUND, beside_training, training_data
 from fine_bench.fine import subset_test
 from fine_bench.fine.geometry import Euclidean
 from fine_bench.fine.passes import Passes, QueryDirections
@@ -70,6 +70,7 @@ class PaperFINECallback(InRunMethod):
         self.options = options
         self.auxiliary_signal = options.auxiliary_signal
         super().__init__(
+            about={"queries": options.queries, "layers": options.layers},
             target=options.target,
             observable=options.observable,
             sample=options.sample,
@@ -210,7 +211,7 @@ class PaperFINECallback(InRunMethod):
             options,
         )
         self._start_with(PaperAccumulator(watched))
-        self._last_step = trainer.global_step
+        self._last_step = self._epoch_began_at = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -236,11 +237,21 @@ class PaperFINECallback(InRunMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """State for Lightning's checkpoints."""
-        return {} if self._observed is None else {"accumulator": self._observed.state_dict()}
+        if self._observed is None:
+            return {}
+        return {"accumulator": self._observed.state_dict(), "question": self.question}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after an interruption."""
-        super().load_state_dict(state_dict.get("accumulator", {}))
+        """Go on after an interruption; see ``InRunMethod.load_state_dict``."""
+        super().load_state_dict(state_dict)
+        self._saved = state_dict.get("accumulator")
+
+    def _nothing_seen(self, trainer: pl.Trainer) -> str:
+        moved, self._epoch_began_at = (
+            trainer.global_step > self._epoch_began_at,
+            trainer.global_step,
+        )
+        return "" if moved else AROUND
 
     def _make_engine(self, pl_module: pl.LightningModule) -> GradientEngine:
         """What takes the gradients of a model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +18,44 @@ from torch.utils.data import Dataset
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
+
+NO_BACKWARD = (
+    "no backward pass was seen; under manual optimisation call self.manual_backward(loss) instead "
+    "of loss.backward(), and let training_step return a loss otherwise"
+)
+AROUND = (
+    "the optimiser's steps go around Lightning, which announces none of them; take them through "
+    "opt = self.optimizers(); opt.step(), without use_pl_optimizer=False, optimisers of your own, "
+    "updates by hand or an optimizer_step of your own that does not hand on its closure"
+)
+
+
+@dataclass
+class Events:
+    """What Lightning told of an epoch so far.
+
+    Attributes:
+        batches, backwards, steps: that began, that ended, and that were announced.
+        observed, around: steps before the epoch that were observed, and that were not announced.
+    """
+
+    batches: int = 0
+    backwards: int = 0
+    steps: int = 0
+    observed: int = 0
+    around: int = 0
+
+    def reason(self, observed: int, around: int) -> str:
+        """Why nothing, or not all of it, could be observed; empty if Lightning told of it.
+
+        Args:
+            observed, around: as in the attributes, now.
+        """
+        if not self.batches or (observed > self.observed and around == self.around):
+            return ""
+        if not self.backwards:
+            return NO_BACKWARD
+        return AROUND if not self.steps or around > self.around else ""
 
 
 def refuse_strategy(trainer: pl.Trainer) -> None:
@@ -149,6 +188,8 @@ def beside_training(module: nn.Module, compiled: bool = False) -> Iterator[None]
 
 
 __all__ = [
+    "AROUND",
+    "Events",
     "beside_training",
     "loss_scale",
     "refuse_compiled",

@@ -62,6 +62,15 @@ class BatchAdapter:
         """The index that a batch carries, unchecked; None where there is none."""
         return _found(batch, self.index, "index", 2)
 
+    def label(self, batch: Any) -> Any:
+        """What a batch has in the place of its labels, unchecked; None where nobody says.
+
+        With ``losses`` that is where ``y`` says, and nowhere else.
+        """
+        if self.losses is not None and self.y is None:
+            return None
+        return _found(batch, self.y, "y", 1)
+
     def parts(self, batch: Any) -> tuple[Tensor, Tensor]:
         """``x`` and ``y`` of a batch.
 

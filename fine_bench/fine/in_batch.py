@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
+from fine_bench.fine.example_labels import ExampleLabels, hard_labels
 from fine_bench.fine.gradient_queue import GradientQueue
 from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weights
 from fine_bench.fine.options import Options
@@ -30,8 +31,10 @@ from fine_bench.fine.step_queue import StackedSteps, Step, StepQueue
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
+    implied_labels,
     refuse_other_losses,
 )
+from fine_bench.fine.window import Window
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.sketch import Sketch
 from fine_bench.gradients.recorder import LayerRecorder
@@ -45,15 +48,23 @@ class InBatchSchedule:
         options: what to measure.
         passes: passes beside the training, for queries and curvature.
         recorder: taps the training pass.
+        window: where micro-batches wait for their step.
 
     Attributes:
+        n_observed: steps observed in this process.
         n_without_backward: batches on which no backward pass ran (``training_step`` returned
             None); they train nothing and are not observed.
         n_without_memory: steps before which the optimiser remembered nothing, under
             ``preconditioner="optimiser"``.
     """
 
-    def __init__(self, options: Options, passes: Passes, recorder: LayerRecorder) -> None:
+    def __init__(
+        self,
+        options: Options,
+        passes: Passes,
+        recorder: LayerRecorder,
+        window: Window[MicroBatch] | None = None,
+    ) -> None:
         self.options = options
         self.passes = passes
         self.recorder = recorder
@@ -67,8 +78,13 @@ class InBatchSchedule:
         # other geometries differ from step to step
         self._may_queue = passes.metric.plain and passes.processes.count == 1
         self._index: Tensor | None = None
-        self._window: list[MicroBatch] = []
+        self.window: Window[MicroBatch] = Window() if window is None else window
+        self.labels = ExampleLabels(passes.data.n)
+        self._batch_labels: Tensor | None = None
+        self._first_epoch: int | None = None
+        self._labelled_epoch = -1
         self._checked_epoch = -1
+        self.n_observed = 0
         self._passes_over = False
         self._warned = False
         self.n_without_backward = 0
@@ -85,6 +101,7 @@ class InBatchSchedule:
         if self._index is not None:
             self.n_without_backward += 1
         index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
+        self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
         self._passes_over = (step + epoch) % self.options.observe_every != 0
         if self._passes_over:
@@ -97,7 +114,9 @@ class InBatchSchedule:
         if self.passes.fit_if_due(step, epoch):
             self._statistic.direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
-        self.recorder.keep_outputs = self.options.needs_complement and epoch != self._checked_epoch
+        self.recorder.keep_outputs = epoch != self._checked_epoch and (
+            self.options.needs_complement or self._batch_labels is not None
+        )
         self.recorder.start(len(index))
 
     def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
@@ -131,10 +150,10 @@ class InBatchSchedule:
             gradients = PerExampleGradients(recorder.blocks(m))
             if self.options.needs_complement:
                 logit_gradients = self._logit_gradients(epoch, scale)
+            self._compare_order(epoch, scale)
         recorder.clear()
-        self._window.append(
-            MicroBatch(index, gradients, scale, logit_gradients, accumulates * n_processes)
-        )
+        part = MicroBatch(index, gradients, scale, logit_gradients, accumulates * n_processes)
+        self.window.add(part, accumulates)
 
     def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
         """The step's gradient is complete and the parameters are still θ_t: observe.
@@ -146,7 +165,7 @@ class InBatchSchedule:
             taken: whether the optimiser will take the step; 16-bit precision leaves steps out
                 whose gradients are not finite.
         """
-        window, self._window = self._window, []
+        window = self.window.take()
         if not window:
             return  # nothing was trained on
         if not taken:
@@ -163,7 +182,21 @@ class InBatchSchedule:
         if not self.passes.ready():
             self.n_without_memory += 1
             return
+        self.n_observed += 1
         self._observe(GlobalBatch(window, lr * weights.rms, step, weights.relative))
+
+    def reason(self) -> str:
+        """Why steps that were announced were not observed; empty where they were passed over."""
+        if self._steps.n_not_finite:
+            return "gradients were NaN or infinite at every step; lower the learning rate"
+        if self.accumulator.n_short_batches:
+            return f"every step had fewer than {MIN_BATCH} examples; use larger batches"
+        if self.n_without_memory:
+            return (
+                'the optimiser remembered nothing before any step, so preconditioner="optimiser" '
+                "has nothing to read; leave it out, or use an optimiser that keeps second moments"
+            )
+        return ""
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
         """Nothing: the step was observed before it was taken."""
@@ -188,7 +221,10 @@ class InBatchSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, but for the directions of single queries: too large."""
         self.flush()
-        state: dict[str, Any] = {"accumulator": self.accumulator.state_dict()}
+        state: dict[str, Any] = {
+            "accumulator": self.accumulator.state_dict(),
+            "labels": self.labels.known.clone(),
+        }
         statistic = self._statistic
         if statistic.direction is not None and self.options.target != "queries":
             state["direction"] = direction_state(statistic.direction)
@@ -201,6 +237,8 @@ class InBatchSchedule:
         """Go on from ``state_dict()``."""
         device = self.passes.data.device
         self.accumulator.load_state_dict(state["accumulator"])
+        if "labels" in state:  # states of earlier versions have none
+            self.labels.load(state["labels"])
         if "direction" in state:
             self._statistic.direction = direction_from_state(state["direction"], device)
             self._statistic.steps_seen = int(state["steps_seen"])
@@ -273,6 +311,20 @@ class InBatchSchedule:
             )
         )
 
+    def _note_labels(self, batch: Any, index: Tensor, epoch: int) -> None:
+        """Compare labels: of every batch in the first epoch, then of one batch an epoch."""
+        self._batch_labels = None
+        adapter = self.passes.data.adapter
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        if self._labelled_epoch == epoch != self._first_epoch:
+            return
+        self._labelled_epoch = epoch
+        labels = hard_labels(adapter.label(batch), len(index))
+        if labels is not None:
+            self.labels.note(index, labels)
+            self._batch_labels = labels
+
     def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
         """The gradient at the output of the layer that ran last, looked at once an epoch."""
         call = self.recorder.calls[-1]
@@ -282,7 +334,6 @@ class InBatchSchedule:
         # what is not finite is no reason to refuse: such a step is left out and reported
         if epoch != self._checked_epoch and bool(torch.isfinite(plain).all()):
             grad = plain * scale
-            self._checked_epoch = epoch
             assert call.output is not None
             eps = torch.finfo(call.grad.dtype).eps
             if self.options.divides:
@@ -291,3 +342,20 @@ class InBatchSchedule:
                 option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
                 refuse_other_losses(call.output, grad, option, instead, eps=eps)
         return plain
+
+    def _compare_order(self, epoch: int, scale: float) -> None:
+        """Compare, once an epoch, the labels of the loss with those of the batch."""
+        if epoch == self._checked_epoch or not self.recorder.calls:
+            return
+        call = self.recorder.calls[-1]
+        if call.grad is None or call.output is None:
+            return
+        grad = call.grad.float() if call.grad.element_size() < 4 else call.grad
+        if not bool(torch.isfinite(grad).all()):
+            return  # look again at the next batch
+        self._checked_epoch = epoch
+        if self._batch_labels is not None and len(grad) == len(self._batch_labels):
+            eps = torch.finfo(call.grad.dtype).eps
+            told = implied_labels(call.output, grad * scale, eps)
+            if told is not None:
+                self.labels.compare(self._batch_labels, told)

@@ -19,10 +19,12 @@ from fine_bench.fine.effects import (
     reference_effects,
     whitened_effects,
 )
+from fine_bench.fine.example_labels import ExampleLabels, hard_labels
 from fine_bench.fine.micro_batches import window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
 from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
+from fine_bench.fine.window import Window
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
@@ -58,9 +60,16 @@ class SnapshotSchedule:
         options: what to measure, and when.
         passes: passes beside the training.
         total_steps: of the run; infinite if unknown.
+        window: where micro-batches wait for their step: sizes, and parts of the step.
     """
 
-    def __init__(self, options: Options, passes: Passes, total_steps: float) -> None:
+    def __init__(
+        self,
+        options: Options,
+        passes: Passes,
+        total_steps: float,
+        window: Window[tuple[int, int]] | None = None,
+    ) -> None:
         n = passes.data.n
         if n < MIN_REFERENCE:
             raise ValueError(
@@ -77,7 +86,9 @@ class SnapshotSchedule:
         self.n_not_finite = 0
         self._interval = SnapshotInterval()
         self._batch_size = 0
-        self._window: list[tuple[int, int]] = []
+        self.window: Window[tuple[int, int]] = Window() if window is None else window
+        self.labels = ExampleLabels(n)
+        self.n_observed = 0
         self.n_without_backward = 0
         self._epoch = 0
         self._before_end: dict[str, Any] | None = None
@@ -91,13 +102,15 @@ class SnapshotSchedule:
     def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
         """The batch is part of the step."""
         if self._batch_size:
-            self._window.append((self._batch_size, accumulates * self.passes.processes.count))
+            size, parts = self._batch_size, accumulates * self.passes.processes.count
+            self.window.add((size, parts), accumulates)
         self._batch_size = 0
 
     def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
         """Note the step."""
-        window, self._window = self._window, []
+        window = self.window.take()
         if window and taken:
+            self.n_observed += 1
             numbers = self.passes.processes.numbers
             weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
             self._interval.add(lr, weights.m, weights.mean, weights.rms)
@@ -115,6 +128,10 @@ class SnapshotSchedule:
             self._before_end = self.state_dict()
             self._observe(step, self._epoch)
 
+    def reason(self) -> str:
+        """Why steps that were announced were not counted."""
+        return "the loss scaler left every step out; lower the learning rate"
+
     def flush(self) -> None:
         """Nothing is held back."""
 
@@ -126,7 +143,11 @@ class SnapshotSchedule:
         """Everything needed to go on after an interruption."""
         if self._before_end is not None:
             return self._before_end
-        state = {"accumulator": self.accumulator.state_dict(), "interval": asdict(self._interval)}
+        state = {
+            "accumulator": self.accumulator.state_dict(),
+            "interval": asdict(self._interval),
+            "labels": self.labels.known.clone(),
+        }
         if metric := self.passes.metric.state_dict():
             state["metric"] = metric
         return state
@@ -135,6 +156,8 @@ class SnapshotSchedule:
         """Go on from ``state_dict()``."""
         self.accumulator.load_state_dict(state["accumulator"])
         self._interval = SnapshotInterval(**state["interval"])
+        if "labels" in state:  # states of earlier versions have none
+            self.labels.load(state["labels"])
         if "metric" in state:
             self.passes.metric.load_state_dict(state["metric"], self.passes.data.device)
 
@@ -176,6 +199,9 @@ class SnapshotSchedule:
             at_reference = reference.contract(direction)
         effects, sigmas = [], []
         for rows, x, y in passes.data.batches(self.index, READ_AT_ONCE):
+            labels = hard_labels(y, len(self.index[rows]))
+            if labels is not None and passes.data.adapter.losses is None:
+                self.labels.note(self.index[rows], labels)
             gradients = passes.gradients(x, y)
             if direction is None or at_reference is None:
                 own = passes.metric.norm2(gradients)[None]

@@ -151,6 +151,23 @@ def complement_from_logit_gradients(grad: Tensor) -> Tensor:
     return grad.clamp_min(0.0).sum(-1)
 
 
+def implied_labels(logits: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor | None:
+    """The labels y of which the gradient at the logits is p − onehot(y), ``(m,)``.
+
+    Args:
+        logits, grad, eps: as in ``refuse_other_losses``.
+
+    Returns:
+        None where the gradient is of another form.
+    """
+    if grad.ndim != 2 or logits.shape != grad.shape:
+        return None
+    p = torch.softmax(logits.to(grad.dtype), 1)
+    label = (p - grad).argmax(1, keepdim=True)
+    expected = p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
+    return label[:, 0] if bool(((grad - expected).abs() <= max(1e-3, eps)).all()) else None
+
+
 def refuse_other_losses(
     logits: Tensor,
     grad: Tensor,
@@ -169,13 +186,7 @@ def refuse_other_losses(
     Raises:
         UnsupportedProblemError: it is not, so 1 − p cannot be read off.
     """
-    valid = grad.ndim == 2
-    if valid:
-        p = torch.softmax(logits.to(grad.dtype), 1)
-        label = (p - grad).argmax(1, keepdim=True)
-        expected = p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
-        valid = bool(((grad - expected).abs() <= max(1e-3, eps)).all())
-    if not valid:
+    if implied_labels(logits, grad, eps) is None:
         raise UnsupportedProblemError(
             f"{option} needs the mean softmax cross-entropy of hard labels on the output "
             f"of the last layer; the gradients at that output are not of this form. Use {instead}"

@@ -1,0 +1,52 @@
+"""What a callback is asked about, as a digest: queries by their content, names as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def digest(about: Mapping[str, Any]) -> str:
+    """SHA-256 of names and of the items of data sets, 64 hex digits.
+
+    Reading changes no random state. Items that are drawn anew at each reading are read from one
+    fixed state, so that the same data set has the same digest in every process.
+
+    Args:
+        about: a data set of ``(x, y)`` or a sequence of names by what it is called.
+    """
+    found = hashlib.sha256()
+    with isolate_rng():
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002  that is the state which data sets read
+        torch.manual_seed(0)
+        for name in sorted(about):
+            found.update(f"{name}:{len(about[name])};".encode())
+            for i in range(len(about[name])):
+                for leaf in tree_leaves(about[name][i]):
+                    found.update(_bytes_of(leaf))
+    return found.hexdigest()
+
+
+def _bytes_of(leaf: Any) -> bytes:
+    if isinstance(leaf, Tensor):
+        leaf = leaf.detach().cpu()
+        leaf = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
+    if isinstance(leaf, bool | int | float | np.generic):
+        leaf = np.asarray(leaf)
+    if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+        return f"{leaf.dtype}{leaf.shape};".encode() + np.ascontiguousarray(leaf).tobytes()
+    if isinstance(leaf, str):
+        return f"{leaf!r};".encode()
+    return f"{type(leaf).__name__};".encode()  # other objects have no bytes that stay
+
+
+__all__ = ["digest"]
