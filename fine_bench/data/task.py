@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -206,3 +208,25 @@ class TaskData(Task):
                 f"{part} labels must lie in 0 … {self.n_classes - 1}, got {int(y.min())} … "
                 f"{int(y.max())}"
             )
+
+
+def promised(function: Any) -> type | None:
+    """The class of what a function says it returns; None where it says nothing, or of no class.
+
+    What a file names is called only if it promises the right thing: anything else could do
+    anything.
+    """
+    if not inspect.isfunction(function):
+        return None
+    try:
+        said = typing.get_type_hints(function).get("return")
+    except Exception:  # annotations are code of whoever wrote them
+        return None
+    return said if inspect.isclass(said) and said is not Any else None
+
+
+def makes_task(function: Any) -> bool:
+    """Whether it is a public function, not one inside of another, that promises a task."""
+    made = promised(function)
+    named = getattr(function, "__qualname__", "_")
+    return made is not None and issubclass(made, Task) and named.isidentifier() and named[0] != "_"

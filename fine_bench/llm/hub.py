@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,15 @@ def check(need: Need, machine: Machine | None = None) -> None:
         )
 
 
+def is_name(path: object) -> bool:
+    """Whether it can only be a name on the hub, and no folder of this disk."""
+    return (
+        isinstance(path, str)
+        and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
+        and not Path(path).exists()
+    )
+
+
 def locate(path: str, *, download: bool = False) -> Path:
     """The folder of a model; fetched from the hub only if that is allowed.
 
@@ -232,7 +242,7 @@ def count_parameters(folder: Path) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError) as error:
@@ -246,7 +256,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_model(
@@ -255,7 +265,10 @@ def load_model(
     """The causal language model in a folder, on a device."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    # code beside the weights is never run
+    options: dict[str, Any] = {
+        "dtype": dtype, "local_files_only": True, "trust_remote_code": False
+    }  # fmt: skip
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": str(device)}
     if four_bit:

@@ -7,15 +7,17 @@ such a folder the first time; whatever comes after does not know which of the tw
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
+from fine_bench.data.task import promised
 from fine_bench.errors import ConfigError
 from fine_bench.llm import hub, pretraining
 from fine_bench.llm.net import CausalNet
@@ -233,17 +235,17 @@ def pretrained(
 def from_options(options: Mapping[str, Any]) -> LanguageModel:
     """The language model of a configuration's ``model`` section.
 
+    Nothing is imported for it: a module of one's own is there when the configuration was checked.
+
     Raises:
         ConfigError: the section chooses something else.
     """
     where = str(options.get("_target_", ""))
     module, _, function = where.rpartition(".")
-    make = getattr(import_module(module), function, None) if module else None
+    make: Any = getattr(sys.modules.get(module), function, None)
     own = {key: value for key, value in options.items() if key != "_target_"}
-    # only what says that it makes a language model is called: anything else could do anything
-    promised = getattr(make, "__annotations__", {}).get("return")
     try:
-        result = make(**own) if make and promised in ("LanguageModel", LanguageModel) else None
+        result = make(**own) if makes_language_model(make) else None
     except TypeError:  # a model of another kind wants other arguments
         result = None
     if not isinstance(result, LanguageModel):
@@ -252,3 +254,11 @@ def from_options(options: Mapping[str, Any]) -> LanguageModel:
             "model=llama31_8b"
         )
     return result
+
+
+def makes_language_model(function: Any) -> bool:
+    """Whether it says that it makes a language model and takes what every model is given."""
+    made = promised(function)
+    if made is None or not issubclass(made, LanguageModel):
+        return False
+    return {"in_shape", "n_classes"} <= set(inspect.signature(function).parameters)

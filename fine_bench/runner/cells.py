@@ -36,6 +36,9 @@ from fine_bench.types import (
     UnsupportedProblemError,
 )
 
+_FAILURES = (Exception, SystemExit)
+"""What fails a cell; an interruption is none of these, and ends the run."""
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -78,7 +81,7 @@ def outcomes(
     with _threads(job.config.trainer.num_threads):
         try:
             run, watch = _train(job, logger, announcer)
-        except Exception as error:
+        except _FAILURES as error:
             reason = f"training failed: {type(error).__name__}: {error}"
             yield from (Outcome(cell, "failed", reason) for cell in job.todo)
             return
@@ -147,7 +150,7 @@ def _outcome(
     except UnsupportedProblemError as error:
         # without the method's name, which stands beside it in every table
         return Outcome(cell, "skipped", re.sub(r"^\w+: ", "", str(error)))
-    except Exception as error:
+    except _FAILURES as error:
         return Outcome(cell, "failed", f"{type(error).__name__}: {error}")
 
 
@@ -178,7 +181,7 @@ class _Auxiliary:
 
     def __init__(self, job: Job, methods: Mapping[Cell, InRunMethod], announcer: Announcer) -> None:
         self.costs: dict[Cell, dict[str, float]] = {}
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.methods = {cell: method for cell, method in methods.items() if method.auxiliary()}
         if not self.methods:
             return
@@ -191,7 +194,7 @@ class _Auxiliary:
                 for cell in self.methods
             }
             plain = backend_of(job).train_auxiliary(job, list(helpers.values()))
-        except Exception as error:
+        except _FAILURES as error:
             self.error = error
             return
         for cell, helper in helpers.items():

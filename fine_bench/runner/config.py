@@ -198,7 +198,7 @@ def varied(config: RunConfig, row: str) -> list[Point]:
         )
     packages = (*ALWAYS_ALLOWED, *config.allow_packages)
     options = config.estimators[row]
-    signature = inspect.signature(target_of(options, f"estimators.{row}", packages))
+    signature = inspect.signature(target_of(options, f"estimators.{row}", packages, "estimators"))
     defaults = {
         p.name: p.default for p in signature.parameters.values() if p.default is not p.empty
     }

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-import pytorch_lightning as pl
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback.base import InRunMethod, WatchedRun
@@ -229,7 +228,9 @@ def plan(config: RunConfig, tasks: TaskCache | None = None) -> Job:
     cells = [
         cell
         for name, options in config.estimators.items()
-        for cell in _cells(config, name, target_of(options, f"estimators.{name}", packages))
+        for cell in _cells(
+            config, name, target_of(options, f"estimators.{name}", packages, "estimators")
+        )
     ]
     setting = setting_digest(config)
     job = Job(config, data, setting, tuple(cells), truth=_truth(config, data, setting))
@@ -252,15 +253,6 @@ def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
     """A row's cells, and after them those of the range that was declared for it."""
     own = config.estimators[row]
     targets = [cast(Target, target) for target in config.targets]
-    if (
-        isinstance(kind, type)
-        and issubclass(kind, pl.Callback)
-        and not issubclass(kind, InRunMethod)
-    ):
-        raise ConfigError(
-            f"estimators.{row}._target_={own['_target_']} is a Lightning callback that the run "
-            "does not know how to ask; derive it from fine_bench.callback.base.InRunMethod"
-        )
 
     def cell(name: str, target: Target, options: Mapping[str, Any], **more: Any) -> Cell:
         sha = estimator_digest(options)

@@ -1,16 +1,23 @@
-"""The job behind a record: its configuration checked, its data made again."""
+"""The job behind a record: its configuration checked, its data made again.
+
+A record is a file, and may be anybody's. What it names is called only if it is a task, a model or
+an estimator (``calls``) of a package that the user allows; it names no places on this disk, allows
+no download, and reads no variable of the environment. Whatever else goes wrong while its data are
+made is the record's failure, with its reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fine_bench.errors import ConfigError, DataError
+from fine_bench.errors import ConfigError, DataError, UserError
+from fine_bench.llm.hub import is_name
 from fine_bench.runner.calls import ALWAYS_ALLOWED
-from fine_bench.runner.config import check
+from fine_bench.runner.config import PLACES, check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.types import RunRecord
 
@@ -78,17 +85,72 @@ def cell_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ())
 def _planned(
     record: RunRecord, sections: Sequence[str], allow_packages: Sequence[str], **more: Any
 ) -> Job:
-    config = record.config
+    for value in (record.estimator, record.varies, record.target, record.config):
+        _refuse_references(value)
+    config = {section: _section(record.config[section], section) for section in sections}
     for section in ("task", "model", "estimator"):
         if section in sections:
             _check_package(config[section], section, allow_packages)
+    config["task"] = _without_places(config["task"], "task", PLACES)
+    config["model"] = _model(config["model"], "model")
+    if isinstance(config["task"].get("model"), Mapping):
+        config["task"]["model"] = _model(config["task"]["model"], "task.model")
     chosen: Mapping[str, Any] = {
         "seed": record.seed,
         **{section: config[section] for section in ("task", "model", "trainer")},
         "allow_packages": list(allow_packages),
         **more,
     }
-    return plan(check(OmegaConf.create(dict(chosen))))
+    try:
+        return plan(check(OmegaConf.create(dict(chosen))))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"the configuration in the record of {record.estimator} seed {record.seed} cannot be "
+            f"planned: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _section(options: Any, where: str) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"the record's config.{where} is {options!r:.40}, where a section belongs; it cannot "
+            "be computed again"
+        )
+    return dict(options)
+
+
+def _refuse_references(value: Any) -> None:
+    """Strings of a record are values: ``${oc.env:SECRET}`` is none, and is never resolved."""
+    if isinstance(value, Mapping):
+        for pair in value.items():
+            _refuse_references(pair)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_references(inner)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise ConfigError(
+            f"the record holds {value[:60]!r}; a record holds values, no references, so it cannot "
+            "be computed again"
+        )
+
+
+def _without_places(options: Mapping[str, Any], where: str, places: Set[str]) -> dict[str, Any]:
+    for key in sorted(places & set(options)):
+        if options[key] not in (None, False):
+            raise ConfigError(
+                f"the record's config.{where}.{key} is {options[key]!r:.60}; a record says nothing "
+                "about files of this machine, so it cannot be computed again"
+            )
+    return {key: value for key, value in options.items() if key not in places}
+
+
+def _model(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A language model is the name of one that is on this machine; nothing is fetched."""
+    if "path" in options and not is_name(options["path"]):
+        return _without_places(options, where, {"path"})
+    return {key: value for key, value in options.items() if key != "download"}
 
 
 def _check_package(options: Mapping[str, Any], section: str, allowed: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fine_bench.runner import addresses
-from fine_bench.runner.calls import target_of
+from fine_bench.runner.calls import ALWAYS_ALLOWED, Section, target_of
 from fine_bench.runner.config import RunConfig, TrainerConfig, estimator_digest, setting_digest
 from fine_bench.store.records import RecordStore, Scan
 
@@ -54,14 +54,14 @@ def test_digests_follow_from_the_configuration(published: Scan) -> None:
 
 
 def test_every_recorded_address_leads_to_code(published: Scan) -> None:
+    sections: dict[str, Section] = {"task": "task", "model": "model", "estimator": "estimators"}
     found = {
-        record.config[section]["_target_"]
+        (record.config[name]["_target_"], section)
         for record in published.records
-        for section in ("task", "model", "estimator")
+        for name, section in sections.items()
     }
-    for path in sorted(found):
-        target = target_of({"_target_": path}, "record", ("fine_bench", "baselines"))
-        assert callable(target)
+    for path, section in sorted(found):
+        assert callable(target_of({"_target_": path}, "record", ALWAYS_ALLOWED, section))
 
 
 def test_records_hold_the_address_of_the_day() -> None:

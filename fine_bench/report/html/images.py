@@ -19,14 +19,17 @@ import numpy as np
 from matplotlib import image
 from numpy.typing import NDArray
 
-from fine_bench.data.task import TaskData
+from fine_bench.data.task import TaskData, makes_task
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.gradients.token_losses import IGNORED, PAD
+from fine_bench.llm import hub, models
+from fine_bench.llm.models import makes_language_model
 from fine_bench.llm.task import LanguageTask
 
 PACKAGES = ("fine_bench.data.", "fine_bench.llm.task.")
 MODELS = "fine_bench.llm.models."
-KINDS = {"TaskData": TaskData, "LanguageTask": LanguageTask}
+NOT_TAKEN = ("_target_", "name", "data_dir", "path", "queries_path", "test_path")
+"""What a record does not decide: where files lie on this disk."""
 
 
 class Texts:
@@ -79,19 +82,21 @@ def task_examples(options: Mapping[str, Any], sha256: str) -> TaskExamples:
         )
     try:
         make = getattr(importlib.import_module(module), name)
-        wanted = inspect.signature(make).parameters
-        returns = inspect.signature(make).return_annotation
-        if name.startswith("_") or returns not in (*KINDS, *KINDS.values()):
+        if not makes_task(make) or not f"{make.__module__}.".startswith(PACKAGES):
             raise AttributeError(f"{path} is no task")
-        own = {k: v for k, v in options.items() if k not in ("_target_", "name", "data_dir")}
+        wanted = inspect.signature(make).parameters
+        own = {k: v for k, v in options.items() if k not in NOT_TAKEN}
         if "download" in wanted:
             own["download"] = False
         model = own.get("model")
         if isinstance(model, Mapping):
-            if not str(model.get("_target_", "")).startswith(MODELS):
-                return TaskExamples(
-                    None, f"the records name {model.get('_target_')}, which is not called"
-                )
+            chosen = str(model.get("_target_", ""))
+            if not chosen.startswith(MODELS):
+                return TaskExamples(None, f"the records name {chosen}, which is not called")
+            if not makes_language_model(getattr(models, chosen.removeprefix(MODELS), None)):
+                raise AttributeError(f"{chosen} is no language model")
+            if not hub.is_name(model.get("path", "a/name")):
+                raise ConfigError(f"model.path={model['path']} is a place on the disk, no name")
             own["model"] = {k: v for k, v in model.items() if k != "download"}
         data = make(**own)
         if isinstance(data, LanguageTask) and data.sha256 == sha256:
@@ -103,7 +108,7 @@ def task_examples(options: Mapping[str, Any], sha256: str) -> TaskExamples:
             "texts (set FINE_BENCH_DATA): "
             + str(error).splitlines()[0].removesuffix(". Looked at:"),
         )
-    except (AttributeError, ImportError, ConfigError, TypeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # what a record says may go wrong in any way
         return TaskExamples(None, f"this version cannot make the data of the records: {error}")
     if not isinstance(data, TaskData) or data.sha256 != sha256:
         return TaskExamples(
