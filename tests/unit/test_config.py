@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose
@@ -11,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fine_bench.data import downloads
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.config import (
@@ -130,8 +133,31 @@ def test_every_offline_task_file(name: str) -> None:
     assert planned(f"task={name}", "estimator=random").data.name == name
 
 
+@pytest.fixture(scope="module")
+def read_once() -> Iterator[None]:
+    """MNIST is decompressed and verified once for all experiments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(downloads, "verified_content", memoised(downloads.verified_content))
+        yield
+
+
+def memoised(read: Callable[..., tuple[bytes, Path]]) -> Callable[..., tuple[bytes, Path]]:
+    """The same answers to the same words."""
+    known: dict[str, tuple[bytes, Path]] = {}
+
+    def answer(*words: Any, **options: Any) -> tuple[bytes, Path]:
+        key = repr((words, sorted(options.items())))
+        if key not in known:
+            known[key] = read(*words, **options)
+        return known[key]
+
+    return answer
+
+
 @pytest.mark.parametrize("name", names("experiment"))
-def test_every_experiment_file(name: str, mnist_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_experiment_file(
+    name: str, mnist_dir: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if "llm" in name:
         pytest.importorskip("transformers", reason="the extra llm is not installed")
     if "cifar" in name:

@@ -26,7 +26,7 @@ from fine_bench.report.html.figures import LARGEST_SVG, PageFigure, figure_block
 from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
 from fine_bench.report.html.images import PngEncoder, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
-from fine_bench.report.html.tables import boards
+from fine_bench.report.html.tables import target_tables
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import RecordStore
 from support.report_results import (
@@ -132,7 +132,7 @@ def test_tables_can_be_sorted_and_read_aloud(html: str) -> None:
 def test_numbers_intervals_best_and_ties(complete: Path) -> None:
     board = build(RecordStore(complete))
     (table,) = board.tables
-    shown = boards(table, board.columns)
+    shown = target_tables(table, board.columns)
     (fine,) = [r for r in table.rows if (r.estimator, r.target) == ("fine", "self")]
     stat = fine.stats["fidelity"]
     low, high = (f"{x:.3f}".removeprefix("0") for x in (stat.lower, stat.upper))
@@ -143,7 +143,7 @@ def test_numbers_intervals_best_and_ties(complete: Path) -> None:
     assert cell in shown
     assert '<td data-value="" class="none">undefined</td>' in shown
     tied = replace(fine, ties=frozenset({"auroc"}), dirty=True)
-    shown = boards(replace(table, rows=(tied,)), board.columns)
+    shown = target_tables(replace(table, rows=(tied,)), board.columns)
     assert shown.count('<abbr title="tie with the best">=</abbr>') == 1
     assert "made by code with uncommitted changes" in shown
 
