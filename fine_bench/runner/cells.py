@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -92,7 +92,7 @@ def outcomes(
         for number, cell in enumerate(job.todo, 1):
             name = f"{number} of {len(job.todo)}: {cell.estimator} {cell.target}"
             with announcer.busy(name):
-                outcome = _outcome(job, cell, run, watch, auxiliary, shared)
+                outcome = _outcome(job, cell, run, watch, auxiliary, shared, announcer.say)
             yield replace(outcome, training=run.facts)
 
 
@@ -108,7 +108,7 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
     """One run, read from an earlier one's checkpoints where nothing has to watch it."""
     backend = backend_of(job)
     in_run = [cell for cell in job.todo if cell.in_run]
-    run = None if in_run or job.config.force else backend.stored(job)
+    run = None if in_run or job.config.force else backend.stored(job, announcer.say)
     if run is not None:
         announcer.reused()
         return run, _Watch()
@@ -128,7 +128,13 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
 
 
 def _outcome(
-    job: Job, cell: Cell, run: TrainedRun, watch: _Watch, auxiliary: _Auxiliary, shared: Shared
+    job: Job,
+    cell: Cell,
+    run: TrainedRun,
+    watch: _Watch,
+    auxiliary: _Auxiliary,
+    shared: Shared,
+    say: Callable[[str], None],
 ) -> Outcome:
     """Ask for a cell's scores and measure them."""
     try:
@@ -137,7 +143,7 @@ def _outcome(
         if cell in watch.methods:
             scores, cost, further = _watched(job, cell, watch.methods, auxiliary)
         else:
-            scores, cost = _replayed(job, cell, run, shared)
+            scores, cost = _replayed(job, cell, run, shared, say)
             further = {}
         # the row's name is the user's choice; the scores carry it too, and the truth beside them,
         # so that figures can be drawn from files alone
@@ -269,14 +275,14 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
 
 
 def _replayed(
-    job: Job, cell: Cell, run: TrainedRun, shared: Shared
+    job: Job, cell: Cell, run: TrainedRun, shared: Shared, say: Callable[[str], None]
 ) -> tuple[InfluenceScores, dict[str, float]]:
     """Scores and cost of a method that reads checkpoints."""
     estimator = job.estimator(cell)
     problem = problem_of(job, cell.target, run.model)
     checkpoints, cost = run.checkpoints, dict[str, float]()
     if estimator.schedule is Schedule.RUNS and estimator.unsupported(problem) is None:
-        members = ensemble(job, run, estimator.runs)
+        members = ensemble(job, run, estimator.runs, say)
         checkpoints = [member.checkpoints[-1] for member in members]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))

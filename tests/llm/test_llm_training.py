@@ -354,10 +354,10 @@ def scores(values: Tensor) -> InfluenceScores:
 def test_a_run_is_kept_and_found_again(folder: Path, tmp_path: Path) -> None:
     data = task(folder)
     this = job(data, folder, tmp_path)
-    assert language.stored(this) is None
+    assert language.stored(this, pytest.fail) is None
     run = language.train(this, [SequenceFINE("self")], None)
     assert [c.updates for c in run.checkpoints] == [4, 8]  # type: ignore[attr-defined]
-    again = language.stored(this)
+    again = language.stored(this, pytest.fail)
     assert again is not None
     assert again.facts == json.loads(json.dumps(run.facts))
     for name, value in run.model.state_dict().items():
@@ -370,7 +370,7 @@ def test_a_run_is_kept_and_found_again(folder: Path, tmp_path: Path) -> None:
     assert run.facts["steering_took"] == 0.0
     assert run.facts["steering_n"] == 4
     longer = replace(this, config=replace(this.config, trainer=TrainerConfig(max_epochs=3)))
-    assert language.stored(longer) is None
+    assert language.stored(longer, lambda line: None) is None
     assert language.train_auxiliary(this, []) > 0
 
 

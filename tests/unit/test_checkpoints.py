@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,14 @@ from fine_bench.runner import checkpoints
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fine_bench.runner.checkpoints"])
 FILES = 5
+RUN = {"task": "digits", "seed": 0}
 
 
 def leave(temporary: Path, mark: str) -> None:
     for number in range(FILES):
         (temporary / f"{number}.ckpt").write_text(mark)
     (temporary / checkpoints.FACTS).write_text(json.dumps({"mark": mark}))
+    checkpoints.seal(temporary, RUN)
 
 
 def load(folder: Path) -> Callable[[dict[str, Any]], tuple[str, set[str]]]:
@@ -33,7 +36,9 @@ def load(folder: Path) -> Callable[[dict[str, Any]], tuple[str, set[str]]]:
 
 
 def read(folder: Path) -> tuple[str, set[str]] | None:
-    return checkpoints.read(folder, lambda: len(list(folder.glob("*.ckpt"))) == FILES, load(folder))
+    return checkpoints.read(
+        folder, RUN, lambda: (len(list(folder.glob("*.ckpt"))), FILES), load(folder)
+    )
 
 
 def publish_many(folder: Path, times: int) -> None:
@@ -63,8 +68,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
     (folder / "0.ckpt").unlink()
     assert read(folder) is None
-    (folder / checkpoints.FACTS).write_text("{")
-    assert read(folder) is None
+    assert [path.name for path in folder.parent.iterdir()] == ["seed0.unused-1"]
 
 
 def test_a_folder_that_is_replaced_or_goes_while_it_is_read_counts_as_absent(
@@ -74,16 +78,18 @@ def test_a_folder_that_is_replaced_or_goes_while_it_is_read_counts_as_absent(
     publish_many(folder, 1)
 
     def replaced(facts: dict[str, Any]) -> str:
-        publish_many(folder, 1)
-        (folder / checkpoints.FACTS).write_text(json.dumps({"mark": "another"}))
+        with checkpoints.scratch(folder) as temporary:
+            leave(temporary, "another")
+            checkpoints.publish(temporary, folder)
         return "old"
 
     def gone(facts: dict[str, Any]) -> str:
-        (folder / "0.ckpt").unlink()
+        shutil.rmtree(folder)
         return (folder / "0.ckpt").read_text()
 
-    assert checkpoints.read(folder, lambda: True, replaced) is None
-    assert checkpoints.read(folder, lambda: True, gone) is None
+    assert checkpoints.read(folder, RUN, lambda: (FILES, FILES), replaced) is None
+    assert checkpoints.read(folder, RUN, lambda: (FILES, FILES), gone) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_that_train_one_run_at_once(tmp_path: Path) -> None:

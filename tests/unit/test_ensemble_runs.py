@@ -39,9 +39,9 @@ def job(folder: Path, *overrides: str) -> Job:
 
 
 def members(planned: Job) -> list[Any]:
-    run = images.stored(planned)
+    run = images.stored(planned, pytest.fail)
     assert run is not None
-    return [m.checkpoints[-1] for m in ensemble(planned, run, 3)]
+    return [m.checkpoints[-1] for m in ensemble(planned, run, 3, pytest.fail)]
 
 
 def test_the_runner_trains_the_further_models_once(

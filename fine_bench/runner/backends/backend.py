@@ -5,7 +5,7 @@ The runner (plan, cells, records) does not know the difference; a module of each
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pytorch_lightning.loggers import Logger
@@ -21,8 +21,8 @@ from fine_bench.types import InfluenceScores, Target
 class Backend(Protocol):
     """What a module offers that trains and measures one kind of task."""
 
-    def stored(self, job: Job) -> TrainedRun | None:
-        """The finished run of an earlier call, or None."""
+    def stored(self, job: Job, say: Callable[[str], None]) -> TrainedRun | None:
+        """The finished run of an earlier call, or None; says where one cannot be used."""
 
     def train(
         self, job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None
@@ -52,11 +52,11 @@ def backend_of(job: Job) -> Backend:
     return _BACKENDS[job.data.kind]
 
 
-def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
+def ensemble(job: Job, run: TrainedRun, count: int, say: Callable[[str], None]) -> list[TrainedRun]:
     """The job's own run and ``count`` − 1 like it, but for initialisation and order.
 
     Their seeds derive from the run seed, so that two run seeds share no member. Members are kept
-    beside the run, and trained once.
+    beside the run, and trained once; ``say`` is told of stored ones that cannot be used.
 
     Raises:
         RuntimeError: a member could not be trained; says which.
@@ -65,8 +65,8 @@ def ensemble(job: Job, run: TrainedRun, count: int) -> list[TrainedRun]:
     members = [run]
     for number in range(1, count):
         member = job.with_randomness(f"ensemble member {number}")
-        found = backend.stored(member)
         try:
+            found = backend.stored(member, say)
             members.append(backend.train(member, [], None) if found is None else found)
         except Exception as error:
             raise RuntimeError(

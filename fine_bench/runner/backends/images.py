@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from fine_bench.errors import ConfigError
 from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner import checkpoints
-from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of
+from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.calls import build
 from fine_bench.runner.fit import fit
 from fine_bench.runner.plan import Job
@@ -102,15 +102,17 @@ def train_loader(job: Job) -> Any:
     )
 
 
-def stored(job: Job) -> TrainedRun | None:
-    """The finished run of an earlier call, if its checkpoints are all there."""
+def stored(job: Job, say: Callable[[str], None]) -> TrainedRun | None:
+    """The finished run of an earlier call, if its checkpoints are all there and its own."""
     folder = folder_of(job)
     trainer = job.config.trainer
     expected = -(-trainer.max_epochs // trainer.checkpoint_every)
     return checkpoints.read(
         folder,
-        whole=lambda: len(list(folder.glob("*.ckpt"))) == expected,
+        run_of(job),
+        count=lambda: (len(list(folder.glob("*.ckpt"))), expected),
         load=lambda facts: _trained(job, folder, facts),
+        say=say,
     )
 
 
@@ -165,6 +167,7 @@ def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> 
             if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
                 path.unlink()
         write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
+        checkpoints.seal(temporary, run_of(job))
         run = _trained(job, temporary, facts)
         checkpoints.publish(temporary, folder)
     return run
@@ -221,6 +224,7 @@ def measure(
 
 
 def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
+    describe(facts)  # facts of another form are no facts of a training
     kept = []
     for path in sorted(folder.glob("*.ckpt")):
         content = torch.load(path, map_location="cpu", weights_only=True)

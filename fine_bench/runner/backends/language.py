@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fine_bench.runner.backends.language_tuning import (
     quality,
     task_of,
 )
-from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of
+from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.plan import Job
 from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, Target
@@ -44,13 +44,15 @@ def _epochs(job: Job) -> tuple[int, ...]:
     return kept_epochs(job.config.trainer.max_epochs, task_of(job).checkpoints)
 
 
-def stored(job: Job) -> TrainedRun | None:
-    """The finished run of an earlier call, if its checkpoints are all there."""
+def stored(job: Job, say: Callable[[str], None]) -> TrainedRun | None:
+    """The finished run of an earlier call, if its checkpoints are all there and its own."""
     folder = folder_of(job)
     return checkpoints.read(
         folder,
-        whole=lambda: len(list(folder.glob("*.safetensors"))) == len(_epochs(job)),
+        run_of(job),
+        count=lambda: (len(list(folder.glob("*.safetensors"))), len(_epochs(job))),
         load=lambda facts: _trained(build(job), folder, facts),
+        say=say,
     )
 
 
@@ -83,6 +85,7 @@ def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> 
             facts |= oracle(job)
         facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
+        checkpoints.seal(temporary, run_of(job))
         run = _trained(net, temporary, facts)
         checkpoints.publish(temporary, folder)
     return run
@@ -100,6 +103,7 @@ def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:
 
 
 def _trained(net: CausalNet, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
+    describe(facts)  # facts of another form are no facts of a training
     kept = [read_checkpoint(path) for path in sorted(folder.glob("*.safetensors"))]
     net.load_state_dict(dict(kept[-1].params))
     net.memory = GradientMemory()

@@ -37,6 +37,14 @@ def folder_of(job: Job) -> Path:
     return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
 
 
+def run_of(job: Job) -> dict[str, Any]:
+    """What tells a job's run from every other: the seal of its checkpoints holds it."""
+    trainer = job.config.trainer
+    seeds = {"init_seed": trainer.init_seed, "order_seed": trainer.order_seed}
+    run = {"task": job.data.name, "data": job.data.sha256, "setting": job.setting}
+    return {**run, "seed": job.config.seed, **seeds}
+
+
 def detected(
     job: Job,
     target: Target,
