@@ -2,7 +2,8 @@
 
 What is compared is what detection ranks: one suspicion an example (``metrics.detection``). A
 comparison is kept beside the records, so that later rebuilds need no scores; it is named after the
-digests of what was compared, so it never goes stale.
+digests of what was compared, so it never goes stale, and carries a digest of its numbers. One that
+was kept without is computed again where all of its scores are at hand.
 """
 
 from __future__ import annotations
@@ -72,9 +73,15 @@ class Comparisons:
         wanted = {(a, b): _pair(scores, a, b) for a, b in combinations(scores, 2)}
         pairs: dict[Pair, Mapping[str, float]] = {}
         name = ""
+        at_hand: bool | None = None
         for old in self.kept.get(row, ()):
             if old.k != k or old.metric_version != METRIC_VERSION:
                 continue
+            if not old.sealed:
+                if at_hand is None:
+                    at_hand = all(self.store.has_scores(r) for r in finished.values())
+                if at_hand:  # nothing says that its numbers are those that were written
+                    continue
             if old.pairs.keys() == wanted.keys():
                 name = name or consistency_digest(scores, k, METRIC_VERSION)
                 if old.digest == name:

@@ -38,6 +38,7 @@ from fine_bench.retraining.outputs import BankModels
 from fine_bench.store.digest import digest
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.guarded import is_file, parse_json, read_bytes, read_json
 
 FORMAT = 1
 _ABOUT = ("format", "created", "environment", "bad")
@@ -97,8 +98,10 @@ class Bank:
         folder = Path(folder)
         path = folder / "manifest.json"
         try:
-            manifest = json.loads(path.read_text())
-            int(manifest["n_train"]), int(manifest["n_query"])
+            manifest = read_json(path)
+            for name in ("n_train", "n_query"):
+                if type(manifest[name]) is not int or manifest[name] < 1:
+                    raise ValueError(f"{name} must be a number of examples, got {manifest[name]!r}")
         except FileNotFoundError:
             raise StoreError(
                 f"{folder} holds no bank: there is no manifest.json in it; train one with "
@@ -174,10 +177,13 @@ class Bank:
         """
         keys: set[tuple[int, int]] = set()
         for path in self._chunks(part):
-            with self._reading(path), safetensors.safe_open(path, framework="np") as file:
-                self._check_metadata(path, part, file.metadata())
-                subset, run = file.get_tensor("subset"), file.get_tensor("run")
-            keys |= set(zip(subset.tolist(), run.tolist(), strict=True))
+            with self._reading(path):
+                if not is_file(path):  # a pipe is not waited for
+                    raise ValueError("is no regular file")
+                with safetensors.safe_open(path, framework="np") as file:
+                    self._check_metadata(path, part, file.metadata())
+                    subset, run = file.get_tensor("subset"), file.get_tensor("run")
+                keys |= set(zip(subset.tolist(), run.tolist(), strict=True))
         return keys
 
     def load(self, part: Part, at_least: int = 1) -> BankModels:
@@ -196,13 +202,13 @@ class Bank:
         chunks: list[dict[str, NDArray[Any]]] = []
         for path in self._chunks(part):
             with self._reading(path):
-                blob = path.read_bytes()
+                blob = read_bytes(path)
                 if _sha(blob) != path.stem.rsplit("--", 1)[-1]:
                     raise ValueError("its bytes are not those that were written")
                 with safetensors.safe_open(path, framework="np") as file:
                     self._check_metadata(path, part, file.metadata())
                 chunk = safetensors.numpy.load(blob)
-            keys = zip(chunk["subset"].tolist(), chunk["run"].tolist(), strict=True)
+                keys = self._keys(chunk)
             for row, key in enumerate(keys):
                 rows.setdefault(key, (len(chunks), row))  # two processes may train the same model
             chunks.append(chunk)
@@ -220,6 +226,18 @@ class Bank:
         if part == "single":
             self._check_variation(members)
         return BankModels(members=members, **arrays)
+
+    def _keys(self, chunk: Mapping[str, NDArray[Any]]) -> list[tuple[int, int]]:
+        """Of a chunk's models; ``ValueError`` or ``KeyError`` where its arrays do not fit."""
+        n, n_query = int(self.identity["n_train"]), int(self.identity["n_query"])
+        m = len(chunk["subset"])
+        columns = dict.fromkeys(("loss", "margin"), n) | dict.fromkeys(_VALUES[2:], n_query)
+        shapes = {name: (m, columns[name]) for name in _VALUES}
+        shapes |= {"members": (m, -(-n // 8)), "seed": (m,), "run": (m,), "subset": (m,)}
+        for name, shape in shapes.items():
+            if chunk[name].shape != shape:
+                raise ValueError(f"{name} has shape {chunk[name].shape}, this bank needs {shape}")
+        return list(zip(chunk["subset"].tolist(), chunk["run"].tolist(), strict=True))
 
     def part(self, part: Part) -> BankModels | None:
         """All models of a part (see ``load``), or None if there are none yet."""
@@ -248,14 +266,16 @@ class Bank:
     def _reading(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+        except (safetensors.SafetensorError, LookupError, ValueError, OSError) as error:
             raise StoreError(
                 f"the chunk {path} is damaged or incomplete ({error}); delete it and run "
                 "fine-bench bank again: only its models are trained anew"
             ) from error
 
     def _check_metadata(self, path: Path, part: Part, metadata: Mapping[str, str] | None) -> None:
-        about = json.loads((metadata or {}).get("fine_bench", "{}"))
+        about = parse_json((metadata or {}).get("fine_bench", "{}"))
+        if not isinstance(about, dict):
+            raise ValueError("its header is no mapping")
         if about.get("format") != FORMAT:
             raise StoreError(
                 f"the chunk {path} has format {about.get('format')!r}, this fine_bench reads "
@@ -277,7 +297,7 @@ class Bank:
         found: dict[str, tuple[int, ...]] = {}
         for path in (self.folder / "sets").glob("[!.]*.json"):
             try:
-                content = json.loads(path.read_text())
+                content = read_json(path)
                 found[str(content["name"])] = tuple(map(int, content["positions"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise StoreError(

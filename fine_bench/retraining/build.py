@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from fine_bench.retraining.outputs import BankModels
 from fine_bench.retraining.train import Recipe, default_stack, evaluate, train_stack
 from fine_bench.retraining.train_dense import is_dense
 from fine_bench.seeds import stream
+from fine_bench.store.files import temporary_folder
 
 OnStored: TypeAlias = Callable[[int], None]
 """Called with the number of models whenever some are stored."""
@@ -248,8 +248,8 @@ def _in_workers(
     processes: int,
 ) -> None:
     others = set(multiprocessing.active_children())
-    with tempfile.TemporaryDirectory(prefix="fine_bench-bank-") as folder:
-        data = Path(folder) / "data.safetensors"
+    with temporary_folder("bank") as folder:
+        data = folder / "data.safetensors"
         examples.save(data)
         executor = ProcessPoolExecutor(
             processes,

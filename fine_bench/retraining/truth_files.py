@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fine_bench.errors import UserError
 from fine_bench.retraining.truth import ARRAYS, HALVES, UNKNOWN, HalfTruth, SubsetTruth, Truth
 from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.guarded import is_file, parse_json
 
 FORMAT = 1
 KEY = "fine_bench_truth"
@@ -76,7 +77,7 @@ def load(path: Path | str) -> Truth:
         if _digest(about, arrays) != about["sha256"]:
             raise ValueError("its content is not what was written")
         return _unpack(about, arrays)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise TruthError(_damaged(path, error)) from error
 
 
@@ -126,7 +127,7 @@ def named(name: str, places: Iterable[Path]) -> Truth:
     """
     places = list(places)
     for place in places:
-        if (place / f"{name}{SUFFIX}").is_file():
+        if is_file(place / f"{name}{SUFFIX}"):
             return load(place / f"{name}{SUFFIX}")
     there = known(places)
     raise TruthError(
@@ -144,13 +145,13 @@ def _damaged(path: Path, error: object) -> str:
 
 def _header(path: Path) -> dict[str, Any]:
     """The facts of a file, without its arrays."""
-    if not path.is_file():
+    if not is_file(path):
         raise TruthError(f"there is no ground-truth file {path}")
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         text = metadata.get(KEY)
-        about = None if text is None else json.loads(text)
+        about = None if text is None else parse_json(text)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise TruthError(_damaged(path, error)) from error
     if about is None:

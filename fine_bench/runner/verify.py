@@ -13,7 +13,6 @@ truth.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.execution import execute
 from fine_bench.runner.recorded import cell_of
 from fine_bench.store.environment import environment
-from fine_bench.store.files import StoreError
+from fine_bench.store.files import StoreError, temporary_folder
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
@@ -122,8 +121,8 @@ def verify(
             f"the record of {record.estimator} seed {record.seed} is {record.status} "
             f"({record.reason}); only a finished record holds values to compare"
         )
-    with tempfile.TemporaryDirectory(prefix="fine_bench-verify-") as name:
-        job = cell_of(record, Path(name), allow_packages)
+    with temporary_folder("verify") as folder:
+        job = cell_of(record, folder, allow_packages)
         (cell,) = job.cells
         findings = _Findings()
         for what, then, now in (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fine_bench.store.digest import FORMAT, decode, digest, encode, number, to_json
+from fine_bench.store.plausibility import check_numbers
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Consistency:
         scores: seed → digest of the scores compared.
         pairs: (seed_a, seed_b) with seed_a < seed_b → metric values by name.
         variation: summary of the per-example coefficient of variation over the seeds.
+        sealed: whether its file carries a digest of its numbers, which held. Files of before there
+            was one do not; their numbers are computed again where the scores are at hand.
     """
 
     task: str
@@ -31,6 +34,7 @@ class Consistency:
     scores: Mapping[int, str]
     pairs: Mapping[tuple[int, int], Mapping[str, float]]
     variation: Mapping[str, float] = field(default_factory=dict)
+    sealed: bool = field(default=True, compare=False)
 
     @property
     def digest(self) -> str:
@@ -45,27 +49,46 @@ def consistency_digest(scores: Mapping[int, str], k: int, metric_version: int) -
 
 def consistency_json(consistency: Consistency) -> bytes:
     """The file of a comparison."""
-    payload = {f.name: getattr(consistency, f.name) for f in fields(consistency)}
+    names = [f.name for f in fields(consistency) if f.name != "sealed"]
+    payload = {name: getattr(consistency, name) for name in names}
     pairs = [[a, b, dict(values)] for (a, b), values in sorted(consistency.pairs.items())]
     payload |= {"format": FORMAT, "kind": "consistency", "pairs": pairs}
-    return to_json(encode(payload))
+    return to_json(encode({**payload, "sha256": digest(payload)}))
 
 
 def consistency_from(payload: Mapping[str, Any]) -> Consistency:
+    """The comparison that a JSON object describes.
+
+    Raises:
+        ValueError: it is none, it was edited (the digest in it is that of other numbers), or its
+            numbers cannot be.
+    """
     try:
         found = Consistency(
             **{name: str(payload[name]) for name in ("task", "setting", "estimator", "target")},
-            k=int(payload["k"]),
-            metric_version=int(payload["metric_version"]),
+            k=_whole(payload["k"]),
+            metric_version=_whole(payload["metric_version"]),
             scores={int(seed): str(sha) for seed, sha in payload["scores"].items()},
             pairs={
-                (int(a), int(b)): {name: number(x) for name, x in decode(values).items()}
+                (_whole(a), _whole(b)): {name: number(x) for name, x in decode(values).items()}
                 for a, b, values in payload["pairs"]
             },
             variation={name: number(x) for name, x in decode(payload["variation"]).items()},
+            sealed="sha256" in payload,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a consistency file: {type(error).__name__} {error}") from None
-    if any(seed not in found.scores for pair in found.pairs for seed in pair):
+    seal = {key: value for key, value in payload.items() if key != "sha256"}
+    if found.sealed and payload["sha256"] != digest(decode(seal)):
+        raise ValueError("was edited: its digest is that of other numbers; remove the file")
+    if any(a >= b or {a, b} - found.scores.keys() for a, b in found.pairs):
         raise ValueError("compares seeds whose scores it does not name")
+    for numbers in (*found.pairs.values(), found.variation):
+        check_numbers(numbers)
     return found
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r:.60} is no whole number")
+    return value

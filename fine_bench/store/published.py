@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import slug
+from fine_bench.store.guarded import files_below, read_bytes, reason_of
 from fine_bench.store.record_json import comparison_file, key_of, parse, record_file
 from fine_bench.types import RunRecord
 
@@ -101,9 +102,9 @@ def read_table(path: Path) -> PackedTable:
     problems: list[str] = []
     seen: dict[Key, Entry] = {}
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        return PackedTable((), (f"published/{path.name}: cannot be read ({error.strerror})",))
+        lines = read_bytes(path).split(b"\n")
+    except (OSError, ValueError) as error:
+        return PackedTable((), (f"published/{path.name}: cannot be read ({reason_of(error)})",))
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -137,8 +138,10 @@ class Published:
         path = self.folder / name
         try:
             stat = path.stat()
-        except OSError:
+        except FileNotFoundError:
             return PackedTable((), ())
+        except (OSError, ValueError) as error:
+            return PackedTable((), (f"published/{name}: cannot be read ({reason_of(error)})",))
         stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         if name not in self._read or self._read[name][0] != stamp:
             self._read[name] = (stamp, read_table(path))
@@ -146,8 +149,13 @@ class Published:
 
     def tables(self) -> Iterator[PackedTable]:
         """All of them, by name."""
-        for path in sorted(self.folder.glob("*.jsonl")):
-            yield self.table(path.name)
+        files, hidden = files_below(self.folder, ".jsonl")
+        for folder, reason in hidden:
+            where = folder.relative_to(self.folder.parent).as_posix()
+            yield PackedTable((), (f"{where}: its files cannot be listed ({reason})",))
+        for path in files:
+            if path.parent == self.folder:
+                yield self.table(path.name)
 
 
 def published_entry(folder: Path, name: str) -> Entry | None:

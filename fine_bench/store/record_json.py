@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 from fine_bench.store.comparisons import Consistency, consistency_from
 from fine_bench.store.digest import FORMAT, decode, digest, encode, number, to_json
 from fine_bench.store.files import slug
+from fine_bench.store.guarded import parse_json, read_bytes, reason_of
+from fine_bench.store.plausibility import check_numbers
 from fine_bench.types import RunRecord
 
 IDENTITY = (
@@ -24,6 +25,7 @@ IDENTITY = (
     "data_sha256",
 )
 CELL = ("task", "setting", "estimator", "target", "seed", "estimator_hash")
+_GROUPS = ("task", "model", "trainer", "estimator")
 PENDING = "pending"
 """May stand for ``scores_sha256`` in a finished record that ``RecordStore.save`` will fill."""
 
@@ -48,20 +50,27 @@ def record_from(payload: Mapping[str, Any]) -> RunRecord:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{name} must be {kind.__name__}, got {value!r:.60}")
         values[name] = decode(value) if kind is dict else value
+    for name in _GROUPS:  # tables and figures look into them
+        if not isinstance(values.get("config", {}).get(name, {}), dict):
+            raise ValueError(f"config.{name} must be a mapping")
     for name in ("metrics", "cost"):
         values[name] = {key: number(item) for key, item in values.get(name, {}).items()}
+    check_numbers(values["metrics"])
     try:
-        return RunRecord(**values)
+        record = RunRecord(**values)
     except TypeError as error:
         raise ValueError(str(error).replace("RunRecord.__init__()", "a record")) from None
+    if record.scores_file not in ("", own := score_file(record)):
+        raise ValueError(
+            f"names the scores {record.scores_file!r:.120}, its own would be {own}: it was edited, "
+            "or points at the scores of another record"
+        )
+    return record
 
 
 def parse(text: bytes) -> RunRecord | Consistency:
     """What a JSON text of the store says; ``ValueError`` says why it cannot be used."""
-    try:
-        payload = json.loads(text.decode())
-    except ValueError as error:
-        raise ValueError(f"is not whole JSON ({error})") from None
+    payload = parse_json(text)
     if not isinstance(payload, dict):
         raise ValueError("is not a record")
     if payload.get("format") != FORMAT:
@@ -77,9 +86,9 @@ def parse(text: bytes) -> RunRecord | Consistency:
 def read(path: Path) -> RunRecord | Consistency:
     """One file below ``records/``; ``ValueError`` says why it cannot be used."""
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+        raise ValueError(f"cannot be read ({reason_of(error)})") from error
     return parse(text)
 
 
@@ -104,6 +113,25 @@ def record_file(record: RunRecord) -> Path:
     """Where a record's file lies below ``records/``."""
     name = f"{file_stem(record)}--r{record.revision}.json"
     return table_folder(record.task, record.setting) / name
+
+
+def score_file(record: RunRecord) -> str:
+    """Where the scores of a record lie below ``scores/``."""
+    return record_file(record).with_suffix(".safetensors").as_posix()
+
+
+def check_address(name: str, found: RunRecord | Consistency) -> None:
+    """Hold a file's address below ``records/`` against its content, whose digest it carries.
+
+    Raises:
+        ValueError: the content belongs to another address: one of the two was changed.
+    """
+    own = record_file(found) if isinstance(found, RunRecord) else comparison_file(found)
+    if name != own.as_posix():
+        raise ValueError(
+            f"does not say what its name says; such content would lie at records/{own.as_posix()}. "
+            "It was edited or copied: move it away, and recompute with force=true"
+        )
 
 
 def comparison_file(found: Consistency) -> Path:

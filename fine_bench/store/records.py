@@ -11,8 +11,8 @@ The first three are the working store, where runs write. What is published is pa
 ``published/`` and read together with it (``published``, ``publication``).
 
 A record's ``digest8`` covers its whole identity (task, setting, estimator, estimator_hash, method
-version, target, seed, data_sha256), so different configurations never meet in one name. The name
-is only an address: what a record says is read from its content.
+version, target, seed, data_sha256), so different configurations never meet in one name. What a
+record says is read from its content, and its name must follow from that.
 
 A file is written under a temporary name in its own folder, flushed to the disk and then *linked*
 to its final name, which fails when that name is taken: no record is overwritten or edited, a
@@ -44,9 +44,11 @@ from fine_bench.store.files import (
     write_atomic,
     write_new,
 )
+from fine_bench.store.guarded import files_below, is_file, read_bytes, reason_of
 from fine_bench.store.published import Entry, Published, one_line, published_entry, table_name
 from fine_bench.store.record_json import (
     CELL,
+    check_address,
     comparison_file,
     file_stem,
     key_of,
@@ -54,10 +56,13 @@ from fine_bench.store.record_json import (
     read,
     record_from,
     record_json,
+    score_file,
     table_folder,
 )
 from fine_bench.store.scores import pack, scores_digest, unpack
 from fine_bench.types import InfluenceScores, RunRecord
+
+_ADDRESS = re.compile(r"--[0-9a-f]{8}--r\d+\.json$")
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,9 @@ class RecordStore:
             while True:
                 name = f"{stem}--r{revision}"
                 score_path = score_folder / f"{name}.safetensors"
-                file = score_path.relative_to(self.scores).as_posix() if blob is not None else ""
-                whole = replace(record, revision=revision, scores_file=file)
+                whole = replace(record, revision=revision)
+                if blob is not None:
+                    whole = replace(whole, scores_file=score_file(whole))
                 try:
                     self._add(whole, folder / f"{name}.json", score_path, blob, locked)
                 except FileExistsError:  # another writer was faster: the next one is ours
@@ -200,16 +206,21 @@ class RecordStore:
             published += table.entries
             problems += table.problems
         known = {entry.key: entry.line for entry in published}
-        files = () if self.published_only else sorted(self.records.rglob("*.json"))
+        files: list[Path] = []
+        if not self.published_only:
+            files, hidden = files_below(self.records, ".json")
+            problems += [
+                f"{folder.relative_to(self.root).as_posix()}: its files cannot be listed ({reason})"
+                for folder, reason in hidden
+            ]
         for path in files:
-            if path.name.startswith("."):
-                continue
             where = path.relative_to(self.root).as_posix()
             try:
-                text = path.read_bytes()
+                text = read_bytes(path)
                 entry = Entry(parse(text), one_line(text), where)
+                check_address(path.relative_to(self.records).as_posix(), entry.found)
             except OSError as error:
-                problems.append(f"{where}: cannot be read ({error.strerror})")
+                problems.append(f"{where}: cannot be read ({reason_of(error)})")
                 continue
             except ValueError as error:
                 problems.append(f"{where}: {error}")
@@ -227,7 +238,12 @@ class RecordStore:
         self.sources = (
             f"{n_published:,} published records, {len(records) - n_published:,} of your own"
         )
-        return Scan(records, problems, [f for f in found if isinstance(f, Consistency)])
+        # what is published is trusted: git, not a digest in the line, says who changed it
+        kept = [
+            replace(e.found, sealed=True) for e in published if isinstance(e.found, Consistency)
+        ]
+        kept += [entry.found for entry in own if isinstance(entry.found, Consistency)]
+        return Scan(records, problems, kept)
 
     def find(
         self,
@@ -261,6 +277,12 @@ class RecordStore:
                     found.append(record)
         return max(found, key=lambda record: (record.revision, record.created), default=None)
 
+    def has_scores(self, record: RunRecord) -> bool:
+        """Whether the score file of a record is here; ``load_scores`` says whether it is whole."""
+        return record.scores_file == score_file(record) and is_file(
+            self.scores / record.scores_file
+        )
+
     def load_scores(self, record: RunRecord) -> InfluenceScores:
         """The scores of a finished record, verified bit for bit.
 
@@ -274,7 +296,9 @@ class RecordStore:
         path = self.scores / record.scores_file
         if not path.resolve().is_relative_to(self.scores.resolve()):
             raise StoreError(f"{who} names the score file {path}, which is outside {self.scores}")
-        if not path.is_file():
+        if record.scores_file != score_file(record):
+            raise StoreError(f"{who} names the score file {path}, which is not its own")
+        if not is_file(path):
             missing = f"the score file {path} of {who} is missing"
             if self._is_published(record):
                 raise AbsentScoresError(
@@ -337,9 +361,13 @@ def read_record(path: Path | str) -> RunRecord:
     """
     path = Path(path)
     found: RunRecord | Consistency | None = None
-    if path.is_file():
+    if is_file(path):
         try:
             found = read(path)
+            if _ADDRESS.search(path.name):
+                check_address(
+                    f"{table_folder(found.task, found.setting).as_posix()}/{path.name}", found
+                )
         except ValueError as error:
             raise StoreError(f"{path} {error}") from error
     else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.store.digest import digest
+from fine_bench.store.guarded import is_file
 from fine_bench.types import InfluenceScores, Target
 
 
@@ -53,7 +54,13 @@ def tensors_of(scores: InfluenceScores) -> dict[str, Tensor]:
 def from_tensors(
     tensors: Mapping[str, Tensor], method: str, target: Target, version: int
 ) -> InfluenceScores:
-    """Inverse of ``tensors_of``."""
+    """Inverse of ``tensors_of``.
+
+    Raises:
+        KeyError, ValueError: tensors that are no scores.
+    """
+    if not tensors["values"].is_floating_point():
+        raise ValueError(f"its scores are {tensors['values'].dtype} and no floating-point numbers")
     return InfluenceScores(
         values=tensors["values"],
         method=method,
@@ -84,6 +91,8 @@ def pack(scores: InfluenceScores) -> bytes:
 
 def unpack(path: Path) -> InfluenceScores:
     """The scores of a file, each tensor held against its digest."""
+    if not is_file(path):  # a pipe is not waited for
+        raise ValueError("is no regular file")
     with safetensors.safe_open(path, framework="pt") as file:
         about = file.metadata() or {}
         tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

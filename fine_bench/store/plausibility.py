@@ -1,0 +1,46 @@
+"""Numbers that cannot be: a share above one, a correlation of seven, half an example.
+
+What can be checked without computing anything again is checked whenever a record or a comparison is
+read. NaN stands for a number that is not defined and is always allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+_SLACK = 1e-9
+"""Rounding of sums that are 1 on paper."""
+
+_RANGES = (
+    (
+        re.compile(
+            r"(.*/)?(auroc|average_precision|recall_at_rate|recall_curve_area|jaccard|p_value)"
+            r"|precision_at_\d+|recall_top_\d+"
+        ),
+        (0.0, 1.0),
+    ),
+    (re.compile(r"(.*/)?(spearman|kendall|pearson)|fidelity|fidelity_clean"), (-1.0, 1.0)),
+    (re.compile(r"jaccard_corrected"), (-math.inf, 1.0)),
+    (re.compile(r"cv_median"), (0.0, math.inf)),
+)
+_COUNTS = ("n_bad", "n_watched")
+
+
+def check_numbers(numbers: Mapping[str, float]) -> None:
+    """Refuse numbers outside of what their names allow; names that are not ours allow anything.
+
+    Raises:
+        ValueError: names the first one, its value and its range.
+    """
+    for name, value in numbers.items():
+        if math.isnan(value):
+            continue
+        for pattern, (low, high) in _RANGES:
+            if pattern.fullmatch(name) and not low - _SLACK <= value <= high + _SLACK:
+                span = f"between {low:g} and {high:g}" if low > -math.inf else f"at most {high:g}"
+                span = span if high < math.inf else f"at least {low:g}"
+                raise ValueError(f"says {name} = {value:g}, which is {span} by its definition")
+        if name in _COUNTS and not (value >= 0 and value.is_integer()):
+            raise ValueError(f"says {name} = {value:g}, which counts examples")
