@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 
-from fine_bench.commands.common import DONE, INCOMPLETE, INTERRUPTED, REFUSED
+from fine_bench.commands.common import DONE, INCOMPLETE, INTERRUPTED, REFUSED, at_home
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.retraining.build import WorkerError
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     """Train what the overrides ``argv`` ask for; 0 done, or an exit with another status."""
     # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = argv
+    sys.argv[1:] = argv = at_home(argv)
     if {"-m", "--multirun"} & set(argv):
         _end("a bank is one job, whose models get seeds of their own; leave out -m", REFUSED)
     bank_config.register()

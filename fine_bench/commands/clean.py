@@ -90,13 +90,7 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="of initialisation and order (default: 0); the same seed gives the same file",
     )
-    add(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        default=Path("flagged.csv"),
-        help="where to write, replaced if it exists (default: flagged.csv)",
-    )
+    common.add_output(made, "where to write (default: flagged.csv)", Path("flagged.csv"))
     add("--all", action="store_true", help="write every row, with the columns flagged and trusted")
     return made
 
@@ -125,10 +119,11 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.metrics.error_rate import flag
     from fine_bench.runner.clean.data_files import read
     from fine_bench.runner.clean.scores import result, score, warnings_of
-    from fine_bench.store.files import write_atomic
+    from fine_bench.store.files import check_output, write_output
     from fine_bench.terminal import bar_on
 
     _check(arguments)
+    check_output(arguments.out, arguments.force)
     try:
         data = read(arguments.data, arguments.trusted, arguments.label)
         # refused before training: the answer does not depend on the scores
@@ -149,7 +144,8 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # of a model that cannot take these data
         raise ConfigError(str(error)) from error
     table = result(data, scored, flags, arguments.all)
-    write_atomic(arguments.out, table.to_csv(index=False, lineterminator="\n").encode())
+    written = table.to_csv(index=False, lineterminator="\n").encode()
+    write_output(arguments.out, written, arguments.force)
     _report(arguments, data, scored, flags, result(data, scored, flags))
     for line in warnings_of(data, scored):
         print(f"note: {line}", file=sys.stderr)

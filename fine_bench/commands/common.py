@@ -8,6 +8,7 @@ imported before its arguments are known, so what takes long to import stands in 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,15 @@ def add_results(to: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output(to: argparse.ArgumentParser, words: str, default: Path | None = None) -> None:
+    """``--out`` and ``--force`` of a command that writes one file where the user says.
+
+    ``store.files.check_output`` refuses before the work, ``write_output`` writes after it.
+    """
+    to.add_argument("--out", metavar="FILE", type=Path, default=default, help=words)
+    to.add_argument("--force", action="store_true", help="replace FILE if it is there already")
+
+
 def add_printing(to: argparse.ArgumentParser, formats: Sequence[str], words: str) -> None:
     """``--format`` and ``--task`` of a command that prints tables.
 
@@ -97,6 +107,25 @@ def add_printing(to: argparse.ArgumentParser, formats: Sequence[str], words: str
         "--format", choices=formats, default=formats[0], help=f"what is printed: {words}"
     )
     to.add_argument("--task", metavar="NAME", help="print the tables of one task only")
+
+
+def at_home(arguments: Sequence[str]) -> list[str]:
+    """Overrides of Hydra in which a folder's ``~`` is the home folder, as a shell would have it.
+
+    A shell leaves the ``~`` of ``results_dir=~/x`` alone, since it does not begin the word; records
+    and the log would lie in different folders then.
+    """
+    found = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") in ("results_dir", "bank.folder") and value.startswith("~"):
+            home = str(Path(value).expanduser())
+            escaped = home.replace("\\", "\\\\").replace("'", "\\'")
+            plain = re.fullmatch(r"[\w./-]+", home) is not None
+            found.append(f"{key}={home}" if plain else f"{key}='{escaped}'")
+        else:
+            found.append(argument)
+    return found
 
 
 def add_packages(to: argparse.ArgumentParser, words: str) -> None:

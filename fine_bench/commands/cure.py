@@ -10,6 +10,8 @@ from fine_bench.errors import ConfigError, UserError
 METHODS = ("fine", "mean_loss", "aum")
 TREATMENTS = ("remove", "relabel", "downweight")
 MIN_SEEDS = 5
+TABLES = ("leaderboard", "summary", "sensitivity")
+"""Names in a results folder that other commands write."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,9 +82,15 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.runner.backends.images import images_of
     from fine_bench.runner.cure import cure
     from fine_bench.runner.recorded import job_of
+    from fine_bench.store.files import slug
     from fine_bench.store.records import RecordStore, newest
     from fine_bench.terminal import bar_on
 
+    if arguments.name != slug(arguments.name) or arguments.name in TABLES:
+        raise ConfigError(
+            f"--name {arguments.name!r} must consist of letters, digits, _, - and ., and be none "
+            f"of {', '.join(TABLES)}; it names files in {arguments.results}: --name cure, say"
+        )
     store = RecordStore(arguments.results)
     records = newest(store.scan().records)
     wanted = arguments.methods

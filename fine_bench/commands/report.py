@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from fine_bench.commands import common
 
@@ -33,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     common.add_results(made)
     add = made.add_argument
-    add("--out", metavar="FILE", type=Path, help="default: DIR/report.html")
+    common.add_output(made, "default: DIR/report.html, which is replaced")
     add("--task", metavar="NAME", help="a report of one task only")
     add(
         "--examples",
@@ -63,7 +62,12 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.errors import ConfigError
     from fine_bench.report.figures.tables import table_results
     from fine_bench.report.html.build import make, steps
-    from fine_bench.store.files import StoreError, write_atomic
+    from fine_bench.store.files import (
+        StoreError,
+        check_output,
+        write_atomic,
+        write_output,
+    )
     from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
 
@@ -71,6 +75,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--examples {arguments.examples} is negative; type for instance --examples 24"
         )
+    if arguments.out is not None:
+        check_output(arguments.out, arguments.force)
     store = RecordStore(arguments.results)
     with record_bar() as bar:
         board, shown = common.read_leaderboard(arguments.results, arguments.task, bar)
@@ -92,7 +98,10 @@ def main(arguments: argparse.Namespace) -> int:
     path = arguments.out or arguments.results / "report.html"
     problems = [*shown.problems, *report.problems]
     try:
-        write_atomic(path, report.html)
+        if arguments.out is None:
+            write_atomic(path, report.html)
+        else:
+            write_output(path, report.html, arguments.force)
         print(f"written: {path} ({len(report.html) / 2**20:.1f} MiB)")
         print(f"written: {store.root / 'figures'} (PNG and SVG)")
     except StoreError as error:

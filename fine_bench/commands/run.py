@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from fine_bench.commands.common import at_home
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner import execution, sweep
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """Run what the overrides ``argv`` ask for; returns the exit status."""
     # Hydra's own handler shortens tracebacks and hides causes; errors are explained here
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = multirun_first(argv)
+    sys.argv[1:] = multirun_first(at_home(argv))
     register()
     entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     with sweep.command() as swept:

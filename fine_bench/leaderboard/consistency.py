@@ -116,6 +116,8 @@ class Comparisons:
         loaded = {seed: self.store.load_scores(finished[seed]) for seed in sorted(finished)}
         if len({_watched_ones(found) for found in loaded.values()}) > 1:
             raise ValueError("its seeds score different examples; set sample_seed to one number")
+        if len(sizes := {found.values.shape[1] for found in loaded.values()}) > 1:
+            raise ValueError(f"its seeds score {sorted(sizes)} examples of the same data")
         vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
         missing = {seeds: pair for seeds, pair in wanted.items() if pair not in pairs}
         new = {seed for pair in missing for seed in pair}

@@ -17,6 +17,7 @@ from typing import Any
 
 from fine_bench.errors import DataError
 from fine_bench.llm.instructions import Sample, Turn
+from fine_bench.store.guarded import NoJSONError, parse_json, read_bytes, reason_of
 
 ROLES = ("system", "user", "assistant")
 SHOWN = 5
@@ -48,12 +49,12 @@ def read_jsonl(
     """
     path = Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}; convert it") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror}); name a JSONL file with {option}=…"
+            f"{path} cannot be read ({reason_of(error)}); name a JSONL file with {option}=…"
         ) from error
     samples: list[Sample] = []
     problems: list[str] = []
@@ -95,9 +96,11 @@ def write_jsonl(path: Path, samples: Sequence[Sample]) -> None:
 
 def _sample(line: str, number: int, group_column: str | None, truth_column: str | None) -> Sample:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except NoJSONError as error:
         raise _LineError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:
+        raise _LineError(f"it {error}") from None
     if not isinstance(row, dict):
         raise _LineError(f"a JSON object was expected, got {type(row).__name__}")
     if "messages" in row:

@@ -31,6 +31,7 @@ from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval
 from fine_bench.metrics.registry import columns, stat_key
 from fine_bench.retraining.truth import Half, Truth
+from fine_bench.store.guarded import is_file
 from fine_bench.types import SUSPICIOUS_END
 
 Scores: TypeAlias = Mapping[str, NDArray[np.float64]]
@@ -52,7 +53,7 @@ def read_scores(path: Path | str, truth: Truth) -> dict[str, NDArray[np.float64]
             not fit the truth, or values that are not finite or all equal.
     """
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise ScoreFileError(f"there is no score file {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:

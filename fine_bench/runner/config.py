@@ -148,6 +148,10 @@ def check(cfg: DictConfig) -> RunConfig:
     assert isinstance(config, RunConfig)
     if config.seed < 0:
         raise ConfigError(f"seed={config.seed} is negative; type seed=0")
+    if config.results_dir.startswith("~") or not config.results_dir.strip():
+        raise ConfigError(
+            f"results_dir={config.results_dir!r} names no folder; write the path out, without ~"
+        )
     _check_trainer(config.trainer)
     if config.logger.mode not in ("online", "offline", "disabled"):
         raise ConfigError(

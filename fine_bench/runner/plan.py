@@ -24,6 +24,7 @@ from fine_bench.runner.calls import ALWAYS_ALLOWED, build, target_of
 from fine_bench.runner.config import RunConfig, estimator_digest, setting_digest, varied
 from fine_bench.seeds import derive
 from fine_bench.store.digest import digest
+from fine_bench.store.files import slug
 from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, End, RunRecord, Target, UnsupportedProblemError
 
@@ -196,7 +197,13 @@ def _data(options: Mapping[str, Any], packages: tuple[str, ...]) -> Task:
             "returns fine_bench.data.task.TaskData (or fine_bench.llm.task.LanguageTask)"
         )
     # one function may serve several tasks: the configuration names them
-    return replace(data, name=str(options.get("name", data.name)))
+    name = str(options.get("name", data.name))
+    if name != slug(name):
+        raise ConfigError(
+            f"task.name={name!r:.100} must consist of at most 80 letters, digits and _-.+=,@; it "
+            "names folders. Type for instance task.name=mine"
+        )
+    return replace(data, name=name)
 
 
 def plan_sweep(configs: Sequence[RunConfig]) -> list[Job]:

@@ -165,7 +165,11 @@ def check_output(path: Path, force: bool = False) -> Path:
     """
     try:
         final = path.expanduser().resolve()
-        mode = final.stat().st_mode if os.path.lexists(final) else 0
+        if final.is_symlink():  # resolve() leaves a loop as it is
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        mode = final.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no home, a null byte
         raise OutputError(f"{path} names no file ({reason_of(error)}); name another one") from error
     if stat.S_ISDIR(mode) or (not mode and str(path).endswith(os.sep)):

@@ -30,6 +30,14 @@ _KINDS = (
 )
 
 
+class NoJSONError(ValueError):
+    """A text is no JSON. ``msg`` says what is wrong, ``colno`` in which column of its line."""
+
+    def __init__(self, error: json.JSONDecodeError) -> None:
+        super().__init__(f"is not whole JSON ({error})")
+        self.msg, self.colno = error.msg, error.colno
+
+
 def kind_of(mode: int) -> str:
     """What ``st_mode`` says a path is, in words; empty for a regular file."""
     return next((words for test, words in _KINDS if test(mode)), "")
@@ -76,7 +84,9 @@ def parse_json(text: bytes | str) -> Any:
         )
     except RecursionError:
         raise ValueError(f"is nested more than {MAX_DEPTH} levels deep") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        raise NoJSONError(error) from None
+    except ValueError as error:  # no UTF-8, or a number of more digits than Python converts
         raise ValueError(f"is not whole JSON ({error})") from None
     _check(value)
     return value

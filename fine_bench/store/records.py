@@ -165,7 +165,8 @@ class RecordStore:
     ) -> None:
         if blob is not None:
             if locked:  # scores without a record: their writer was killed between the two files
-                score_path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # writing says why this disk refuses
+                    score_path.unlink(missing_ok=True)
             write_new(score_path, blob)
         try:
             write_new(path, record_json(record))

@@ -17,7 +17,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.store.files import StoreError, make_folder, write_new
+from fine_bench.store.guarded import is_file, parse_json
 from fine_bench.store.published import table_name
 from fine_bench.store.records import RecordStore
 from fine_bench.store.scores import (
@@ -76,7 +79,7 @@ def write_archive(store: RecordStore, path: Path) -> ArchiveReport:
     Raises:
         StoreError: the file exists or cannot be written; nothing is left under its name.
     """
-    if path.exists():
+    if os.path.lexists(path):  # a name that is too long is refused when it is written
         raise StoreError(f"{path} is already there; name another file or remove it")
     good, missing, wrong = 0, [], []
     whole = io.BytesIO()
@@ -134,6 +137,8 @@ def unpack_archive(store: RecordStore, path: Path) -> ArchiveReport:
 def _read_archive(store: RecordStore, path: Path, keep: bool) -> ArchiveReport:
     good, written, missing, wrong = 0, 0, [], []
     try:
+        if not is_file(path):
+            raise ValueError("there is no such file")
         with tarfile.open(path) as tar:
             members = {member.name: member for member in tar.getmembers() if member.isfile()}
             for name, records in _tables(store):
@@ -149,7 +154,10 @@ def _read_archive(store: RecordStore, path: Path, keep: bool) -> ArchiveReport:
                         good += 1
                     except ValueError as error:
                         wrong.append(f"{record.scores_file}: {error}")
-    except (OSError, tarfile.TarError, safetensors.SafetensorError, ValueError, KeyError) as error:
+    except (
+        OSError, EOFError, zlib.error, tarfile.TarError, safetensors.SafetensorError,
+        ValueError, LookupError, TypeError, AttributeError, MemoryError,
+    ) as error:  # fmt: skip
         raise StoreError(f"{path} is no archive of scores that can be read: {error}") from error
     return ArchiveReport(good, tuple(missing), tuple(wrong), written)
 
@@ -200,7 +208,7 @@ class _ArchiveTable:
 
     def __init__(self, blob: bytes) -> None:
         end = 8 + int.from_bytes(blob[:8], "little")
-        about = json.loads(json.loads(blob[8:end])["__metadata__"]["fine_bench"])
+        about = parse_json(parse_json(blob[8:end])["__metadata__"]["fine_bench"])
         self.index: dict[str, Any] = about["scores"]
         self.types: dict[str, str] = about["types"]
         self.tensors: dict[str, Tensor] = safetensors.torch.load(blob)

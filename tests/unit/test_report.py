@@ -426,8 +426,8 @@ def test_a_page_that_cannot_be_written_is_named(
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["--results", str(complete), "--no-images", "--examples", "0"]
-    assert main([*arguments, "--out", str(tmp_path / "file" / "r.html")]) == 1
-    assert "could not make the folder" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(tmp_path / "file" / "r.html")]) == 2
+    assert "no file can be made in" in capsys.readouterr().err
 
 
 def test_an_empty_board_of_problems_still_makes_a_page(tmp_path: Path) -> None:
