@@ -134,7 +134,7 @@ class RecordStore:
                 raise ValueError(f"the record's target is {record.target!r}, {scores.target!r} not")
         created = datetime.now(UTC).isoformat(timespec="microseconds")
         record = replace(record, scores_sha256=sha, scores_file="", created=created, format=FORMAT)
-        record_json(record)  # refuse before anything is written
+        record_from(json.loads(record_json(record)))  # refuse before anything is written
 
         table, stem = table_folder(record.task, record.setting), file_stem(record)
         folder, score_folder = self.records / table, self.scores / table

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,14 +75,20 @@ def test_a_pipe_that_somebody_reads(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="could not write into"):  # nobody reads: no waiting
         write_output(path, b"x")
     content, reader = b"x" * 300_000, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    os.set_blocking(reader, True)
-    found: list[bytes] = []
-    with os.fdopen(reader, "rb") as file:
-        thread = threading.Thread(target=lambda: found.append(file.read()))
-        thread.start()
-        write_output(path, content)
-        thread.join(30)
-    assert found == [content]
+    found = bytearray()
+
+    def read() -> None:  # nothing comes before somebody writes, and that is no end of it
+        while len(found) < len(content):
+            with contextlib.suppress(BlockingIOError):
+                found.extend(os.read(reader, 1 << 16))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    write_output(path, content)
+    thread.join(30)
+    os.close(reader)
+    assert found == content
     assert stat.S_ISFIFO(path.stat().st_mode)
 
 
