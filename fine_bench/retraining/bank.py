@@ -232,7 +232,7 @@ class Bank:
         n, n_query = int(self.identity["n_train"]), int(self.identity["n_query"])
         m = len(chunk["subset"])
         columns = dict.fromkeys(("loss", "margin"), n) | dict.fromkeys(_VALUES[2:], n_query)
-        shapes = {name: (m, columns[name]) for name in _VALUES}
+        shapes: dict[str, tuple[int, ...]] = {name: (m, columns[name]) for name in _VALUES}
         shapes |= {"members": (m, -(-n // 8)), "seed": (m,), "run": (m,), "subset": (m,)}
         for name, shape in shapes.items():
             if chunk[name].shape != shape:
