@@ -22,14 +22,15 @@ from rich.console import Console
 from fine_bench.commands.leaderboard import main
 from fine_bench.leaderboard import captions
 from fine_bench.leaderboard import render as view
-from fine_bench.leaderboard.build import build, cells
+from fine_bench.leaderboard.build import build, build_from, cells
+from fine_bench.leaderboard.consistency import Comparisons
 from fine_bench.leaderboard.tables import Leaderboard, Row
 from fine_bench.metrics.consistency import agreement_of_runs, pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
 from fine_bench.store import files as files_module
 from fine_bench.store.files import StoreError
-from fine_bench.store.records import RecordStore, Scan
+from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 from support.records import make_record
 
@@ -545,14 +546,18 @@ def test_a_damaged_record_is_named_and_its_seed_missing(tmp_path: Path) -> None:
 
 def test_tables_fit_100_columns_even_with_awkward_numbers(tmp_path: Path) -> None:
     def edit(r: RunRecord) -> RunRecord:
-        metrics = dict.fromkeys(r.metrics, -0.9876 + 0.1 * r.seed)
-        for name in set(metrics) - {"lds"}:  # shares: a record that says less than 0 is refused
-            metrics[name] = 0.9876 - 0.1 * r.seed
         cost = {"seconds": 123456.7 * (1 + r.seed)}
         name = "an_estimator_with_quite_a_long_name_" + r.estimator
-        return replace(r, metrics={**metrics, "n_bad": 12}, cost=cost, estimator=name)
+        return replace(r, cost=cost, estimator=name)
 
-    board = build(fill(tmp_path, edit=edit))
+    def awkward(r: RunRecord) -> RunRecord:
+        # after reading: a stored record that says a negative AUROC is refused
+        metrics = dict.fromkeys(r.metrics, -0.9876 + 0.1 * r.seed)
+        return replace(r, metrics={**metrics, "n_bad": 12})
+
+    store = fill(tmp_path, edit=edit)
+    records = [awkward(r) for r in newest(store.scan().records)]
+    board = build_from(records, Comparisons(store, ()))
     text = printed(board)
     assert max(map(len, text.splitlines())) <= 100
     assert "-0.888 " in text
