@@ -45,11 +45,10 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Print the curves; 0 done, 2 nothing to read."""
-    from rich.console import Console
-
     from fine_bench.errors import DataError
     from fine_bench.report.audit import of_example, of_group
     from fine_bench.store.records import RecordStore, newest
+    from fine_bench.terminal import Terminal
 
     estimator = arguments.estimator or ("fine_paper" if arguments.group else "fine")
     store = RecordStore(arguments.results)
@@ -69,16 +68,16 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.group
         else of_example(store, chosen, arguments.example)
     )
-    out = Console(highlight=False, soft_wrap=True)
+    out = Terminal(soft_wrap=True)
     subject = f"group {arguments.group}" if arguments.group else f"example {arguments.example}"
     out.print(f"{subject} of {arguments.task}, target {arguments.target}, by {estimator}")
     for item in evidence:
         interval = (
-            f" \\[{item.lower:.3g}, {item.upper:.3g}]"
+            f" [{item.lower:.3g}, {item.upper:.3g}]"
             if item.lower != item.upper
             else ", no interval: the value itself is taken"
         )
         out.print(f"\nseed {item.seed}: mu = {item.mu:.3g}{interval}")
         for curve in item.curves():
-            out.print(str(curve), markup=False)
+            out.print(str(curve))
     return common.DONE

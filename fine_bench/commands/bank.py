@@ -15,7 +15,6 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich.markup import escape
 
 from fine_bench.commands.common import DONE, INCOMPLETE, INTERRUPTED, REFUSED, at_home
 from fine_bench.commands.hydra_help import narrow
@@ -26,6 +25,7 @@ from fine_bench.runner import bank_config
 from fine_bench.runner.bank import BankJob, out
 from fine_bench.runner.config import config_folder, explain
 from fine_bench.store.files import StoreError
+from fine_bench.terminal import marked
 from fine_bench.types import UnsupportedProblemError
 
 
@@ -59,7 +59,7 @@ def _explained() -> Iterator[None]:
 
 
 def _end(message: str, status: int) -> NoReturn:
-    out.print(f"[bold red]error:[/] {escape(message)}")
+    out.print(marked("error:", f" {message}"))
     raise SystemExit(status)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.runner.clean.data_files import read
     from fine_bench.runner.clean.scores import result, score, warnings_of
     from fine_bench.store.files import check_output, write_output
+    from fine_bench.store.spreadsheet import to_csv
     from fine_bench.terminal import bar_on
 
     _check(arguments)
@@ -144,11 +144,10 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # of a model that cannot take these data
         raise ConfigError(str(error)) from error
     table = result(data, scored, flags, arguments.all)
-    written = table.to_csv(index=False, lineterminator="\n").encode()
-    write_output(arguments.out, written, arguments.force)
+    write_output(arguments.out, to_csv(table).encode(), arguments.force)
     _report(arguments, data, scored, flags, result(data, scored, flags))
     for line in warnings_of(data, scored):
-        print(f"note: {line}", file=sys.stderr)
+        common.say(f"note: {line}", error=True)
     return common.DONE
 
 
@@ -159,12 +158,12 @@ def _report(
     flags: Flags,
     flagged: pd.DataFrame,
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from fine_bench.runner.clean.scores import explain
+    from fine_bench.terminal import Terminal, visible
 
-    out = Console(highlight=False)
+    out = Terminal()
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in (
         ("data", f"{arguments.data}: {len(data.y)} rows, {len(data.classes)} classes"),
@@ -175,19 +174,18 @@ def _report(
         ("flagged", f"{flags.n_flagged} of {flags.n_tested} "
                     f"({flags.n_flagged / flags.n_tested:.1%})"),
     ):  # fmt: skip
-        facts.add_row(name, value)
+        facts.add_row(name, visible(value))
     out.print(facts)
     if len(flagged):
         rows = Table(title=f"the first {min(SHOWN, len(flagged))} flagged rows")
         for column in flagged.columns:
             rows.add_column(column.replace("_", " "), justify="right")
         for row in flagged.head(SHOWN).itertuples(index=False):
-            rows.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in tuple(row)))
+            rows.add_row(*(f"{v:.4g}" if isinstance(v, float) else visible(v) for v in tuple(row)))
         out.print(rows)
     for line in explain(flags):
-        out.print(line, markup=False)
+        out.print(line)
     kind = "every row" if arguments.all else "the flagged rows"
     out.print(
-        f"written: {arguments.out}, {kind} (suggested labels are suggestions)", markup=False,
-        soft_wrap=True,
+        f"written: {arguments.out}, {kind} (suggested labels are suggestions)", soft_wrap=True
     )  # fmt: skip

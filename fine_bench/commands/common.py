@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +76,13 @@ def parser(
             if part
         ),
     )
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Print a line; see ``terminal.say``, which only a command that has something to say loads."""
+    from fine_bench import terminal
+
+    terminal.say(text, error=error)
 
 
 def add_results(to: argparse.ArgumentParser) -> None:
@@ -147,10 +153,10 @@ def command(
             try:
                 return function(arguments)
             except UserError as error:
-                print(error, file=sys.stderr)
+                say(error, error=True)
                 return REFUSED
             except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
+                say("interrupted", error=True)
                 return INTERRUPTED
 
         main.__doc__ = function.__doc__
@@ -183,7 +189,7 @@ def read_leaderboard(
             f"no records below {store.records}. Make some with `fine-bench run`, or name the "
             "folder that holds records/ with --results DIR"
         )
-    print(f"read: {store.sources}", file=sys.stderr)
+    say(f"read: {store.sources}", error=True)
     check_name("task", task, {table.task for table in board.tables})
     return board, board if task is None else board.of_task(task)
 

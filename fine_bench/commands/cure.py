@@ -128,5 +128,5 @@ def main(arguments: argparse.Namespace) -> int:
         target=arguments.target,
         weight=arguments.weight,
     ):
-        print(f"written: {path}")
+        common.say(f"written: {path}")
     return common.DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fine_bench.commands import common
 
@@ -103,19 +102,19 @@ def main(arguments: argparse.Namespace) -> int:
         ):
             bar.step(drawn.name)
             if drawn.figure is None:
-                print(f"left out: {drawn.name}: {drawn.reason}")
+                common.say(f"left out: {drawn.name}: {drawn.reason}")
                 continue
             try:
                 for path in write(drawn, arguments.results / "figures", arguments.format):
-                    print(f"written: {path}")
+                    common.say(f"written: {path}")
             except StoreError as error:
                 problems.append(str(error))
     for table in shown.tables:
         for line in undrawn_cells(table):
-            print(line)
+            common.say(line)
     for line in dict.fromkeys(note for results in found for note in results.notes):
-        print(line)
+        common.say(line)
     problems += [problem for results in found for problem in results.problems]
     for problem in dict.fromkeys(problems):
-        print(problem, file=sys.stderr)
+        common.say(problem, error=True)
     return common.DONE if shown.complete and not problems else common.INCOMPLETE

@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         written = render.write(board, arguments.results)
     except StoreError as error:
-        print(error, file=sys.stderr)
+        common.say(error, error=True)
         return common.INCOMPLETE
-    print("written: " + ", ".join(map(str, written)), file=sys.stderr)
+    common.say("written: " + ", ".join(map(str, written)), error=True)
     return common.DONE if shown.complete else common.INCOMPLETE

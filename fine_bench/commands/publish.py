@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
                 return _archive(action(store, path), path, name)
         return _publish(store, arguments.task)
     except StoreError as error:
-        print(error, file=sys.stderr)
+        common.say(error, error=True)
         return common.INCOMPLETE
 
 
@@ -94,7 +93,7 @@ def _publish(store: RecordStore, tasks: Sequence[str]) -> int:
     if own:
         _build(store)  # compares the seeds of new rows, so that the comparisons are published too
     done = publish(store, tasks)
-    print(
+    common.say(
         f"published: {done.records:,} records and {done.comparisons:,} comparisons of seeds in "
         f"{len(done.files)} files, {done.size / 1e6:.1f} MB; new: {done.new_records:,} records, "
         f"{done.new_comparisons:,} comparisons"
@@ -111,11 +110,11 @@ def _publish(store: RecordStore, tasks: Sequence[str]) -> int:
     if parts:
         write_atomic(folder / "summary.md", "\n".join(parts).encode())
         written.append(folder / "summary.md")
-    print("written: " + ", ".join(map(str, written)))
+    common.say("written: " + ", ".join(map(str, written)))
     for line in reasons:
-        print(line)
+        common.say(line)
     for line in dict.fromkeys((*done.problems, *found.problems)):
-        print(line, file=sys.stderr)
+        common.say(line, error=True)
     return common.INCOMPLETE if done.problems or found.problems else common.DONE
 
 
@@ -123,15 +122,15 @@ def _archive(report: ArchiveReport, path: Path, action: str) -> int:
     total = report.good + len(report.missing) + len(report.wrong)
     if not total:
         raise DataError("no published record has scores; publish some with `fine-bench publish`")
-    print(f"{report.good:,} of {total:,} scores of published records verify bit for bit")
+    common.say(f"{report.good:,} of {total:,} scores of published records verify bit for bit")
     if action == "unpack":
-        print(f"written: {report.written:,} score files")
+        common.say(f"written: {report.written:,} score files")
     elif report.written:
-        print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        common.say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     for line in _first([f"missing: {name}" for name in report.missing]):
-        print(line, file=sys.stderr)
+        common.say(line, error=True)
     for line in _first(report.wrong):
-        print(line, file=sys.stderr)
+        common.say(line, error=True)
     return common.DONE if report.complete else common.INCOMPLETE
 
 

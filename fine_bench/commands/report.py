@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fine_bench.commands import common
 
@@ -102,10 +101,10 @@ def main(arguments: argparse.Namespace) -> int:
             write_atomic(path, report.html)
         else:
             write_output(path, report.html, arguments.force)
-        print(f"written: {path} ({len(report.html) / 2**20:.1f} MiB)")
-        print(f"written: {store.root / 'figures'} (PNG and SVG)")
+        common.say(f"written: {path} ({len(report.html) / 2**20:.1f} MiB)")
+        common.say(f"written: {store.root / 'figures'} (PNG and SVG)")
     except StoreError as error:
         problems.append(str(error))
     for problem in dict.fromkeys(problems):
-        print(problem, file=sys.stderr)
+        common.say(problem, error=True)
     return common.DONE if shown.complete and not problems else common.INCOMPLETE

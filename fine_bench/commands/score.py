@@ -59,5 +59,5 @@ def main(arguments: argparse.Namespace) -> int:
         texts = {"md": render.to_markdown, "csv": render.to_csv, "json": render.to_json}
         sys.stdout.write(texts[arguments.format](found))
     for line in warnings_of(found):
-        print(line, file=sys.stderr)
+        common.say(line, error=True)
     return common.DONE

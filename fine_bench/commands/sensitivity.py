@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
         scan = store.scan()
         found = spreads(store, scan, bar.comparing)
     for line in (f"read: {store.sources}", *scan.problems):
-        print(line, file=sys.stderr)
+        common.say(line, error=True)
     if not found:
         raise DataError(
             f"no cells of a range below {store.records}. Run some, for instance `fine-bench run "
@@ -63,8 +63,8 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         written = sensitivity_tables.write(found, arguments.results)
     except StoreError as error:
-        print(error, file=sys.stderr)
+        common.say(error, error=True)
         return common.INCOMPLETE
-    print("written: " + ", ".join(map(str, written)), file=sys.stderr)
+    common.say("written: " + ", ".join(map(str, written)), error=True)
     complete = not scan.problems and all(s.complete for s in chosen)
     return common.DONE if complete else common.INCOMPLETE

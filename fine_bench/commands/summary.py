@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fine_bench.commands import common
 
@@ -48,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
         for target in arguments.target
     )
     write_atomic(arguments.results / "summary.md", text.encode())
-    print(text)
+    common.say(text)
     for problem in board.problems:
-        print(problem, file=sys.stderr)
+        common.say(problem, error=True)
     return common.DONE if not board.problems else common.INCOMPLETE

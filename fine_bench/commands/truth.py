@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fine_bench.commands import common
@@ -63,7 +62,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise
     except ValueError as error:  # too few models, or a name that names no file
         raise ConfigError(str(error)) from error
-    print(truth.summary())
+    common.say(truth.summary())
     for path in written:
-        print(f"written: {path} ({path.stat().st_size / 2**20:.2f} MiB)", file=sys.stderr)
+        common.say(f"written: {path} ({path.stat().st_size / 2**20:.2f} MiB)", error=True)
     return common.DONE

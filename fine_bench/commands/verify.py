@@ -53,21 +53,19 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Recompute, compare and report."""
-    from rich.console import Console
-    from rich.markup import escape
-
     from fine_bench.runner.verify import results_of, verify
     from fine_bench.store.records import read_record
-    from fine_bench.terminal import bar_on
+    from fine_bench.terminal import Terminal, bar_on, visible
 
-    out = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False)
+    out = Terminal(soft_wrap=True)
+    errors = Terminal(stderr=True)
     record = read_record(arguments.record)
     results = arguments.results or results_of(arguments.record)
     out.print(
-        f"{record.task} · {record.estimator} · {record.target} · seed {record.seed} · "
-        f"revision {record.revision}, made {record.created[:10] or 'at an unknown time'}",
-        markup=False,
+        visible(
+            f"{record.task} · {record.estimator} · {record.target} · seed {record.seed} · "
+            f"revision {record.revision}, made {record.created[:10] or 'at an unknown time'}"
+        )
     )
 
     @contextmanager
@@ -81,7 +79,7 @@ def main(arguments: argparse.Namespace) -> int:
             record,
             results,
             allow_packages=arguments.allow_packages,
-            say=lambda line: errors.print("  " + escape(line)),
+            say=lambda line: errors.print("  " + line),
             busy=busy,
         )
     except UserError:
@@ -89,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     except ValueError as error:  # a record of somebody else may hold anything
         raise ConfigError(str(error)) from error
     for line in lines_of(verdict):
-        out.print(line, markup=False)
+        out.print(line)
     return common.DONE if verdict.equal else common.INCOMPLETE
 
 

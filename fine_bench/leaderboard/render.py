@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,9 @@ from fine_bench.leaderboard.captions import (
 from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, head_of, markdown, number
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table, key_of, shows
 from fine_bench.metrics.registry import STANDARD, Metric, known
+from fine_bench.store import spreadsheet
 from fine_bench.store.files import write_atomic
+from fine_bench.terminal import UNSEEN, visible
 
 
 def seeds_of(row: Row, table: Table) -> str:
@@ -125,7 +128,7 @@ def to_markdown(board: Leaderboard) -> str:
             lines += ["Not in the averages:", "", *(f"- {line}" for line in unfinished), ""]
     if board.problems:
         lines += ["## Problems", "", *(f"- {one_line(line)}" for line in board.problems), ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return "\n".join(map(visible, lines)).rstrip("\n") + "\n"
 
 
 def frame(board: Leaderboard) -> pd.DataFrame:
@@ -192,7 +195,7 @@ def _plain(value: Any) -> str:
 
 def to_csv(board: Leaderboard) -> str:
     """``frame`` as csv; an undefined number is empty, with the number of its seeds as ``n``."""
-    return str(frame(board).to_csv(index=False, lineterminator="\n"))
+    return spreadsheet.to_csv(frame(board))
 
 
 def to_json(board: Leaderboard) -> str:
@@ -208,7 +211,9 @@ def to_json(board: Leaderboard) -> str:
         return [strict(item) for item in value] if isinstance(value, list | tuple) else value
 
     plain = strict(asdict(board))
-    return json.dumps(plain, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json.dumps(plain, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    # what JSON lets stand and a terminal would obey
+    return re.sub(UNSEEN, lambda found: f"\\u{ord(found.group()):04x}", text) + "\n"
 
 
 def write(board: Leaderboard, root: Path | str) -> list[Path]:

@@ -18,7 +18,9 @@ from fine_bench.leaderboard.captions import one_line
 from fine_bench.leaderboard.sensitivity import Spread, columns_of
 from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, head_of, markdown, number
 from fine_bench.metrics.registry import Metric
+from fine_bench.store import spreadsheet
 from fine_bench.store.files import write_atomic
+from fine_bench.terminal import visible
 
 NOTES = (
     "A number is the mean with the row's own options. Its band goes from the lowest to the highest "
@@ -116,7 +118,7 @@ def to_markdown(found: Sequence[Spread]) -> str:
         gaps = missing_of(mine)
         if gaps:
             lines += ["Not in the bands:", "", *(f"- {line}" for line in gaps), ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    return "\n".join(map(visible, lines)).rstrip("\n") + "\n"
 
 
 def to_csv(found: Sequence[Spread]) -> str:
@@ -141,7 +143,7 @@ def to_csv(found: Sequence[Spread]) -> str:
             band = asdict(s.bands[column.key])
             few = {"configurations_in_band": band.pop("n"), "missing": "; ".join(s.missing)}
             lines.append({**about, "metric": column.key, **band, **few})
-    return str(pd.DataFrame(lines).to_csv(index=False, lineterminator="\n"))
+    return spreadsheet.to_csv(pd.DataFrame(lines))
 
 
 def write(found: Sequence[Spread], root: Path) -> list[Path]:

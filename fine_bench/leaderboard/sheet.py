@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fine_bench.metrics.registry import ARROWS, Better, Metric
+from fine_bench.terminal import Terminal, visible
 
 WIDTH = 100
 NAME_WIDTH = 18
@@ -155,7 +156,7 @@ def markdown(sheet: Sheet) -> list[str]:
     ]
     rule = ["---" if head.left else "---:" for head in heads]
     return [
-        "| " + " | ".join(part.replace("|", "\\|") for part in line) + " |"
+        "| " + " | ".join(visible(part).replace("|", "\\|") for part in line) + " |"
         for line in ([head.text for head in heads], rule, *body)
     ]
 
@@ -170,7 +171,7 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
         width=WIDTH,
         pad_edge=False,
         collapse_padding=True,
-        title=title or sheet.title,
+        title=Text(visible(title or sheet.title)),
         title_justify="left",
         title_style="bold",
     )
@@ -182,32 +183,33 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
         cells = [f"{e.name} {e.short}{e.few}" for e in (line.entries[i] for line in sheet.lines)]
         wide += max(len(cell.strip()) for cell in (head.text, *cells))
     gap = " " if wide <= WIDTH else "\n"
-    rich.add_column(first.text, overflow="fold", ratio=1)
+    rich.add_column(Text(visible(first.text)), overflow="fold", ratio=1)
     for head in others:
         side: Literal["right", "left"] = "right" if head.count else "left"
-        rich.add_column(head.text, justify=side, overflow="fold", no_wrap=head.count)
+        label = Text(visible(head.text))
+        rich.add_column(label, justify=side, overflow="fold", no_wrap=head.count)
     target = ""
     for line in sheet.lines:
         if line.target != target:
             target = line.target
-            rich.add_row(Text(target, style="bold"))
+            rich.add_row(Text(visible(target), style="bold"))
         name, *entries = line.entries
-        label: RenderableType = Text(name.name)
+        row: RenderableType = Text(visible(name.name))
         if name.below:
-            label = Group(label, Text("\n".join(name.below), style="dim"))
+            row = Group(row, Text("\n".join(map(visible, name.below)), style="dim"))
         parts = [
-            Text.assemble(e.name, (f"{gap}{e.short}{e.few}" if e.short else "", "dim"))
+            Text.assemble(visible(e.name), (f"{gap}{e.short}{e.few}" if e.short else "", "dim"))
             for e in entries
         ]
-        rich.add_row(Padding(label, (0, 0, 0, INDENT)), *parts)
+        rich.add_row(Padding(row, (0, 0, 0, INDENT)), *parts)
     return rich
 
 
 def show(pieces: Iterable[RenderableType], console: Console | None = None) -> None:
     """Print at most ``WIDTH`` columns wide, to the terminal or to ``console``."""
     if console is None:
-        console = Console(highlight=False)
+        console = Terminal()
         wide = not console.is_terminal or console.width >= WIDTH
-        console = Console(highlight=False, width=WIDTH if wide else console.width)
+        console = Terminal(width=WIDTH if wide else console.width)
     for piece in pieces:
         console.print(piece)

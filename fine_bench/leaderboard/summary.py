@@ -14,6 +14,7 @@ from fine_bench.errors import DataError
 from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, markdown, number
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.registry import DETECTION, Metric
+from fine_bench.terminal import visible
 from fine_bench.types import TARGETS
 
 
@@ -132,4 +133,4 @@ def to_markdown(summary: Summary) -> str:
     if summary.measure.table == DETECTION:
         bad = (f"{table.k:,} of the examples of {table.task}" for table in summary.tables)
         lines += ["", f"Known bad: {', '.join(bad)}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(visible, lines)) + "\n"

@@ -14,6 +14,7 @@ from fine_bench.report.figures.style import FORMATS, to_bytes
 from fine_bench.retraining.bank import Bank
 from fine_bench.retraining.definition import Compared, compare
 from fine_bench.retraining.outputs import BankModels
+from fine_bench.store import spreadsheet
 from fine_bench.store.files import write_atomic
 
 RANKS = (
@@ -80,7 +81,7 @@ def _definition(
     results: Path,
 ) -> dict[Path, bytes]:
     names = {positions: key for key, positions in bank.sets().items()}
-    table = compared.table(names, is_bad).to_csv(index=False, float_format="%.5g")
+    table = spreadsheet.to_csv(compared.table(names, is_bad), float_format="%.5g")
     files = {results / "ground_truth" / f"definition--{name}.csv": table.encode()}
     facts = compared.facts()
     if "examples/spearman" not in facts:

@@ -26,6 +26,7 @@ from fine_bench.report.figures.style import (
     to_bytes,
 )
 from fine_bench.report.figures.tables import kind_of
+from fine_bench.store import spreadsheet
 from fine_bench.store.files import write_atomic
 from fine_bench.types import RunRecord
 
@@ -126,7 +127,7 @@ def write(
     kinds = {row: kind_of(row, rs[0].config) for row, rs in chosen.items()}
     drawn = figure(points, kinds, size=size, rate=data.truth.rate)
     files = {
-        results / f"{name}.csv": table.to_csv(index=False, lineterminator="\n").encode(),
+        results / f"{name}.csv": spreadsheet.to_csv(table).encode(),
         results / f"{name}.md": markdown(points, heading, notes).encode(),
     }
     for kind in FORMATS:

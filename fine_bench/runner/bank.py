@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
@@ -37,12 +35,12 @@ from fine_bench.runner.calls import ALWAYS_ALLOWED
 from fine_bench.runner.config import RunConfig
 from fine_bench.runner.plan import plan
 from fine_bench.store.files import StoreError
-from fine_bench.terminal import bar_on
+from fine_bench.terminal import Terminal, bar_on, marked
 
 _SINGLE = "example_"
 _SECONDS_BETWEEN_LINES = 30.0
 
-out = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal(stderr=True, soft_wrap=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +112,8 @@ class BankJob:
 
     def _announce(self) -> None:
         config, data, wanted, trainer = self.config, self.data, self.wanted, self.config.trainer
-        out.print(f"[bold]fine-bench bank[/]  {data.name}, seed {wanted.seed}, vary {wanted.vary}")
+        about = f"  {data.name}, seed {wanted.seed}, vary {wanted.vary}"
+        out.print(marked("fine-bench bank", about, "bold"))
         out.print(
             f"  data        {data.n_train:,} training examples, {data.truth.n_bad:,} bad, "
             f"{data.n_query:,} queries"
@@ -159,8 +158,12 @@ class BankJob:
             if models:
                 lacking = len(missing(self.bank, models))
                 out.print(
-                    f"[bold]{part}[/]: {len(models) - lacking:,} of {len(models):,} models are "
-                    f"there, {lacking:,} to train"
+                    marked(
+                        part,
+                        f": {len(models) - lacking:,} of {len(models):,} models are there, "
+                        f"{lacking:,} to train",
+                        "bold",
+                    )
                 )
                 todo += lacking
         if not todo:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
-from rich.markup import escape
 
 from fine_bench.leaderboard import build as leaderboard
 from fine_bench.leaderboard import render
@@ -16,7 +15,7 @@ from fine_bench.leaderboard.tables import Planned
 from fine_bench.runner import wandb_log
 from fine_bench.runner.plan import Job
 from fine_bench.store.records import RecordStore
-from fine_bench.terminal import record_bar
+from fine_bench.terminal import Terminal, marked, record_bar
 
 
 def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int:
@@ -30,7 +29,7 @@ def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int
     Returns:
         0, or 1 if a planned cell failed or is missing, or a number of these tables cannot be had.
     """
-    out = out or Console(stderr=True, highlight=False, soft_wrap=True)
+    out = out or Terminal(stderr=True, soft_wrap=True)
     root = jobs[0].results
     store = RecordStore(root)
     with record_bar(out) as bar:
@@ -56,13 +55,13 @@ def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int
     out.print(f"\nread: {store.sources}")
     out.print(f"written: {', '.join(map(str, written))}")
     if bad:
-        out.print(f"[bold red]{len(bad)} of {len(states)} cells are not there:[/]")
+        out.print(marked(f"{len(bad)} of {len(states)} cells are not there:", ""))
         for cell in bad:
             name = f"{cell.estimator}/{cell.target} seed {cell.seed}"
-            out.print(f"  {name} {cell.state}: {escape(cell.reason)}")
+            out.print(f"  {name} {cell.state}: {cell.reason}")
     # a record may be there and its scores damaged: then a number of these tables is missing
     where = tuple({f"{job.data.name}/{job.setting[:8]}: " for job in jobs})
     damaged = [line for line in board.problems if line.startswith(where)]
     for line in damaged:
-        out.print(f"[bold red]problem:[/] {escape(line)}")
+        out.print(marked("problem:", f" {line}"))
     return 1 if bad or damaged else 0

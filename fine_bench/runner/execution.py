@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
-from rich.markup import escape
+from rich.text import Text
 
 from fine_bench.runner import launchers, sweep, wandb_log
 from fine_bench.runner.cells import outcomes
@@ -18,7 +18,7 @@ from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.progress import Announcer, CellBar
 from fine_bench.runner.write import Writer, Written
-from fine_bench.terminal import hidden
+from fine_bench.terminal import hidden, marked
 
 
 def run_job(config: DictConfig) -> None:
@@ -33,16 +33,17 @@ def run_job(config: DictConfig) -> None:
     )
     silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
 
-    def say(line: str) -> None:
+    def say(line: str | Text) -> None:
         if not silent:
             sweep.out.print(line)
 
-    say(f"[bold]{job.data.name} seed {job.config.seed}[/]: {len(job.todo)} cells to compute")
+    name = f"{job.data.name} seed {job.config.seed}"
+    say(marked(name, f": {len(job.todo)} cells to compute", "bold"))
     if not job.todo:
         return
     logger = wandb_log.start_run(job, folder.name)
     with hidden(silent), closing(CellBar(len(job.todo), sweep.out)) as cells:
-        written = execute(job, folder.name, logger, lambda line: say("  " + escape(line)), cells)
+        written = execute(job, folder.name, logger, lambda line: say("  " + line), cells)
     wandb_log.finish_run(logger, job, written)
     if command is not None:
         command.note(job, [one.cell for one in written if one.record.status != "failed"])

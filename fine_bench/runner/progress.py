@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Event, Thread
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import TaskID
 
 from fine_bench.runner.plan import Cell, Job
@@ -173,7 +172,7 @@ class Follower:
                 start = time.perf_counter()
                 lines = self.look()
                 for line in lines:
-                    self.out.print("  " + escape(line))
+                    self.out.print("  " + line)
                 progress.advance(bar, len(lines))
                 if ending:
                     return

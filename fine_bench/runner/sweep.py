@@ -27,8 +27,6 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner import launchers
@@ -36,11 +34,12 @@ from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check, explain
 from fine_bench.runner.plan import Cell, Job, plan_sweep
 from fine_bench.runner.progress import Follower
+from fine_bench.terminal import Terminal, marked
 
 BAD_INPUT = 2
 INCOMPLETE = 1
 
-out = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal(stderr=True, soft_wrap=True)
 
 
 class Sweep:
@@ -110,22 +109,23 @@ class Sweep:
         try:
             self.status = conclude(self.jobs, self.folder.name, out)
         except Exception as error:
-            out.print(
-                f"[bold red]error:[/] the leaderboard could not be made: {escape(str(error))}"
-            )
+            out.print(marked("error:", f" the leaderboard could not be made: {error}"))
             self.status = INCOMPLETE
 
     def cut_short(self, error: Exception) -> None:
         """End a sweep whose launcher, or one of whose jobs, raised: say why, show what there is."""
         if launchers.of_launcher(error):
             out.print(
-                "[bold red]error:[/] the process of a job ended before its work "
-                f"({type(error).__name__}): {escape(str(error).strip())}\nOut of memory or of time "
-                "is what this is mostly. The same command computes what is missing, and nothing "
-                "else"
+                marked(
+                    "error:",
+                    " the process of a job ended before its work "
+                    f"({type(error).__name__}): {str(error).strip()}\nOut of memory or of time is "
+                    "what this is mostly. The same command computes what is missing, and nothing "
+                    "else",
+                )
             )
         elif isinstance(error, ConfigError | DataError | HydraException | OmegaConfBaseException):
-            out.print(f"[bold red]error:[/] a job could not start: {escape(explain(error))}")
+            out.print(marked("error:", f" a job could not start: {explain(error)}"))
         else:
             traceback.print_exception(error)
         self.end()
@@ -143,7 +143,7 @@ def _key(job: Job, cell: Cell) -> tuple[str, ...]:
 
 def refuse(error: Exception) -> NoReturn:
     """Say what is wrong with the input and end the process."""
-    out.print(f"[bold red]error:[/] {escape(launchers.explain(error) or explain(error))}")
+    out.print(marked("error:", f" {launchers.explain(error) or explain(error)}"))
     raise SystemExit(BAD_INPUT)
 
 
@@ -212,7 +212,8 @@ def announce(jobs: Sequence[Job], sweep_folder: Path, launcher: str) -> None:
     seeds = list(dict.fromkeys(job.config.seed for job in jobs))
     tasks = list(dict.fromkeys(job.data.name for job in jobs))
     data = first.data
-    out.print(f"[bold]fine_bench[/]  {', '.join(tasks)}, seeds {', '.join(map(str, seeds))}")
+    about = f"  {', '.join(tasks)}, seeds {', '.join(map(str, seeds))}"
+    out.print(marked("fine_bench", about, "bold"))
     out.print(
         f"  data        {data.n_train:,} training examples, {data.truth.n_bad:,} bad "
         f"({data.truth.rate:.0%}, {data.truth.kind}), {len(data.query_y):,} queries, "

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.labels import Name, place
 from fine_bench.report.figures.style import BLACK, GREY, PALE, Look, canvas, settle, styled
+from fine_bench.terminal import visible_lines
 
 Array = NDArray[np.float64]
 
@@ -49,10 +50,13 @@ class Recall:
 
 def title_of(figure: Figure, text: str, size: str = "") -> None:
     """What is shown, and below it of what and how many, in as many lines as the width asks for."""
+    # measured before the figure is settled, so what ``style.settle`` does is done here
+    text, size = visible_lines(text), visible_lines(size)
     words = size
     for narrower in range(len(size), 20, -4):
         words = "\n".join(textwrap.wrap(size, narrower))
-        title = figure.suptitle(f"{text}\n{words}" if size else text, x=0.01, ha="left")
+        shown = f"{text}\n{words}" if size else text
+        title = figure.suptitle(shown, x=0.01, ha="left", parse_math=False)
         if title.get_window_extent().width <= 0.98 * figure.bbox.width:
             return
     if not size:

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from numpy.typing import NDArray
 
+from fine_bench.terminal import visible_lines
+
 Box = tuple[float, float, float, float]
 """left, bottom, right, top in pixels"""
 
@@ -76,7 +78,9 @@ def place(axes: Axes, names: Sequence[Name], bars: Sequence[NDArray[np.float64]]
     boxes: dict[int, Box] = {}
     leaders: list[tuple[float, float, float, float]] = []
     for i in sorted(range(len(names)), key=lambda i: (-crowd[i], i)):
-        text = axes.text(0, 0, names[i].text, fontsize=8, color=names[i].colour)
+        # as ``style.settle`` will take it
+        word = visible_lines(names[i].text)
+        text = axes.text(0, 0, word, fontsize=8, color=names[i].colour, parse_math=False)
         size = text.get_window_extent(renderer)
         text.remove()
         width, height = size.width + 2 * scale, size.height + 3 * scale

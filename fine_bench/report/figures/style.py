@@ -15,6 +15,10 @@ from typing import Any, NamedTuple, ParamSpec
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogFormatter
+
+from fine_bench.terminal import visible_lines
 
 FORMATS = ("png", "svg")
 
@@ -140,10 +144,39 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def settle(figure: Figure) -> None:
-    """Compute the layout once and keep it."""
+    """Take all text for text, compute the layout once and keep it."""
+    _take_for_text(figure)
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+
+
+def _take_for_text(figure: Figure) -> None:
+    """No formulas and no control characters: names in a figure may be anybody's.
+
+    Matplotlib's own formulas, the powers along a logarithmic axis, stay.
+    """
+    powers = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            for formatter in (axis.get_major_formatter(), axis.get_minor_formatter()):
+                if isinstance(formatter, FuncFormatter):  # names along an axis are one too
+                    formatter.func = _shown(formatter.func)
+            labels = [*axis.get_majorticklabels(), *axis.get_minorticklabels()]
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                powers |= set(map(id, labels))
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if id(text) in powers:
+            continue
+        text.set_parse_math(False)
+        if (shown := visible_lines(text.get_text())) != text.get_text():
+            text.set_text(shown)
+
+
+def _shown(label: Callable[..., str]) -> Callable[..., str]:
+    """The same labels, with control characters written out."""
+    return lambda *place: visible_lines(label(*place))
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:

@@ -7,6 +7,8 @@ import html
 import math
 from collections.abc import Iterable
 
+from fine_bench.terminal import visible_lines
+
 
 class Safe(str):
     """Markup that was made here, and is not escaped again."""
@@ -15,8 +17,8 @@ class Safe(str):
 
 
 def text(value: object) -> Safe:
-    """``value`` as text, with ``& < > " '`` escaped; what is ``Safe`` stays."""
-    return value if isinstance(value, Safe) else Safe(html.escape(str(value), quote=True))
+    """``value`` as text: ``& < > " '`` escaped, control characters shown; ``Safe`` stays."""
+    return value if isinstance(value, Safe) else Safe(html.escape(visible_lines(value), quote=True))
 
 
 def join(parts: Iterable[object], between: str = "") -> Safe:

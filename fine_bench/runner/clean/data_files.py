@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +87,11 @@ def read(data: Path, trusted: str, label: str | None) -> LabelledData:
     )
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, where the error has no words of its own too."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def _require_rows(n: int, path: Path) -> None:
     if n < 2:
         raise DataError(f"{path} holds {n} row(s); there is nothing to compare")
@@ -98,10 +102,22 @@ def standardise(x: NDArray[Any]) -> Tensor:
 
     A table ``(n, features)`` column by column (a constant column becomes 0), anything with more
     axes (images) by the one mean and standard deviation of all its values.
+
+    Raises:
+        DataError: numbers so large that they have no standard deviation.
     """
     values = x.astype(np.float64)
     axes = (0,) if x.ndim == 2 else tuple(range(x.ndim))
-    std = values.std(axis=axes, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        std = values.std(axis=axes, keepdims=True)
+    if not np.isfinite(std).all():
+        column = int(np.argwhere(~np.isfinite(std))[0][-1])
+        where = f"feature {column} (counted from 0)" if x.ndim == 2 else "the values"
+        raise DataError(
+            f"{where} reach {np.abs(values[:, column] if x.ndim == 2 else values).max():.3g}, "
+            "whose square is no number, so they cannot be standardised; divide them by their "
+            "largest value, or drop what cannot be right"
+        )
     values -= values.mean(axis=axes, keepdims=True)
     return torch.from_numpy((values / np.where(std > 0, std, 1.0)).astype(np.float32))
 
@@ -119,9 +135,12 @@ def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
                     f"are needed; {how}"
                 )
             x, y = archive["x"], archive["y"]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive fails in zlib, tokenize, struct, memory, …
         raise DataError(
-            f"{path} cannot be read as plain arrays ({error}); {how}, without objects among them"
+            f"{path} cannot be read as plain arrays ({_reason(error)}); {how}, without objects "
+            "among them"
         ) from error
     if x.dtype.kind not in "fiu" or x.ndim < 2:
         raise DataError(
@@ -150,8 +169,8 @@ def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 def _read_csv(path: Path, trusted: str, label: str | None) -> tuple[NDArray[Any], Any, Mask]:
     try:
         table = pd.read_csv(path)
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(f"{path} cannot be read as a csv table ({error})") from error
+    except Exception as error:  # whatever a damaged file sets off in pandas
+        raise DataError(f"{path} cannot be read as a csv table ({_reason(error)})") from error
     columns = [str(c) for c in table.columns]
     table.columns = pd.Index(columns)
     if label is None:
