@@ -23,7 +23,7 @@ from fine_bench.retraining.build import WorkerError
 from fine_bench.retraining.train import DivergedModelError
 from fine_bench.runner import bank_config
 from fine_bench.runner.bank import BankJob, out
-from fine_bench.runner.config import config_folder, explain
+from fine_bench.runner.config import config_folder, explain, refuse_empty_groups
 from fine_bench.store.files import StoreError
 from fine_bench.terminal import marked
 from fine_bench.types import UnsupportedProblemError
@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     bank_config.register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="bank")
     with _explained(), narrow(argv):
+        refuse_empty_groups(argv)
         run(_job)()
     return DONE
 

@@ -18,7 +18,7 @@ from fine_bench.commands.common import at_home
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner import execution, sweep
-from fine_bench.runner.config import config_folder, register
+from fine_bench.runner.config import config_folder, refuse_empty_groups, register
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     with sweep.command() as swept:
         try:
+            refuse_empty_groups(argv)
             with narrow(sys.argv[1:]):
                 entry(_job)()
         except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:

@@ -130,6 +130,15 @@ def check_call(
     Raises:
         ConfigError: an unknown key, a missing one or a value of a wrong type.
     """
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"{where}={options!r:.40} is no section; give it a _target_ and its options, or leave "
+            "it out"
+        )
+    if not isinstance(options.get("name", ""), str) or options.get("name") == "":
+        raise ConfigError(
+            f"{where}.name={options['name']!r:.40} is no name; type {where}.name=mine"
+        )
     target = target_of(options, where, packages, section)
     for key, value in options.items():
         _check_nested(value, f"{where}.{key}", packages)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class _Watch:
 
     methods: Mapping[Cell, InRunMethod] = field(default_factory=dict)
     refused: Mapping[Cell, str] = field(default_factory=dict)
+    failed: Mapping[Cell, str] = field(default_factory=dict)
 
 
 def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[TrainedRun, _Watch]:
@@ -112,19 +114,41 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
     if run is not None:
         announcer.reused()
         return run, _Watch()
-    methods: dict[Cell, InRunMethod] = {}
     refused: dict[Cell, str] = {}
-    for cell in in_run:
+    failed: dict[Cell, str] = {}
+    while True:
+        methods: dict[Cell, InRunMethod] = {}
+        for cell in in_run:
+            if cell in refused or cell in failed:
+                continue
+            try:
+                methods[cell] = job.in_run_method(cell)
+            except UnsupportedProblemError as error:
+                refused[cell] = str(error)
+            except _FAILURES as error:
+                failed[cell] = f"{type(error).__name__}: {error}"
         try:
-            methods[cell] = job.in_run_method(cell)
-        except UnsupportedProblemError as error:
-            refused[cell] = str(error)
-    try:
-        return backend.train(job, list(methods.values()), logger), _Watch(methods, refused)
-    except UnsupportedProblemError as error:
-        # they cannot serve this model; the methods that read checkpoints may
-        refused |= dict.fromkeys(methods, str(error))
-        return backend.train(job, [], logger), _Watch({}, refused)
+            run = backend.train(job, list(methods.values()), logger)
+        except _FAILURES as error:
+            # what a method raises concerns its own cells: the others get a training without it
+            culprits = _raised_in(error, methods)
+            if isinstance(error, UnsupportedProblemError):
+                if not methods:
+                    raise
+                # it cannot serve this model; the methods that read checkpoints may
+                refused |= dict.fromkeys(culprits or methods, str(error))
+            elif culprits:
+                failed |= dict.fromkeys(culprits, f"{type(error).__name__}: {error}")
+            else:
+                raise
+        else:
+            return run, _Watch(methods, refused, failed)
+
+
+def _raised_in(error: BaseException, methods: Mapping[Cell, InRunMethod]) -> list[Cell]:
+    """The cells whose method was at work when an error was raised."""
+    at_work = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    return [cell for cell, method in methods.items() if any(one is method for one in at_work)]
 
 
 def _outcome(
@@ -140,6 +164,8 @@ def _outcome(
     try:
         if cell in watch.refused:
             return Outcome(cell, "skipped", watch.refused[cell])
+        if cell in watch.failed:
+            return Outcome(cell, "failed", watch.failed[cell])
         if cell in watch.methods:
             scores, cost, further = _watched(job, cell, watch.methods, auxiliary)
         else:

@@ -9,7 +9,9 @@ therefore needs one Python file and one YAML file, and nothing here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -30,6 +32,9 @@ OPTIMIZERS = ("sgd", "adamw")
 
 # where files lie and whether they may be fetched: no part of what is computed
 PLACES = frozenset({"data_dir", "download", "path", "queries_path", "test_path"})
+
+MAX_THREADS = 256
+"""More than this are refused, but for a machine with more cores: PyTorch ends in a crash."""
 
 TRAINING_VERSION = 1
 """Raised when the same configuration may train to other weights."""
@@ -130,6 +135,25 @@ def config_folder() -> Path:
         f"config.yaml was found neither in {package / 'conf'} nor in {package.parent / 'conf'}; "
         "install the package again"
     )
+
+
+def refuse_empty_groups(arguments: Sequence[str]) -> None:
+    """Refuse ``task=null``: a group of the configuration chooses a file, and nothing is none.
+
+    Raises:
+        ConfigError: with the choices.
+    """
+    for argument in arguments:
+        match = re.fullmatch(r"\+*([\w/]+)(@[\w.]+)?=(.*)", argument)
+        if match is None:
+            continue
+        folder, given = config_folder() / match[1], [v.strip() for v in match[3].split(",")]
+        if folder.is_dir() and {"null", "~", ""} & set(given):
+            choices = sorted(path.stem for path in folder.glob("*.yaml"))
+            raise ConfigError(
+                f"{argument} chooses nothing; type {match[1]}={choices[0]}, or another of: "
+                f"{', '.join(choices)}"
+            )
 
 
 def check(cfg: DictConfig) -> RunConfig:
@@ -249,6 +273,12 @@ def _check_trainer(trainer: TrainerConfig) -> None:
     if trainer.num_threads is not None and trainer.num_threads < 1:
         raise ConfigError(
             f"trainer.num_threads={trainer.num_threads} must be at least 1; type "
+            "trainer.num_threads=null to let PyTorch choose"
+        )
+    most = max(MAX_THREADS, os.cpu_count() or 1)
+    if trainer.num_threads is not None and trainer.num_threads > most:
+        raise ConfigError(
+            f"trainer.num_threads={trainer.num_threads} is more than {most}; type "
             "trainer.num_threads=null to let PyTorch choose"
         )
 
