@@ -111,6 +111,12 @@ class SubsetOptions:
                 "nothing to watch: pass sample=300 for single examples, subsets={name: "
                 "positions}, or groups=(one label a training example)"
             )
+        named = self.subsets is None or isinstance(self.subsets, Mapping)
+        if not named or not all(isinstance(name, str) for name in self.subsets or {}):
+            raise ValueError(
+                f"subsets must be a mapping of names to positions, got {self.subsets!r:.80}; pass "
+                "subsets={'name': [3, 14, 15]}"
+            )
         refuse_small(
             self,
             every_n_steps=1,

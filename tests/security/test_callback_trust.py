@@ -309,3 +309,14 @@ def test_labels_of_the_module_s_own_are_no_change_of_order(way: str) -> None:
     loader = DataLoader(TensorDataset(*data()), batch_size=6, shuffle=True)
     train([callback], Module(way), epochs=3, loader=loader)
     assert callback.scores().values.any()
+
+
+# ------------------------------------------------------------------ null groups
+
+
+@pytest.mark.parametrize(
+    "subsets", [{None: [1]}, {"a": [1], None: [2]}, [1, 2], {"a": None}, {"a": [1, None]}, "a"]
+)
+def test_groups_that_are_none_are_refused_in_words(subsets: Any) -> None:
+    with pytest.raises(ValueError, match=r"subset(s| 'a') must be .*positions"):
+        train([PaperFINECallback("self", subsets=subsets, auxiliary=None, members=1)])
