@@ -21,7 +21,7 @@ from fine_bench.runner.plan import plan
 from fine_bench.runner.recorded import cell_of
 from fine_bench.runner.verify import distance, results_of, verify
 from fine_bench.store.files import StoreError
-from fine_bench.store.record_json import PENDING
+from fine_bench.store.record_json import PENDING, record_from, score_file
 from fine_bench.store.records import RecordStore, read_record
 from fine_bench.types import InfluenceScores, RunRecord
 from support.records import digits_run
@@ -58,9 +58,21 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def edited(results: Path, folder: Path, edit: Edit, name: str = "fine--self") -> Path:
-    """A changed copy of a record, in a results folder of its own, with the scores beside it."""
+    """A changed copy of a record, in a results folder of its own, with the scores beside it.
+
+    Where its identity has changed, its scores lie under the name that follows from it: a record
+    that names other scores than its own is not even read (``tests/security/test_store.py``).
+    """
     payload = json.loads(path_of(results, name).read_text())
+    given = payload["scores_file"]
     edit(payload)
+    if payload["scores_file"] == given:
+        own = score_file(record_from({**payload, "scores_file": ""}))
+        copy = results / "scores" / own
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((results / "scores" / given).read_bytes())
+        payload["scores_file"] = own
     path = folder / "records" / "digits_mislabel" / "x" / "copy.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(payload))
