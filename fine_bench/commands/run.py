@@ -1,6 +1,7 @@
 """``fine-bench run`` and ``python -m fine_bench``: run a sweep and compare the leaderboard.
 
-Hydra reads the arguments. Exit status: 0 done, 1 something failed or is missing, 2 bad input.
+Hydra reads the arguments. Exit status: 0 done, 1 something failed or is missing, 2 bad input; 130
+or 143 interrupted by Ctrl-C or SIGTERM: what is finished is kept, the leaderboard is made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fine_bench.commands.common import at_home
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner import execution, sweep
+from fine_bench.runner import execution, interruption, sweep
 from fine_bench.runner.config import config_folder, refuse_empty_groups, register
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     sys.argv[1:] = multirun_first(at_home(argv))
     register()
     entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-    with sweep.command() as swept:
+    with interruption.caught(), sweep.command() as swept:
         try:
             refuse_empty_groups(argv)
             with narrow(sys.argv[1:]):
@@ -37,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
             if not swept.running:
                 sweep.refuse(error)
             swept.cut_short(error)
+        except KeyboardInterrupt as stop:
+            swept.interrupted(stop)
         except Exception as error:
             if not swept.running:
                 raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
+from fine_bench.runner import interruption
 from fine_bench.seeds import derive
 
 
@@ -70,7 +73,17 @@ def fit(
             callbacks=watching,
         )
         start = time.perf_counter()
-        trainer.fit(module, batches, test)
+        ctrl_c = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, batches, test)
+        except SystemExit as error:
+            # Lightning ends the process on Ctrl-C and is deaf to another: that is the command's
+            stop = interruption.of(error)
+            if stop is None:
+                raise
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, ctrl_c)
+            raise stop from None
         return Fit(trainer, time.perf_counter() - start)
 
 

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner import launchers
+from fine_bench.runner import interruption, launchers
 from fine_bench.runner.conclusion import conclude
 from fine_bench.runner.config import check, explain
 from fine_bench.runner.plan import Cell, Job, plan_sweep
@@ -49,13 +49,14 @@ class Sweep:
         jobs: as they were planned.
         folder: of the sweep; its name is that of the sweep.
         running: whether the sweep has been announced and has not ended.
+        concluding: whether its end has begun.
         status: exit status of what has ended: 0, or 1 if a cell failed or is missing.
     """
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self.folder = Path()
-        self.running = False
+        self.running = self.concluding = False
         self.status = 0
         self._planned: dict[tuple[str, ...], Job] = {}
         self._written: set[tuple[str, ...]] = set()
@@ -102,7 +103,7 @@ class Sweep:
 
     def end(self) -> None:
         """Show the leaderboard and keep the exit status; never raises."""
-        self.running = False
+        self.running, self.concluding = False, True
         if self._follower is not None:
             self._follower.stop()
         # Hydra turns an exception in here into a warning and the exit status 0
@@ -130,6 +131,25 @@ class Sweep:
             traceback.print_exception(error)
         self.end()
         self.status = INCOMPLETE
+
+    def interrupted(self, stop: KeyboardInterrupt) -> None:
+        """End a sweep that was asked to stop: say how to go on, show what there is."""
+        word = "SIGTERM" if isinstance(stop, interruption.Terminated) else "Ctrl-C"
+        if not self.jobs or self.concluding:
+            out.print(marked("interrupted", f" by {word}; the same command goes on from here"))
+        else:
+            out.print(
+                marked(
+                    "interrupted",
+                    f" by {word}: what is finished is kept; the same command computes what is "
+                    "missing, and nothing else",
+                )
+            )
+            try:
+                self.end()
+            except KeyboardInterrupt:
+                out.print("interrupted again; `fine-bench leaderboard` makes the tables")
+        self.status = interruption.status_of(stop)
 
 
 def _overrides(hydra: Any) -> tuple[str, ...]:
