@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
         "is trained.",
         statuses={
             0: "printed",
+            1: "printed, but a file of records cannot be read (each is named)",
             2: "no such record, group or example (those that exist are named)",
         },
         examples=[
@@ -52,9 +53,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     estimator = arguments.estimator or ("fine_paper" if arguments.group else "fine")
     store = RecordStore(arguments.results)
+    scan = store.scan()
+    for problem in scan.problems:
+        common.say(problem, error=True)
     chosen = [
         record
-        for record in newest(store.scan().records)
+        for record in newest(scan.records)
         if (record.task, record.target, record.estimator, record.status)
         == (arguments.task, arguments.target, estimator, "finished")
     ]
@@ -80,4 +84,4 @@ def main(arguments: argparse.Namespace) -> int:
         out.print(f"\nseed {item.seed}: mu = {item.mu:.3g}{interval}")
         for curve in item.curves():
             out.print(str(curve))
-    return common.DONE
+    return common.INCOMPLETE if scan.problems else common.DONE

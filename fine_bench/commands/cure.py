@@ -23,7 +23,11 @@ def parser() -> argparse.ArgumentParser:
         "first) and with a random order. They are read from DIR/scores.",
         notes="Written: DIR/NAME.csv, DIR/NAME.md and DIR/figures/NAME--TASK.{png,svg}, replaced "
         "if they exist.",
-        statuses={0: "done", 2: "bad input"},
+        statuses={
+            0: "done",
+            1: "done, but a file of records cannot be read (each is named)",
+            2: "bad input",
+        },
         examples=["--task digits_mislabel --methods fine mean_loss"],
     )
     common.add_results(made)
@@ -92,7 +96,10 @@ def main(arguments: argparse.Namespace) -> int:
             f"of {', '.join(TABLES)}; it names files in {arguments.results}: --name cure, say"
         )
     store = RecordStore(arguments.results)
-    records = newest(store.scan().records)
+    scan = store.scan()
+    for problem in scan.problems:
+        common.say(problem, error=True)
+    records = newest(scan.records)
     wanted = arguments.methods
     if wanted is None:
         have = {
@@ -129,4 +136,4 @@ def main(arguments: argparse.Namespace) -> int:
         weight=arguments.weight,
     ):
         common.say(f"written: {path}")
-    return common.DONE
+    return common.INCOMPLETE if scan.problems else common.DONE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ def named(name: str, places: Iterable[Path]) -> Truth:
     """
     places = list(places)
     for place in places:
-        if is_file(place / f"{name}{SUFFIX}"):
-            return load(place / f"{name}{SUFFIX}")
+        path = place / f"{name}{SUFFIX}"
+        if os.path.lexists(path):
+            return load(path)
     there = known(places)
     raise TruthError(
         f"no ground truth {name!r}; "
@@ -146,6 +148,8 @@ def _damaged(path: Path, error: object) -> str:
 def _header(path: Path) -> dict[str, Any]:
     """The facts of a file, without its arrays."""
     if not is_file(path):
+        if os.path.lexists(path):
+            raise TruthError(_damaged(path, "it is no regular file"))
         raise TruthError(f"there is no ground-truth file {path}")
     try:
         with safetensors.safe_open(path, framework="np") as file:

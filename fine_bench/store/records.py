@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -362,7 +363,7 @@ def read_record(path: Path | str) -> RunRecord:
     """
     path = Path(path)
     found: RunRecord | Consistency | None = None
-    if is_file(path):
+    if os.path.lexists(path):  # a pipe or a folder of its name is damage, not an absent record
         try:
             found = read(path)
             if _ADDRESS.search(path.name):
