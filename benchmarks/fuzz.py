@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py [--mutations 1000] [--seed 0]
 
-A small results folder is made once: two methods and two seeds on the digits with checkpoints,
+A small results folder is made once: three methods and two seeds on the digits with checkpoints,
 published records, a bank, the truth condensed from it, somebody's scores, and tables for ``clean``.
 Each mutation takes a fresh copy, damages one file (bits, cuts, keys, numbers, types, depth, another
 file's content, a pipe, a link, a folder), and runs one command that reads it, in this process:
@@ -78,14 +78,21 @@ class Kind:
     readers: tuple[str, ...]
 
 
+METHODS = {
+    "mean_loss": "baselines.controls.MeanTrainingLoss",
+    "random": "baselines.controls.RandomScores",
+    "fine": "fine_bench.callback.FINECallback",
+}
 TABLES = ("leaderboard", "summary")
 KINDS = {
     "record": Kind("results/records/**/*--seed*.json", (*TABLES, "figures", "report", "publish")),
     "verified record": Kind("results/records/**/random*--seed0*.json", ("verify",)),
-    "record of scores": Kind("results/records/**/mean_loss*--seed*.json", ("cure", "audit")),
+    "record of scores": Kind("results/records/**/mean_loss*--seed*.json", ("cure",)),
+    "audited record": Kind("results/records/**/fine--*--seed*.json", ("audit",)),
+    "audited scores": Kind("results/scores/**/fine--*.safetensors", ("audit",)),
     "comparison": Kind("results/records/**/consistency--*.json", TABLES),
     "packed": Kind("results/published/*.jsonl", (*TABLES, "publish")),
-    "scores": Kind("results/scores/**/mean_loss*.safetensors", ("report", "audit", "cure")),
+    "scores": Kind("results/scores/**/mean_loss*.safetensors", ("report", "cure")),
     "checkpoint": Kind("results/checkpoints/**/*.ckpt", ("train",)),
     "facts": Kind("results/checkpoints/**/*.json", ("train",)),
     "bank": Kind("bank/**/*.safetensors", ("truth",)),
@@ -109,11 +116,7 @@ def job(results: Path, estimator: str, seed: int) -> Any:
         "model": {"_target_": "fine_bench.models.networks.mlp", "name": "mlp", "hidden": [8]},
         "trainer": {"max_epochs": 1, "batch_size": 16, "progress": False, "num_threads": 1},
         "targets": ["self"],
-        "estimators": {
-            {"MeanTrainingLoss": "mean_loss", "RandomScores": "random"}[estimator]: {
-                "_target_": f"baselines.controls.{estimator}"
-            }
-        },
+        "estimators": {estimator: {"_target_": METHODS[estimator]}},
         "results_dir": str(results),
     }
     return plan(check(OmegaConf.create(config)))
@@ -123,7 +126,7 @@ def fill(root: Path) -> None:
     """Make the folder that every mutation begins with."""
     results = root / "results"
     for seed in (0, 1):
-        for estimator in ("MeanTrainingLoss", "RandomScores"):
+        for estimator in METHODS:
             for written in execute(job(results, estimator, seed), "fuzz", say=lambda _: None):
                 if written.record.status != "finished":
                     raise SystemExit(f"the base run failed: {written.record.reason}")
@@ -215,7 +218,7 @@ def trained(results: Path) -> int:
     shutil.rmtree(results / "published", ignore_errors=True)
     states = []
     for seed in (0, 1):
-        done = execute(job(results, "MeanTrainingLoss", seed), "fuzz", say=print)
+        done = execute(job(results, "mean_loss", seed), "fuzz", say=print)
         states += [one.record.status for one in done]
     return 0 if set(states) == {"finished"} else 1
 

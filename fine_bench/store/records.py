@@ -300,7 +300,7 @@ class RecordStore:
             raise StoreError(f"{who} names the score file {path}, which is outside {self.scores}")
         if record.scores_file != score_file(record):
             raise StoreError(f"{who} names the score file {path}, which is not its own")
-        if not is_file(path):
+        if not os.path.lexists(path):  # what is no regular file is damaged, not absent
             missing = f"the score file {path} of {who} is missing"
             if self._is_published(record):
                 raise AbsentScoresError(
