@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import safetensors.numpy
@@ -58,6 +59,7 @@ from fine_bench.retraining.outputs import BankModels
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
+from fine_bench.store.environment import environment
 
 LIMIT = 120
 N, Q = 40, 4
@@ -127,7 +129,11 @@ def fill(root: Path) -> None:
     results = root / "results"
     for seed in (0, 1):
         for estimator in METHODS:
-            for written in execute(job(results, estimator, seed), "fuzz", say=lambda _: None):
+            # in a checkout with uncommitted changes nothing could be published
+            committed = {**environment(), "dirty": False}
+            with mock.patch("fine_bench.runner.write.environment", return_value=committed):
+                done = execute(job(results, estimator, seed), "fuzz", say=lambda _: None)
+            for written in done:
                 if written.record.status != "finished":
                     raise SystemExit(f"the base run failed: {written.record.reason}")
     draw = np.random.default_rng(0)

@@ -131,7 +131,7 @@ def test_a_score_file_that_is_a_pipe(store: RecordStore) -> None:
     path = store.scores / record.scores_file
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(StoreError, match="missing"):
+    with pytest.raises(StoreError, match="damaged"):
         store.load_scores(record)
 
 
