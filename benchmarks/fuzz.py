@@ -201,9 +201,7 @@ def called(reader: str, root: Path, path: Path | None) -> tuple[int, str]:
         "cure": lambda: cure.main(
             [*results, *task, "--methods", "mean_loss", "--shares", "0.1", "--treatments", "remove"]
         ),
-        "audit": lambda: audit.main(
-            [*results, *task, "--example", "1", "--estimator", "mean_loss"]
-        ),
+        "audit": lambda: audit.main([*results, *task, "--example", "1"]),
         "score": lambda: score.main([str(root / "mine.safetensors"), "--task", "small", *results]),
         "truth": lambda: truth.main([str(root / "bank"), *frozen, *truths]),
         "clean npz": lambda: clean.main(["--data", str(root / "data.npz"), *trusted]),
