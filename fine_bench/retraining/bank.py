@@ -46,6 +46,19 @@ _STALE_SECONDS = 24 * 3600
 _VALUES = ("loss", "margin", "query_loss", "query_margin")
 
 
+def _check_about(manifest: Mapping[str, Any]) -> None:
+    """What readers of a bank take from its manifest besides the identity that chunks are held to.
+
+    Raises:
+        KeyError, ValueError: missing, or of another form.
+    """
+    bad, n_train = manifest["bad"], manifest["n_train"]
+    if not isinstance(bad, list) or not all(type(i) is int and 0 <= i < n_train for i in bad):
+        raise ValueError(f"bad must be positions below {n_train}, got {str(bad)[:60]}")
+    if not isinstance(manifest.get("design", {}), dict):
+        raise ValueError(f"design must be a mapping, got {str(manifest['design'])[:60]}")
+
+
 class Bank:
     """A bank's folder. Made by ``create`` or ``open``.
 
@@ -102,6 +115,7 @@ class Bank:
             for name in ("n_train", "n_query"):
                 if type(manifest[name]) is not int or manifest[name] < 1:
                     raise ValueError(f"{name} must be a number of examples, got {manifest[name]!r}")
+            _check_about(manifest)
         except FileNotFoundError:
             raise StoreError(
                 f"{folder} holds no bank: there is no manifest.json in it; train one with "

@@ -119,6 +119,8 @@ def read_table(path: Path) -> PackedTable:
             entries.append(entry)
         elif first.line != entry.line:
             problems.append(f"{where}: says something else of the same revision than {first.where}")
+    if not entries and not problems:  # nothing writes such a file
+        problems.append(f"published/{path.name}: holds no line; restore it from where it came from")
     return PackedTable(tuple(entries), tuple(problems))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fine_bench.commands import audit
 from fine_bench.commands.leaderboard import main
 from fine_bench.leaderboard.build import build
 from fine_bench.retraining.bank import Bank
@@ -302,3 +303,37 @@ def test_a_record_of_a_long_name_is_saved(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     store.save(record, scores_of(0))
     assert store.scan().records[0].task == "t" * 300
+
+
+def test_an_emptied_packed_table_is_damage(
+    store: RecordStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(store)
+    (packed,) = (store.root / "published").glob("*.jsonl")
+    packed.write_bytes(b"")
+    assert main(["--results", str(store.root)]) == 1
+    said = "".join(capsys.readouterr().out.split())
+    assert f"{packed.name}:holdsnoline" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("bad", None), ("bad", "x"), ("bad", [7000]), ("design", []), ("design", 1)]
+)
+def test_facts_of_a_manifest_have_their_form(tmp_path: Path, key: str, value: Any) -> None:
+    Bank.create(tmp_path, {"n_train": 4, "n_query": 1, "design": {"seed": 0}})
+    edit(tmp_path / "manifest.json", lambda content: content.update({key: value}))
+    with pytest.raises(StoreError, match=rf"manifest\.json cannot be read \({key}"):
+        Bank.open(tmp_path)
+
+
+def test_damage_is_not_replaced_by_what_is_published(
+    store: RecordStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(store)
+    path = path_of(store)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StoreError, match="is a pipe"):
+        read_record(path)
+    assert audit.main(["--results", str(store.root), "--task", "nope", "--example", "1"]) == 2
+    assert path.name in capsys.readouterr().err
