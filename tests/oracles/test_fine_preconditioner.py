@@ -84,6 +84,8 @@ def gradients(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([g.flatten(1) for g in parts.values()], 1)
 
 
+@pytest.mark.any_trainer("learning-rate schedules")
+@pytest.mark.any_trainer("Adam, AdamW")
 @pytest.mark.parametrize(("kind", "amsgrad"), [("Adam", False), ("AdamW", False), ("Adam", True)])
 @pytest.mark.parametrize("target", ["self", "validation"])
 def test_adam(kind: str, amsgrad: bool, target: Any) -> None:
@@ -121,6 +123,7 @@ def test_adam(kind: str, amsgrad: bool, target: Any) -> None:
     assert callback._schedule.n_without_memory == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.any_trainer("momentum")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_has_none(momentum: float) -> None:
     callback, plain = watch(preconditioner="optimiser"), watch()

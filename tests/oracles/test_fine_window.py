@@ -86,6 +86,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.any_trainer("accumulated gradients")
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_micro_batches_give_the_scores_of_one_large_batch(options: dict[str, Any]) -> None:
     """The last window of an epoch has two of four micro-batches: half a step on 16 examples."""
@@ -119,6 +120,7 @@ class Diary(pl.Callback):
         self.batches.append((trainer.global_step, params, batch[2].clone()))
 
 
+@pytest.mark.any_trainer("accumulated gradients")
 @pytest.mark.parametrize("composition", ["accumulated", "standardised"])
 def test_windows_of_unequal_micro_batches(composition: Any) -> None:
     """Example by example, with the weight w_i that Lightning gives it in the step's gradient."""

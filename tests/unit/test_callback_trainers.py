@@ -105,6 +105,7 @@ def test_a_resumed_run_gives_the_scores_of_an_uninterrupted_one(name: str, tmp_p
         assert torch.equal(sums(callback), sums(resumed[key])), key
 
 
+@pytest.mark.any_trainer("gradient clipping")
 @pytest.mark.parametrize("setting", [{"gradient_clip_val": 1e-3}, {"optimizer": "Adam"}], ids=str)
 def test_one_step_is_scored_alike_whatever_the_optimiser_makes_of_it(setting: Any) -> None:
     """Gradients are those of the backward pass, before clipping and before momentum."""
@@ -117,6 +118,7 @@ def test_one_step_is_scored_alike_whatever_the_optimiser_makes_of_it(setting: An
     assert found[0].abs().max() > 0.1
 
 
+@pytest.mark.any_trainer("mixed precision")
 @pytest.mark.parametrize(
     "setting",
     [{"precision": "bf16-mixed"}, {"scale": 2.0**6}, {"scale": 2.0**12}],
@@ -162,6 +164,7 @@ def launch(out: Path, processes: int, accumulate: int, batch: int) -> list[dict[
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(processes)]
 
 
+@pytest.mark.any_trainer("several processes (DDP)")
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """The same global batches, of two micro-batches, the last one of an epoch short and uneven."""
     _, alone = train(1, 2, 8)
@@ -174,6 +177,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
             assert difference < 1e-7 * float(expected.abs().max()), name
 
 
+@pytest.mark.any_trainer("`torch.compile`")
 def test_a_compiled_module_is_scored_in_snapshots_and_refused_in_batch() -> None:
     options = {"schedule": "snapshot", "every_n_steps": 3}
     plain = fit([], compiled="eager", max_epochs=1)
@@ -189,6 +193,7 @@ def test_a_compiled_module_is_scored_in_snapshots_and_refused_in_batch() -> None
         fit([FINECallback()], module=whole)  # type: ignore[arg-type]
 
 
+@pytest.mark.any_trainer("FSDP, DeepSpeed, model parallelism")
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_spread_parameters_are_refused(strategy: Any) -> None:
     # made without its __init__: the libraries and devices that it asks for are not at hand
@@ -199,6 +204,7 @@ def test_spread_parameters_are_refused(strategy: Any) -> None:
         refuse_strategy(SimpleNamespace(strategy=known.__new__(known)))  # type: ignore[arg-type]
 
 
+@pytest.mark.any_trainer("several optimisers, several backward passes on a batch")
 def test_several_optimisers_and_several_passes_are_refused() -> None:
     class Two(Net):
         def __init__(self) -> None:
@@ -224,6 +230,7 @@ def test_several_optimisers_and_several_passes_are_refused() -> None:
         fit([callback], module=Searching())
 
 
+@pytest.mark.any_trainer("a batch on which no backward pass runs")
 def test_a_batch_without_backward_pass_is_left_out() -> None:
     class Skips(Net):
         def training_step(self, batch: Any, i: int) -> Any:
@@ -248,6 +255,7 @@ class Mixing(nn.Module):
         return x - x.mean(0)
 
 
+@pytest.mark.any_trainer("layers that mix the examples of a batch")
 @pytest.mark.parametrize("schedule", ["in_batch", "snapshot"])
 def test_examples_that_mix_are_refused(schedule: Any) -> None:
     module = Net()
@@ -257,6 +265,7 @@ def test_examples_that_mix_are_refused(schedule: Any) -> None:
         fit([callback], module=module)
 
 
+@pytest.mark.any_trainer("a loss that is a sum over the batch")
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}], ids=str)
 def test_a_sum_over_examples_is_refused(options: Any) -> None:
     class Sum(Net):
