@@ -1,4 +1,4 @@
-"""Every line of the table in docs/any_trainer.md has a test, and the tests name lines that exist."""
+"""Every line of the table in docs/any_trainer.md has a test, and tests name lines that exist."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ VERDICTS = ("*right*", "*right by*", "*warned*", "*refused*")
 def lines() -> dict[str, str]:
     """What happens, by setting or layer."""
     section = (ROOT / "docs" / "any_trainer.md").read_text().split(HEADING)[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| setting or", "| ---"))]
+    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
     assert all(len(row) == 2 for row in cells), [row for row in cells if len(row) != 2]
     assert len({first for first, _ in cells}) == len(cells), "a setting stands there twice"
-    return {first: second for first, second in cells}
+    return {row[0]: row[1] for row in cells}
 
 
 def marked() -> set[str]:
