@@ -13,8 +13,8 @@ VERDICTS = ("*right*", "*right by*", "*warned*", "*refused*")
 def lines() -> dict[str, str]:
     """What happens, by setting or layer."""
     section = (ROOT / "docs" / "any_trainer.md").read_text().split(HEADING)[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if not row.startswith(("| setting or", "| ---"))]
+    table = section[section.index("| setting or layer |") :].split("\n\n")[0]
+    rows = table.splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
     assert all(len(row) == 2 for row in cells), [row for row in cells if len(row) != 2]
     assert len({first for first, _ in cells}) == len(cells), "a setting stands there twice"
