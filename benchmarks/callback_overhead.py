@@ -39,6 +39,7 @@ from pathlib import Path
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+from outputs import Outputs, add_force
 from overhead_models import CLASSES, SMALL, WORKLOADS, Workload
 from torch.utils.data import TensorDataset
 
@@ -110,9 +111,8 @@ def measure(
     return found
 
 
-def write(frame: pd.DataFrame, out: Path, command: str, about: str) -> None:
-    """Every pair as CSV; the medians as a Markdown table."""
-    frame.to_csv(out.with_suffix(".csv"), index=False, float_format="%.4f")
+def markdown(frame: pd.DataFrame, command: str, about: str) -> str:
+    """The medians of all pairs as a Markdown table."""
     rows = [
         "| model | setting | times plain | pairs | plain step, ms |",
         "| --- | --- | --- | ---: | ---: |",
@@ -128,7 +128,7 @@ def write(frame: pd.DataFrame, out: Path, command: str, about: str) -> None:
         f"# What watching costs\n\nMade by `{command}` ({about}). Medians of paired runs, with the "
     )
     text += "smallest and the largest pair; see the script for what is measured.\n\n"
-    out.with_suffix(".md").write_text(text + "\n".join(rows) + "\n")
+    return text + "\n".join(rows) + "\n"
 
 
 def main() -> None:
@@ -141,7 +141,11 @@ def main() -> None:
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--settings", nargs="*", help="names, or their beginnings; all by default")
     parser.add_argument("--out", type=Path, help="for a CSV and a Markdown table, without ending")
+    add_force(parser)
     arguments = parser.parse_args()
+    out: Path | None = arguments.out
+    tables = [] if out is None else [out.with_suffix(ending) for ending in (".csv", ".md")]
+    files = Outputs(tables, force=arguments.force)
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -175,13 +179,14 @@ def main() -> None:
                 lines.append(
                     {"model": model, "setting": name, "steps": steps, "plain": p, "watched": w}
                 )
-    if arguments.out is not None:
+    if tables:
         command = "python benchmarks/callback_overhead.py"
         command += f" --model {arguments.model}"
         if arguments.pairs:
             command += f" --pairs {arguments.pairs}"
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write(pd.DataFrame(lines), arguments.out, command, about)
+        frame = pd.DataFrame(lines)
+        files.write(tables[0], frame)
+        files.write(tables[1], markdown(frame, command, about))
 
 
 if __name__ == "__main__":

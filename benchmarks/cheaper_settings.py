@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from gain import job_of
+from outputs import Outputs, add_force
 from scipy.stats import spearmanr
 from torch.utils.data import TensorDataset
 
@@ -151,11 +152,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
     parser.add_argument("--work", type=Path, default=Path("results/cheaper/work"))
     parser.add_argument("--out", type=Path, default=Path("results/cheaper"), help="without ending")
+    add_force(parser)
     arguments = parser.parse_args()
+    csv, text = (arguments.out.with_suffix(ending) for ending in (".csv", ".md"))
+    default = arguments.out == parser.get_default("out")
+    files = Outputs((csv, text), default=default, force=arguments.force)
     torch.set_num_threads(arguments.threads)
     frame = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(arguments.out.with_suffix(".csv"), index=False, float_format="%.4f")
+    files.write(csv, frame)
     seeds = " ".join(map(str, arguments.seeds))
     command = f"python benchmarks/cheaper_settings.py --experiment {arguments.experiment}"
     if arguments.targets != list(FULL):
@@ -164,7 +168,7 @@ def main() -> None:
         command += f" --overrides {' '.join(arguments.overrides)}"
     if arguments.settings:
         command += " --settings " + " ".join(f'"{name}"' for name in arguments.settings)
-    arguments.out.with_suffix(".md").write_text(markdown(frame, f"{command} --seeds {seeds}"))
+    files.write(text, markdown(frame, f"{command} --seeds {seeds}"))
     print(frame.to_string(index=False))
 
 

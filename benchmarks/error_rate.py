@@ -29,6 +29,7 @@ from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.error_rate import MIN_DRAWS, NOISY_SHARE, Choice, Mask, Rate, repeated
 from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.store.records import RecordStore, newest
+from fine_bench.store.spreadsheet import to_csv
 from fine_bench.types import TARGETS, InfluenceScores, RunRecord
 
 TRUTH = "truth/is_bad"
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines += mine
             left_out += reasons
     for name, content in (
-        ("error_rate.csv", frame(lines).to_csv(index=False, lineterminator="\n")),
+        ("error_rate.csv", to_csv(frame(lines))),
         ("error_rate.md", markdown(lines, left_out, command)),
     ):
         write_atomic(arguments.results / name, content.encode())

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import safetensors
 import torch
+from outputs import Outputs, add_force
 from scipy.stats import spearmanr
 from summation_forms import FORMS
 from torch import Tensor
@@ -23,7 +24,9 @@ from fine_bench.metrics.intervals import mean_interval, paired_difference
 from fine_bench.metrics.lds import lds
 from fine_bench.retraining.truth import HALVES, Truth
 from fine_bench.retraining.truth_files import folders, named
+from fine_bench.store.spreadsheet import to_csv
 
+OUTPUT = Path("results/gain")
 FACTORS = ("schedule", "geometry", "observable", "weight", "form")
 LEVELS = {
     "schedule": ("final", "epochs", "steps"),
@@ -332,7 +335,11 @@ def recipes(both: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def write(arguments: argparse.Namespace) -> None:
     """Compute all tables and write them."""
     output: Path = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
+    names = [f"{e}{part}.csv" for e in arguments.experiments for part in ("", "_steps")]
+    files = Outputs(
+        [output / name for name in (*names, "recipes.csv", "gain.md")],
+        default=output == OUTPUT, force=arguments.force,
+    )  # fmt: skip
     text = [
         "# Where the gain comes from",
         "",
@@ -351,9 +358,9 @@ def write(arguments: argparse.Namespace) -> None:
         lines = per_seed(runs, truth, arguments.half)
         table = means(lines, runs, int(truth.is_bad.sum()))
         both[experiment] = table
-        table.to_csv(output / f"{experiment}.csv", index=False)
+        files.write(output / f"{experiment}.csv", to_csv(table))
         changes = steps(lines, metrics)
-        changes.to_csv(output / f"{experiment}_steps.csv", index=False)
+        files.write(output / f"{experiment}_steps.csv", to_csv(changes))
         facts = pd.DataFrame(runs.facts.values()).mean()
         part = truth.half(arguments.half)
         shown = table.sort_values("fidelity", ascending=False)
@@ -395,7 +402,7 @@ def write(arguments: argparse.Namespace) -> None:
             "",
         ]  # fmt: skip
     ranked = recipes(both)
-    ranked.to_csv(output / "recipes.csv", index=False)
+    files.write(output / "recipes.csv", to_csv(ranked))
     text += [
         "## Both regimes",
         "",
@@ -404,7 +411,7 @@ def write(arguments: argparse.Namespace) -> None:
         markdown(ranked.head(20)),
         "",
     ]
-    (output / "gain.md").write_text("\n".join(text))
+    files.write(output / "gain.md", "\n".join(text))
     print("\n".join(text))
 
 
@@ -412,7 +419,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``table``."""
     parser.add_argument("--half", choices=HALVES, default="published")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--output", type=Path, default=Path("results/gain"))
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    add_force(parser)
     parser.add_argument(
         "--experiments", nargs="+", default=["mnist_mlp", "mnist_mlp_interpolating"]
     )

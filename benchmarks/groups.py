@@ -25,6 +25,7 @@ from fine_bench.metrics.groups import between_runs, group_influence, refuse_over
 from fine_bench.runner.recorded import job_of
 from fine_bench.store.files import StoreError, write_atomic
 from fine_bench.store.records import RecordStore, newest
+from fine_bench.store.spreadsheet import to_csv
 from fine_bench.types import End, InfluenceScores, RunRecord
 
 Row = dict[str, object]
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = pd.DataFrame(found)
     command = shlex.join(["python", "benchmarks/groups.py", *given])
     for name, content in (
-        ("groups.csv", table.to_csv(index=False, lineterminator="\n")),
+        ("groups.csv", to_csv(table)),
         ("groups.md", markdown(table, ends, command)),
     ):
         write_atomic(arguments.results / name, content.encode())

@@ -24,6 +24,7 @@ from statistics import NormalDist
 import pandas as pd
 import torch
 from gain import job_of
+from outputs import Outputs, add_force
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -34,6 +35,7 @@ from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation,
 from fine_bench.runner.backends import images
 
 COMPUTE = "python benchmarks/interval_coverage.py compute --experiment TASK --seeds 0 1 … 9"
+OUT = Path("results")
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 RECIPES: dict[str, dict[str, str | int]] = {
     "fine": {"step_weight": "uncertainty"},
@@ -194,9 +196,10 @@ def number(value: float, digits: int) -> str:
 
 def table(arguments: argparse.Namespace) -> None:
     """Write the Markdown and the CSV file."""
+    csv, page = (arguments.out / f"interval_coverage.{ending}" for ending in ("csv", "md"))
+    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
     frame = rows(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(arguments.out / "interval_coverage.csv", index=False, float_format="%.4f")
+    files.write(csv, frame)
     text = [
         "# How often one run's interval covers the mean over other seeds",
         "",
@@ -226,7 +229,7 @@ def table(arguments: argparse.Namespace) -> None:
             f"{line['ours_highest_fifth']:.3f} | {line['factor_here']:.2f} | "
             f"{number(line['width_ratio'], 2)} |"
         )
-    (arguments.out / "interval_coverage.md").write_text("\n".join(text) + "\n")
+    files.write(page, "\n".join(text) + "\n")
     print(frame[frame.level == 0.95].to_string(index=False))
 
 
@@ -247,7 +250,8 @@ def main() -> None:
         more = commands.add_parser(name)
         more.add_argument("--learn-from", default="mnist_mlp")
         more.add_argument("--learn-seeds", type=int, nargs="+", default=[100, 101, 102])
-        more.add_argument("--out", type=Path, default=Path("results"))
+        more.add_argument("--out", type=Path, default=OUT)
+        add_force(more)
         more.set_defaults(call=call, command=f"python benchmarks/interval_coverage.py {name}")
     arguments = parser.parse_args()
     arguments.call(arguments)

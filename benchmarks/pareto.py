@@ -30,6 +30,7 @@ import pandas as pd
 import torch
 from gain import job_of
 from matplotlib.figure import Figure
+from outputs import Outputs, add_force
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,11 +54,13 @@ from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
 from fine_bench.runner.plan import Job
+from fine_bench.store.files import write_atomic
 
 CHECKPOINTS = (1, 3, 5, 15)
 THINNED = (8, 4, 2, 1)
 REPEATS = 5
 """Pairs of plain and watched trainings, of whose ratios the median counts."""
+OUT = Path("results/pareto")
 CHEAP = 16
 """Steps between two snapshots below which one pair is enough: they cost several trainings."""
 
@@ -155,7 +158,7 @@ def compute(arguments: argparse.Namespace) -> None:
         temporary = path.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in found.items()}, temporary)
         about = {"costs": costs, "data_sha256": job.data.sha256, "setting": job.setting}
-        path.with_suffix(".json").write_text(json.dumps(about, indent=1))
+        write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
         temporary.rename(path)
         print(seed, {name: round(cost, 2) for name, cost in costs.items()}, flush=True)
 
@@ -224,6 +227,10 @@ def draw(frame: pd.DataFrame, title: str) -> Figure:
 
 def figure(arguments: argparse.Namespace) -> None:
     """Write the table and the figure from what ``compute`` left."""
+    stem = arguments.out / f"pareto--{arguments.experiment}"
+    csv = stem.with_suffix(".csv")
+    pictures = {kind: stem.with_suffix(f".{kind}") for kind in FORMATS}
+    files = Outputs((csv, *pictures.values()), default=arguments.out == OUT, force=arguments.force)
     scores, costs, truth = {}, {}, None
     for path in sorted((arguments.work / arguments.experiment).glob("seed*.safetensors")):
         seed = int(path.stem.removeprefix("seed"))
@@ -234,12 +241,10 @@ def figure(arguments: argparse.Namespace) -> None:
     if not scores:
         raise SystemExit(f"no runs of {arguments.experiment} in {arguments.work}; compute first")
     frame = measured(scores, costs, truth)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem = arguments.out / f"pareto--{arguments.experiment}"
-    frame.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.4f")
+    files.write(csv, frame)
     drawn = draw(frame, f"{arguments.experiment}, {len(scores)} seeds")
-    for kind in FORMATS:
-        stem.with_suffix(f".{kind}").write_bytes(to_bytes(drawn, kind))
+    for kind, path in pictures.items():
+        files.write(path, to_bytes(drawn, kind))
     print(frame.to_string(index=False))
 
 
@@ -257,7 +262,8 @@ def main() -> None:
     one.set_defaults(call=compute)
     two = commands.add_parser("figure", help="table and drawing")
     two.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
-    two.add_argument("--out", type=Path, default=Path("results/pareto"))
+    two.add_argument("--out", type=Path, default=OUT)
+    add_force(two)
     two.set_defaults(call=figure)
     arguments = parser.parse_args()
     arguments.call(arguments)

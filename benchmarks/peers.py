@@ -52,6 +52,7 @@ from typing import Any
 import peers_exact as exact
 import torch
 import torch.nn.functional as F
+from outputs import Outputs, add_force
 from peers_adapters import CASES, OURS, Peer, Setting
 from rich.console import Console
 from rich.markup import escape
@@ -437,6 +438,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--time-all", action="store_true", help="time wrong answers too")
     parser.add_argument("--no-timing", action="store_true", help="check agreement only")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    add_force(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -450,6 +452,7 @@ def main() -> None:
             result = work(job)
         Path(job["result"]).write_text(json.dumps(result))
         return
+    files = Outputs([arguments.json] if arguments.json else [], force=arguments.force)
     arguments.check_train = min(arguments.check_train, arguments.n_train)
     arguments.check_query = min(arguments.check_query, arguments.n_query)
     torch.set_num_threads(arguments.threads)
@@ -509,14 +512,15 @@ def main() -> None:
             show(console, case, rows)
             every += rows
             if arguments.json:
-                options = {k: v for k, v in vars(arguments).items() if k not in ("json", "worker")}
+                hidden = ("json", "worker", "force")
+                options = {k: v for k, v in vars(arguments).items() if k not in hidden}
                 report = {
                     "options": options,
                     "environment": environment,
                     "rows": [asdict(row) for row in every],
                     "absent": {name: CASES[name].absent for name in arguments.only},
                 }
-                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+                files.write(arguments.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

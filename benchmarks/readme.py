@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from fine_bench.commands import COMMANDS
 from fine_bench.report.figures.style import BLACK, GREY, Kind, canvas, looks, styled, to_bytes
 from fine_bench.retraining.truth_files import load
+from fine_bench.store.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 LEADERBOARD = ROOT / "results" / "published" / "leaderboard.md"
@@ -179,9 +180,9 @@ def main() -> int:
     """Rewrite the README's table and list of commands, and draw its figure."""
     cells = read(LEADERBOARD.read_text())
     readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(), {"table": table(cells), "commands": commands()}))
-    IMAGE.parent.mkdir(parents=True, exist_ok=True)
-    IMAGE.write_bytes(to_bytes(figure(cells), "png"))
+    text = filled(readme.read_text(), {"table": table(cells), "commands": commands()})
+    write_atomic(readme, text.encode())
+    write_atomic(IMAGE, to_bytes(figure(cells), "png"))
     return 0
 
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from fine_bench.retraining.truth_files import find, folders
+from fine_bench.store.files import write_atomic
 from fine_bench.store.records import RecordStore
+from fine_bench.store.spreadsheet import to_csv
 
 
 def table(results: Path, task: str, target: str) -> tuple[pd.DataFrame, float]:
@@ -70,9 +72,8 @@ def main() -> None:
     groups = cells.groupby("method")[columns]
     frame = groups.mean().join(groups.size().rename("n")).sort_values("fidelity", ascending=False)
     stem = arguments.results / f"fidelity--{arguments.task}"
-    cells.sort_values(["method", "seed"]).to_csv(
-        stem.with_suffix(".csv"), index=False, float_format="%.4f"
-    )
+    ordered = cells.sort_values(["method", "seed"])
+    write_atomic(stem.with_suffix(".csv"), to_csv(ordered, float_format="%.4f").encode())
     rows = ["| method | n | fidelity ↑ | of ceiling ↑ | avg. precision ↑ |"]
     rows.append("| --- | ---: | ---: | ---: | ---: |")
     for method, line in frame.iterrows():
@@ -83,7 +84,7 @@ def main() -> None:
         f"Made by `python benchmarks/score_records.py --task {arguments.task}` from stored scores; "
         f"means over n run seeds. The truth's noise allows at most {ceiling:.3f}.\n\n"
     )
-    stem.with_suffix(".md").write_text(text + "\n".join(rows) + "\n")
+    write_atomic(stem.with_suffix(".md"), (text + "\n".join(rows) + "\n").encode())
     print(text + "\n".join(rows))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,23 +41,32 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--task", metavar="NAME", nargs="+", default=[], help="these tasks only")
     archive = made.add_mutually_exclusive_group()
     for option, text in (
-        ("--scores", "write the scores of all published records into this new file"),
+        ("--scores", "write the scores of all published records into this file"),
         ("--check", "hold this archive's scores against the published records"),
         ("--unpack", "check them and put them into DIR/scores"),
     ):
         archive.add_argument(option, metavar="ARCHIVE", type=Path, help=text)
+    made.add_argument(
+        "--force", action="store_true", help="with --scores: replace ARCHIVE if it is there already"
+    )
     return made
 
 
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Publish, or handle an archive of scores."""
+    from functools import partial
+
     from fine_bench.store.files import StoreError
     from fine_bench.store.records import RecordStore
     from fine_bench.store.score_archive import check_archive, unpack_archive, write_archive
 
     store = RecordStore(arguments.results)
-    actions = {"scores": write_archive, "check": check_archive, "unpack": unpack_archive}
+    actions: dict[str, Callable[[RecordStore, Path], ArchiveReport]] = {
+        "scores": partial(write_archive, force=arguments.force),
+        "check": check_archive,
+        "unpack": unpack_archive,
+    }
     try:
         for name, action in actions.items():
             path = getattr(arguments, name)

@@ -29,7 +29,6 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         metavar="DIR",
         type=Path,
-        default=Path("results/ground_truth"),
         help="default: results/ground_truth",
     )
     made.add_argument(
@@ -46,16 +45,23 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Freeze a bank; 0 done, 2 impossible (the reason is printed)."""
+    from functools import partial
+
     from fine_bench.report.bank_evidence import write_evidence
     from fine_bench.retraining.bank import Bank
     from fine_bench.retraining.condense import truth_of
     from fine_bench.retraining.truth_files import save
+    from fine_bench.store.files import check_output, write_atomic, write_output
 
+    folder = arguments.output or Path("results/ground_truth")
+    if arguments.output is not None:
+        check_output(folder / f"{arguments.name}.safetensors", force=True)
+    write = write_atomic if arguments.output is None else partial(write_output, force=True)
     try:
         bank = Bank.open(arguments.bank)
         truth = truth_of(bank, arguments.name, arguments.version)
         if arguments.evidence is None:
-            written = [save(truth, arguments.output)]
+            written = [save(truth, folder, write)]
         else:
             written = write_evidence(bank, arguments.name, arguments.evidence)
     except UserError:

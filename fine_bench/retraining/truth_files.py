@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,16 @@ class TruthError(UserError, ValueError):
     """A ground-truth file is missing, damaged, or must not be replaced. The message names it."""
 
 
-def save(truth: Truth, folder: Path | str) -> Path:
+def save(
+    truth: Truth, folder: Path | str, write: Callable[[Path, bytes], None] = write_atomic
+) -> Path:
     """Write ``<folder>/<name>.safetensors``; an equal file that is there already stays.
+
+    Args:
+        truth: what is written.
+        folder: made if it is not there.
+        write: how. A results folder may be another's, so by default no link is followed; for a
+            folder that the user names, ``write_output`` with ``force``: the version was asked for.
 
     Raises:
         TruthError: another truth of the same or a higher version is there, or a file that cannot
@@ -58,7 +66,7 @@ def save(truth: Truth, folder: Path | str) -> Path:
             )
     header = {KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
     try:
-        write_atomic(path, safetensors.numpy.save(arrays, metadata=header))
+        write(path, safetensors.numpy.save(arrays, metadata=header))
     except StoreError as error:
         raise TruthError(str(error)) from error
     return path

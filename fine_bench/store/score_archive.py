@@ -17,7 +17,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -30,7 +29,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fine_bench.store.files import StoreError, make_folder, write_new
+from fine_bench.store.files import (
+    StoreError,
+    check_output,
+    make_folder,
+    write_new,
+    write_output,
+)
 from fine_bench.store.guarded import is_file, parse_json
 from fine_bench.store.published import table_name
 from fine_bench.store.records import RecordStore
@@ -69,18 +74,18 @@ class ArchiveReport:
         return not self.missing and not self.wrong
 
 
-def write_archive(store: RecordStore, path: Path) -> ArchiveReport:
-    """Write the scores of all published records into one new file.
+def write_archive(store: RecordStore, path: Path, force: bool = False) -> ArchiveReport:
+    """Write the scores of all published records into one file, as ``files.write_output`` does.
 
     Args:
         store: the results folder; every score is verified against its record when it is read.
-        path: the archive; it must not exist. Without any score none is written.
+        path: the archive. Without any score none is written.
+        force: whether a file that is there may be replaced.
 
     Raises:
-        StoreError: the file exists or cannot be written; nothing is left under its name.
+        StoreError: the file exists or cannot be written; nothing was done.
     """
-    if os.path.lexists(path):  # a name that is too long is refused when it is written
-        raise StoreError(f"{path} is already there; name another file or remove it")
+    check_output(path, force)
     good, missing, wrong = 0, [], []
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -101,15 +106,10 @@ def write_archive(store: RecordStore, path: Path) -> ArchiveReport:
                 tar.addfile(member, io.BytesIO(blob))
             good += len(kept)
     if good:
-        make_folder(path.absolute().parent)
-        try:
-            data = whole.getvalue()
-            # without the time of day, so that the same scores give the same bytes
-            write_new(
-                path.absolute(), gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
-            )
-        except FileExistsError:
-            raise StoreError(f"{path} is already there; name another file or remove it") from None
+        data = whole.getvalue()
+        # without the time of day, so that the same scores give the same bytes
+        data = gzip.compress(data, mtime=0) if path.suffix == ".gz" else data
+        write_output(path, data, force)
     return ArchiveReport(good, tuple(missing), tuple(wrong), written=int(good > 0))
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fine_bench.commands import clean, report
@@ -20,6 +21,7 @@ from fine_bench.store.files import (
     write_atomic,
     write_output,
 )
+from support.benchmarks import loaded
 
 
 def test_the_target_of_a_link_is_written(tmp_path: Path) -> None:
@@ -138,3 +140,30 @@ def test_a_folder_is_refused_before_any_work(
     assert main([*arguments, "--out", str(tmp_path / "mine")]) == 2
     assert "--force" in capsys.readouterr().err
     assert (tmp_path / "mine").read_text() == "old"
+
+
+def test_scripts_refuse_before_the_work_and_replace_nothing_unasked(tmp_path: Path) -> None:
+    outputs = loaded("outputs").Outputs
+    mine, link = tmp_path / "mine.csv", tmp_path / "link.csv"
+    mine.write_text("old")
+    link.symlink_to(mine)
+    for path in (mine, link):
+        with pytest.raises(SystemExit, match=r"already there.*--force"):
+            outputs([tmp_path / "new.md", path])
+    with pytest.raises(SystemExit, match="is a folder"):
+        outputs([tmp_path], force=True)
+    files = outputs([tmp_path / "below" / "new.md", link], force=True)
+    files.write(link, pd.DataFrame({"name": ["=1+1"], "x": [1 / 3]}))
+    assert link.is_symlink()
+    assert mine.read_text() == "name,x\n'=1+1,0.3333\n"
+    with pytest.raises(ValueError, match="announce it"):
+        files.write(mine, "x")
+    # a script that writes as its work goes on replaces what it has written itself
+    files = outputs([tmp_path / "new.md"])
+    for text in ("one", "two"):
+        files.write(tmp_path / "new.md", text)
+    assert (tmp_path / "new.md").read_text() == "two"
+    # at its own place in a results folder it rebuilds, and follows no link of somebody else
+    outputs([link], default=True).write(link, "table")
+    assert (link.read_text(), mine.read_text()[:4]) == ("table", "name")
+    assert not link.is_symlink()

@@ -300,8 +300,15 @@ def test_scores_go_into_an_archive_and_come_back_bit_for_bit(tmp_path: Path) -> 
     assert (tmp_path / "small.tar.gz").stat().st_size < path.stat().st_size
     with tarfile.open(path) as tar:
         assert tar.getnames() == ["digits--01234567.safetensors"]
-    with pytest.raises(StoreError, match="already there"):
+    with pytest.raises(StoreError, match=r"already there.*--force"):
         write_archive(store, path)
+    with pytest.raises(StoreError, match="is a folder"):
+        write_archive(store, tmp_path, force=True)
+    (tmp_path / "link.tar").symlink_to(path)
+    path.write_bytes(b"old")
+    assert write_archive(store, tmp_path / "link.tar", force=True).complete
+    assert (tmp_path / "link.tar").is_symlink()
+    assert path.read_bytes() == (tmp_path / "again.tar").read_bytes()
 
     clone = only_published(tmp_path / "results")
     assert check_archive(clone, path).complete
@@ -387,6 +394,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*arguments, "--scores", str(tmp_path / "t.tar")]) == 1
     assert "missing: digits/01234567/fine--self--seed0" in capsys.readouterr().err
     assert not (tmp_path / "t.tar").exists()
+    assert main([*arguments, "--scores", str(tmp_path / "s.tar"), "--force"]) == 1
+    assert (tmp_path / "s.tar").stat().st_size  # no score is here: the old archive stays
     assert main([*arguments, "--check", str(tmp_path / "s.tar")]) == 0
     assert "3 of 3 scores of published records verify" in capsys.readouterr().out
     assert main([*arguments, "--unpack", str(tmp_path / "s.tar")]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -429,6 +430,19 @@ def test_freezing_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*arguments, "--version", "1"]) == 0  # the same again
     assert main([*arguments, "--version", "0"]) == 2
     assert "version counts from 1" in capsys.readouterr().err
+
+    # a link in the folder that the user names is followed, and stays
+    elsewhere = path.rename(tmp_path / "elsewhere")
+    elsewhere.chmod(0o600)
+    path.symlink_to(elsewhere)
+    assert main([*arguments, "--version", "2"]) == 0
+    assert path.is_symlink()
+    assert (load(elsewhere).version, stat.S_IMODE(elsewhere.stat().st_mode)) == (2, 0o600)
+    # what cannot be written is refused before the bank is opened
+    no_bank = [str(tmp_path / "no bank"), *arguments[1:-1], str(elsewhere), "--version", "1"]
+    capsys.readouterr()
+    assert main(no_bank) == 2
+    assert "no file can be made in" in capsys.readouterr().err
 
 
 def test_evidence_of_a_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
