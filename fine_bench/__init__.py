@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fine_bench.data.positions import with_index
     from fine_bench.estimator import InfluenceEstimator, Schedule, replay
     from fine_bench.types import Checkpoint, GroundTruth, InfluenceScores, Problem, RunRecord
 
@@ -23,6 +24,7 @@ __all__ = [
     "Schedule",
     "__version__",
     "replay",
+    "with_index",
 ]
 
 _OF_ESTIMATOR = ("InfluenceEstimator", "Schedule", "replay")
@@ -33,6 +35,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'fine_bench' has no attribute {name!r}")
     home = "fine_bench.estimator" if name in _OF_ESTIMATOR else "fine_bench.types"
+    home = "fine_bench.data.positions" if name == "with_index" else home
     value: object = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -152,7 +152,9 @@ class FINECallback(InRunMethod):
         refuse_optimizers(trainer)
         assert self._recorder is not None
         options, recorder, device = self.options, self._recorder, pl_module.device
-        data = training_data(trainer, pl_module, "FINECallback", options.adapter)
+        data = training_data(
+            trainer, pl_module, "FINECallback", options.adapter, options.train_size
+        )
 
         def aside() -> AbstractContextManager[None]:
             return beside_training(pl_module, self._compiled)

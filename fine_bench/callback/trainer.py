@@ -135,7 +135,11 @@ def training_set(trainer: pl.Trainer, who: str) -> Dataset[Any]:
 
 
 def training_data(
-    trainer: pl.Trainer, module: pl.LightningModule, who: str, adapter: BatchAdapter | None = None
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    who: str,
+    adapter: BatchAdapter | None = None,
+    n: int | None = None,
 ) -> TrainingData:
     """The training examples by position, as the module takes them.
 
@@ -144,13 +148,16 @@ def training_data(
         module: the model.
         who: the callback's name, for errors.
         adapter: reads batches.
+        n: number of training examples, where the data set does not tell.
 
     Raises:
+        TypeError: nobody says how many examples there are.
         ValueError: there are several loaders, or one without a data set.
     """
     return TrainingData(
         training_set(trainer, who),
         getattr(trainer.train_dataloader, "collate_fn", None),
+        n=n,
         device=module.device,
         dtype=next(module.parameters()).dtype,
         adapter=adapter,

@@ -4,6 +4,7 @@ A task is one function in a file of its own, returning a checked ``TaskData``, a
 that names it.
 
     task                what a task hands to the rest: ``Task``, ``TaskData``
+    positions           any data set, with each example's position: ``with_index``
     batches             its examples in batches ``(x, y, index)``
     source              the clean data that a task samples from
     image_sets          those that are to be had by name: digits, MNIST, CIFAR-10

@@ -91,6 +91,8 @@ class Options:
         forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
             default.
         loss: loss of these passes; must be the training loss, per example.
+        train_size: number of training examples, where the training set cannot tell (an
+            ``IterableDataset``) or the batches' index counts in a larger set; its length if None.
         adapter: where things are in batches of another make, and how to get per-example losses of
             modules of another make; see ``BatchAdapter``.
 
@@ -127,6 +129,7 @@ class Options:
     forward: Callable[[Any, Tensor], Tensor] | None = None
     loss: Loss = F.cross_entropy
     adapter: BatchAdapter | None = None
+    train_size: int | None = None
 
     def __post_init__(self) -> None:
         choose(self.target, Target, "target")
@@ -173,6 +176,7 @@ class Options:
             sketch=2,
             refit_every=1,
             fit_examples=2,
+            train_size=1,
             seed=0,
         )
         if not 0 < self.relative_damping < float("inf"):

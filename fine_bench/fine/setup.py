@@ -105,8 +105,13 @@ def make_passes(
         optimizers: of the run.
         aside: see ``passes.Aside``.
         processes: of the run.
+
+    Raises:
+        UnsupportedProblemError: examples must be read by positions that the data set has not.
     """
     engine = None
+    if options.schedule == "snapshot" or options.geometry == "ekfac":
+        data.require_positions()
     if options.needs_engine:
         forward, loss = options.passes()
         engine = GradientEngine(module, loss, options.layers, lambda x: forward(module, x))

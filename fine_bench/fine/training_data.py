@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from fine_bench.data.positions import WithIndex, position_in
 from fine_bench.fine.batch_adapter import BatchAdapter, to_model
 from fine_bench.types import UnsupportedProblemError, dataset_size
 
@@ -29,6 +31,10 @@ class TrainingData:
         device, dtype: where the model is, and the precision it takes inputs in; integer inputs
             stay as they are.
         adapter: reads batches.
+        n: number of training examples, where the data set has no length or is numbered otherwise.
+
+    Raises:
+        TypeError: nobody says how many examples there are.
     """
 
     def __init__(
@@ -36,24 +42,43 @@ class TrainingData:
         dataset: Dataset[Any],
         collate: Callable[[Any], Any] | None = None,
         *,
+        n: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         adapter: BatchAdapter | None = None,
     ) -> None:
-        self.n = dataset_size(dataset, "the training set")
+        self.n = number_of_examples(dataset, n)
         self.dataset = dataset
         self.collate = collate or default_collate
         self.device = device
         self.dtype = dtype
         self.adapter = adapter or BatchAdapter()
+        if isinstance(dataset, WithIndex) and self.adapter.index is None:
+            self.adapter = replace(self.adapter, index=position_in)
+
+    def require_positions(self) -> None:
+        """Refuse a data set of which examples cannot be read by their positions.
+
+        Raises:
+            UnsupportedProblemError: it is one.
+        """
+        if hasattr(self.dataset, "__getitem__") and not isinstance(self.dataset, IterableDataset):
+            return
+        raise UnsupportedProblemError(
+            "snapshots and the EK-FAC geometry read training examples by their positions, which "
+            f"{type(self.dataset).__name__} does not allow: use a map-style dataset, or "
+            'schedule="in_batch" with geometry="euclidean", which need the batches alone'
+        )
 
     def read(self, positions: Tensor) -> tuple[Any, Tensor]:
         """``x, y`` of the examples at ``positions`` ``(m,)``; see ``BatchAdapter.inputs``.
 
         Raises:
+            UnsupportedProblemError: a data set without positions.
             ValueError: items of another kind, or an index in them that is not the position.
         """
         where = positions.tolist()
+        self.require_positions()
         dataset: Any = self.dataset
         whole = getattr(dataset, "__getitems__", None)
         batch = self.collate(whole(where) if whole else [dataset[i] for i in where])
@@ -78,6 +103,28 @@ class TrainingData:
         return torch.cat([y.cpu() for _, _, y in parts])
 
 
+def number_of_examples(dataset: Dataset[Any], given: int | None = None) -> int:
+    """How many training examples there are.
+
+    Args:
+        dataset: of the training.
+        given: what the user says, ``train_size=…``; it goes before the data set's length.
+
+    Raises:
+        TypeError: neither says.
+    """
+    if given is not None:
+        return given
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(
+            "f-INE needs the number of training examples and the position of each one among them, "
+            f"but {type(dataset).__name__} has no length: let it yield (x, y, index) with index "
+            "from 0 to n - 1, the same for an example in every epoch, and give train_size=n; or "
+            "use a map-style dataset (fine_bench.with_index adds the index)"
+        )
+    return dataset_size(dataset, "the training set")
+
+
 def read_queries(queries: Dataset[Any], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """All queries of a dataset of ``(x, y)`` on the model's device, ``(V, …)`` each."""
     n_query = dataset_size(queries, "queries")
@@ -95,25 +142,62 @@ def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -
     if index is None:
         raise ValueError(
             'the batch carries no example indices: yield (x, y, index) or a mapping with "index", '
-            "the position of each example in the training set; or tell by BatchAdapter(index=…) "
-            "where they are"
+            "the position of each example in the training set (fine_bench.with_index(dataset) adds "
+            "it); or tell by BatchAdapter(index=…) where they are"
         )
-    index = torch.as_tensor(index)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(
-            f"the batch's index must be integers of shape (batch,), got {index.dtype} of shape "
-            f"{tuple(index.shape)}"
-        )
+    found = as_positions(index)
     # plain integers: on a few dozen numbers faster than three tensor operations
-    positions = index.tolist()
+    positions = found.tolist()
     low, high = min(positions), max(positions)
     if low < 0 or high >= n_train:
         raise ValueError(
             f"the batch's index runs from {low} to {high}, but the training set has {n_train} "
-            "examples; index must be the position in that set"
+            "examples; index must be the position in that set (fine_bench.with_index adds it), or "
+            "give train_size=…, the number of examples that are numbered"
         )
     refuse_repeats(positions, "the batch's index repeats an example")
-    return index
+    return found
+
+
+def as_positions(index: Any) -> Tensor:
+    """What a batch has for an index as whole numbers in int64, ``(m,)``, m ≥ 1.
+
+    Raises:
+        ValueError: it is something else, such as names of files.
+    """
+    names = isinstance(index, str) or (
+        isinstance(index, list | tuple) and any(isinstance(i, str | bytes) for i in index)
+    )
+    if names:
+        first = index if isinstance(index, str) else next(i for i in index if not _whole(i))
+        raise ValueError(
+            f"the batch's index holds names ({first!r}), but f-INE needs positions: the whole "
+            "number 0, 1, 2, … at which each example stands in the training set. "
+            "fine_bench.with_index(dataset) adds them, and scores then come in the order of the set"
+        )
+    try:
+        found = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the batch's index must be integers of shape (batch,), got {type(index).__name__} "
+            f"({error}); fine_bench.with_index(dataset) adds them"
+        ) from error
+    kind = found.dtype
+    if found.ndim != 1 or not len(found) or kind.is_floating_point or kind.is_complex:
+        raise ValueError(
+            f"the batch's index must be integers of shape (batch,), got {kind} of shape "
+            f"{tuple(found.shape)}; fine_bench.with_index(dataset) adds them"
+        )
+    if kind == torch.bool:
+        raise ValueError(
+            "the batch's index must be integers of shape (batch,), got torch.bool of shape "
+            f"{tuple(found.shape)}: a mask says nothing of positions"
+        )
+    return found.long()  # bytes would be read as a mask, and short integers not at all
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def refuse_repeats(index: Tensor | list[int], what: str) -> None:
