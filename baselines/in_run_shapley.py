@@ -8,9 +8,8 @@ callback.scores().values                               # (1, n_train), in units 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,7 +17,8 @@ from torch.utils.data import Dataset
 from baselines import shapley
 from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
-from fine_bench.callback.trainer import AROUND, Events, beside_training, training_set
+from fine_bench.callback.trainer import AROUND, Events, training_set
+from fine_bench.fine.aside import beside_training
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
@@ -30,6 +30,9 @@ from fine_bench.types import (
     UnsupportedProblemError,
     dataset_size,
 )
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 class InRunShapleyCallback(InRunMethod):

@@ -13,14 +13,26 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+)
 
-import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fine_bench.callback.question import digest
+from fine_bench.callback.packages import Callback
+from fine_bench.fine.question import digest
 from fine_bench.types import InfluenceScores, Target
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 MARK = " #"
 """Stands in a state's key before the digest of what is asked about."""
@@ -88,7 +100,7 @@ def built_from(
     return decorate
 
 
-class InRunMethod(pl.Callback):
+class InRunMethod(Callback):
     """Scores training examples while the model trains; the run itself stays what it is.
 
     Args:

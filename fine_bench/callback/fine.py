@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 from torch import Tensor
 
 from fine_bench.callback.base import InRunMethod, built_from
 from fine_bench.callback.trainer import (
     Events,
-    beside_training,
     loss_scale,
     refuse_compiled,
     refuse_optimizers,
@@ -27,20 +25,19 @@ from fine_bench.callback.trainer import (
     training_data,
 )
 from fine_bench.fine import accumulator
+from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.distributed import Processes
-from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.in_batch import InBatchSchedule
+from fine_bench.fine.observation import Observation
 from fine_bench.fine.options import Options
-from fine_bench.fine.setup import make_first_batch, make_passes, make_recorder
+from fine_bench.fine.setup import make_recorder
 from fine_bench.fine.snapshot import SnapshotSchedule
-from fine_bench.fine.standard_error import inflation
-from fine_bench.fine.training_data import step_size
-from fine_bench.fine.window import Window
-from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
-from fine_bench.types import (
-    InfluenceScores,
-)
+from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.types import InfluenceScores
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 class FINECallback(InRunMethod):
@@ -106,19 +103,17 @@ class FINECallback(InRunMethod):
         about = {"queries": options.queries, "layers": options.layers}
         super().__init__(about=about, **_distinguishing(options))
         self._observed: InBatchSchedule | SnapshotSchedule | None
+        self._run: Observation | None = None
         self._recorder: LayerRecorder | None = None
         self._compiled = False
-        self._first: FirstBatch | None = None
         self._events = Events()
 
     # ------------------------------------------------------------------ results
 
     def scores(self) -> InfluenceScores:
         """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``."""
-        self._schedule.flush()
-        target = self.options.target
-        factor = inflation(target, self.options.geometry)
-        return self._schedule.accumulator.scores(self.name, target, factor)
+        self._require()
+        return self._watched.scores(self.name)
 
     @property
     def n_not_finite(self) -> int:
@@ -137,6 +132,11 @@ class FINECallback(InRunMethod):
     def _schedule(self) -> InBatchSchedule | SnapshotSchedule:
         schedule: InBatchSchedule | SnapshotSchedule = self._require()
         return schedule
+
+    @property
+    def _watched(self) -> Observation:
+        assert self._run is not None
+        return self._run
 
     # ------------------------------------------------------------------ Lightning events
 
@@ -159,24 +159,24 @@ class FINECallback(InRunMethod):
         def aside() -> AbstractContextManager[None]:
             return beside_training(pl_module, self._compiled)
 
-        # under manual optimisation nobody says how many micro-batches make a step
-        parameters = None if pl_module.automatic_optimization else pl_module.parameters
-        processes = Processes(trainer.world_size, device)
-        passes = make_passes(
-            options, pl_module, data, recorder, trainer.optimizers, aside, processes
+        known = options.n_snapshots is not None
+        self._run = Observation(
+            options,
+            pl_module,
+            recorder,
+            data,
+            trainer.optimizers,
+            aside,
+            processes=Processes(trainer.world_size, device),
+            total_steps=trainer.estimated_stepping_batches if known else float("inf"),
+            # under manual optimisation nobody says how many micro-batches make a step
+            parameters=None if pl_module.automatic_optimization else pl_module.parameters,
         )
-        self._first = make_first_batch(options, pl_module, data, aside)
-        if options.schedule == "in_batch":
-            self._start_with(InBatchSchedule(options, passes, recorder, Window(parameters)))
-        else:
-            recorder.close()
-            known = options.n_snapshots is not None
-            total = trainer.estimated_stepping_batches if known else float("inf")
-            self._start_with(SnapshotSchedule(options, passes, total, Window(parameters)))
+        self._start_with(self._run.schedule)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse layers that mix the examples of a batch, in the modes they train in."""
-        refuse_batch_coupling(pl_module)
+        self._watched.epoch_starts()
         self._events = Events(
             observed=self._schedule.n_observed, around=self._schedule.window.n_around
         )
@@ -187,9 +187,7 @@ class FINECallback(InRunMethod):
         """Note the batch."""
         self._events.batches += 1
         with self._timed():
-            if self._first is not None and not self._first.size:
-                self._first.starts(batch)
-            self._schedule.batch_starts(batch, trainer.global_step, trainer.current_epoch)
+            self._watched.batch_starts(batch, trainer.global_step, trainer.current_epoch)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a batch, or of a micro-batch, are there."""
@@ -197,7 +195,7 @@ class FINECallback(InRunMethod):
         if self._recorder is not None:  # what its hooks did within the backward pass
             self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
         with self._timed():
-            self._schedule.backward_ends(
+            self._watched.backward_ends(
                 trainer.current_epoch,
                 accumulates=trainer.accumulate_grad_batches,
                 loss_scale=loss_scale(trainer),
@@ -209,8 +207,8 @@ class FINECallback(InRunMethod):
         """The backward pass is done and the parameters are still θ_t."""
         self._events.steps += 1
         with self._timed():
-            self._schedule.before_step(
-                step_size(optimizer),
+            self._watched.before_step(
+                optimizer,
                 trainer.global_step,
                 trainer.current_epoch,
                 taken=step_is_taken(trainer, optimizer),
@@ -226,13 +224,17 @@ class FINECallback(InRunMethod):
     ) -> None:
         """The step is done: time for a snapshot?"""
         with self._timed():
-            first, self._first = self._first, None
-            found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if first is not None and isinstance(found, Tensor) and found.numel() == 1:
-                # Lightning hands on the loss divided
-                first.ends(float(found) * trainer.accumulate_grad_batches)
-            self._schedule.batch_ends(
-                trainer.global_step, trainer.current_epoch, epoch_ends=trainer.is_last_batch
+            loss = None
+            if self._watched.asks_for_loss:
+                found = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+                if isinstance(found, Tensor) and found.numel() == 1:
+                    # Lightning hands on the loss divided
+                    loss = float(found) * trainer.accumulate_grad_batches
+            self._watched.batch_ends(
+                trainer.global_step,
+                trainer.current_epoch,
+                epoch_ends=trainer.is_last_batch,
+                loss=loss,
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,15 +16,14 @@ Trainer(callbacks=[callback]).fit(module, loader)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 
 from fine_bench.callback.base import InRunMethod, WatchedRun, built_from
-from fine_bench.callback.trainer import AROUND, beside_training, training_data
+from fine_bench.callback.trainer import AROUND, training_data
 from fine_bench.fine import subset_test
+from fine_bench.fine.aside import beside_training, own_randomness
 from fine_bench.fine.geometry import Euclidean
 from fine_bench.fine.passes import Passes, QueryDirections
 from fine_bench.fine.subset_options import SubsetOptions
@@ -44,6 +43,9 @@ from fine_bench.types import (
     Target,
     UnsupportedProblemError,
 )
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 class PaperFINECallback(InRunMethod):
@@ -189,7 +191,7 @@ class PaperFINECallback(InRunMethod):
                 "the training DataLoader has no batch_size; pass batch_size=… to PaperFINECallback"
             )
         m = size if options.batch_size else size * trainer.accumulate_grad_batches
-        with isolate_rng():
+        with own_randomness():
             watched = options.watch(data.n, data.labels)
         members = members_per_batch(watched, m, options.members)
         queries = None

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from pytorch_lightning.utilities.seed import isolate_rng
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from fine_bench.callback.packages import is_a
+from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 NO_BACKWARD = (
     "no backward pass was seen; under manual optimisation call self.manual_backward(loss) instead "
@@ -65,10 +64,8 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         UnsupportedProblemError: another strategy than one device or distributed data parallel.
     """
     strategy = trainer.strategy
-    one = isinstance(strategy, SingleDeviceStrategy)
-    data_parallel = isinstance(strategy, DDPStrategy) and not isinstance(
-        strategy, DeepSpeedStrategy
-    )
+    one = is_a(strategy, "SingleDeviceStrategy")
+    data_parallel = is_a(strategy, "DDPStrategy") and not is_a(strategy, "DeepSpeedStrategy")
     if not one and not data_parallel:
         raise UnsupportedProblemError(
             f"the strategy {type(strategy).__name__} is not supported: where parameters are "
@@ -176,22 +173,6 @@ def step_is_taken(trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         return True
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
     return all(bool(torch.isfinite(g).all()) for g in grads if g is not None)
-
-
-@contextmanager
-def beside_training(module: nn.Module, compiled: bool = False) -> Iterator[None]:
-    """A pass beside the training: evaluation mode, and every random state and mode afterwards.
-
-    A compiled module's own code knows nothing of hooks, so its layers run as they were written.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with isolate_rng(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 __all__ = [

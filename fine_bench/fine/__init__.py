@@ -16,6 +16,9 @@ A run that is watched:
 - ``options``: everything that can be asked for, with defaults and refusals.
 - ``setup``: what a run needs before its first step; ``first_batch``: what is taken for granted of
   it, looked at once.
+- ``observation``: what a trainer or a loop tells, handed on to the schedule.
+- ``aside``: passes that leave modes and random states alone; ``question``: what is asked, as a
+  digest.
 - ``training_data``, ``batch_adapter``: examples by position, and where things are in a batch.
 - ``passes``: gradients beside the training's own: queries, curvature.
 - ``in_batch``: an example is observed when it is in the batch. ``micro_batches``: what a step is

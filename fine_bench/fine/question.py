@@ -1,4 +1,4 @@
-"""What a callback is asked about, as a digest: queries by their content, names as they are."""
+"""What f-INE is asked about, as a digest: queries by their content, names as they are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from fine_bench.fine.aside import own_randomness
 
 
 def digest(about: Mapping[str, Any]) -> str:
@@ -24,7 +25,7 @@ def digest(about: Mapping[str, Any]) -> str:
         about: a data set of ``(x, y)`` or a sequence of names by what it is called.
     """
     found = hashlib.sha256()
-    with isolate_rng():
+    with own_randomness():
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002  that is the state which data sets read
         torch.manual_seed(0)

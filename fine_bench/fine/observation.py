@@ -1,0 +1,144 @@
+"""A training run as f-INE observes it: what a trainer or a loop tells, handed on to the schedule.
+
+Whoever knows the run (``fine_bench.callback`` a Lightning Trainer, ``fine_bench.fine.loop`` a loop
+of the user's own) tells of five moments, and nothing else decides what is measured:
+
+    batch_starts → backward_ends → … → before_step → batch_ends → … → training_ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fine_bench.fine.distributed import Processes
+from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.in_batch import InBatchSchedule
+from fine_bench.fine.options import Options
+from fine_bench.fine.passes import Aside
+from fine_bench.fine.setup import make_first_batch, make_passes
+from fine_bench.fine.snapshot import SnapshotSchedule
+from fine_bench.fine.standard_error import inflation
+from fine_bench.fine.training_data import TrainingData, step_size
+from fine_bench.fine.window import Window
+from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
+from fine_bench.types import InfluenceScores
+
+
+class Observation:
+    """One run that is observed.
+
+    Args:
+        options: what to measure.
+        module: the model.
+        recorder: its layers; see ``setup.make_recorder``. Snapshots close it.
+        data: the training examples by position.
+        optimizers: of the run.
+        aside: see ``passes.Aside``.
+        processes: of the run; one by default.
+        total_steps: of the run, for ``n_snapshots``; infinite if unknown.
+        parameters: the trained parameters, where nobody says how many micro-batches make a step;
+            see ``Window``.
+
+    Attributes:
+        schedule: the sums.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        module: nn.Module,
+        recorder: LayerRecorder,
+        data: TrainingData,
+        optimizers: Sequence[Optimizer],
+        aside: Aside,
+        *,
+        processes: Processes | None = None,
+        total_steps: float = float("inf"),
+        parameters: Callable[[], Iterable[nn.Parameter]] | None = None,
+    ) -> None:
+        self.options = options
+        self.module = module
+        passes = make_passes(
+            options, module, data, recorder, optimizers, aside, processes or Processes()
+        )
+        self._first: FirstBatch | None = make_first_batch(options, module, data, aside)
+        self.schedule: InBatchSchedule | SnapshotSchedule
+        if options.schedule == "in_batch":
+            self.schedule = InBatchSchedule(options, passes, recorder, Window(parameters))
+        else:
+            recorder.close()
+            self.schedule = SnapshotSchedule(options, passes, total_steps, Window(parameters))
+
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether ``batch_ends`` is to be told the loss: that of the first batch is looked at."""
+        return self._first is not None
+
+    def epoch_starts(self) -> None:
+        """Refuse layers that mix the examples of a batch, in the modes they train in."""
+        refuse_batch_coupling(self.module)
+
+    def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
+        """A batch is about to go through the model.
+
+        Args:
+            batch: as the options' adapter reads it.
+            step: number of steps taken so far.
+            epoch: number of epochs so far.
+        """
+        if self._first is not None and not self._first.size:
+            self._first.starts(batch)
+        self.schedule.batch_starts(batch, step, epoch)
+
+    def backward_ends(self, epoch: int, *, accumulates: int, loss_scale: float) -> None:
+        """The gradients of a batch, or of a micro-batch, are there.
+
+        Args:
+            epoch: as above.
+            accumulates: into how many equal parts the step's loss was divided, ≥ 1.
+            loss_scale: further factor on the loss, of 16-bit precision.
+        """
+        self.schedule.backward_ends(epoch, accumulates=accumulates, loss_scale=loss_scale)
+
+    def before_step(self, optimizer: Any, step: int, epoch: int, *, taken: bool) -> None:
+        """The step's gradient is complete and the parameters are still θ_t.
+
+        Args:
+            optimizer: that steps.
+            step, epoch: as above.
+            taken: whether it will take the step; see ``InBatchSchedule.before_step``.
+        """
+        self.schedule.before_step(step_size(optimizer), step, epoch, taken=taken)
+
+    def batch_ends(
+        self, step: int, epoch: int, *, epoch_ends: bool, loss: float | None = None
+    ) -> None:
+        """A batch is done with, and its step is taken if it had one.
+
+        Args:
+            step, epoch: as above.
+            epoch_ends: whether it was the epoch's last.
+            loss: the mean loss of the batch, where it is asked for and known.
+        """
+        first, self._first = self._first, None
+        if first is not None and loss is not None:
+            first.ends(loss)
+        self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
+
+    def scores(self, name: str) -> InfluenceScores:
+        """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``.
+
+        Args:
+            name: of the method.
+        """
+        self.schedule.flush()
+        target = self.options.target
+        factor = inflation(target, self.options.geometry)
+        return self.schedule.accumulator.scores(name, target, factor)
+
+
+__all__ = ["Observation"]
