@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fine_bench.data.positions import with_index
     from fine_bench.estimator import InfluenceEstimator, Schedule, replay
-    from fine_bench.types import Checkpoint, GroundTruth, InfluenceScores, Problem, RunRecord
+    from fine_bench.types import (
+        Checkpoint,
+        GroundTruth,
+        InfluenceScores,
+        Problem,
+        RunRecord,
+        TrainingSteps,
+    )
 
 __version__ = "0.1.0"
 
@@ -22,6 +29,7 @@ __all__ = [
     "Problem",
     "RunRecord",
     "Schedule",
+    "TrainingSteps",
     "__version__",
     "replay",
     "with_index",

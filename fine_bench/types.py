@@ -6,7 +6,7 @@ Orientation, everywhere: score matrices are ``(n_query, n_train)`` and a positiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -62,6 +62,44 @@ def dataset_size(dataset: Dataset[Any], name: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class TrainingSteps:
+    """What a run did step by step, so that it can be done again; see ``baselines.unrolled``.
+
+    Args:
+        initial: parameters (and buffers) by name before the first step.
+        batches: of every step, the positions ``(m,)`` int64 of its examples among ``train``; the
+            step went down the mean of their losses.
+        lr: of every step, ≥ 0.
+        optimizer: name of the ``torch.optim`` class, for instance ``"SGD"``.
+        options: its options by their names there (``optimizer.defaults`` has them all), the same
+            for every parameter.
+    """
+
+    initial: Mapping[str, Tensor]
+    batches: Sequence[Tensor]
+    lr: Sequence[float]
+    optimizer: str = "SGD"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.initial:
+            raise ValueError("initial is empty; pass model.state_dict() as before the first step")
+        if not len(self.batches) == len(self.lr) >= 1:
+            raise ValueError(
+                f"got {len(self.batches)} batches and {len(self.lr)} step sizes; pass one of each "
+                "for every step, and at least one step"
+            )
+        if not all(0.0 <= lr < float("inf") for lr in self.lr):
+            raise ValueError("lr must be finite numbers ≥ 0, one for every step")
+        for step, batch in enumerate(self.batches):
+            if batch.dtype != torch.int64 or batch.ndim != 1 or not len(batch):
+                raise ValueError(
+                    f"batches[{step}] must be positions (m,) of type int64, m ≥ 1, got "
+                    f"{batch.dtype} of shape {tuple(batch.shape)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A question about training data: a model, its loss, its training examples, and queries.
 
@@ -74,6 +112,8 @@ class Problem:
             target); ``"class"`` one row for every class that occurs among the query labels, each
             the mean of its queries' rows.
         batch_size, num_workers: how the data are read. They change speed and memory, no score.
+        steps: what the run that left the checkpoints did step by step, for the methods that
+            repeat it; None where that was not kept.
     """
 
     model: nn.Module
@@ -83,6 +123,7 @@ class Problem:
     reduce: Reduce = None
     batch_size: int = 512
     num_workers: int = 0
+    steps: TrainingSteps | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):

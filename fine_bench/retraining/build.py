@@ -25,11 +25,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fine_bench.gradients.batch_products import is_dense
 from fine_bench.retraining.bank import Bank
 from fine_bench.retraining.design import Design, Model
 from fine_bench.retraining.outputs import BankModels
 from fine_bench.retraining.train import Recipe, default_stack, evaluate, train_stack
-from fine_bench.retraining.train_dense import is_dense
 from fine_bench.seeds import stream
 from fine_bench.store.files import temporary_folder
 

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_bench.gradients.batch_products import is_dense
 from fine_bench.gradients.margin import margins
 from fine_bench.models.lr_schedule import check_schedule, lr_at
-from fine_bench.retraining.train_dense import DenseStack, is_dense
+from fine_bench.retraining.train_dense import DenseStack
 from fine_bench.retraining.train_mapped import ModuleStack
 from fine_bench.types import LRSchedule
 

@@ -1,4 +1,4 @@
-"""M fully connected networks trained at once, by hand-written batched matrix products.
+"""M fully connected networks (``is_dense``) trained at once, by batched matrix products.
 
 The weights of layer l of all models are one array W (M, in, out), a batch is x (M, m, in), each
 model with examples of its own. For softmax cross-entropy, the mean over the batch,
@@ -20,37 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fine_bench.gradients.batch_products import ACTIVATIONS
+
 _aten: Any = torch.ops.aten
-
-ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.GELU)
-
-
-def is_dense(net: nn.Module, x: Tensor) -> bool:
-    """Whether ``DenseStack`` can train this network on inputs like ``x (n, ...)``.
-
-    That is ``Sequential(Flatten?, Linear, activation, …, Linear)`` with one activation throughout
-    (ReLU, tanh or GELU); flat inputs need no Flatten.
-    """
-    # a subclass may compute something else
-    if type(net) is not nn.Sequential:
-        return False
-    parts = list(net)
-    if parts and type(parts[0]) is nn.Flatten:
-        if repr(parts.pop(0)) != repr(nn.Flatten()):  # other dimensions than the usual ones
-            return False
-    elif x.ndim != 2:
-        return False
-    linear, between = parts[::2], parts[1::2]
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        len(parts) % 2 == 1
-        and all(type(part) is nn.Linear for part in linear)
-        and all(type(part) in ACTIVATIONS for part in between)
-        and len({repr(part).replace("inplace=True", "") for part in between}) <= 1
-        and not any(getattr(part, hook) for part in net.modules() for hook in hooks)
-        and all(parameter.requires_grad for parameter in net.parameters())
-        and len({id(part.weight) for part in linear}) == len(linear)  # none is used twice
-    )
 
 
 class _Trained:

@@ -34,6 +34,7 @@ from fine_bench.types import (
     Problem,
     Status,
     Target,
+    TrainingSteps,
     UnsupportedProblemError,
 )
 
@@ -287,8 +288,10 @@ def _agreements(
 # ------------------------------------------------------------------------------ post-hoc methods
 
 
-def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
-    """The target as a question to post-hoc methods."""
+def problem_of(
+    job: Job, target: Target, model: torch.nn.Module, steps: TrainingSteps | None = None
+) -> Problem:
+    """The target as a question to post-hoc methods, some of which repeat the run's steps."""
     data = job.data
     return Problem(
         model=model,
@@ -297,6 +300,7 @@ def problem_of(job: Job, target: Target, model: torch.nn.Module) -> Problem:
         queries="self" if target == "self" else TensorDataset(data.query_x, data.query_y),
         reduce=REDUCE[target],
         batch_size=backend_of(job).batch_size(job, model),
+        steps=steps,
     )
 
 
@@ -305,7 +309,7 @@ def _replayed(
 ) -> tuple[InfluenceScores, dict[str, float]]:
     """Scores and cost of a method that reads checkpoints."""
     estimator = job.estimator(cell)
-    problem = problem_of(job, cell.target, run.model)
+    problem = problem_of(job, cell.target, run.model, run.steps)
     checkpoints, cost = run.checkpoints, dict[str, float]()
     if estimator.schedule is Schedule.RUNS and estimator.unsupported(problem) is None:
         members = ensemble(job, run, estimator.runs, say)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_bench.data.digits import digits_mislabel
+from fine_bench.gradients.batch_products import is_dense
 from fine_bench.gradients.margin import margins
 from fine_bench.models.networks import cnn, mlp
 from fine_bench.retraining.train import (
@@ -24,7 +25,7 @@ from fine_bench.retraining.train import (
     train_one,
     train_stack,
 )
-from fine_bench.retraining.train_dense import DenseStack, is_dense
+from fine_bench.retraining.train_dense import DenseStack
 from fine_bench.retraining.train_mapped import ModuleStack
 from fine_bench.runner.backends import images
 from fine_bench.runner.config import RunConfig, TrainerConfig

@@ -20,6 +20,8 @@ from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
 from fine_bench.gradients.batch_size import suitable_batch_size
 from fine_bench.models.classifier import Classifier
+from fine_bench.models.lr_schedule import lr_at
+from fine_bench.retraining.train import epoch_order
 from fine_bench.runner import checkpoints
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.calls import build
@@ -27,7 +29,7 @@ from fine_bench.runner.fit import fit
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
 from fine_bench.store.files import write_atomic
-from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target
+from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target, TrainingSteps
 
 _EVALUATION_BATCH = 1024
 
@@ -89,16 +91,45 @@ def build_model(job: Job) -> Classifier:
     )
 
 
+def order_seed(job: Job) -> int:
+    """The seed that the order of the batches follows."""
+    trainer = job.config.trainer
+    return job.config.seed if trainer.order_seed is None else trainer.order_seed
+
+
 def train_loader(job: Job) -> Any:
     """Shuffled batches; the order follows the run seed, or ``trainer.order_seed``."""
     trainer = job.config.trainer
-    seed = job.config.seed if trainer.order_seed is None else trainer.order_seed
     return loader(
         job.data.x,
         job.data.y,
         batch_size=trainer.batch_size,
-        generator=stream(seed, "order"),
+        generator=stream(order_seed(job), "order"),
         shuffle=True,
+    )
+
+
+def steps_of(job: Job, net: torch.nn.Module) -> TrainingSteps:
+    """What a run of this job does step by step: its seed says it, nothing has to be stored.
+
+    Args:
+        job: of the run.
+        net: freshly initialised, by ``build_model``.
+    """
+    trainer, n = job.config.trainer, job.data.n_train
+    order = stream(order_seed(job), "order")
+    batches = [
+        rows
+        for _ in range(trainer.max_epochs)
+        for rows in torch.split(epoch_order(n, trainer.batch_size, order), trainer.batch_size)
+    ]
+    schedule = cast(LRSchedule, trainer.lr_schedule)
+    return TrainingSteps(
+        initial={name: value.clone() for name, value in net.state_dict().items()},
+        batches=batches,
+        lr=[lr_at(schedule, trainer.lr, step, len(batches)) for step in range(len(batches))],
+        optimizer="SGD",
+        options={"momentum": trainer.momentum, "weight_decay": trainer.weight_decay},
     )
 
 
@@ -235,5 +266,6 @@ def _trained(job: Job, folder: Path, facts: Mapping[str, Any]) -> TrainedRun:
         }
         kept.append(Checkpoint(params=params, lr=content["lr"], step=int(content["global_step"])))
     net = build_model(job).net
+    steps = steps_of(job, net)
     net.load_state_dict(dict(kept[-1].params))
-    return TrainedRun(net, kept, facts)
+    return TrainedRun(net, kept, facts, steps)

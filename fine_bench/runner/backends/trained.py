@@ -12,7 +12,7 @@ import torch
 from fine_bench.metrics import registry
 from fine_bench.metrics.registry import Given
 from fine_bench.runner.plan import Job
-from fine_bench.types import Checkpoint, InfluenceScores, Target
+from fine_bench.types import Checkpoint, InfluenceScores, Target, TrainingSteps
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +24,13 @@ class TrainedRun:
         checkpoints: one an epoch, in order.
         facts: test and training accuracy, losses, seconds of plain training, steps, and the
             curves over epochs.
+        steps: what it did step by step, for methods that repeat it; None where that is not kept.
     """
 
     model: torch.nn.Module
     checkpoints: Sequence[Checkpoint]
     facts: Mapping[str, Any]
+    steps: TrainingSteps | None = None
 
 
 def folder_of(job: Job) -> Path:
