@@ -173,6 +173,7 @@ def fill(root: Path) -> None:
         "cure",
         "verify",
         "clean npz",
+        "audit",
         "clean csv",
     ):
         status, text = called(reader, root, first)

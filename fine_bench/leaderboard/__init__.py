@@ -4,8 +4,9 @@ The way of the data, from the records to what is read:
 
 - ``tables``: what a leaderboard consists of; plain data.
 - ``build``: which records count, what makes a row, and its numbers. ``consistency`` compares the
-  seeds of a row, ``ties`` marks the rows that cannot be told from the best, ``captions`` finds the
-  words: names of rows, descriptions of settings, notes.
+  seeds of a row, ``completeness`` names records that lack what they were written with, ``ties``
+  marks the rows that cannot be told from the best, ``captions`` finds the words: names of rows,
+  descriptions of settings, notes.
 - ``sheet``: a printed table between its numbers and its looks, written for a terminal and as
   Markdown here and as HTML by ``report.html.tables``. ``render`` makes them of a leaderboard, and
   its csv and JSON.

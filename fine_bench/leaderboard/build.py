@@ -18,6 +18,7 @@ from fine_bench.leaderboard.captions import (
     options_of,
     variants_of,
 )
+from fine_bench.leaderboard.completeness import incomplete
 from fine_bench.leaderboard.consistency import LEVEL, Comparisons, consistency_stats
 from fine_bench.leaderboard.tables import (
     CellState,
@@ -34,7 +35,7 @@ from fine_bench.leaderboard.tables import (
 from fine_bench.leaderboard.ties import PairValues, with_ties
 from fine_bench.metrics.fidelity import VERSION
 from fine_bench.metrics.intervals import mean_interval
-from fine_bench.metrics.registry import Metric, columns, stat_key
+from fine_bench.metrics.registry import Metric, columns, stat_key, together
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, RunRecord
 
@@ -117,7 +118,7 @@ def _table(
     unfinished: list[CellState] = []
     seeds = sorted({record.seed for record in records})
     variants = variants_of(records)
-    problems = _truths(records)
+    problems = _truths(records) + incomplete(records, together())
     # rows that score a sample of the examples have a k of their own
     k, complaint = _k([r for r in records if "n_watched" not in r.metrics])
     if complaint:

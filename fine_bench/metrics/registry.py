@@ -237,6 +237,20 @@ def known(packages: Iterable[str] = ()) -> tuple[Metric, ...]:
     return tuple(sorted((one for one, _ in found.values()), key=lambda m: (m.rank, m.key)))
 
 
+def together(packages: Iterable[str] = ()) -> tuple[frozenset[str], ...]:
+    """Names in ``record.metrics`` that come together: of one function, or of one ``METRICS``.
+
+    A whole block may be absent from a record, as may what its function left out; see
+    ``leaderboard.completeness``.
+    """
+    blocks = []
+    for module in _modules(packages):
+        declared = [said.metrics for _, said in _functions(module)]
+        for metrics in (*declared, getattr(module, "METRICS", ())):
+            blocks.append(frozenset(one.name for one in metrics if one.source == "metrics"))
+    return tuple(block for block in blocks if len(block) > 1)
+
+
 def columns(packages: Iterable[str] = ()) -> tuple[Metric, ...]:
     """The metrics that are a column of a printed table, in order; see ``known``."""
     return tuple(one for one in known(packages) if one.table)

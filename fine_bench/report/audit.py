@@ -49,23 +49,23 @@ def of_group(records: Iterable[RunRecord], group: str) -> list[Evidence]:
     """Evidence on a group from the records of the paper's estimator.
 
     Raises:
-        DataError: no record has the group; the message names those that exist.
+        DataError: no record has the group (the message names those that exist), or one lacks a
+            number of it.
     """
     found, known = [], set()
     for record in records:
         names = {key.split("/")[1] for key in record.metrics if key.startswith("group/")}
         known |= names
         if group in names:
-            m, prefix = record.metrics, f"group/{group}/"
-            found.append(
-                Evidence(
-                    record.seed,
-                    m[prefix + "mu"],
-                    m[prefix + "lower"],
-                    m[prefix + "upper"],
-                    abs(m[prefix + "mu_run"]),
+            keys = [f"group/{group}/{name}" for name in ("mu", "lower", "upper", "mu_run")]
+            lacking = [key for key in keys if key not in record.metrics]
+            if lacking:
+                raise DataError(
+                    f"the record of {record.estimator} seed {record.seed} lacks "
+                    f"{', '.join(lacking)}: it was cut or edited; compute it again with force=true"
                 )
-            )
+            mu, lower, upper, of_run = (record.metrics[key] for key in keys)
+            found.append(Evidence(record.seed, mu, lower, upper, abs(of_run)))
     if not found:
         raise DataError(
             f"no record holds the group {group!r}; "

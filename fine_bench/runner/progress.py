@@ -6,6 +6,7 @@ launcher, since the results folder is all that the processes share.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ def describe(record: RunRecord) -> str:
     for metric, label in (("fidelity", "fidelity"), ("lds", "LDS")):
         if metric in record.metrics:
             found += f"  {label} {record.metrics[metric]:.3f}"
-    return f"{name} {found}   {record.cost['seconds']:6.1f} s"
+    return f"{name} {found}   {record.cost.get('seconds', math.nan):6.1f} s"
 
 
 def describe_groups(record: RunRecord) -> list[str]:
@@ -45,7 +46,8 @@ def describe_groups(record: RunRecord) -> list[str]:
     lines = []
     for name in names[:SHOWN_GROUPS]:
         mu, low, high, p, size = (
-            metrics[f"group/{name}/{part}"] for part in ("mu", "lower", "upper", "p_value", "size")
+            metrics.get(f"group/{name}/{part}", math.nan)
+            for part in ("mu", "lower", "upper", "p_value", "size")
         )
         lines.append(f"  {name} ({size:g}): μ {mu:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.2g}")
     if len(names) > SHOWN_GROUPS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 _SLACK = 1e-9
 """Rounding of sums that are 1 on paper."""
@@ -26,6 +27,10 @@ _RANGES = (
     (re.compile(r"cv_median"), (0.0, math.inf)),
 )
 _COUNTS = ("n_bad", "n_watched")
+N_TRAIN = "n_train"
+"""Among the facts about the training in a record: how many examples its scores are of."""
+_SIZED = "fine_bench.data."
+"""Tasks below it have as many examples as their option ``n_train`` says, where it says a number."""
 
 
 def check_numbers(numbers: Mapping[str, float]) -> None:
@@ -44,3 +49,21 @@ def check_numbers(numbers: Mapping[str, float]) -> None:
                 raise ValueError(f"says {name} = {value:g}, which is {span} by its definition")
         if name in _COUNTS and not (value >= 0 and value.is_integer()):
             raise ValueError(f"says {name} = {value:g}, which counts examples")
+
+
+def check_size(training: Mapping[str, Any], config: Mapping[str, Any], n: int) -> None:
+    """Hold a number of scored examples against what a record says of its task.
+
+    Args:
+        training: facts about the training; records of before they held the size have none.
+        config: full configuration; only our own tasks promise what ``task.n_train`` means.
+        n: columns of the scores.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    task = config.get("task", {})
+    own = str(task.get("_target_", "")).startswith(_SIZED)
+    for size in (training.get(N_TRAIN), task.get(N_TRAIN) if own else None):
+        if isinstance(size, int) and not isinstance(size, bool) and size != n:
+            raise ValueError(f"scores {n:,} examples, its record's task has {size:,}")

@@ -46,6 +46,7 @@ from fine_bench.store.files import (
     write_new,
 )
 from fine_bench.store.guarded import files_below, is_file, read_bytes, reason_of
+from fine_bench.store.plausibility import check_size
 from fine_bench.store.published import Entry, Published, one_line, published_entry, table_name
 from fine_bench.store.record_json import (
     CELL,
@@ -310,6 +311,7 @@ class RecordStore:
             raise StoreError(f"{missing}; recompute with force=true")
         try:
             scores = unpack(path)
+            check_size(record.training, record.config, scores.values.shape[1])
         except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
             raise StoreError(
                 f"the score file {path} of {who} is damaged ({error}); recompute with force=true"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fine_bench.commands import audit
+from fine_bench.commands import audit, report
 from fine_bench.commands.leaderboard import main
 from fine_bench.leaderboard.build import build
 from fine_bench.retraining.bank import Bank
@@ -221,6 +221,95 @@ def test_seeds_that_score_other_numbers_of_examples(tmp_path: Path) -> None:
         store.save(make_record(seed=seed), scores_of(seed, n))
     (problem,) = build(store).problems
     assert "[40, 77] examples" in problem
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"training": {"n_train": 40}},
+        {"config": {"task": {"_target_": "fine_bench.data.digits.digits_mislabel", "n_train": 40}}},
+    ],
+)
+def test_scores_of_another_number_of_examples_than_the_task_has(
+    tmp_path: Path, says: dict[str, Any]
+) -> None:
+    store = RecordStore(tmp_path)
+    assert store.load_scores(store.save(make_record(**says), scores_of(0))).values.shape == (1, 40)
+    for seed in (1, 2):  # alike, so that comparing the seeds says nothing
+        record = store.save(make_record(seed=seed, **says), scores_of(seed, 77))
+        with pytest.raises(StoreError, match="scores 77 examples, its record's task has 40"):
+            store.load_scores(record)
+
+
+def test_what_another_package_calls_n_train_is_its_own(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    task = {"_target_": "mine.task", "n_train": 4}  # perhaps of each class
+    assert store.load_scores(store.save(make_record(config={"task": task}), scores_of(0)))
+
+
+# ----------------------------------------------------------------- records that lack something
+
+
+def whole_record(seed: int, estimator: str = "fine") -> RunRecord:
+    detected = {"auroc": 0.9, "average_precision": 0.8, "recall_at_rate": 0.7}
+    group = {f"group/copies/{name}": 0.5 for name in ("mu", "lower", "upper", "mu_run", "index")}
+    return make_record(
+        seed=seed,
+        estimator=estimator,
+        metrics={**detected, **group, "n_bad": 4.0},
+        cost={"seconds": 1.0},
+        environment={"commit": "c0ffee", "dirty": False},
+        training={"test_accuracy": 0.9, "seconds": 3.0},
+        config={
+            "task": {"n_train": N},
+            "model": {"name": "mlp"},
+            "trainer": {"lr": 0.1},
+            "estimator": {"observable": "margin"},
+        },
+    )
+
+
+REMOVED = {
+    "a metric": ("metrics", "average_precision"),
+    "a number of a group": ("metrics", "group/copies/mu"),
+    "the number of bad examples": ("metrics", "n_bad"),
+    "the costs": ("cost", "seconds"),
+    "the commit": ("environment", "commit"),
+    "an option that captions name": ("config", "task", "n_train"),
+    "the test accuracy": ("training", "test_accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_record_that_lacks_what_tables_and_report_read(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = RecordStore(tmp_path / "results")
+    for seed in (0, 1):
+        for estimator in ("fine", "tracin"):
+            store.save(whole_record(seed, estimator), scores_of(seed + (estimator != "fine") * 9))
+    assert not build(store).problems
+    *sections, key = REMOVED[name]
+    (path,) = store.records.rglob("fine--*--seed1--*.json")
+
+    def remove(content: dict[str, Any]) -> None:
+        for section in sections:
+            content = content[section]
+        del content[key]
+
+    edit(path, remove)
+    board = build(store)
+    (problem,) = board.problems
+    assert f"the record of seed 1 lacks {'.'.join(REMOVED[name])}, which" in problem
+    assert {row.estimator for table in board.tables for row in table.rows} == {"fine", "tracin"}
+    for command in (main, report.main):
+        assert command(["--results", str(store.root)]) == 1
+        assert "it was cut or edited" in " ".join("".join(capsys.readouterr()).split())
+    if key == "group/copies/mu":
+        asked = ["--results", str(store.root), "--task", "digits", "--group", "copies"]
+        asked += ["--estimator", "fine"]
+        assert audit.main(asked) == 2
+        assert "lacks group/copies/mu" in " ".join(capsys.readouterr().err.split())
 
 
 # ---------------------------------------------------------------------------------- comparisons

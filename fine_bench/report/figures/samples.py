@@ -7,6 +7,7 @@ less ``trace/auxiliary`` ``(n_traced, n_samples)`` where an auxiliary model was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ def _group_names(record: RunRecord) -> dict[int, str]:
     found = {}
     for key, value in record.metrics.items():
         head, _, last = key.rpartition("/")
-        if head.startswith("group/") and last == "index":
+        if head.startswith("group/") and last == "index" and math.isfinite(value):
             found[int(value)] = f"group {head.removeprefix('group/')}"
     return found
 
