@@ -60,6 +60,7 @@ class FINECallback(InRunMethod):
       step for all its examples alike, and μ_i,t does not depend on it; the accumulated μ counts
       the step with its η_t.
     - *Learning-rate schedules.* Each step counts with its own η_t.
+    - *Parameter groups.* Each parameter counts with its own η_p (``fine_bench.fine.step_sizes``).
     - *Momentum β.* A gradient moves the parameters by η_t now and by β, β², … of the later step
       sizes afterwards. It counts once, with η_t: where η changes slowly, that is the whole move but
       for the factor 1/(1 − β), which all steps share and μ does not see.

@@ -87,6 +87,7 @@ def whitened_effects(
     total: Tensor,
     one_minus_p: Tensor | None,
     contrast: Contrast = "substitution",
+    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Effect and noise on the example's own observable where the geometry states the noise.
 
@@ -100,13 +101,14 @@ def whitened_effects(
         own: K_ii, ``(..., m)``, ≥ 0.
         total: Σ_j K_ij over the batch, i included, ``(..., m)``.
         one_minus_p, contrast: see ``self_effects``.
+        variance: of K_ij over j, ``(..., m)``, where it is another (``fine.step_sizes``).
 
     Returns:
         effect and σ, each ``(..., m)`` in float64.
     """
     k, m = own.double(), own.shape[-1]
     effect = k - (total.double() - k) / (m - 1) if contrast == "substitution" else k.clone()
-    sigma = k.clamp_min(0.0).sqrt()
+    sigma = (k if variance is None else variance.double()).clamp_min(0.0).sqrt()
     return margin_effects(effect, sigma, one_minus_p)
 
 

@@ -67,6 +67,9 @@ class Preconditioned(Metric):
         for name, parameters in self.parameters.items():
             found = []
             for p in parameters:
+                if id(p) not in settings:  # it does not move at all
+                    found.append(torch.zeros_like(p))
+                    continue
                 state = self.optimizer.state.get(p, {})
                 if "exp_avg_sq" not in state:
                     return False

@@ -28,6 +28,7 @@ from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, direction_from_state, direction_state, warn_of_gradients
 from fine_bench.fine.statistic import Statistic
 from fine_bench.fine.step_queue import StackedSteps, Step, StepQueue
+from fine_bench.fine.step_sizes import StepScaling, StepSizes
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
@@ -69,7 +70,8 @@ class InBatchSchedule:
         self.passes = passes
         self.recorder = recorder
         self.accumulator = FineAccumulator(passes.data.n, passes.n_rows, options.composition)
-        self._statistic = Statistic(options, passes)
+        self._scaling = StepScaling(recorder, whole_layers=options.geometry == "ekfac")
+        self._statistic = Statistic(options, passes, self._scaling)
         self._steps = StepQueue(self.accumulator, options.contrast, kind=self._statistic.kind)
         self._sketch = None if options.sketch is None else Sketch(options.sketch, options.seed)
         recorder.reduce = self._sketch
@@ -155,11 +157,11 @@ class InBatchSchedule:
         part = MicroBatch(index, gradients, scale, logit_gradients, accumulates * n_processes)
         self.window.add(part, accumulates)
 
-    def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
+    def before_step(self, sizes: StepSizes, step: int, epoch: int, *, taken: bool = True) -> None:
         """The step's gradient is complete and the parameters are still θ_t: observe.
 
         Args:
-            lr: step size η_t.
+            sizes: step sizes η_t of the optimiser's parameter groups.
             step: number of the step.
             epoch: number of the epoch.
             taken: whether the optimiser will take the step; 16-bit precision leaves steps out
@@ -183,7 +185,10 @@ class InBatchSchedule:
             self.n_without_memory += 1
             return
         self.n_observed += 1
-        self._observe(GlobalBatch(window, lr * weights.rms, step, weights.relative))
+        if self._scaling.changes(sizes):
+            self._settle()  # what waits has the old ones
+            self._scaling.follow(sizes)
+        self._observe(GlobalBatch(window, sizes.largest * weights.rms, step, weights.relative))
 
     def reason(self) -> str:
         """Why steps that were announced were not observed; empty where they were passed over."""
@@ -249,6 +254,7 @@ class InBatchSchedule:
         """Take the statistic of a step, now or with those of the next ones."""
         processes, statistic, queue = self.passes.processes, self._statistic, self._gradients
         gradients, scale = batch.gradients(processes)
+        gradients = statistic.scaled(gradients)
         if self.passes.queries is not None:
             if statistic.needs_directions:
                 self._settle()  # what waits saw the old ones

@@ -22,7 +22,8 @@ from fine_bench.fine.passes import Aside
 from fine_bench.fine.setup import make_first_batch, make_passes
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
-from fine_bench.fine.training_data import TrainingData, step_size
+from fine_bench.fine.step_sizes import step_sizes
+from fine_bench.fine.training_data import TrainingData
 from fine_bench.fine.window import Window
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
 from fine_bench.types import InfluenceScores
@@ -112,7 +113,7 @@ class Observation:
             step, epoch: as above.
             taken: whether it will take the step; see ``InBatchSchedule.before_step``.
         """
-        self.schedule.before_step(step_size(optimizer), step, epoch, taken=taken)
+        self.schedule.before_step(step_sizes(optimizer), step, epoch, taken=taken)
 
     def batch_ends(
         self, step: int, epoch: int, *, epoch_ends: bool, loss: float | None = None

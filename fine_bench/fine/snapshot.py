@@ -24,6 +24,7 @@ from fine_bench.fine.micro_batches import window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
 from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
+from fine_bench.fine.step_sizes import StepScaling, StepSizes
 from fine_bench.fine.window import Window
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
@@ -85,6 +86,9 @@ class SnapshotSchedule:
         self.accumulator = SnapshotAccumulator(n, passes.n_rows, options.composition, watched)
         self.n_not_finite = 0
         self._interval = SnapshotInterval()
+        recorder, whole = passes.engine.recorder, options.geometry == "ekfac"
+        self._scaling = StepScaling(recorder, whole_layers=whole)
+        self._over_interval = StepScaling(recorder, whole_layers=whole)
         self._batch_size = 0
         self.window: Window[tuple[int, int]] = Window() if window is None else window
         self.labels = ExampleLabels(n)
@@ -106,14 +110,16 @@ class SnapshotSchedule:
             self.window.add((size, parts), accumulates)
         self._batch_size = 0
 
-    def before_step(self, lr: float, step: int, epoch: int, *, taken: bool = True) -> None:
+    def before_step(self, sizes: StepSizes, step: int, epoch: int, *, taken: bool = True) -> None:
         """Note the step."""
         window = self.window.take()
         if window and taken:
             self.n_observed += 1
             numbers = self.passes.processes.numbers
             weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
-            self._interval.add(lr, weights.m, weights.mean, weights.rms)
+            self._scaling.follow(sizes)
+            relative = self._scaling.by_parameter or None
+            self._interval.add(sizes.largest, weights.m, weights.mean, weights.rms, relative)
             self._epoch = epoch
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:
@@ -188,15 +194,17 @@ class SnapshotSchedule:
         Raises:
             UnsupportedProblemError: 1 − p is needed and does not exist.
         """
-        passes, options = self.passes, self.options
+        passes, options, scaled = self.passes, self.options, self._over_interval
+        scaled.take(self._interval.relative)
         positions = self.draw_reference(step)
         reference = passes.gradients(*passes.data.read(positions))
         if options.needs_complement:
             self._require_complement(reference)
         direction = at_reference = None
         if passes.queries is not None:
-            direction = passes.directions(reference)
-            at_reference = reference.contract(direction)
+            direction = passes.directions(scaled(reference))
+            at_reference = scaled(reference).contract(direction)
+        reference_root = scaled(reference, 0.5)
         effects, sigmas = [], []
         for rows, x, y in passes.data.batches(self.index, READ_AT_ONCE):
             labels = hard_labels(y, len(self.index[rows]))
@@ -204,14 +212,16 @@ class SnapshotSchedule:
                 self.labels.note(self.index[rows], labels)
             gradients = passes.gradients(x, y)
             if direction is None or at_reference is None:
-                own = passes.metric.norm2(gradients)[None]
-                others = passes.metric.gram(gradients, reference)[None]
+                root = scaled(gradients, 0.5)
+                own = passes.metric.norm2(root)[None]
+                others = passes.metric.gram(root, reference_root)[None]
             else:
-                own, others = gradients.contract(direction), at_reference
+                own, others = scaled(gradients).contract(direction), at_reference
             itself = torch.isin(self.index[rows], positions).to(y.device)
             effect, sigma = reference_effects(own, others, itself, options.contrast)
             if options.model_noise:
-                _, sigma = whitened_effects(own, own, None)
+                variance = passes.metric.norm2(scaled(gradients))[None] if scaled else None
+                _, sigma = whitened_effects(own, own, None, variance=variance)
             if options.divides:
                 assert gradients.one_minus_p is not None
                 effect, sigma = margin_effects(effect, sigma, gradients.one_minus_p)

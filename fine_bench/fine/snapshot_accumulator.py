@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,9 +61,12 @@ class SnapshotInterval:
         noise: V_s = Σ η_t²/m_t.
         examples: Σ m_t.
         roots: Σ √m_t.
+        by_parameter: Σ η_p,t by parameter, where they differ (``fine.step_sizes``).
 
     Where a step is put together from micro-batches, η_t counts times mean r_i in H_s and times ρ in
-    V_s, and √m_t times mean r_i/ρ (``fine.micro_batches``).
+    V_s, and √m_t times mean r_i/ρ (``fine.micro_batches``). Where parameters have step sizes of
+    their own, η_t is the largest, and the snapshot weighs products by Σ η_p,t / H_s: exactly what
+    the steps shifted; their noise, where the ratios do not change within T_s.
     """
 
     steps: int = 0
@@ -71,20 +74,41 @@ class SnapshotInterval:
     noise: float = 0.0
     examples: int = 0
     roots: float = 0.0
+    by_parameter: dict[str, float] = field(default_factory=dict)
 
-    def add(self, lr: float, m: int, mean: float = 1.0, rms: float = 1.0) -> None:
+    def add(
+        self,
+        lr: float,
+        m: int,
+        mean: float = 1.0,
+        rms: float = 1.0,
+        relative: Mapping[str, float] | None = None,
+    ) -> None:
         """Take in a step with step size ``lr`` and a batch of ``m``.
 
         Args:
-            lr: η_t.
+            lr: η_t, the largest one.
             m: number of examples in the step.
             mean, rms: mean r_i and ρ.
+            relative: η_p,t/η_t by parameter; None where all are one.
         """
+        if relative or self.by_parameter:
+            # as long as all were alike, each parameter had what all had
+            earlier = 0.0 if self.by_parameter else self.lr
+            for name in sorted(self.by_parameter.keys() | (relative or {}).keys()):
+                before = self.by_parameter.get(name, earlier)
+                share = 1.0 if not relative else relative.get(name, 0.0)
+                self.by_parameter[name] = before + lr * mean * share
         self.steps += 1
         self.lr += lr * mean
         self.noise += (lr * rms) * (lr * rms) / m
         self.examples += m
         self.roots += math.sqrt(m) * (mean / rms)
+
+    @property
+    def relative(self) -> dict[str, float]:
+        """Σ η_p,t / H_s by parameter; empty where all are one."""
+        return {name: lr / self.lr if self.lr else 1.0 for name, lr in self.by_parameter.items()}
 
 
 @dataclass(frozen=True)

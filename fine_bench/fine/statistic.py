@@ -16,6 +16,7 @@ from fine_bench.fine.geometry import Whitened
 from fine_bench.fine.micro_batches import scaled_gradients
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes
+from fine_bench.fine.step_sizes import StepScaling
 from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
@@ -25,8 +26,9 @@ Kind: TypeAlias = Literal["gram", "columns", "diagonal", "directions"]
 
 ``gram``: K, ``(m, m)``, for the target ``self``, which has one row. ``columns``: the diagonal of K,
 a mark on r reference examples, and their rows of K, ``(2 + r, m)``. ``diagonal``: the diagonal and
-the row sums, ``(2, m)``, where the geometry states the noise. ``directions``: the products with R
-directions, ``(R, m)``.
+the row sums, ``(2, m)``, where the geometry states the noise, and the variance, ``(3, m)``, where
+that is not the diagonal (``fine.step_sizes``). ``directions``: the products with R directions,
+``(R, m)``.
 """
 
 
@@ -36,6 +38,7 @@ class Statistic:
     Args:
         options: what to measure.
         passes: passes beside the training, for the queries' directions.
+        scaling: what the step sizes make of the gradients.
 
     Attributes:
         kind: see ``Kind``.
@@ -43,9 +46,10 @@ class Statistic:
         steps_seen: steps since the beginning, of which every ``refresh_every``-th renews them.
     """
 
-    def __init__(self, options: Options, passes: Passes) -> None:
+    def __init__(self, options: Options, passes: Passes, scaling: StepScaling) -> None:
         self.options = options
         self.passes = passes
+        self.scaling = scaling
         self.kind: Kind = "directions"
         if passes.queries is None:
             self.kind = "diagonal" if options.model_noise else "gram"
@@ -53,6 +57,10 @@ class Statistic:
             self.kind = "columns"
         self.direction: Direction | None = None
         self.steps_seen = 0
+
+    def scaled(self, gradients: PerExampleGradients) -> PerExampleGradients:
+        """r ∘ g for directions and √r ∘ g for products of two gradients (``fine.step_sizes``)."""
+        return self.scaling(gradients, 0.5 if self.passes.queries is None else 1.0)
 
     @property
     def needs_directions(self) -> bool:
@@ -65,7 +73,7 @@ class Statistic:
         """The queries' directions at the present parameters.
 
         Args:
-            gradients: of the step's examples of this process, for the queries' noise.
+            gradients: of the step's examples of this process, ``scaled``, for the queries' noise.
             scale: the factor that they lack.
         """
         reference = self.passes.processes.gradients(scaled_gradients(gradients, scale))
@@ -78,7 +86,7 @@ class Statistic:
         """Of one step; shapes as in ``Kind``.
 
         Args:
-            gradients: of the examples of this process, which lack the factor ``scale``.
+            gradients: of the examples of this process, ``scaled``; they lack the factor ``scale``.
             index: of the examples of all processes, ``(m,)``.
             number: of the step.
         """
@@ -89,7 +97,10 @@ class Statistic:
         if self.options.model_noise:
             assert isinstance(passes.metric, Whitened)
             # its noise is a root of its statistic, so the scale cannot wait
-            return torch.stack(passes.metric.own_and_total(gradients)) * scale**2
+            rows = list(passes.metric.own_and_total(gradients))
+            if self.scaling:
+                rows.append(passes.metric.norm2(self.scaling(gradients, 0.5)))
+            return torch.stack(rows) * scale**2
         if self.options.reference_columns is not None:
             chosen = self._columns(index[None], [number])[0]
             own, columns = passes.metric.own_and_rows(gradients, chosen)
@@ -100,7 +111,7 @@ class Statistic:
         """Of S steps, ``(S, …)``; shapes as in ``Kind``.
 
         Args:
-            gradients: of one step after the other, ``(S · m, …)``.
+            gradients: of one step after the other, ``scaled``, ``(S · m, …)``.
             index: ``(S, m)``.
             numbers: of the steps.
         """

@@ -163,8 +163,8 @@ class StepQueue:
         if self.kind == "gram":
             effect, sigma = self_effects(statistic, complement, self.contrast)
         elif self.kind == "diagonal":
-            own, total = statistic.unbind(1)
-            effect, sigma = whitened_effects(own, total, complement, self.contrast)
+            own, total, *variance = statistic.unbind(1)
+            effect, sigma = whitened_effects(own, total, complement, self.contrast, *variance)
         else:
             own, itself, columns = statistic[:, 0], statistic[:, 1], statistic[:, 2:]
             effect, sigma = reference_effects(own, columns.mT, itself, self.contrast)

@@ -220,8 +220,8 @@ def step_size(optimizer: Any) -> float:
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     if len(rates) != 1:
         raise UnsupportedProblemError(
-            f"the optimiser's parameter groups have different step sizes {sorted(rates)}; f-INE "
-            "needs one step size a step"
+            f"the optimiser's parameter groups have different step sizes {sorted(rates)}, but the "
+            "values of a step are one step size times products of gradients; give all groups one"
         )
     return rates.pop()
 

@@ -78,6 +78,10 @@ class Fields:
         """The same in another precision."""
         return self._with(self.x.to(dtype))
 
+    def times(self, factor: float) -> Fields:
+        """The fields of the input times a number."""
+        return self._with(self.x * factor)
+
     def alike(self, other: Fields) -> bool:
         """Whether gradients formed from both have one order."""
         return self.kernel == other.kernel and self.dilation == other.dilation
@@ -254,6 +258,12 @@ class FieldBlock(FactorBlock):
             return [torch.bmm(b.mT, self.fields.combined(p)).flatten(1)]
         # few inputs: the fields as windows
         return list(FieldBlock(self.name, self.fields, b, True, False).formed([slice(None)]))
+
+    def _inputs_times(self, factor: float, b: Tensor) -> FieldBlock:
+        return self._with(self.fields.times(factor), b)
+
+    def _trained(self, *, weight: bool, bias: bool) -> FieldBlock:
+        return FieldBlock(self.name, self.fields, self.b, weight, bias)
 
     def _with(self, fields: Fields, b: Tensor) -> FieldBlock:
         return FieldBlock(self.name, fields, b, self.weight, self.bias)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fine_bench.gradients.blocks.protocol import Block, group_rows
@@ -47,6 +49,13 @@ class DenseBlock(Block):
     def scaled(self, factor: Tensor) -> DenseBlock:
         """Every example's gradient times its factor, ``(B,)``."""
         return DenseBlock(self.name, self.g * factor[:, None])
+
+    def by_parameter(self, factors: Sequence[float], sizes: Sequence[int]) -> DenseBlock | None:
+        """Each parameter's columns times its factor; a sketch has others."""
+        if sum(sizes) != self.n_params:
+            return None
+        columns = [self.g.new_full((n,), value) for n, value in zip(sizes, factors, strict=True)]
+        return DenseBlock(self.name, self.g * torch.cat(columns))
 
     def dense(self) -> Tensor:
         """``(B, P)``."""

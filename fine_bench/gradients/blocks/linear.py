@@ -105,6 +105,25 @@ class FactorBlock(Block):
             self.name, self.a, self.b * factor[:, None, None], self.weight, self.bias
         )
 
+    def by_parameter(self, factors: Sequence[float], sizes: Sequence[int]) -> FactorBlock:
+        """The weight's gradients times one factor and the bias's times another.
+
+        Σ_t (v b_t)(w/v a_t)ᵀ = w Σ_t b_t a_tᵀ, and Σ_t v b_t is v times the bias's.
+        """
+        if not (self.weight and self.bias):
+            return self.scaled(self.b.new_full((len(self),), factors[0]))
+        w, v = factors
+        if v == 0.0:
+            block = self.scaled(self.b.new_full((len(self),), w))
+            return block._trained(weight=True, bias=False)
+        return self._inputs_times(w / v, self.b * v)
+
+    def _inputs_times(self, factor: float, b: Tensor) -> FactorBlock:
+        return FactorBlock(self.name, self.a * factor, b, self.weight, self.bias)
+
+    def _trained(self, *, weight: bool, bias: bool) -> FactorBlock:
+        return FactorBlock(self.name, self.a, self.b, weight, bias)
+
     def rows(self, which: slice | Tensor) -> FactorBlock:
         """The gradients of some of the examples."""
         return FactorBlock(self.name, self.a[which], self.b[which], self.weight, self.bias)

@@ -98,6 +98,18 @@ class Block(ABC):
     def scaled(self, factor: Tensor) -> Block:
         """Every example's gradient times its factor, ``(B,)``."""
 
+    def by_parameter(self, factors: Sequence[float], sizes: Sequence[int]) -> Block | None:
+        """Each parameter's part of every gradient times its factor, ≥ 0; of the same kind.
+
+        Args:
+            factors: one for each of the layer's trained parameters, in their order.
+            sizes: their numbers of elements.
+
+        Returns:
+            None where what is kept does not tell the parameters apart.
+        """
+        return None
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The gradients in full, ``(B, P)``."""
