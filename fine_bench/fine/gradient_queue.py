@@ -46,6 +46,8 @@ class GradientQueue:
         """Whether these are small enough for several steps to be held."""
         if self._count:
             return True  # what is held is of the same layers; see ``add``
+        if any(block.of_its_step for block in gradients.blocks):
+            return False
         return WORTHWHILE * sum(block.n_floats for block in gradients.blocks) <= FLOATS
 
     def add(self, gradients: PerExampleGradients) -> bool:

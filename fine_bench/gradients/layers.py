@@ -51,6 +51,10 @@ class LayerKind(ABC):
         """The kind of this very layer, where its options matter."""
         return self
 
+    def at(self, layer: nn.Module) -> LayerKind:
+        """The kind of one call, where what the layer is may change from call to call."""
+        return self
+
     def refusal(self, layer: nn.Module) -> str | None:
         """Why this layer cannot be trained in a per-example way at all, or None."""
         return None

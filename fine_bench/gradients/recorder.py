@@ -6,7 +6,6 @@ Recording reads what the forward and the backward pass hold anyway; it changes n
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from fine_bench.gradients.blocks.protocol import Block
-from fine_bench.gradients.layers import (
-    LayerKind,
-    batch_coupling_reason,
-    kind_of,
-    trained_parameters,
-)
+from fine_bench.gradients.coverage import covered_blocks
+from fine_bench.gradients.layers import LayerKind, batch_coupling_reason
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.types import UnsupportedProblemError
 
@@ -50,6 +45,7 @@ class Call:
 
     name: str
     layer: nn.Module
+    kind: LayerKind
     input: Tensor | None
     output: Tensor | None = None
     edge: GradientEdge | None = None
@@ -72,7 +68,7 @@ class LayerRecorder:
     its gradient. A first dimension of the right length is taken to be the examples.
 
     Attributes:
-        layers: the recorded layers by name.
+        layers: a layer for each block, by the block's name; see ``coverage.py``.
         leftover: names of trained parameters that no recorded layer covers.
         keep_outputs: whether a tapped pass also keeps the layers' outputs.
         reduce: what is made of the block of one application of a layer, as soon as its gradient is
@@ -101,26 +97,11 @@ class LayerRecorder:
         self._handles: list[RemovableHandle] = []
         self.model = model
         chosen = _select(model, layers)
-        # a parameter that two modules share has one gradient, the sum over both: factors of each
-        # module alone would be wrong, so such parameters are left to torch.func
-        uses = Counter(
-            id(p) for m in model.modules() for p in m._parameters.values() if p is not None
-        )
-        self.layers: dict[str, nn.Module] = {}
-        self._kinds: dict[str, LayerKind] = {}
-        covered: set[int] = set()
-        for name, module in chosen.items():
-            kind, own = kind_of(module), trained_parameters(module)
-            if kind is None or not own or any(uses[id(p)] > 1 for p in own.values()):
-                continue
-            reason = kind.refusal(module)
-            if reason is not None:
-                raise UnsupportedProblemError(
-                    f"layer {name!r} ({type(module).__name__}): {reason}; or leave the layer out "
-                    "with layers=[...]"
-                )
-            self.layers[name], self._kinds[name] = module, kind
-            covered |= {id(p) for p in own.values()}
+        blocks = covered_blocks(model, chosen)
+        self.layers: dict[str, nn.Module] = {name: b.modules[0] for name, b in blocks.items()}
+        self._kinds: dict[str, LayerKind] = {name: b.kind for name, b in blocks.items()}
+        self._parameters = {name: b.parameters for name, b in blocks.items()}
+        covered = {id(p) for b in blocks.values() for p in b.parameters.values()}
         wanted = {id(p) for m in chosen.values() for p in m._parameters.values() if p is not None}
         self.leftover = [
             name
@@ -132,27 +113,42 @@ class LayerRecorder:
                 "the model has no trained parameters to take gradients of"
                 + ("" if layers is None else f" in layers={list(layers)}")
             )
-        for name, module in self.layers.items():
+        for name, block in blocks.items():
             hook = partial(self._record, name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            for module in block.modules:
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         # gradients of the parameters themselves in the first tapped pass, until they are checked
         self._totals: dict[int, Tensor] = {}
         self._total_handles: list[RemovableHandle] = []
         self._unchecked = tap
 
     def parameter_names(self, name: str) -> list[str]:
-        """Names in the model of a recorded layer's trained weight and bias, in this order."""
-        return [
-            f"{name}.{part}" if name else part for part in trained_parameters(self.layers[name])
-        ]
+        """Names in the model of the trained parameters of a block, in its order."""
+        return list(self._parameters[name])
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters behind each block, by the block's name, in the blocks' order."""
         named = dict(self.model.named_parameters())
-        found = {name: list(trained_parameters(m).values()) for name, m in self.layers.items()}
+        found = {name: list(own.values()) for name, own in self._parameters.items()}
         if self.leftover:
             found[OTHER_PARAMETERS] = [named[name] for name in self.leftover]
         return found
+
+    def remedy(self, wrong: Sequence[str]) -> str:
+        """What to type where some parameters have no per-example gradients in a training pass.
+
+        Args:
+            wrong: names of blocks, or of parameters.
+        """
+        own = {name for block in wrong for name in self._parameters.get(block, [block])}
+        modules = dict(self.model.named_modules())
+        layers = []
+        for name in self.layers:
+            if name in modules and name:
+                below = {f"{name}.{part}" for part, _ in modules[name].named_parameters()}
+                if not below & {*own, *self.leftover}:
+                    layers.append(name)
+        return 'schedule="snapshot"' + (f", or watch others with layers={layers}" if layers else "")
 
     def start(self, batch_size: int | None = None) -> None:
         """Forget the last pass and record the next one.
@@ -165,8 +161,8 @@ class LayerRecorder:
         self.armed = True
         self._totals.clear()
         if self._unchecked and not self._total_handles:
-            for layer in self.layers.values():
-                for p in trained_parameters(layer).values():
+            for own in self._parameters.values():
+                for p in own.values():
                     hook = partial(self._keep_total, id(p))
                     self._total_handles.append(p.register_hook(hook))  # type: ignore[no-untyped-call]
 
@@ -200,7 +196,7 @@ class LayerRecorder:
         if LayerRecorder._exclusive not in (None, self):
             return
         x = inputs[0] if inputs else next(iter(kwargs.values()))
-        call = Call(name, layer, x.detach())
+        call = Call(name, layer, self._kinds[name].at(layer), x.detach())
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
@@ -320,7 +316,7 @@ class LayerRecorder:
         """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
         assert call.grad is not None
         assert call.input is not None
-        x, grad, layer, kind = call.input, call.grad, call.layer, self._kinds[call.name]
+        x, grad, layer, kind = call.input, call.grad, call.layer, call.kind
         if x.ndim == 0 or x.shape[0] != batch_size or (self.tap and kind.counts_positions(x)):
             # an engine finds shared positions out by itself
             raise UnsupportedProblemError(
@@ -351,11 +347,8 @@ class LayerRecorder:
     def _check(self, blocks: Sequence[Block], scale: float) -> None:
         """Refuse parameters whose gradient is not the sum of the examples' gradients."""
         totals = [
-            [
-                self._totals.get(id(p), torch.zeros_like(p)) * scale
-                for p in trained_parameters(layer).values()
-            ]
-            for layer in self.layers.values()
+            [self._totals.get(id(p), torch.zeros_like(p)) * scale for p in own.values()]
+            for own in self._parameters.values()
         ]
         wrong = disagreeing(blocks, None, totals, self.rounding())
         if wrong is None:  # not finite: look again in the next pass
@@ -364,8 +357,8 @@ class LayerRecorder:
             raise UnsupportedProblemError(
                 f"the gradients of layers {wrong} are not the sums of their examples' gradients: "
                 "their parameters also act outside of the layer (tied weights), or the loss has a "
-                "term beyond the mean over examples. Weight decay belongs in the optimiser; or "
-                "leave the layers out with layers=[...]"
+                "term beyond the mean over examples. Weight decay belongs in the optimiser; f-INE "
+                f"takes any use of a weight with {self.remedy(wrong)}"
             )
         self._unchecked = False
         self._stop_checking()

@@ -185,6 +185,18 @@ class FieldBlock(FactorBlock):
         """Every example's gradient times its factor, ``(B,)``."""
         return self._with(self.fields, self.b * factor[:, None, None])
 
+    def trained(self, weight: bool, bias: bool) -> FieldBlock:
+        """The gradients of the weight, the bias or both, whatever the layer trains."""
+        return FieldBlock(self.name, self.fields, self.b, weight, bias)
+
+    def outputs_times(self, factor: Tensor) -> FieldBlock:
+        """Row o of every gradient times its factor, ``(O,)``."""
+        return self._with(self.fields, self.b * factor)
+
+    def row_products(self, matrix: Tensor) -> Tensor:
+        """Dot products of the weight's gradient with a matrix, by row, ``(B, O)``."""
+        return (self.fields.combined(matrix) * self.b).sum(1)
+
     def rows(self, which: slice | Tensor) -> FieldBlock:
         """The gradients of some of the examples."""
         return self._with(self.fields.rows(which), self.b[which])
@@ -261,9 +273,6 @@ class FieldBlock(FactorBlock):
 
     def _inputs_times(self, factor: float, b: Tensor) -> FieldBlock:
         return self._with(self.fields.times(factor), b)
-
-    def _trained(self, *, weight: bool, bias: bool) -> FieldBlock:
-        return FieldBlock(self.name, self.fields, self.b, weight, bias)
 
     def _with(self, fields: Fields, b: Tensor) -> FieldBlock:
         return FieldBlock(self.name, fields, b, self.weight, self.bias)

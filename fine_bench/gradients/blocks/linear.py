@@ -115,14 +115,23 @@ class FactorBlock(Block):
         w, v = factors
         if v == 0.0:
             block = self.scaled(self.b.new_full((len(self),), w))
-            return block._trained(weight=True, bias=False)
+            return block.trained(weight=True, bias=False)
         return self._inputs_times(w / v, self.b * v)
 
     def _inputs_times(self, factor: float, b: Tensor) -> FactorBlock:
         return FactorBlock(self.name, self.a * factor, b, self.weight, self.bias)
 
-    def _trained(self, *, weight: bool, bias: bool) -> FactorBlock:
+    def trained(self, weight: bool, bias: bool) -> FactorBlock:
+        """The gradients of the weight, the bias or both, whatever the layer trains."""
         return FactorBlock(self.name, self.a, self.b, weight, bias)
+
+    def outputs_times(self, factor: Tensor) -> FactorBlock:
+        """Row o of every gradient times its factor, ``(O,)``."""
+        return self.with_tensors(self.a, self.b * factor)
+
+    def row_products(self, matrix: Tensor) -> Tensor:
+        """Dot products of the weight's gradient with a matrix ``(O, I)``, by row, ``(B, O)``."""
+        return (combined(self.a, matrix) * self.b).sum(1)
 
     def rows(self, which: slice | Tensor) -> FactorBlock:
         """The gradients of some of the examples."""

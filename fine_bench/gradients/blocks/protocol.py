@@ -64,11 +64,13 @@ class Block(ABC):
         name: name of the layer in its model.
         kind: blocks of one kind can be compared and put side by side.
         in_full: the gradients themselves are what is kept.
+        of_its_step: they follow from ``tensors`` at the parameters of their own step alone.
     """
 
     name: str
     kind: ClassVar[str]
     in_full: ClassVar[bool] = False
+    of_its_step: ClassVar[bool] = False
 
     # ------------------------------------------------------------------ what it is made of
 
