@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fine_bench.data.positions import with_index
     from fine_bench.estimator import InfluenceEstimator, Schedule, replay
+    from fine_bench.fine.watch import watch
     from fine_bench.types import (
         Checkpoint,
         GroundTruth,
@@ -32,18 +33,23 @@ __all__ = [
     "TrainingSteps",
     "__version__",
     "replay",
+    "watch",
     "with_index",
 ]
 
-_OF_ESTIMATOR = ("InfluenceEstimator", "Schedule", "replay")
+_HOMES = {
+    **dict.fromkeys(("InfluenceEstimator", "Schedule", "replay"), "fine_bench.estimator"),
+    "watch": "fine_bench.fine.watch",
+    "with_index": "fine_bench.data.positions",
+}
+"""Where public names are that are not in ``types``."""
 
 
 def __getattr__(name: str) -> object:
     """Public names are imported when they are asked for: a command's help needs no PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module 'fine_bench' has no attribute {name!r}")
-    home = "fine_bench.estimator" if name in _OF_ESTIMATOR else "fine_bench.types"
-    home = "fine_bench.data.positions" if name == "with_index" else home
+    home = _HOMES.get(name, "fine_bench.types")
     value: object = getattr(import_module(home), name)
     globals()[name] = value
     return value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -18,7 +17,6 @@ from fine_bench.callback.base import InRunMethod, built_from
 from fine_bench.callback.trainer import (
     Events,
     loss_scale,
-    refuse_compiled,
     refuse_optimizers,
     refuse_strategy,
     step_is_taken,
@@ -31,7 +29,8 @@ from fine_bench.fine.distributed import Processes
 from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.observation import Observation
 from fine_bench.fine.options import Options
-from fine_bench.fine.setup import make_recorder
+from fine_bench.fine.question import distinguishing
+from fine_bench.fine.setup import make_recorder, refuse_compiled
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import InfluenceScores
@@ -102,7 +101,7 @@ class FINECallback(InRunMethod):
     def __init__(self, options: Options) -> None:
         self.options = options
         about = {"queries": options.queries, "layers": options.layers}
-        super().__init__(about=about, **_distinguishing(options))
+        super().__init__(about=about, **distinguishing(options))
         self._observed: InBatchSchedule | SnapshotSchedule | None
         self._run: Observation | None = None
         self._recorder: LayerRecorder | None = None
@@ -262,18 +261,6 @@ class FINECallback(InRunMethod):
             self._recorder = None
         if self._observed is not None:
             self._observed.close()
-
-
-def _distinguishing(options: Options) -> dict[str, Any]:
-    """The plain options that differ from their defaults, and those that every state names."""
-    always = {name: getattr(options, name) for name in ("target", "observable", "composition")}
-    named: dict[str, Any] = {}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        plain = value is None or isinstance(value, str | int | float)
-        if plain and value != field.default:
-            named[field.name] = value
-    return always | named
 
 
 __all__ = ["BatchAdapter", "FINECallback"]

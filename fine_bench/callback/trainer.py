@@ -75,29 +75,6 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def refuse_compiled(module: pl.LightningModule, schedule: str) -> bool:
-    """Whether the module or a part of it went through ``torch.compile``.
-
-    Raises:
-        UnsupportedProblemError: it did, and the schedule needs hooks in the training's own pass.
-    """
-    parts = [
-        name or "the module"
-        for name, part in module.named_modules()
-        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
-    ]
-    if module._compiler_ctx is not None:
-        parts.insert(0, "the module")
-    if parts and schedule == "in_batch":
-        raise UnsupportedProblemError(
-            f"{', '.join(dict.fromkeys(parts))} went through torch.compile: hooks in its layers "
-            "would cut the compiled code into pieces and so change the weights in their last "
-            'digits. Use schedule="snapshot", whose passes run beside the training, or train '
-            "without torch.compile"
-        )
-    return bool(parts)
-
-
 def refuse_optimizers(trainer: pl.Trainer) -> None:
     """Refuse runs without the one optimiser whose steps are observed.
 
@@ -180,7 +157,6 @@ __all__ = [
     "Events",
     "beside_training",
     "loss_scale",
-    "refuse_compiled",
     "refuse_optimizers",
     "refuse_strategy",
     "step_is_taken",

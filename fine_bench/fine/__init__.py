@@ -17,6 +17,9 @@ A run that is watched:
 - ``setup``: what a run needs before its first step; ``first_batch``: what is taken for granted of
   it, looked at once.
 - ``observation``: what a trainer or a loop tells, handed on to the schedule.
+- ``watch``: a loop in plain PyTorch; ``loop``: what it tells and what shows by itself;
+  ``loop_batch``, ``loop_checks``: its batches, and what it is refused for; ``criterion``: loss
+  modules.
 - ``aside``: passes that leave modes and random states alone; ``question``: what is asked, as a
   digest.
 - ``training_data``, ``batch_adapter``: examples by position, and where things are in a batch.

@@ -92,8 +92,28 @@ class Observation:
             epoch: number of epochs so far.
         """
         if self._first is not None and not self._first.size:
-            self._first.starts(batch)
+            self.look(batch)
         self.schedule.batch_starts(batch, step, epoch)
+
+    def look(self, batch: Any, first: FirstBatch | None = None) -> None:
+        """Look at the first batch, before its pass.
+
+        Args:
+            batch: as above.
+            first: who looks, where it is another than the options say.
+
+        Raises:
+            UnsupportedProblemError: see ``FirstBatch``.
+        """
+        self._first = first or self._first
+        if self._first is not None:
+            self._first.starts(batch)
+
+    def loss_is(self, loss: float) -> None:
+        """The mean loss of the first batch that was looked at."""
+        first, self._first = self._first, None
+        if first is not None:
+            first.ends(loss)
 
     def backward_ends(self, epoch: int, *, accumulates: int, loss_scale: float) -> None:
         """The gradients of a batch, or of a micro-batch, are there.
@@ -125,9 +145,9 @@ class Observation:
             epoch_ends: whether it was the epoch's last.
             loss: the mean loss of the batch, where it is asked for and known.
         """
-        first, self._first = self._first, None
-        if first is not None and loss is not None:
-            first.ends(loss)
+        if loss is not None:
+            self.loss_is(loss)
+        self._first = None
         self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
 
     def scores(self, name: str) -> InfluenceScores:

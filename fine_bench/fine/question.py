@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fine_bench.fine.aside import own_randomness
+from fine_bench.fine.options import Options
 
 
 def digest(about: Mapping[str, Any]) -> str:
@@ -50,4 +52,16 @@ def _bytes_of(leaf: Any) -> bytes:
     return f"{type(leaf).__name__};".encode()  # other objects have no bytes that stay
 
 
-__all__ = ["digest"]
+def distinguishing(options: Options) -> dict[str, Any]:
+    """The plain options that differ from their defaults, and those that every state names."""
+    always = {name: getattr(options, name) for name in ("target", "observable", "composition")}
+    named: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        plain = value is None or isinstance(value, str | int | float)
+        if plain and value != field.default:
+            named[field.name] = value
+    return always | named
+
+
+__all__ = ["digest", "distinguishing"]

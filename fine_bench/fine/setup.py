@@ -22,6 +22,29 @@ from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import UnsupportedProblemError, dataset_size
 
 
+def refuse_compiled(module: nn.Module, schedule: str) -> bool:
+    """Whether the module or a part of it went through ``torch.compile``.
+
+    Raises:
+        UnsupportedProblemError: it did, and the schedule needs hooks in the training's own pass.
+    """
+    parts = [
+        name or "the module"
+        for name, part in module.named_modules()
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None
+    ]
+    if getattr(module, "_compiler_ctx", None) is not None:  # of torch.compile on a LightningModule
+        parts.insert(0, "the module")
+    if parts and schedule == "in_batch":
+        raise UnsupportedProblemError(
+            f"{', '.join(dict.fromkeys(parts))} went through torch.compile: hooks in its layers "
+            "would cut the compiled code into pieces and so change the weights in their last "
+            'digits. Use schedule="snapshot", whose passes run beside the training, or train '
+            "without torch.compile"
+        )
+    return bool(parts)
+
+
 def make_recorder(options: Options, module: nn.Module) -> LayerRecorder:
     """Hooks in the layers to watch.
 

@@ -231,7 +231,8 @@ class LayerRecorder:
 
     def _keep_total(self, key: int, grad: Tensor) -> None:
         if self.armed and LayerRecorder._exclusive in (None, self):
-            self._totals[key] = grad.detach()
+            # a copy: until it is looked at, the user may clip or unscale it in place
+            self._totals[key] = grad.detach().clone()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

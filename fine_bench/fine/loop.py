@@ -1,0 +1,403 @@
+"""A training loop in plain PyTorch, watched: see ``fine_bench.fine.watch`` for how it looks."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
+
+from fine_bench.fine.aside import beside_training
+from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.loop_batch import (
+    AnnouncedBatch,
+    Held,
+    LoopAdapter,
+    unknown_loss,
+)
+from fine_bench.fine.loop_checks import (
+    NO_STEP,
+    refuse_setting,
+    refuse_unknown_epochs,
+    too_many_parts,
+)
+from fine_bench.fine.observation import Observation
+from fine_bench.fine.options import Options
+from fine_bench.fine.question import digest, distinguishing
+from fine_bench.fine.setup import make_recorder, refuse_compiled
+from fine_bench.fine.training_data import TrainingData, as_positions
+from fine_bench.types import InfluenceScores, UnsupportedProblemError
+
+
+class WatchedLoop:
+    """A loop that is watched; made by ``watch``, which says what the arguments are.
+
+    Attributes:
+        seconds: time spent here so far.
+        step, epoch: steps and epochs so far.
+    """
+
+    name = "fine"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        *,
+        optimizer: Optimizer,
+        train: Dataset[Any],
+        collate: Callable[[Any], Any] | None = None,
+        accumulate: int = 1,
+        scaler: Any = None,
+        total_steps: int | None = None,
+        criterion: nn.Module | None = None,
+    ) -> None:
+        refuse_setting(model, optimizer, accumulate)
+        if options.n_snapshots is not None and total_steps is None:
+            raise ValueError(
+                f"n_snapshots={options.n_snapshots} spaces snapshots over the run, whose length a "
+                "loop does not tell: pass total_steps=…, or use every_n_steps=…"
+            )
+        compiled = refuse_compiled(model, options.schedule)
+        self.options = options
+        self.model = model
+        self.optimizer = optimizer
+        self.accumulate = accumulate
+        self.scaler = scaler
+        self.seconds = 0.0
+        self.step = self.epoch = 0
+        self._question = digest(
+            {
+                name: value
+                for name in ("queries", "layers")
+                if (value := getattr(options, name)) is not None
+            }
+        )
+        parameter = next(model.parameters())
+
+        def aside() -> AbstractContextManager[None]:
+            return beside_training(model, compiled)
+
+        self._recorder = make_recorder(options, model)
+        self._observation = Observation(
+            options,
+            model,
+            self._recorder,
+            TrainingData(
+                train,
+                collate,
+                n=options.train_size,
+                device=parameter.device,
+                dtype=parameter.dtype,
+                adapter=LoopAdapter(**vars(options.adapter or BatchAdapter())),
+            ),
+            [optimizer],
+            aside,
+            total_steps=float("inf") if total_steps is None else float(total_steps),
+        )
+        self._schedule = self._observation.schedule
+        self._announced: AnnouncedBatch | None = None  # a batch whose gradients are not there yet
+        self._arrived: set[int] = set()  # parameters that got a gradient from it
+        self._parts = 0  # batches with gradients since the last step
+        self._in_epoch = 0  # examples since the epoch began
+        self._told_epochs = False
+        self._begun = False  # whether this epoch has had a batch
+        self._looked = False
+        self._busy = False
+        self._closed = False
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
+            optimizer.register_step_pre_hook(self._step_begins),
+            optimizer.register_step_post_hook(self._step_ends),
+        ]
+        if criterion is not None:
+            self._handles.append(criterion.register_forward_hook(self._loss_is_known))
+        self._hooked: dict[int, RemovableHandle] = {}
+        self._hook_parameters()
+
+    # ------------------------------------------------------------------ what the loop tells
+
+    def batch(self, index: Tensor | Sequence[int], y: Tensor | None = None) -> None:
+        """Say who is in the next batch; call it before the batch's forward pass.
+
+        Args:
+            index: the position of each example in the training set, ``(batch,)``.
+            y: their labels, ``(batch,)``, where you like them to be compared: an index that names
+                other labels than before is none.
+
+        Raises:
+            RuntimeError: the batch before had no backward pass, or its step has not come.
+            ValueError: an index that is none.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "this watch is over: call fine.batch(…) inside of the with block, or open another "
+                "one with fine_bench.watch(…)"
+            )
+        with self._at_work():
+            self._settle()
+            if self._announced is not None:
+                raise RuntimeError(
+                    "fine.batch(…) was called twice without a backward pass in between: announce "
+                    "each batch once, right before its forward pass, and call backward on its "
+                    "loss before the next one; where the loop leaves a batch out, call fine.skip()"
+                )
+            if self._parts >= self.accumulate:
+                self._missing_step()
+            self._epoch_goes_on()
+            announced = AnnouncedBatch(as_positions(index), y)
+            self._schedule.batch_starts(announced, self.step, self.epoch)
+            # only now: an index that was refused announces nothing
+            self._announced = announced
+            self._arrived.clear()
+            self._in_epoch += len(announced.index)
+
+    def skip(self) -> None:
+        """Leave out what was announced.
+
+        Before the batch's backward pass: it will have none, and nothing is trained on it. After
+        it: the gradients since the last step were thrown away (``optimizer.zero_grad()``).
+        """
+        if self._announced is None or self._arrived:
+            self._schedule.window.take()
+            self._parts = 0
+        self._announced = None
+        self._arrived.clear()
+        self._recorder.clear()
+
+    def epoch_ends(self) -> None:
+        """An epoch is over: needed where something is done once an epoch."""
+        with self._at_work():
+            self._settle()
+            self._told_epochs = True
+            self._schedule.batch_ends(self.step, self.epoch, epoch_ends=True)
+            self._next_epoch()
+
+    # ------------------------------------------------------------------ results
+
+    def scores(self) -> InfluenceScores:
+        """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``."""
+        return self._observation.scores(self.name)
+
+    @property
+    def n_not_finite(self) -> int:
+        """Steps, or snapshots, left out because of NaN or infinite gradients."""
+        self._schedule.flush()
+        return self._schedule.n_not_finite
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Per-example gradients taken beside those of the training."""
+        return self._schedule.passes.evaluations
+
+    # ------------------------------------------------------------------ going on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption, between two steps."""
+        return {
+            "fine": self._schedule.state_dict(),
+            "question": self._question,
+            "options": distinguishing(self.options),
+            "loop": (self.step, self.epoch, self._in_epoch, self._told_epochs),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; call it before the first batch.
+
+        Raises:
+            RuntimeError: the loop has begun.
+            ValueError: the state belongs to another question.
+        """
+        if self.step or self._begun:
+            raise RuntimeError("load_state_dict must come before the first fine.batch(…)")
+        asked = (self._question, distinguishing(self.options))
+        if asked != (state["question"], state["options"]):
+            raise ValueError(
+                f"the state was saved for {state['options']} and its own queries and layers, this "
+                f"watch asks {asked[1]}: going on would add up two different questions. Resume "
+                "with the options, queries and layers of the saved run"
+            )
+        self._schedule.load_state_dict(state["fine"])
+        self.step, self.epoch, self._in_epoch, self._told_epochs = state["loop"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
+
+    def finish(self) -> None:
+        """The training is over: account for what is left. The end of a with block calls it."""
+        with self._at_work():
+            self._settle()
+            if self._parts >= self.accumulate and self.scaler is not None:
+                self._leave_out()
+            self._schedule.training_ends(self.step)
+            self._schedule.flush()
+        if self._begun and not self._schedule.n_observed:
+            reason = self._schedule.reason() if self.step else NO_STEP
+            warnings.warn(f"f-INE observed nothing in this loop: {reason}", stacklevel=3)
+
+    def close(self) -> None:
+        """Detach every hook; the scores stay."""
+        self._closed = True
+        for handle in (*self._handles, *self._hooked.values()):
+            handle.remove()
+        self._handles, self._hooked = [], {}
+        self._recorder.close()
+        self._schedule.close()
+
+    # ------------------------------------------------------------------ what shows by itself
+
+    def _forward_begins(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._busy:
+            return
+        if self._arrived:
+            with self._at_work():  # whatever comes now is no part of the pass that is recorded
+                self._settle()
+        if not self._looked and self._announced is not None and torch.is_grad_enabled():
+            self._looked = True
+            with self._at_work():
+                self._look(self._announced, args, kwargs)
+
+    def _look(self, announced: AnnouncedBatch, args: Any, kwargs: Any) -> None:
+        """Look at the first batch, as it is given to the model."""
+        data, aside = self._schedule.passes.data, self._schedule.passes.aside
+        loss = unknown_loss if announced.y is None else self.options.loss
+        first = FirstBatch(self.model, data, self._forward, loss, aside, stated=False)
+        armed, self._recorder.armed = self._recorder.armed, False
+        try:
+            self._observation.look(announced.with_inputs(args, kwargs), first)
+        finally:
+            self._recorder.armed = armed
+
+    def _forward(self, inputs: tuple[Any, Any]) -> Any:
+        args, kwargs = tree_map(lambda x: x.value if isinstance(x, Held) else x, inputs)
+        return self.model(*args, **kwargs)
+
+    def _loss_is_known(self, criterion: nn.Module, args: Any, output: Any) -> None:
+        if self._busy or self._announced is None or not torch.is_grad_enabled():
+            return
+        if self._observation.asks_for_loss and isinstance(output, Tensor) and output.numel() == 1:
+            self._observation.loss_is(float(output.detach()))
+
+    def _gradient_arrives(self, parameter: Tensor) -> None:
+        if self._busy:
+            return
+        if self._announced is None:
+            raise RuntimeError(
+                "a backward pass came on a batch whose index was not given: call fine.batch(index) "
+                "before the forward pass of every batch that is trained on; gradients for other "
+                "purposes are taken by torch.autograd.grad(…), which leaves the parameters alone"
+            )
+        if id(parameter) in self._arrived:
+            raise UnsupportedProblemError(
+                "there was more than one backward pass on one batch, so the gradient of one "
+                "example's loss is not in any of them; add losses up before one backward pass, "
+                "and call fine.batch(index) before the forward pass of each batch"
+            )
+        self._arrived.add(id(parameter))
+
+    def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with self._at_work():
+            if kwargs.get("closure") is not None or any(callable(a) for a in args[1:]):
+                raise UnsupportedProblemError(
+                    "optimizer.step(closure) takes its gradients inside of the step, where f-INE "
+                    "cannot tell whose they are: call loss.backward() and then optimizer.step()"
+                )
+            self._settle()
+            if not self._parts:
+                raise RuntimeError(
+                    "optimizer.step() came without a backward pass on a batch of which f-INE "
+                    "knows: call fine.batch(index), then the forward pass, then loss.backward()"
+                )
+            self._parts = 0
+            found = getattr(optimizer, "found_inf", None)  # a scaler's word to a fused optimiser
+            taken = found is None or float(found) == 0.0
+            self._observation.before_step(optimizer, self.step, self.epoch, taken=taken)
+
+    def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with self._at_work():
+            self.step += 1
+            self._schedule.batch_ends(self.step, self.epoch, epoch_ends=False)
+
+    # ------------------------------------------------------------------ within
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The time counts, and passes of f-INE's own are none of the loop's."""
+        start, self._busy = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._busy = False
+            self.seconds += time.perf_counter() - start
+
+    def _settle(self) -> None:
+        """Take in the batch whose backward pass is over."""
+        if self._announced is None or not self._arrived:
+            return
+        self._announced = None
+        self._arrived.clear()
+        # what the recorder's hooks did within the backward pass
+        self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
+        self._parts += 1
+        if self._parts > self.accumulate:
+            raise too_many_parts(self.accumulate)
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        self._observation.backward_ends(self.epoch, accumulates=self.accumulate, loss_scale=scale)
+
+    def _missing_step(self) -> None:
+        """A window is full, and the next batch comes."""
+        if self.scaler is None:
+            raise too_many_parts(self.accumulate)
+        self._leave_out()  # the scaler found gradients that are not finite, and kept the step back
+
+    def _leave_out(self) -> None:
+        self._parts = 0
+        self._observation.before_step(self.optimizer, self.step, self.epoch, taken=False)
+        self.step += 1
+
+    def _epoch_goes_on(self) -> None:
+        """Count epochs where nobody tells of them, and look at the modes of a new one."""
+        if self._in_epoch >= self._schedule.passes.data.n and not self._told_epochs:
+            refuse_unknown_epochs(self.options, self._in_epoch)
+            self._next_epoch()
+        if not self._begun:
+            self._begun = True
+            self._observation.epoch_starts()
+            self._hook_parameters()
+
+    def _next_epoch(self) -> None:
+        self.epoch += 1
+        self._in_epoch = 0
+        self._begun = False
+
+    def _hook_parameters(self) -> None:
+        """Listen at every parameter that is trained now."""
+        for p in self.model.parameters():
+            if p.requires_grad and id(p) not in self._hooked:
+                hook = p.register_post_accumulate_grad_hook(self._gradient_arrives)  # type: ignore[no-untyped-call]
+                self._hooked[id(p)] = hook
+
+
+__all__ = ["WatchedLoop"]

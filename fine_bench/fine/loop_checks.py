@@ -1,0 +1,94 @@
+"""What a watched loop is refused for, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fine_bench.fine.options import Options
+from fine_bench.types import UnsupportedProblemError
+
+SPREAD = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+"""Wrappers that spread a batch or a model over devices."""
+
+NO_STEP = (
+    "the optimizer that was given to watch took no step; give the one that trains the model, and "
+    "let the loop step inside of the with block"
+)
+
+
+def refuse_setting(model: nn.Module, optimizer: Any, accumulate: int) -> None:
+    """Refuse what a plain loop cannot watch.
+
+    Args:
+        model, optimizer, accumulate: as ``watch`` gets them.
+
+    Raises:
+        UnsupportedProblemError: a model that is spread over devices.
+        TypeError, ValueError: another optimizer than this model's; a number that is none.
+    """
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if spread := sorted(kinds & set(SPREAD)):
+        raise UnsupportedProblemError(
+            f"the model is wrapped in {spread[0]}, which spreads a batch or the parameters "
+            "over devices, so that no process of a plain loop holds a step's examples; train "
+            'on one device, or with FINECallback under Lightning\'s strategy="ddp"'
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer must be the torch.optim.Optimizer that the loop steps, got "
+            f"{type(optimizer).__name__}"
+        )
+    mine = {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer has none of the model's parameters: pass the one that trains this "
+            "model, made after the model was moved to its device"
+        )
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate must be a whole number ≥ 1, got {accumulate!r}")
+
+
+def too_many_parts(accumulate: int) -> RuntimeError:
+    """More batches went backward than make up a step.
+
+    Args:
+        accumulate: how many the loop said.
+    """
+    return RuntimeError(
+        f"{accumulate} batch{'es' if accumulate > 1 else ''} went backward since "
+        f"the last step (accumulate={accumulate}), and a further one comes before the optimizer "
+        "that was given to watch has stepped. If gradients of k batches are accumulated for a "
+        "step, divide each batch's mean loss by k and pass accumulate=k; if another optimizer "
+        "steps, give that one; a torch.amp.GradScaler, which may keep steps back, goes to "
+        "scaler=…; where gradients are thrown away, call fine.skip() after zero_grad()"
+    )
+
+
+def refuse_unknown_epochs(options: Options, seen: int) -> None:
+    """Refuse to wait for the end of an epoch of which nobody tells.
+
+    Args:
+        options: what is measured.
+        seen: examples since the last epoch's end.
+
+    Raises:
+        RuntimeError: something is done once an epoch.
+    """
+    if options.schedule == "snapshot":
+        once, other = "a snapshot is taken", "every_n_steps=… or n_snapshots=…"
+        wanted = options.every_n_steps is None and options.n_snapshots is None
+    else:
+        once, other = "the geometry is fitted", "refit_every=…"
+        wanted = options.geometry == "ekfac" and options.refit_every is None
+    if wanted:
+        raise RuntimeError(
+            f"{once} once an epoch, and {seen} examples have been seen without a "
+            "word of an epoch's end: call fine.epoch_ends() after the last step of each "
+            f"epoch, or say when by {other}"
+        )
+
+
+__all__ = ["NO_STEP", "refuse_setting", "refuse_unknown_epochs", "too_many_parts"]
