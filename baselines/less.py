@@ -174,11 +174,5 @@ class LESS(InfluenceEstimator):
 
     def _parameters(self, block: str) -> list[str]:
         """Names of a block's parameters, in the order of its columns."""
-        layer = self.engine.recorder.layers.get(block)
-        if layer is None:
-            return self.engine.recorder.leftover
-        return [
-            f"{block}.{part}" if block else part
-            for part in ("weight", "bias")
-            if (p := layer._parameters.get(part)) is not None and p.requires_grad
-        ]
+        recorder = self.engine.recorder
+        return recorder.parameter_names(block) if block in recorder.layers else recorder.leftover

@@ -33,7 +33,6 @@ from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.curvature.ekfac import EKFAC
 from fine_bench.gradients.curvature.ekfac_linear import LayerCurvature
-from fine_bench.gradients.layers import trained_parameters
 from fine_bench.gradients.query_weighting import reduced_rows
 from fine_bench.gradients.token_losses import PAD
 from fine_bench.types import Checkpoint, Problem, QueryWeighting
@@ -77,8 +76,9 @@ class SequenceEKFAC(InfluenceFunction):
             and self._n_params * problem.n_train <= HELD_FLOATS
             and not recorder.leftover
             and all(
-                isinstance(layer, nn.Linear) and list(trained_parameters(layer)) == ["weight"]
-                for layer in recorder.layers.values()
+                isinstance(layer, nn.Linear)
+                and recorder.parameter_names(name) == [f"{name}.weight" if name else "weight"]
+                for name, layer in recorder.layers.items()
             )
         )
 

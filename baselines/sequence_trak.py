@@ -61,10 +61,7 @@ class SequenceTRAK(TRAK):
     def _n_params(self, problem: Problem) -> int:
         recorder = LayerRecorder(problem.model, self.layers)
         recorder.close()
-        covered = [p for layer in recorder.layers.values() for p in layer._parameters.values()]
-        named = dict(problem.model.named_parameters())
-        covered += [named[name] for name in recorder.leftover]
-        return sum(p.numel() for p in covered if p is not None and p.requires_grad)
+        return sum(p.numel() for own in recorder.parameters().values() for p in own)
 
     def setup(self, problem: Problem) -> None:
         """Prepare the copy of the model."""

@@ -253,7 +253,8 @@ class _Whole(nn.Module):
 
 
 def _dense(name: str, parameters: Sequence[str], values: Mapping[str, Tensor]) -> DenseBlock:
-    return DenseBlock(name, torch.cat([values[key].flatten(1) for key in parameters], 1))
+    parts = [values[key] for key in parameters]
+    return DenseBlock(name, torch.cat([part.reshape(len(part), -1) for part in parts], 1))
 
 
 def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:

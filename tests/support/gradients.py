@@ -24,7 +24,7 @@ def reference(model: nn.Module, x: Tensor, y: Tensor, loss: Any) -> dict[str, Te
 
 
 def flat(grads: dict[str, Tensor], names: list[str] | None = None) -> Tensor:
-    return torch.cat([grads[name].flatten(1) for name in names or grads], 1)
+    return torch.cat([grads[k].reshape(len(grads[k]), -1) for k in names or grads], 1)
 
 
 def same(g: PerExampleGradients, expected: Tensor) -> None:

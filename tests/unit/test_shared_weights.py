@@ -144,14 +144,6 @@ def test_every_way_through_the_products(
     close(diagonal_gram(g, g, d), (full * every) @ full.T)
     close(diagonal_gram(g, g.rows(slice(1, 3)), d), (full * every) @ full[1:3].T)
     close(diagonal_norm2(g, d), (full.square() * every).sum(1))
-    for block, own in zip(g.blocks, parameters, strict=True):
-        factors, sizes = [0.5 + k for k in range(len(own))], [p.numel() for p in own]
-        each = torch.cat(
-            [torch.full((n,), f).double() for n, f in zip(sizes, factors, strict=True)]
-        )
-        scaled = block.by_parameter(factors, sizes)
-        assert scaled is not None
-        close(scaled.dense(), block.dense() * each)
 
 
 def test_sketches_add_up_too() -> None:

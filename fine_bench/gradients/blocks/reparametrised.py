@@ -243,9 +243,7 @@ class ReparametrisedBlock(Block):
         return self._of(self.plain.rows(which))
 
     def by_parameter(self, factors: Sequence[float], sizes: Sequence[int]) -> Block | None:
-        """Each parameter's part times its factor; in full where the factors differ."""
-        if len(set(factors)) == 1:
-            return self.scaled(self.values.new_full((len(self),), factors[0]))
+        """Each parameter's part times its factor, in full."""
         return DenseBlock(self.name, self.dense()).by_parameter(factors, sizes)
 
     def stacked(self, others: Sequence[Block]) -> Block:

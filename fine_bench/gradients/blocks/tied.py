@@ -91,12 +91,6 @@ class TiedBlock(Block):
         """Every example's gradient times its factor, ``(B,)``."""
         return self._of([use.scaled(factor) for use in self.uses])
 
-    def by_parameter(self, factors: Sequence[float], sizes: Sequence[int]) -> TiedBlock:
-        """Every gradient times the one factor."""
-        return self._of(
-            [use.scaled(use.values.new_full((len(self),), factors[0])) for use in self.uses]
-        )
-
     def stacked(self, others: Sequence[Block]) -> Block:
         """These examples and then those of other blocks of the same weight."""
         blocks = [self, *others]
