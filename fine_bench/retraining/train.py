@@ -83,8 +83,8 @@ class Stack(Protocol):
 
     def __len__(self) -> int: ...
 
-    def step(self, x: Tensor, y: Tensor, lr: float) -> None:
-        """One step of SGD on ``x (M, m, ...)``, ``y (M, m)``."""
+    def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
+        """One step of SGD on ``x (M, m, ...)``, ``y (M, m)``, whose losses have ``weights``."""
 
     def logits(self, x: Tensor) -> Tensor:
         """``(M, c, classes)`` of the same ``x (c, ...)`` under every model."""

@@ -97,13 +97,15 @@ class DenseStack:
         return len(self._weights[0].value)
 
     @torch.no_grad()
-    def step(self, x: Tensor, y: Tensor, lr: float) -> None:
+    def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
         """One step of SGD of every model.
 
         Args:
             x: ``(M, m, ...)``, contiguous.
             y: ``(M, m)`` int64.
             lr: step size of this step.
+            weights: ``(M, m)`` of the examples' losses in the sum that is divided by m; None
+                for 1.
         """
         m = y.shape[1]
         if m not in self._work:
@@ -121,6 +123,8 @@ class DenseStack:
         delta = work.pre[last]
         torch.softmax(delta, -1, out=delta)
         delta.scatter_add_(2, y.unsqueeze(2), work.minus)
+        if weights is not None:
+            delta *= weights.unsqueeze(2)
         for layer in range(last, -1, -1):
             weight, bias, error = self._weights[layer], self._biases[layer], delta
             if layer > 0:  # before the update: the error passes through the old weights

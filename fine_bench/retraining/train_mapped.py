@@ -80,11 +80,16 @@ class ModuleStack:
         )
         return logits
 
-    def step(self, x: Tensor, y: Tensor, lr: float) -> None:
+    def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
         """One step of SGD of every model; see ``Stack``."""
         logits = torch.vmap(self._call)(self._params, self._buffers, x)
         # summed over the models, so that each gets the gradient of its own mean
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / y.shape[1]
+        if weights is None:
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+        else:
+            losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            loss = losses @ weights.flatten()
+        loss = loss / y.shape[1]
         gradients = torch.autograd.grad(loss, self._trained)
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             parameter.grad = gradient
