@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -123,7 +123,9 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
             if cell in refused or cell in failed:
                 continue
             try:
-                methods[cell] = job.in_run_method(cell)
+                method = job.in_run_method(cell)
+                _refuse_twins(method, methods)
+                methods[cell] = method
             except UnsupportedProblemError as error:
                 refused[cell] = str(error)
             except _FAILURES as error:
@@ -144,6 +146,16 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
                 raise
         else:
             return run, _Watch(methods, refused, failed)
+
+
+def _refuse_twins(method: InRunMethod, others: Mapping[Cell, InRunMethod]) -> None:
+    """Two callbacks of one key end Lightning's training: the later one waits for another run."""
+    for cell, other in others.items():
+        if other.state_key == method.state_key:
+            raise ValueError(
+                f"it would keep its state under the same name as {cell.estimator}, which watches "
+                "this training; type the same command again to train once more for it"
+            )
 
 
 def _raised_in(error: BaseException, methods: Mapping[Cell, InRunMethod]) -> list[Cell]:
@@ -209,41 +221,59 @@ def _watched(
 class _Auxiliary:
     """The second run that some methods subtract: one for all cells that ask for it.
 
-    A failure concerns those cells alone; ``require`` raises it there.
+    A failure concerns these cells alone, and where one method is at work when it happens, its cells
+    alone: the others get a second run without it. ``require`` raises it there.
     """
 
     def __init__(self, job: Job, methods: Mapping[Cell, InRunMethod], announcer: Announcer) -> None:
         self.costs: dict[Cell, dict[str, float]] = {}
-        self.error: BaseException | None = None
-        self.methods = {cell: method for cell, method in methods.items() if method.auxiliary()}
-        if not self.methods:
+        self.errors: dict[Cell, BaseException] = {}
+        asking: list[Cell] = []
+        for cell, method in methods.items():
+            with self._concerns(cell):
+                if method.auxiliary():
+                    asking.append(cell)
+        while helpers := self._helpers(job, [cell for cell in asking if cell not in self.errors]):
+            try:
+                plain = backend_of(job).train_auxiliary(job, list(helpers.values()))
+            except _FAILURES as error:
+                self.errors |= dict.fromkeys(_raised_in(error, helpers) or helpers, error)
+                continue
+            for cell, helper in helpers.items():
+                with self._concerns(cell):
+                    methods[cell].subtract(helper)
+                    self.costs[cell] = {
+                        "auxiliary_seconds": plain + helper.seconds,
+                        "auxiliary_gradient_evaluations": float(helper.gradient_evaluations),
+                    }
+            announcer.trained_auxiliary(plain)
             return
+
+    def _helpers(self, job: Job, cells: Sequence[Cell]) -> dict[Cell, InRunMethod]:
+        """A method for each cell, to watch the second run; that of ``seed`` is another there."""
         seed = job.reseeded().config.seed
+        found = {}
+        for cell in cells:
+            with self._concerns(cell):
+                own = {"seed": seed} if "seed" in signature(cell.kind).parameters else {}
+                found[cell] = job.in_run_method(cell, **own)
+        return found
+
+    @contextmanager
+    def _concerns(self, cell: Cell) -> Iterator[None]:
+        """What is raised here fails this cell."""
         try:
-            helpers = {
-                cell: job.in_run_method(
-                    cell, **({"seed": seed} if "seed" in signature(cell.kind).parameters else {})
-                )
-                for cell in self.methods
-            }
-            plain = backend_of(job).train_auxiliary(job, list(helpers.values()))
+            yield
         except _FAILURES as error:
-            self.error = error
-            return
-        for cell, helper in helpers.items():
-            self.methods[cell].subtract(helper)
-            self.costs[cell] = {
-                "auxiliary_seconds": plain + helper.seconds,
-                "auxiliary_gradient_evaluations": float(helper.gradient_evaluations),
-            }
-        announcer.trained_auxiliary(plain)
+            self.errors[cell] = error
 
     def require(self, cell: Cell) -> None:
-        """Raise what went wrong, if this cell needs the auxiliary run."""
-        if cell in self.methods and self.error is not None:
+        """Raise what went wrong, if it concerns this cell."""
+        error = self.errors.get(cell)
+        if error is not None:
             raise RuntimeError(
-                f"the auxiliary run failed: {type(self.error).__name__}: {self.error}"
-            ) from self.error
+                f"the auxiliary run failed: {type(error).__name__}: {error}"
+            ) from error
 
     def add_to(self, cost: dict[str, float], cell: Cell) -> dict[str, float]:
         """The auxiliary training is part of the cost of each cell that needs it."""
@@ -271,11 +301,14 @@ def _agreements(
         if other.target != cell.target or not other.watches_all or other.variation:
             continue
         method, record = methods.get(other), job.done(store, other)
-        if method is not None:
-            theirs = method.scores()
-        elif record is not None and record.status == "finished":
-            theirs = store.load_scores(record)
-        else:
+        try:
+            if method is not None:
+                theirs = method.scores()
+            elif record is not None and record.status == "finished":
+                theirs = store.load_scores(record)
+            else:
+                continue
+        except _FAILURES:  # what is wrong with the other one is said in its own cell
             continue
         found = agreement(scores, theirs)
         if bool(bad.any()) and not bool(bad.all()):

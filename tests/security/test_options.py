@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from fine_bench.callback import FINECallback, PaperFINECallback
 from fine_bench.commands import bank, run
 from fine_bench.errors import ConfigError
 from fine_bench.runner.config import check, refuse_empty_groups
@@ -53,6 +55,104 @@ def test_a_wrong_option_fails_its_own_cells(tmp_path: Path, layers: list[str]) -
     )  # fmt: skip
     for one in alone:  # bit for bit as without the wrong ones
         assert records[one.record.estimator].scores_sha256 == one.record.scores_sha256
+
+
+PAPER = {
+    "_target_": "fine_bench.callback.paper.PaperFINECallback",
+    "sample": 12,
+    "every_n_steps": 4,
+    "seed": 0,
+}
+FAILS = 13
+"""Examples that the wrong method watches, by which it is told from the others."""
+
+
+def digests(folder: Path, **more: Any) -> dict[str, tuple[str, str, str]]:
+    """Status, reason and digest of the scores of four rows and of those that join them."""
+    alone = {**PAPER, "sample": 11, "auxiliary": None}
+    rows = {"alone": alone, "paper": PAPER, "fine": FINE, "tracin": TRACIN}
+    job = plan(check(config(folder, estimators={**more, **rows})))
+    found = [one.record for one in execute(job, "test", say=lambda _: None)]
+    return {r.estimator: (r.status, r.reason, r.scores_sha256) for r in found}
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, str]]:
+    """What the four rows come to when nothing is wrong."""
+    found = digests(tmp_path_factory.mktemp("without"))
+    assert {status for status, *_ in found.values()} == {"finished"}
+    return found
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Lets a function of the paper's estimator raise at its n-th call by the wrong method."""
+
+    def at(name: str, call: int) -> None:
+        own, calls = getattr(PaperFINECallback, name), []
+
+        def raises(self: Any, *given: Any) -> Any:
+            if self.options.sample == FAILS:
+                calls.append(name)
+                if len(calls) >= call:
+                    raise ValueError(f"{name} went wrong")
+            return own(self, *given)
+
+        monkeypatch.setattr(PaperFINECallback, name, raises)
+
+    return at
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("check", 3),  # the plan asks first, then the training; the third is for the second run
+        ("on_train_start", 2),
+        ("on_train_batch_end", 15 + 3),  # the second run trains: 15 steps of the first are over
+        ("auxiliary", 1),
+        ("subtract", 1),
+    ],
+)
+def test_what_fails_one_method_s_second_run_fails_its_own_cell(
+    tmp_path: Path,
+    without: dict[str, tuple[str, str, str]],
+    fails: Callable[[str, int], None],
+    name: str,
+    call: int,
+) -> None:
+    fails(name, call)
+    got = digests(tmp_path, wrong={**PAPER, "sample": FAILS})
+    status, reason, _ = got.pop("wrong")
+    assert (status, f"{name} went wrong" in reason) == ("failed", True)
+    assert got == without
+
+
+def test_a_method_that_fails_is_compared_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(self: Any) -> Any:
+        raise ValueError("no scores")
+
+    monkeypatch.setattr(FINECallback, "scores", raises)
+    job = plan(check(config(tmp_path, estimators={"fine": FINE, "paper": PAPER})))
+    records = {r.estimator: r for r in (o.record for o in execute(job, "t", say=lambda _: None))}
+    assert records["fine"].reason == "ValueError: no scores"
+    assert records["paper"].status == "finished"
+    assert not any(key.startswith("agreement/") for key in records["paper"].metrics)
+
+
+def test_methods_that_keep_their_state_under_one_name_are_trained_apart(tmp_path: Path) -> None:
+    rows = {"paper": PAPER, "alone": {**PAPER, "auxiliary": None}, "tracin": TRACIN}
+    words = {0: "same name as paper, which watches this training; type the same command again"}
+    for again in (0, 1):
+        job = plan(check(config(tmp_path, estimators=rows)))
+        records = {
+            one.record.estimator: one.record for one in execute(job, "t", say=lambda _: None)
+        }
+        later = records.pop("alone")
+        assert {record.status for record in records.values()} <= {"finished"}
+        assert words.get(again, "") in later.reason
+    assert later.status == "finished"
 
 
 def test_a_training_that_fails_by_itself_fails_all_cells(
