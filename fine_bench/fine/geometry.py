@@ -18,11 +18,11 @@ where F is small, weigh more than in the Euclidean geometry.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.gradients.blocks.direction import Direction
@@ -76,6 +76,13 @@ class Metric(ABC):
     def refresh(self) -> bool:
         """Read what it depends on, before a step; whether there is a geometry to score in."""
         return True
+
+    def watch(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:  # noqa: B027
+        """Other parameters are trained than before.
+
+        Args:
+            parameters: behind each block, by the block's name.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What it must remember to go on after an interruption; empty if nothing."""
@@ -178,6 +185,10 @@ class Whitened(Metric):
         if self._fitted is None:
             raise RuntimeError("F is not fitted yet; call fit() first")
         return self._fitted
+
+    def watch(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """Other layers are trained than F was fitted for."""
+        self._fitted, self.fitted_at = None, None
 
     def due(self, step: int, epoch: int) -> bool:
         """Whether F is to be fitted before anything is scored after ``step`` steps."""

@@ -58,6 +58,10 @@ class Preconditioned(Metric):
         self.parameters = parameters
         self._inverse: dict[str, list[Tensor]] = {}
 
+    def watch(self, parameters: Mapping[str, Sequence[torch.nn.Parameter]]) -> None:
+        """Other parameters are trained than before."""
+        self.parameters = parameters
+
     def refresh(self) -> bool:
         """Read what the optimiser remembers now; whether there is something for all parameters."""
         if self.plain:

@@ -66,7 +66,9 @@ class GradientQueue:
             self._room = [part.new_empty(capacity, *part.shape) for part in parts]
             # views of all places are made once: indexing costs more than copying a small step
             self._places = list(zip(*(room.unbind() for room in self._room), strict=True))
-            self._shapes, self._like = shapes, gradients
+            self._shapes = shapes
+        if not self._count:
+            self._like = gradients  # equal shapes may be of other parameters than before
         for place, part in zip(self._places[self._count], parts, strict=True):
             place.copy_(part)
         self._count += 1

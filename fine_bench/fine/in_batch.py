@@ -13,6 +13,7 @@ number of a gradient. Small steps wait for each other (``fine_bench.fine.gradien
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from fine_bench.fine.passes import Passes, direction_from_state, direction_state
 from fine_bench.fine.statistic import Statistic
 from fine_bench.fine.step_queue import StackedSteps, Step, StepQueue
 from fine_bench.fine.step_sizes import StepScaling, StepSizes
+from fine_bench.fine.trained_parameters import NOTHING_TRAINS
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
@@ -88,6 +90,7 @@ class InBatchSchedule:
         self._checked_epoch = -1
         self.n_observed = 0
         self._passes_over = False
+        self._left_out = False
         self._warned = False
         self.n_without_backward = 0
         self.n_without_memory = 0
@@ -105,6 +108,9 @@ class InBatchSchedule:
         index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
         self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
+        if not self.recorder.layers:  # none is trained any more
+            self._passes_over, self._index = True, None
+            return
         self._passes_over = (step + epoch) % self.options.observe_every != 0
         if self._passes_over:
             self._index = None
@@ -120,6 +126,21 @@ class InBatchSchedule:
             self.options.needs_complement or self._batch_labels is not None
         )
         self.recorder.start(len(index))
+
+    def layers_change(self, *, in_pass: bool = False) -> None:
+        """Other parameters are trained than before: watch them from now on.
+
+        Args:
+            in_pass: whether a batch is on its way; its step is left out, since nobody knows which
+                layers the pass went through. So is one that has micro-batches of before.
+        """
+        self._settle()
+        if in_pass or self.window.waits:
+            self._left_out = True
+        self.recorder.watch(required=False)
+        self.passes.watch(self.recorder)
+        self._statistic.direction = None
+        self._scaling.forget()
 
     def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
         """The gradients of a micro-batch are there.
@@ -145,6 +166,10 @@ class InBatchSchedule:
             )
         recorder.stop()
         self._index = None
+        if self._left_out:
+            recorder.clear()
+            self.window.add(MicroBatch(index, None, 1.0, None, 1), accumulates)
+            return
         m, gradients, logit_gradients = len(index), None, None
         n_processes = self.passes.processes.count
         scale = float(m * accumulates) / loss_scale
@@ -170,6 +195,14 @@ class InBatchSchedule:
         window = self.window.take()
         if not window:
             return  # nothing was trained on
+        if self._left_out:
+            self._left_out = False
+            warnings.warn(
+                f"layers were frozen or let go of while step {step} was on its way; it is left out "
+                "of the f-INE scores. Do so between two steps, for instance when an epoch starts",
+                stacklevel=2,
+            )
+            return
         if not taken:
             self._steps.leave_out(step)
             return
@@ -192,6 +225,8 @@ class InBatchSchedule:
 
     def reason(self) -> str:
         """Why steps that were announced were not observed; empty where they were passed over."""
+        if not self.recorder.layers:
+            return NOTHING_TRAINS
         if self._steps.n_not_finite:
             return "gradients were NaN or infinite at every step; lower the learning rate"
         if self.accumulator.n_short_batches:
@@ -234,6 +269,7 @@ class InBatchSchedule:
         if statistic.direction is not None and self.options.target != "queries":
             state["direction"] = direction_state(statistic.direction)
             state["steps_seen"] = statistic.steps_seen
+        state["layers"] = list(self.recorder.layers)
         if metric := self.passes.metric.state_dict():
             state["metric"] = metric
         return state
@@ -244,6 +280,8 @@ class InBatchSchedule:
         self.accumulator.load_state_dict(state["accumulator"])
         if "labels" in state:  # states of earlier versions have none
             self.labels.load(state["labels"])
+        if state.get("layers", list(self.recorder.layers)) != list(self.recorder.layers):
+            return  # what was computed for other layers is computed anew
         if "direction" in state:
             self._statistic.direction = direction_from_state(state["direction"], device)
             self._statistic.steps_seen = int(state["steps_seen"])

@@ -19,10 +19,11 @@ from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Aside
-from fine_bench.fine.setup import make_first_batch, make_passes
+from fine_bench.fine.setup import make_first_batch, make_passes, refuse_leftover
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.step_sizes import step_sizes
+from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.fine.window import Window
 from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
@@ -63,6 +64,10 @@ class Observation:
     ) -> None:
         self.options = options
         self.module = module
+        self._trained = TrainedParameters(module)
+        # what was frozen or let go of since the recorder was made
+        recorder.watch()
+        refuse_leftover(options, recorder)
         passes = make_passes(
             options, module, data, recorder, optimizers, aside, processes or Processes()
         )
@@ -91,6 +96,8 @@ class Observation:
             step: number of steps taken so far.
             epoch: number of epochs so far.
         """
+        if self._trained.change(epoch):
+            self._layers_change()
         if self._first is not None and not self._first.size:
             self.look(batch)
         self.schedule.batch_starts(batch, step, epoch)
@@ -123,6 +130,8 @@ class Observation:
             accumulates: into how many equal parts the step's loss was divided, ≥ 1.
             loss_scale: further factor on the loss, of 16-bit precision.
         """
+        if self._trained.change(epoch):
+            self._layers_change(in_pass=True)
         self.schedule.backward_ends(epoch, accumulates=accumulates, loss_scale=loss_scale)
 
     def before_step(self, optimizer: Any, step: int, epoch: int, *, taken: bool) -> None:
@@ -149,6 +158,15 @@ class Observation:
             self.loss_is(loss)
         self._first = None
         self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
+
+    def _layers_change(self, *, in_pass: bool = False) -> None:
+        """Watch the layers that are trained now.
+
+        Raises:
+            UnsupportedProblemError: one of them cannot be watched.
+        """
+        self.schedule.layers_change(in_pass=in_pass)
+        refuse_leftover(self.options, self.schedule.recorder)
 
     def scores(self, name: str) -> InfluenceScores:
         """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``.

@@ -17,6 +17,7 @@ from fine_bench.gradients.blocks.direction import BlockDirection, Direction
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import query_groups
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import QueryWeighting, Reduce
 
 Aside = Callable[[], AbstractContextManager[None]]
@@ -137,6 +138,16 @@ class Passes:
     def ready(self) -> bool:
         """Whether there is a geometry to score in; a preconditioner is read anew."""
         return self.metric.refresh()
+
+    def watch(self, recorder: LayerRecorder) -> None:
+        """Other parameters are trained than before.
+
+        Args:
+            recorder: of the layers that are trained now.
+        """
+        if self._engine is not None and self._engine.recorder is not recorder:
+            self._engine.watch()
+        self.metric.watch(recorder.parameters())
 
     def close(self) -> None:
         """Remove the engine's hooks."""

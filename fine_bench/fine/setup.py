@@ -51,17 +51,26 @@ def make_recorder(options: Options, module: nn.Module) -> LayerRecorder:
     Raises:
         UnsupportedProblemError: layers without factors, where the schedule needs them.
     """
-    in_batch = options.schedule == "in_batch"
-    recorder = LayerRecorder(module, options.layers, tap=in_batch)
+    recorder = LayerRecorder(module, options.layers, tap=options.schedule == "in_batch")
+    refuse_leftover(options, recorder)
+    return recorder
+
+
+def refuse_leftover(options: Options, recorder: LayerRecorder) -> None:
+    """Refuse layers without factors, where the schedule needs them.
+
+    Raises:
+        UnsupportedProblemError: there are some.
+    """
     # a snapshot asks the model itself, where torch.func serves other layers too, as long as
     # the logits are the model's own output
-    if recorder.leftover and (in_batch or options.forward is not None):
+    needs = options.schedule == "in_batch" or options.forward is not None
+    if recorder.leftover and needs:
         recorder.close()
         raise UnsupportedProblemError(
             f"the layers of {recorder.leftover} have no per-example factors yet; watch the "
             f"others with layers={list(recorder.layers)}"
         )
-    return recorder
 
 
 def make_queries(

@@ -25,8 +25,10 @@ from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
 from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
 from fine_bench.fine.step_sizes import StepScaling, StepSizes
+from fine_bench.fine.trained_parameters import NOTHING_TRAINS
 from fine_bench.fine.window import Window
 from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
 
@@ -103,6 +105,24 @@ class SnapshotSchedule:
             self.n_without_backward += 1
         self._batch_size = self.passes.data.adapter.size(batch)
 
+    def layers_change(self, *, in_pass: bool = False) -> None:
+        """Other parameters are trained than before: those from now on, each for its own steps.
+
+        Args:
+            in_pass: whether a batch is on its way; here nothing depends on it.
+        """
+        recorder, interval = self.recorder, self._interval
+        before = _parameter_names(recorder)
+        self.passes.engine.watch()
+        self.passes.watch(recorder)
+        self._scaling.forget()
+        if not interval.steps:
+            return
+        if not interval.by_parameter:
+            interval.by_parameter = dict.fromkeys(before, interval.lr)
+        for name in _parameter_names(recorder):
+            interval.by_parameter.setdefault(name, 0.0)
+
     def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
         """The batch is part of the step."""
         if self._batch_size:
@@ -113,7 +133,7 @@ class SnapshotSchedule:
     def before_step(self, sizes: StepSizes, step: int, epoch: int, *, taken: bool = True) -> None:
         """Note the step."""
         window = self.window.take()
-        if window and taken:
+        if window and taken and self._watches:
             self.n_observed += 1
             numbers = self.passes.processes.numbers
             weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
@@ -136,6 +156,8 @@ class SnapshotSchedule:
 
     def reason(self) -> str:
         """Why steps that were announced were not counted."""
+        if not self._watches:
+            return NOTHING_TRAINS
         return "the loss scaler left every step out; lower the learning rate"
 
     def flush(self) -> None:
@@ -233,6 +255,16 @@ class SnapshotSchedule:
             uncertainty = float(reference.one_minus_p.double().mean())
         return Snapshot(torch.cat(effects, 1), torch.cat(sigmas, 1), uncertainty)
 
+    @property
+    def recorder(self) -> LayerRecorder:
+        """Of the layers that are scored."""
+        return self.passes.engine.recorder
+
+    @property
+    def _watches(self) -> bool:
+        """Whether any layer is trained of those that were asked for."""
+        return bool(self.recorder.parameters())
+
     def _require_complement(self, gradients: PerExampleGradients) -> None:
         """Refuse a loss that is not −log p of a class label."""
         complement, loss = gradients.one_minus_p, gradients.loss
@@ -250,3 +282,8 @@ class SnapshotSchedule:
             f"(batch, classes) and hard labels (batch,); the loss is another one. Use {name}="
             f'"{instead}"'
         )
+
+
+def _parameter_names(recorder: LayerRecorder) -> list[str]:
+    names = {id(p): name for name, p in recorder.model.named_parameters()}
+    return [names[id(p)] for group in recorder.parameters().values() for p in group]

@@ -49,6 +49,11 @@ class Window(Generic[Part]):
             self._watched = _smallest_moving(self.parameters())
         self._parts.append(part)
 
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits for its step."""
+        return bool(self._parts)
+
     def take(self) -> list[Part]:
         """What a step that is announced is put together from."""
         parts, self._parts = self._parts, []

@@ -63,6 +63,11 @@ class GradientEngine:
         """Remove the hooks from the model."""
         self.recorder.close()
 
+    def watch(self) -> None:
+        """Take gradients in the parameters that are trained now."""
+        self.recorder.watch(required=False)
+        self.in_full, self._checked = {}, "no"
+
     def __call__(
         self, x: Any, y: Tensor, observable: Literal["loss", "margin"] = "loss"
     ) -> PerExampleGradients:

@@ -95,7 +95,24 @@ class LayerRecorder:
         self.seconds = 0.0
         self._batch_size: int | None = None
         self._handles: list[RemovableHandle] = []
+        # gradients of the parameters themselves in the first tapped pass, until they are checked
+        self._totals: dict[int, Tensor] = {}
+        self._total_handles: list[RemovableHandle] = []
         self.model = model
+        self._chosen = layers
+        self.watch()
+
+    def watch(self, *, required: bool = True) -> None:
+        """Record the layers that are trained now; those of before no longer.
+
+        Args:
+            required: whether there must be any.
+
+        Raises:
+            UnsupportedProblemError: as for the class.
+        """
+        self.close()
+        model, layers = self.model, self._chosen
         chosen = _select(model, layers)
         blocks = covered_blocks(model, chosen)
         self.layers: dict[str, nn.Module] = {name: b.modules[0] for name, b in blocks.items()}
@@ -108,7 +125,7 @@ class LayerRecorder:
             for name, p in model.named_parameters()
             if p.requires_grad and id(p) in wanted and id(p) not in covered
         ]
-        if not self.layers and not self.leftover:
+        if required and not self.layers and not self.leftover:
             raise UnsupportedProblemError(
                 "the model has no trained parameters to take gradients of"
                 + ("" if layers is None else f" in layers={list(layers)}")
@@ -117,10 +134,7 @@ class LayerRecorder:
             hook = partial(self._record, name)
             for module in block.modules:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        # gradients of the parameters themselves in the first tapped pass, until they are checked
-        self._totals: dict[int, Tensor] = {}
-        self._total_handles: list[RemovableHandle] = []
-        self._unchecked = tap
+        self._unchecked = self.tap
 
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
