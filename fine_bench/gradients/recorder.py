@@ -45,7 +45,7 @@ class Call:
 
     name: str
     layer: nn.Module
-    kind: LayerKind
+    kind: LayerKind | None  # None: only the gradient at the output is asked for
     input: Tensor | None
     output: Tensor | None = None
     edge: GradientEdge | None = None
@@ -100,6 +100,7 @@ class LayerRecorder:
         self._total_handles: list[RemovableHandle] = []
         self.model = model
         self._chosen = layers
+        self._last: nn.Module | None = None  # the layer that ran last in a tapped pass
         self.watch()
 
     def watch(self, *, required: bool = True) -> None:
@@ -134,6 +135,10 @@ class LayerRecorder:
             hook = partial(self._record, name)
             for module in block.modules:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        hooked = {module for block in blocks.values() for module in block.modules}
+        if self._last is not None and self._last not in hooked:
+            # frozen meanwhile; the gradient at its output tells 1 − p all the same
+            self._handles.append(self._last.register_forward_hook(self._record_last))
         self._unchecked = self.tap
 
     def parameter_names(self, name: str) -> list[str]:
@@ -186,6 +191,8 @@ class LayerRecorder:
 
     def clear(self) -> None:
         """Release the recorded tensors."""
+        if self.tap and self.calls:
+            self._last = self.calls[-1].layer
         self.armed = False
         self.calls = []
 
@@ -220,12 +227,21 @@ class LayerRecorder:
         else:
             call.edge = get_gradient_edge(output)
 
+    def _record_last(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """A call that is no part of any block, kept for the gradient at its output alone."""
+        if self.armed and output.requires_grad and LayerRecorder._exclusive in (None, self):
+            call = Call("", layer, None, None)
+            self.calls.append(call)
+            output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
+            if self.keep_outputs:
+                call.output = output.detach()
+
     def _keep(self, call: Call, grad: Tensor) -> None:
         if call.reduced is not None:
             return
         call.grad = grad.detach()
         early = self.reduce is not None and not self._unchecked and self.armed
-        if early and self._batch_size is not None:
+        if early and self._batch_size is not None and call.kind is not None:
             start = time.perf_counter()
             # now the tensors are in the cache, and afterwards the pass may free them
             self._reduce(call, self._batch_size, 1.0)
@@ -285,7 +301,7 @@ class LayerRecorder:
         """
         by_layer: dict[str, list[Call]] = {name: [] for name in self.layers}
         for call in self.calls:
-            by_layer[call.name].append(call)
+            by_layer.setdefault(call.name, []).append(call)
         if self._unchecked and self._totals:
             whole = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
             self._check(whole, scale)
@@ -331,6 +347,7 @@ class LayerRecorder:
         """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
         assert call.grad is not None
         assert call.input is not None
+        assert call.kind is not None
         x, grad, layer, kind = call.input, call.grad, call.layer, call.kind
         if x.ndim == 0 or x.shape[0] != batch_size or (self.tap and kind.counts_positions(x)):
             # an engine finds shared positions out by itself

@@ -110,6 +110,11 @@ def earlier(module: Module, epoch: int) -> None:
     module.net[2].bias.requires_grad_(epoch < 1)
 
 
+def headless(module: Module, epoch: int) -> None:
+    """The last layer, at whose output 1 − p is read, trains before epoch 2 and in epoch 3."""
+    module.net[4].requires_grad_(epoch != 2)
+
+
 class Released(BaseFinetuning):
     """Lightning's own way: the optimiser gets the layer when it is let go of."""
 
@@ -132,7 +137,7 @@ def queries(target: str) -> TensorDataset | None:
 
 @pytest.mark.any_trainer("a layer that is let go of during the run")
 @pytest.mark.any_trainer("a layer that is frozen during the run")
-@pytest.mark.parametrize("change", [later, earlier])
+@pytest.mark.parametrize("change", [later, earlier, headless])
 @pytest.mark.parametrize("target", ["self", "queries"])
 def test_each_step_counts_the_layers_that_it_trains(change: Any, target: str) -> None:
     callback = FINECallback(target, queries=queries(target), refresh_every=1)
@@ -206,13 +211,14 @@ def test_snapshots_too(change: Any, every: int | None, target: str) -> None:
         {"geometry": "ekfac", "noise": "model"},
         {"preconditioner": "optimiser"},
         {"sketch": 2},
+        {"step_weight": "uncertainty"},
         {"observe_every": 2},
         {"schedule": "snapshot", "geometry": "ekfac"},
     ],
 )
 def test_with_every_option(options: dict[str, Any]) -> None:
     scores = []
-    for change in (later, earlier, lambda *_: None):
+    for change in (later, earlier, lambda *_: None, headless):
         callback = FINECallback("self", **options)
         fit(Module(change), callback)
         scores.append(callback.scores().values)
