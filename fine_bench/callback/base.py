@@ -129,6 +129,9 @@ class InRunMethod(Callback):
         self._evaluations = 0
         self._observed: Resumable | None = None
         self._saved: Mapping[str, Any] | None = None
+        self._earlier: Resumable | None = None
+        self._trainer: Any = None  # during a fit
+        self._ended: tuple[int, int] | None = None  # which Trainer's last fit, after which step
         self._warned = False
         self._said_nothing_seen = False
 
@@ -178,15 +181,25 @@ class InRunMethod(Callback):
 
     # ------------------------------------------------------------------ Lightning events
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Note whose fit it is."""
+        self._trainer = trainer if stage == "fit" else None
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach the hooks."""
-        self._close()
+        self._end(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Detach the hooks; what was seen so far stays."""
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
         self._close()
+        if self._observed is None:  # nothing was trained: what was seen before stays
+            self._observed = self._earlier
+        self._trainer, self._ended = None, (id(trainer), trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why, where a whole epoch gave nothing to observe."""
@@ -267,16 +280,30 @@ class InRunMethod(Callback):
     def _forget(self) -> None:
         """A run begins: nothing has been seen, nothing spent."""
         self._close()
-        self._observed = None
+        self._earlier, self._observed = self._observed, None
         self.seconds, self._evaluations = 0.0, 0
         self._warned = self._said_nothing_seen = False
 
     def _start_with(self, observed: Resumable) -> None:
-        """The sums of this run; they go on where an interrupted run stopped."""
+        """The sums of this run; they go on where an interrupted run stopped.
+
+        They also go on where the same Trainer fits once more; another Trainer's run begins anew.
+        """
         self._observed = observed
-        if self._saved is not None:
-            observed.load_state_dict(self._saved)
-            self._saved = None
+        saved, self._saved, earlier, self._earlier = self._saved, None, self._earlier, None
+        step = 0 if self._trainer is None else self._trainer.global_step
+        if saved is not None:
+            observed.load_state_dict(saved)
+        elif step and earlier is not None and self._ended == (id(self._trainer), step):
+            observed.load_state_dict(earlier.state_dict())
+        elif step:
+            warnings.warn(
+                f"{self.name} begins at step {step} of the run, since what the run goes on from "
+                "holds no state of a callback with these options: its scores count the steps from "
+                "here on only. For those of the whole run resume from a checkpoint of a run with "
+                "this callback and the same options",
+                stacklevel=3,
+            )
 
     def _require(self) -> Any:
         """What was given to ``_start_with``.

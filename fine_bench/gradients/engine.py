@@ -267,6 +267,12 @@ def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     try:
         losses: Tensor = loss(logits, y, reduction="none")
     except TypeError as error:
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model returns a {type(logits).__name__}, of which the loss makes nothing "
+                f"({error}); say what its output is by forward=…, for instance forward=lambda "
+                "module, x: module(x)[0], or forward=lambda module, x: module(x).logits"
+            ) from error
         raise TypeError(
             f'loss could not be called as loss(logits, y, reduction="none"): {error}; wrap it in a '
             "function of that signature"
