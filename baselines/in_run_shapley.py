@@ -71,7 +71,7 @@ class InRunShapleyCallback(InRunMethod):
         *,
         queries: Dataset[Any] | None = None,
         order: Order = 1,
-        forward: Callable[[pl.LightningModule, Tensor], Tensor] | None = None,
+        forward: Callable[[Any, Tensor], Tensor] | None = None,
         loss: Loss = F.cross_entropy,
     ) -> None:
         shapley.check_question(target, order, queries is not None)
