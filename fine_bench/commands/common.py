@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fine_bench.errors import UserError
 
@@ -26,6 +27,13 @@ INCOMPLETE = 1
 REFUSED = 2
 """What was asked cannot be done; nothing was made."""
 INTERRUPTED = 130
+
+REBUILT = {
+    DONE: "all is there",
+    INCOMPLETE: "a cell failed or is missing, or a file cannot be read or written (each is named)",
+}
+"""What the statuses of a command mean that rebuilds tables."""
+_LOOKS = {"md": "to_markdown", "csv": "to_csv", "json": "to_json"}
 
 Main: TypeAlias = Callable[[Sequence[str] | None], int]
 
@@ -132,6 +140,33 @@ def at_home(arguments: Sequence[str]) -> list[str]:
         else:
             found.append(argument)
     return found
+
+
+def print_as(kind: str, tables: Any, shown: Any) -> None:
+    """Print tables as ``--format`` says.
+
+    Args:
+        kind: ``"table"``, ``"md"``, ``"csv"`` or ``"json"``.
+        tables: the module that knows their looks: ``show``, ``to_markdown``, ``to_csv``, ….
+        shown: what these functions take.
+    """
+    if kind == "table":
+        tables.show(shown)
+    else:
+        sys.stdout.write(getattr(tables, _LOOKS[kind])(shown))
+
+
+def write_tables(tables: Any, found: Any, results: Path) -> bool:
+    """Write tables into the results folder by ``tables.write`` and say so; False if it refuses."""
+    from fine_bench.store.files import StoreError
+
+    try:
+        written = tables.write(found, results)
+    except StoreError as error:
+        say(error, error=True)
+        return False
+    say("written: " + ", ".join(map(str, written)), error=True)
+    return True
 
 
 def add_packages(to: argparse.ArgumentParser, words: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fine_bench.commands import common
@@ -53,11 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
     runs = [read_scores(path, truth) for path in arguments.files]
     refuse_copies(arguments.files, runs)
     found = board(runs, truth, arguments.half, arguments.name or arguments.files[0].stem)
-    if arguments.format == "table":
-        render.show(found)
-    else:
-        texts = {"md": render.to_markdown, "csv": render.to_csv, "json": render.to_json}
-        sys.stdout.write(texts[arguments.format](found))
+    common.print_as(arguments.format, render, found)
     for line in warnings_of(found):
         common.say(line, error=True)
     return common.DONE

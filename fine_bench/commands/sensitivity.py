@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from fine_bench.commands import common
 
@@ -18,11 +17,7 @@ def parser() -> argparse.ArgumentParser:
         "options.",
         notes="The ranges are those of conf/sensitivity, run with\n"
         "  python -m fine_bench +experiment=mnist_mlp 'sensitivity=[fine,trak]' -m seed=0,1,2",
-        statuses={
-            0: "all is there",
-            1: "a cell failed or is missing, or a file cannot be read or written (each is named)",
-            2: "no cells of a range, or an unknown task",
-        },
+        statuses={**common.REBUILT, 2: "no cells of a range, or an unknown task"},
         examples=["", "--task mnist_mlp --format md"],
     )
     common.add_results(made)
@@ -38,7 +33,6 @@ def main(arguments: argparse.Namespace) -> int:
     from fine_bench.errors import DataError
     from fine_bench.leaderboard import sensitivity_tables
     from fine_bench.leaderboard.sensitivity import spreads
-    from fine_bench.store.files import StoreError
     from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
 
@@ -55,16 +49,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     common.check_name("task", arguments.task, {spread.task for spread in found})
     chosen = [s for s in found if arguments.task in (None, s.task)]
-    if arguments.format == "table":
-        sensitivity_tables.show(chosen)
-    else:
-        texts = {"md": sensitivity_tables.to_markdown, "csv": sensitivity_tables.to_csv}
-        sys.stdout.write(texts[arguments.format](chosen))
-    try:
-        written = sensitivity_tables.write(found, arguments.results)
-    except StoreError as error:
-        common.say(error, error=True)
-        return common.INCOMPLETE
-    common.say("written: " + ", ".join(map(str, written)), error=True)
-    complete = not scan.problems and all(s.complete for s in chosen)
+    common.print_as(arguments.format, sensitivity_tables, chosen)
+    written = common.write_tables(sensitivity_tables, found, arguments.results)
+    complete = written and not scan.problems and all(s.complete for s in chosen)
     return common.DONE if complete else common.INCOMPLETE

@@ -85,6 +85,32 @@ def publish(temporary: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def keep(
+    temporary: Path,
+    folder: Path,
+    run: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    load: Callable[[], T],
+) -> T:
+    """Complete a folder of new checkpoints, read it, and move it to its final name.
+
+    Args:
+        temporary: what ``scratch`` gave, with the checkpoints.
+        folder: its final name.
+        run: what tells the run from every other.
+        facts: about the training.
+        load: reads the checkpoints: what cannot be read gets no final name.
+
+    Returns:
+        what ``load`` returned.
+    """
+    write_atomic(temporary / FACTS, json.dumps(facts, indent=1).encode())
+    seal(temporary, run)
+    found = load()
+    publish(temporary, folder)
+    return found
+
+
 class DamageError(ValueError):
     """What is wrong with a folder of checkpoints."""
 

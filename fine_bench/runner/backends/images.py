@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ from fine_bench.runner.calls import build
 from fine_bench.runner.fit import fit
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
-from fine_bench.store.files import write_atomic
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target, TrainingSteps
 
 _EVALUATION_BATCH = 1024
@@ -197,11 +195,9 @@ def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> 
         for epoch, path in enumerate(sorted(temporary.glob("*.ckpt")), start=1):
             if (trainer_config.max_epochs - epoch) % trainer_config.checkpoint_every:
                 path.unlink()
-        write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
-        checkpoints.seal(temporary, run_of(job))
-        run = _trained(job, temporary, facts)
-        checkpoints.publish(temporary, folder)
-    return run
+        return checkpoints.keep(
+            temporary, folder, run_of(job), facts, lambda: _trained(job, temporary, facts)
+        )
 
 
 def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:

@@ -7,7 +7,6 @@ steering rates says whether there is anything to detect.
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,6 @@ from fine_bench.runner.backends.language_tuning import (
 )
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.plan import Job
-from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, Target
 
 
@@ -84,11 +82,9 @@ def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> 
         if task.cure and task.truth.n_bad:
             facts |= oracle(job)
         facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        write_atomic(temporary / checkpoints.FACTS, json.dumps(facts, indent=1).encode())
-        checkpoints.seal(temporary, run_of(job))
-        run = _trained(net, temporary, facts)
-        checkpoints.publish(temporary, folder)
-    return run
+        return checkpoints.keep(
+            temporary, folder, run_of(job), facts, lambda: _trained(net, temporary, facts)
+        )
 
 
 def train_auxiliary(job: Job, callbacks: Sequence[InRunMethod]) -> float:
