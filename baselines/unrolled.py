@@ -270,7 +270,7 @@ class _Run:
         """Train again, keeping a moment every so many steps.
 
         Returns:
-            the largest relative distance from a checkpoint.
+            the largest relative distance from a checkpoint; 0 without checkpoints.
 
         Raises:
             ValueError: it is larger than ``TOLERANCE``.
@@ -286,7 +286,8 @@ class _Run:
         params = [p.clone() for p in start]
         slots = [[torch.zeros_like(p) for p in params] for _ in range(self.rule.slots)]
         known = {point.step: point for point in checkpoints if point.step is not None}
-        known[self.length] = checkpoints[-1]
+        if checkpoints:
+            known[self.length] = checkpoints[-1]
         gap = 0.0
         for t in range(self.length):
             if t % every == 0:
