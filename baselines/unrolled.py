@@ -307,7 +307,10 @@ class _Run:
         return gap
 
     def backward(self, adjoint: Tensors) -> Tensor:
-        """Scores ``(K, n)`` of K functions whose gradients at the end are ``adjoint``."""
+        """Scores ``(K, n)`` of K functions whose gradients at the end are ``adjoint``.
+
+        ``adjoint`` is overwritten by the gradients at the beginning.
+        """
         k = len(adjoint[0])
         scores = adjoint[0].new_zeros(k, len(self.x), dtype=torch.float64)
         carried = [adjoint, *([torch.zeros_like(p) for p in adjoint] for _ in self._slots())]

@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from gain import job_of
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -76,6 +75,21 @@ ROWS = (
 )  # fmt: skip
 
 
+def job_of(batch: str, seed: int, rows: Sequence[str], work: Path) -> Job:
+    """The run of a seed, with the rows as its cells."""
+    register()
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        config = compose(
+            "config",
+            [
+                f"+experiment={EXPERIMENT}", f"estimator=[{','.join(rows)}]", "targets=[queries]",
+                f"seed={seed}", f"results_dir={work / 'runs'}", "trainer.progress=false",
+                *SETTINGS[batch],
+            ],
+        )  # fmt: skip
+    return plan(check(config))
+
+
 def run_of(job: Job) -> TrainedRun:
     """The job's run, trained once."""
     found = images.stored(job, print)
@@ -90,7 +104,7 @@ def truth_path(results: Path, batch: str, seed: int, share: float) -> Path:
 def truth(arguments: argparse.Namespace) -> None:
     """Train without the sets, where no file says what comes of it."""
     for batch, seed in ((b, s) for s in arguments.seeds for b in arguments.batch):
-        job = job_of(EXPERIMENT, seed, SETTINGS[batch], arguments.work / "runs")
+        job = job_of(batch, seed, ["random"], arguments.work)
         run, data = run_of(job), job.data
         assert run.steps is not None
         for share in SHARES:
@@ -121,17 +135,7 @@ def truth(arguments: argparse.Namespace) -> None:
 
 def scoring_job(batch: str, seed: int, queries: int, rows: Sequence[str], work: Path) -> Job:
     """The run of a seed with the task's first queries, and the rows as its cells."""
-    register()
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        config = compose(
-            "config",
-            [
-                f"+experiment={EXPERIMENT}", f"estimator=[{','.join(rows)}]", "targets=[queries]",
-                f"seed={seed}", f"results_dir={work / 'runs'}", "trainer.progress=false",
-                *SETTINGS[batch],
-            ],
-        )  # fmt: skip
-    job = plan(check(config))
+    job = job_of(batch, seed, rows, work)
     data = images.images_of(job)
     few = replace(data, query_x=data.query_x[:queries], query_y=data.query_y[:queries])
     return replace(job, data=few, truth=None, todo=job.cells)
