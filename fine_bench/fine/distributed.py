@@ -13,6 +13,7 @@ the work of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
+
+Number = TypeVar("Number", int, float)
 
 
 class Processes:
@@ -56,11 +59,13 @@ class Processes:
         """``x`` of all processes, side by side along the first dimension."""
         return x if self.count == 1 else torch.cat(self.each(x))
 
-    def numbers(self, values: Sequence[int]) -> list[int]:
-        """Whole numbers of all processes, one process after the other."""
+    def numbers(self, values: Sequence[Number]) -> list[Number]:
+        """Numbers of all processes, one process after the other."""
         if self.count == 1:
             return list(values)
-        together: list[int] = self.join(torch.tensor(values, dtype=torch.int64)).tolist()
+        whole = all(isinstance(value, int) for value in values)
+        kind = torch.int64 if whole else torch.float64
+        together: list[Number] = self.join(torch.tensor(values, dtype=kind)).tolist()
         return together
 
     def gradients(self, mine: PerExampleGradients) -> PerExampleGradients:

@@ -142,12 +142,13 @@ class InBatchSchedule:
         self._statistic.direction = None
         self._scaling.forget()
 
-    def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
+    def backward_ends(self, epoch: int, *, accumulates: float = 1, loss_scale: float = 1.0) -> None:
         """The gradients of a micro-batch are there.
 
         Args:
             epoch: number of the epoch.
-            accumulates: A of ``fine.micro_batches``; the loss was divided by it.
+            accumulates: A of ``fine.micro_batches``; the loss was divided by it (a whole number,
+                unless the division is by something else than examples, such as tokens).
             loss_scale: further factor on the loss, of 16-bit precision.
 
         Raises:

@@ -22,7 +22,7 @@ from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.loop_batch import (
     AnnouncedBatch,
     Held,
-    LoopAdapter,
+    loop_adapter,
     unknown_loss,
 )
 from fine_bench.fine.loop_checks import (
@@ -99,11 +99,12 @@ class WatchedLoop:
                 n=options.train_size,
                 device=parameter.device,
                 dtype=parameter.dtype,
-                adapter=LoopAdapter(**vars(options.adapter or BatchAdapter())),
+                adapter=loop_adapter(options.adapter or BatchAdapter()),
             ),
             [optimizer],
             aside,
             total_steps=float("inf") if total_steps is None else float(total_steps),
+            parameters=tuple,  # whether a step is missing is looked at here
         )
         self._schedule = self._observation.schedule
         self._announced: AnnouncedBatch | None = None  # a batch whose gradients are not there yet
@@ -162,6 +163,23 @@ class WatchedLoop:
             self._arrived.clear()
             self._in_epoch += len(announced.index)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a pass of f-INE's own is on."""
+        return self._busy
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """What is asked, as a state names it."""
+        return {"question": self._question, "options": distinguishing(self.options)}
+
+    def step_is_over(self) -> None:
+        """The optimiser was asked for a step, which a gradient scaler may have kept back."""
+        with self._at_work():
+            self._settle()
+            if self._parts:
+                self._leave_out()
+
     def skip(self) -> None:
         """Leave out what was announced.
 
@@ -206,8 +224,7 @@ class WatchedLoop:
         """Everything needed to go on after an interruption, between two steps."""
         return {
             "fine": self._schedule.state_dict(),
-            "question": self._question,
-            "options": distinguishing(self.options),
+            **self.question,
             "loop": (self.step, self.epoch, self._in_epoch, self._told_epochs),
         }
 
@@ -220,12 +237,11 @@ class WatchedLoop:
         """
         if self.step or self._begun:
             raise RuntimeError("load_state_dict must come before the first fine.batch(…)")
-        asked = (self._question, distinguishing(self.options))
-        if asked != (state["question"], state["options"]):
+        if any(state[name] != asked for name, asked in self.question.items()):
             raise ValueError(
                 f"the state was saved for {state['options']} and its own queries and layers, this "
-                f"watch asks {asked[1]}: going on would add up two different questions. Resume "
-                "with the options, queries and layers of the saved run"
+                f"watch asks {self.question['options']}: going on would add up two different "
+                "questions. Resume with the options, queries and layers of the saved run"
             )
         self._schedule.load_state_dict(state["fine"])
         self.step, self.epoch, self._in_epoch, self._told_epochs = state["loop"]
@@ -356,7 +372,7 @@ class WatchedLoop:
         """Take in the batch whose backward pass is over."""
         if self._announced is None or not self._arrived:
             return
-        self._announced = None
+        announced, self._announced = self._announced, None
         self._arrived.clear()
         # what the recorder's hooks did within the backward pass
         self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
@@ -364,7 +380,17 @@ class WatchedLoop:
         if self._parts > self.accumulate:
             raise too_many_parts(self.accumulate)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        self._observation.backward_ends(self.epoch, accumulates=self.accumulate, loss_scale=scale)
+        divided = self._divided_by(announced, scale)
+        self._observation.backward_ends(self.epoch, accumulates=divided, loss_scale=scale)
+
+    def _divided_by(self, announced: AnnouncedBatch, scale: float) -> float:
+        """What the batch's mean loss was divided by before its backward pass.
+
+        Args:
+            announced: the batch.
+            scale: what a gradient scaler multiplied it by.
+        """
+        return self.accumulate
 
     def _missing_step(self) -> None:
         """A window is full, and the next batch comes."""

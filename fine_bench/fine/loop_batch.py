@@ -46,7 +46,7 @@ class Held:
 
 
 class LoopAdapter(BatchAdapter):
-    """Reads a loop's batches, and otherwise those that the user's adapter reads."""
+    """Reads a loop's batches, and otherwise those that the class after it reads."""
 
     def example_index(self, batch: Any) -> Any:
         return batch.index if isinstance(batch, AnnouncedBatch) else super().example_index(batch)
@@ -64,6 +64,13 @@ class LoopAdapter(BatchAdapter):
         return len(batch.index) if isinstance(batch, AnnouncedBatch) else super().size(batch)
 
 
+def loop_adapter(adapter: BatchAdapter) -> BatchAdapter:
+    """An adapter that reads a loop's batches besides those that ``adapter`` reads."""
+    both = type("LoopAdapter", (LoopAdapter, type(adapter)), {})
+    found: BatchAdapter = both(**vars(adapter))
+    return found
+
+
 class UnreadExamples(Dataset[Any]):
     """Training examples of which only the number is known; ``watch`` refuses what would read it."""
 
@@ -76,4 +83,4 @@ def unknown_loss(output: Any, y: Any, reduction: str = "none") -> Tensor:
     raise ValueError("labels were not given")
 
 
-__all__ = ["AnnouncedBatch", "Held", "LoopAdapter", "UnreadExamples", "unknown_loss"]
+__all__ = ["AnnouncedBatch", "Held", "UnreadExamples", "loop_adapter", "unknown_loss"]

@@ -46,7 +46,7 @@ class WindowWeights:
     relative: Tensor | None
 
 
-def window_weights(sizes: Sequence[int], parts: Sequence[int]) -> WindowWeights:
+def window_weights(sizes: Sequence[int], parts: Sequence[float]) -> WindowWeights:
     """r_i of the module's text.
 
     Args:
@@ -81,7 +81,7 @@ class MicroBatch:
     gradients: PerExampleGradients | None
     scale: float
     logit_gradients: Tensor | None
-    parts: int
+    parts: float
 
     @property
     def complement(self) -> Tensor | None:

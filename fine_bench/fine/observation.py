@@ -122,7 +122,7 @@ class Observation:
         if first is not None:
             first.ends(loss)
 
-    def backward_ends(self, epoch: int, *, accumulates: int, loss_scale: float) -> None:
+    def backward_ends(self, epoch: int, *, accumulates: float, loss_scale: float) -> None:
         """The gradients of a batch, or of a micro-batch, are there.
 
         Args:

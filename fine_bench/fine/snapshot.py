@@ -71,7 +71,7 @@ class SnapshotSchedule:
         options: Options,
         passes: Passes,
         total_steps: float,
-        window: Window[tuple[int, int]] | None = None,
+        window: Window[tuple[int, float]] | None = None,
     ) -> None:
         n = passes.data.n
         if n < MIN_REFERENCE:
@@ -92,7 +92,7 @@ class SnapshotSchedule:
         self._scaling = StepScaling(recorder, whole_layers=whole)
         self._over_interval = StepScaling(recorder, whole_layers=whole)
         self._batch_size = 0
-        self.window: Window[tuple[int, int]] = Window() if window is None else window
+        self.window: Window[tuple[int, float]] = Window() if window is None else window
         self.labels = ExampleLabels(n)
         self.n_observed = 0
         self.n_without_backward = 0
@@ -123,7 +123,7 @@ class SnapshotSchedule:
         for name in _parameter_names(recorder):
             interval.by_parameter.setdefault(name, 0.0)
 
-    def backward_ends(self, epoch: int, *, accumulates: int = 1, loss_scale: float = 1.0) -> None:
+    def backward_ends(self, epoch: int, *, accumulates: float = 1, loss_scale: float = 1.0) -> None:
         """The batch is part of the step."""
         if self._batch_size:
             size, parts = self._batch_size, accumulates * self.passes.processes.count
@@ -136,7 +136,8 @@ class SnapshotSchedule:
         if window and taken and self._watches:
             self.n_observed += 1
             numbers = self.passes.processes.numbers
-            weights = window_weights(*(numbers(part) for part in zip(*window, strict=True)))
+            sizes_of, parts = zip(*window, strict=True)
+            weights = window_weights(numbers(sizes_of), numbers(parts))
             self._scaling.follow(sizes)
             relative = self._scaling.by_parameter or None
             self._interval.add(sizes.largest, weights.m, weights.mean, weights.rms, relative)

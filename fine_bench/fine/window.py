@@ -35,7 +35,7 @@ class Window(Generic[Part]):
         self._parts: list[Part] = []
         self._watched: tuple[nn.Parameter, Tensor] | None = None
 
-    def add(self, part: Part, accumulates: int) -> None:
+    def add(self, part: Part, accumulates: float) -> None:
         """One more backward pass.
 
         Args:
@@ -65,7 +65,7 @@ class Window(Generic[Part]):
             self._parts.clear()
             self.n_around += 1
 
-    def _has_passed(self, accumulates: int) -> bool:
+    def _has_passed(self, accumulates: float) -> bool:
         if self.parameters is None:
             return len(self._parts) >= accumulates
         if self._watched is None:

@@ -11,5 +11,9 @@ net              logits from padded token ids
 tuner            tuning under Lightning
 engine           per-example gradients of sequences
 watchers         f-INE for sequences
+trainer_callback f-INE in Transformers' Trainer: its events, its checkpoints
+trainer_loop     its training loop, watched
+trainer_batches  positions that travel with its batches
+trainer_losses   what divides its losses, read off the gradient
 steering         did the poison take?
 """
