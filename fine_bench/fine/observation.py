@@ -19,7 +19,7 @@ from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Aside
-from fine_bench.fine.setup import make_first_batch, make_passes, refuse_leftover
+from fine_bench.fine.setup import make_first_batch, make_passes
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.step_sizes import step_sizes
@@ -67,7 +67,6 @@ class Observation:
         self._trained = TrainedParameters(module)
         # what was frozen or let go of since the recorder was made
         recorder.watch()
-        refuse_leftover(options, recorder)
         passes = make_passes(
             options, module, data, recorder, optimizers, aside, processes or Processes()
         )
@@ -166,7 +165,6 @@ class Observation:
             UnsupportedProblemError: one of them cannot be watched.
         """
         self.schedule.layers_change(in_pass=in_pass)
-        refuse_leftover(self.options, self.schedule.recorder)
 
     def scores(self, name: str) -> InfluenceScores:
         """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``.

@@ -46,31 +46,8 @@ def refuse_compiled(module: nn.Module, schedule: str) -> bool:
 
 
 def make_recorder(options: Options, module: nn.Module) -> LayerRecorder:
-    """Hooks in the layers to watch.
-
-    Raises:
-        UnsupportedProblemError: layers without factors, where the schedule needs them.
-    """
-    recorder = LayerRecorder(module, options.layers, tap=options.schedule == "in_batch")
-    refuse_leftover(options, recorder)
-    return recorder
-
-
-def refuse_leftover(options: Options, recorder: LayerRecorder) -> None:
-    """Refuse layers without factors, where the schedule needs them.
-
-    Raises:
-        UnsupportedProblemError: there are some.
-    """
-    # a snapshot asks the model itself, where torch.func serves other layers too, as long as
-    # the logits are the model's own output
-    needs = options.schedule == "in_batch" or options.forward is not None
-    if recorder.leftover and needs:
-        recorder.close()
-        raise UnsupportedProblemError(
-            f"the layers of {recorder.leftover} have no per-example factors yet; watch the "
-            f"others with layers={list(recorder.layers)}"
-        )
+    """Hooks in the layers to watch."""
+    return LayerRecorder(module, options.layers, tap=options.schedule == "in_batch")
 
 
 def make_queries(

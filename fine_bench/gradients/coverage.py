@@ -6,7 +6,7 @@ A block is a layer, except where layers share a weight: the shared weight is a b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -81,3 +81,51 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
             full = {f"{name}.{part}" if name else part: p for part, p in own.items()}
             found[name] = Covered((module,), kind, full)
     return found
+
+
+def chosen_modules(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The modules to watch, by name: those named and all below them; all of them for None.
+
+    Raises:
+        TypeError: a name in the place of a list of names.
+        ValueError: a name that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    if layers is None:
+        return modules
+    if isinstance(layers, str):
+        raise TypeError(f'layers must be a list of names, got the string {layers!r}; use ["…"]')
+    unknown = [name for name in layers if name not in modules]
+    if unknown:
+        known = ", ".join(n for n in modules if n)
+        raise ValueError(f"layers {unknown} are not in the model; it has: {known}")
+    return {
+        name: module
+        for name, module in modules.items()
+        if any(name == chosen or name.startswith(chosen + ".") for chosen in layers)
+    }
+
+
+def remedy(
+    model: nn.Module,
+    blocks: Mapping[str, Mapping[str, nn.Parameter]],
+    leftover: Sequence[str],
+    wrong: Sequence[str],
+) -> str:
+    """What to type where some parameters have no per-example gradients in a training pass.
+
+    Args:
+        model: the network.
+        blocks: parameters by their name in the model, by block.
+        leftover: names of parameters that belong to no block.
+        wrong: names of blocks, or of parameters, that have none.
+    """
+    without = {name for block in wrong for name in blocks.get(block, [block])} | set(leftover)
+    modules = dict(model.named_modules())
+    layers = []
+    for name in blocks:
+        if name and name in modules:
+            below = {f"{name}.{part}" for part, _ in modules[name].named_parameters()}
+            if not below & without:
+                layers.append(name)
+    return 'schedule="snapshot"' + (f", or watch others with layers={layers}" if layers else "")

@@ -16,6 +16,8 @@ from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder, refuse_batch_coupling
+from fine_bench.gradients.recurrent import unrolled_recurrence
+from fine_bench.gradients.reevaluation import each_example
 from fine_bench.gradients.sum_check import disagreeing, unequal_weights
 from fine_bench.types import Loss, UnsupportedProblemError
 
@@ -25,7 +27,8 @@ class GradientEngine:
 
     Layers of a known kind (``layers.py``) are read off one forward and one backward pass that
     stops at the layers' outputs, so no parameter gradient is formed and no ``.grad`` is touched.
-    Other trained parameters go through ``torch.func`` (``vmap(grad)``), in full.
+    Other trained parameters go through ``torch.func`` (``vmap(grad)``), in full; where that cannot
+    map a model, one example after the other.
 
     The first batch is checked once, at the cost of a second backward pass: the examples' gradients
     must add up to the batch's (``sum_check.py``). Layers that fail it (a weight that also acts
@@ -162,9 +165,17 @@ class GradientEngine:
             value: Tensor = loss(logits, yi.unsqueeze(0), reduction="none")
             return value.sum()
 
-        with self.explained(names):
-            grads = vmap(grad(one), in_dims=(None, 0, 0))(chosen, x, y)
-        return {name: value.detach() for name, value in grads.items()}
+        def mapped() -> dict[str, Tensor]:
+            found = vmap(grad(one), in_dims=(None, 0, 0))(chosen, x, y)
+            return {name: value[None] for name, value in found.items()}
+
+        def alone(i: int, values: dict[str, Tensor]) -> Tensor:
+            return one(values, tree_map(lambda part: part[i], x), y[i])
+
+        ones = next(iter(chosen.values())).new_ones(1, len(y))
+        with self.explained(names), unrolled_recurrence(self.model):
+            grads = each_example(mapped, alone, chosen, ones)
+        return {name: value[0].detach() for name, value in grads.items()}
 
     @contextmanager
     def explained(self, names: Sequence[str]) -> Iterator[None]:

@@ -18,9 +18,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from fine_bench.gradients.blocks.protocol import Block
-from fine_bench.gradients.coverage import covered_blocks
+from fine_bench.gradients.coverage import chosen_modules, covered_blocks, remedy
 from fine_bench.gradients.layers import LayerKind, batch_coupling_reason
 from fine_bench.gradients.sum_check import disagreeing
+from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
 
 OTHER_PARAMETERS = "other parameters"
@@ -98,6 +99,7 @@ class LayerRecorder:
         # gradients of the parameters themselves in the first tapped pass, until they are checked
         self._totals: dict[int, Tensor] = {}
         self._total_handles: list[RemovableHandle] = []
+        self._uncovered: Uncovered | None = None  # of what no layer covers, in tapped passes
         self.model = model
         self._chosen = layers
         self._last: nn.Module | None = None  # the layer that ran last in a tapped pass
@@ -114,7 +116,7 @@ class LayerRecorder:
         """
         self.close()
         model, layers = self.model, self._chosen
-        chosen = _select(model, layers)
+        chosen = chosen_modules(model, layers)
         blocks = covered_blocks(model, chosen)
         self.layers: dict[str, nn.Module] = {name: b.modules[0] for name, b in blocks.items()}
         self._kinds: dict[str, LayerKind] = {name: b.kind for name, b in blocks.items()}
@@ -140,6 +142,8 @@ class LayerRecorder:
             # frozen meanwhile; the gradient at its output tells 1 − p all the same
             self._handles.append(self._last.register_forward_hook(self._record_last))
         self._unchecked = self.tap
+        if self.tap and self.leftover:
+            self._uncovered = Uncovered(model, self.leftover, hooked, self._listens, self.remedy)
 
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
@@ -154,20 +158,8 @@ class LayerRecorder:
         return found
 
     def remedy(self, wrong: Sequence[str]) -> str:
-        """What to type where some parameters have no per-example gradients in a training pass.
-
-        Args:
-            wrong: names of blocks, or of parameters.
-        """
-        own = {name for block in wrong for name in self._parameters.get(block, [block])}
-        modules = dict(self.model.named_modules())
-        layers = []
-        for name in self.layers:
-            if name in modules and name:
-                below = {f"{name}.{part}" for part, _ in modules[name].named_parameters()}
-                if not below & {*own, *self.leftover}:
-                    layers.append(name)
-        return 'schedule="snapshot"' + (f", or watch others with layers={layers}" if layers else "")
+        """What to type where blocks or parameters have no per-example gradients in a pass."""
+        return remedy(self.model, self._parameters, self.leftover, wrong)
 
     def start(self, batch_size: int | None = None) -> None:
         """Forget the last pass and record the next one.
@@ -175,7 +167,7 @@ class LayerRecorder:
         Args:
             batch_size: number of its examples, where it is known; needed to ``reduce`` early.
         """
-        self.calls = []
+        self.clear()
         self._batch_size = batch_size
         self.armed = True
         self._totals.clear()
@@ -195,14 +187,22 @@ class LayerRecorder:
             self._last = self.calls[-1].layer
         self.armed = False
         self.calls = []
+        if self._uncovered is not None:
+            self._uncovered.clear()
 
     def close(self) -> None:
         """Remove every hook."""
         self.clear()
         self._stop_checking()
+        if self._uncovered is not None:
+            self._uncovered.close()
+            self._uncovered = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _listens(self) -> bool:
+        return self.armed and LayerRecorder._exclusive in (None, self)
 
     def _record(
         self,
@@ -212,9 +212,7 @@ class LayerRecorder:
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> None:
-        if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
-            return
-        if LayerRecorder._exclusive not in (None, self):
+        if not self._listens() or not torch.is_grad_enabled() or not output.requires_grad:
             return
         x = inputs[0] if inputs else next(iter(kwargs.values()))
         call = Call(name, layer, self._kinds[name].at(layer), x.detach())
@@ -229,7 +227,7 @@ class LayerRecorder:
 
     def _record_last(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A call that is no part of any block, kept for the gradient at its output alone."""
-        if self.armed and output.requires_grad and LayerRecorder._exclusive in (None, self):
+        if self._listens() and output.requires_grad:
             call = Call("", layer, None, None)
             self.calls.append(call)
             output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
@@ -260,7 +258,7 @@ class LayerRecorder:
         return call.reduced
 
     def _keep_total(self, key: int, grad: Tensor) -> None:
-        if self.armed and LayerRecorder._exclusive in (None, self):
+        if self._listens():
             # a copy: until it is looked at, the user may clip or unscale it in place
             self._totals[key] = grad.detach().clone()
 
@@ -306,9 +304,17 @@ class LayerRecorder:
             whole = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
             self._check(whole, scale)
             if self.reduce is None:
-                return whole
+                return whole + self._rest(batch_size, scale, whole)
         make = self._block if self.reduce is None else self._reduced
-        return [make(name, by_layer[name], batch_size, scale) for name in self.layers]
+        found = [make(name, by_layer[name], batch_size, scale) for name in self.layers]
+        return found + self._rest(batch_size, scale, found)
+
+    def _rest(self, batch_size: int, scale: float, others: Sequence[Block]) -> list[Block]:
+        if self._uncovered is None:
+            return []
+        rounding = self.rounding()
+        block = self._uncovered.block(OTHER_PARAMETERS, batch_size, scale, others, rounding)
+        return [block if self.reduce is None else self.reduce(block)]
 
     def block(self, name: str, batch_size: int) -> Block:
         """The block of one layer.
@@ -414,20 +420,3 @@ def refuse_batch_coupling(model: nn.Module) -> None:
             module.training or module.running_mean is None
         ):
             raise UnsupportedProblemError(f"{name}: {batch_coupling_reason(module)}")
-
-
-def _select(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    if layers is None:
-        return modules
-    if isinstance(layers, str):
-        raise TypeError(f'layers must be a list of names, got the string {layers!r}; use ["…"]')
-    unknown = [name for name in layers if name not in modules]
-    if unknown:
-        known = ", ".join(n for n in modules if n)
-        raise ValueError(f"layers {unknown} are not in the model; it has: {known}")
-    return {
-        name: module
-        for name, module in modules.items()
-        if any(name == chosen or name.startswith(chosen + ".") for chosen in layers)
-    }

@@ -225,10 +225,14 @@ def test_batch_coupling_is_refused() -> None:
 
 
 def test_layers_without_factors_are_refused_by_name() -> None:
+    class Noisy(nn.PReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.randn_like(x)
+
     class WithSlopes(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body[1] = nn.PReLU(8)
+            self.body[1] = Noisy(8)
 
     with pytest.raises(
         UnsupportedProblemError, match=r"body\.1\.weight.*layers=\['body\.0', 'head'"

@@ -19,6 +19,7 @@ Shapes: B examples, M roots, K vectors, P parameters, c classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -29,6 +30,8 @@ from fine_bench.gradients.blocks.direction import BlockDirection, Direction
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.recorder import LayerRecorder
+from fine_bench.gradients.recurrent import unrolled_recurrence
+from fine_bench.gradients.reevaluation import each_example
 from fine_bench.types import Loss, UnsupportedProblemError
 
 Curvature: TypeAlias = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -212,15 +215,20 @@ def _in_full(
     fixed = {name: p.detach() for name, p in engine.model.named_parameters()}
     chosen = {name: fixed[name] for name in names}
 
-    def one(xi: Tensor, roots: Tensor) -> dict[str, Tensor]:
-        def output(values: dict[str, Tensor]) -> Tensor:
-            return engine.functional(fixed | values, xi[None])[0]
+    def output(xi: Tensor, values: dict[str, Tensor]) -> Tensor:
+        return engine.functional(fixed | values, xi[None])[0]
 
-        pull = vjp(output, chosen)[1]
+    def one(xi: Tensor, roots: Tensor) -> dict[str, Tensor]:
+        pull = vjp(partial(output, xi), chosen)[1]
         pulled: dict[str, Tensor] = vmap(pull)(roots)[0]
         return pulled
 
-    result: dict[str, Tensor] = vmap(one, in_dims=(0, 1), out_dims=1)(x, vectors)
+    def mapped() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = vmap(one, in_dims=(0, 1), out_dims=1)(x, vectors)
+        return found
+
+    with unrolled_recurrence(engine.model):
+        result = each_example(mapped, lambda i, values: output(x[i], values), chosen, vectors)
     return {name: value.detach() for name, value in result.items()}
 
 
@@ -272,7 +280,8 @@ class CurvatureProducts:
         total = torch.zeros_like(vectors)
         for rows, x, y in self.batches():
             product = self._batch(fixed, params, x, y, rows)
-            result = vmap(product, chunk_size=CHUNK)(tangents)
+            with unrolled_recurrence(self.model):
+                result = vmap(product, chunk_size=CHUNK)(tangents)
             total += torch.cat([result[name].flatten(1) for name in self.names], 1)
         self.products += len(vectors)
         return total / self.n

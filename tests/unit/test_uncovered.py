@@ -1,0 +1,482 @@
+"""Parameters that no layer of a known kind covers: in a training pass, in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.data import TensorDataset
+
+from fine_bench.callback import FINECallback
+from fine_bench.gradients import GradientEngine, LayerRecorder, PerExampleGradients
+from fine_bench.gradients.curvature.products import parameter_names
+from fine_bench.types import UnsupportedProblemError
+from support.runs import fit, mu_of_self, one_at_a_time
+from support.tensors import close
+
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+
+CLASSES, WIDTH, LENGTH = 3, 4, 6
+
+
+class Sequences(nn.Module):
+    """Maps ``(B, 6, 4)`` to logits, with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.first(x))).mean(1))
+
+    def body(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+class ClassToken(Sequences):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = parameter(1, 1, WIDTH), parameter(1, LENGTH + 1, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+        return torch.tanh(x[:, :1]) * x
+
+
+class Positions(Sequences):
+    """Cut to the length, without a dimension for examples, and written in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = parameter(LENGTH + 3, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += self.positions[: x.shape[1]]
+        return x
+
+
+class LookedUp(Sequences):
+    """By an index for the whole batch, and by one that is expanded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.other = parameter(9, WIDTH), parameter(9, WIDTH)
+        self.register_buffer("index", torch.arange(LENGTH))
+
+    def body(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1]).unsqueeze(0).expand(len(x), -1)
+        return x * self.table[self.index] + F.embedding(places, self.other)
+
+
+class Scales(Sequences):
+    """A scale behind a branch, a learned temperature, and one that is its exponential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma, self.temperature = parameter(WIDTH), nn.Parameter(torch.tensor(1.3))
+        self.log_scale = nn.Parameter(torch.tensor([0.3]))
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x + self.gamma * torch.tanh(x) / self.temperature
+        return self.log_scale.exp() * x
+
+
+class ByHand(Sequences):
+    """Matrices in operations of several kinds, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.vector = parameter(WIDTH, WIDTH), parameter(WIDTH)
+        self.norm_weight, self.norm_bias = parameter(WIDTH), parameter(WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x @ self.matrix) + F.linear(x, self.matrix.T, self.vector)
+        x = F.layer_norm(x, (WIDTH,), self.norm_weight, self.norm_bias)
+        return x + torch.einsum("btd,d->bt", x, self.vector).unsqueeze(2)
+
+
+class Queries(Sequences):
+    """Learned queries that attend to the sequence, and a bias in the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.bias = parameter(2, WIDTH), parameter(2, LENGTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        q = self.queries.repeat(len(x), 1, 1)
+        return F.scaled_dot_product_attention(q, x, x, attn_mask=self.bias)
+
+
+class Branch(nn.Module):
+    """A residual branch with a scale, beside whose parameter stands a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.gamma = nn.Linear(WIDTH, WIDTH), parameter(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * torch.tanh(self.linear(x))
+
+
+class Nested(ClassToken):
+    """Modules with parameters of their own within one that has some too; one is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = Branch()
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.branch(self.branch(super().body(x)))
+
+
+class OfOnesOwn(nn.Module):
+    """A layer of one's own: an RMS norm with a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.matrix = parameter(WIDTH), parameter(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *, eps: float) -> Tensor:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.scale
+        return x @ self.matrix
+
+
+class Within(Sequences):
+    """A layer that knows nothing, applied twice."""
+
+    def __init__(self, layer: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.options = options
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x, **self.options)), **self.options)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight + weight.square()
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH)
+    prune.random_unstructured(layer, "weight", 0.4)
+    return layer
+
+
+def parametrised() -> nn.Module:
+    layer = nn.Linear(WIDTH, WIDTH)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+class Two(Sequences):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(WIDTH, WIDTH, 5)
+        self.back = nn.Linear(5, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.back(self.pair(x, x.roll(1, 1)))
+
+
+class Channels(Sequences):
+    """As pixels or voxels: ``(B, 6, 4)`` becomes ``(B, 2, 3, 4)`` or ``(B, 2, 3, 2, 2)``."""
+
+    def __init__(self, layer: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, shape
+
+    def body(self, x: Tensor) -> Tensor:
+        z = self.layer(x.reshape(len(x), *self.shape))
+        return z.flatten(1).unfold(1, WIDTH, WIDTH)
+
+
+class Recurrent(Sequences):
+    def __init__(self, layer: nn.Module, *, use_last: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        width = layer.hidden_size * (2 if layer.bidirectional else 1)  # type: ignore[operator]
+        self.back, self.use_last = nn.Linear(width, WIDTH), use_last
+
+    def body(self, x: Tensor) -> Tensor:
+        first = x if self.layer.batch_first else x.transpose(0, 1)  # type: ignore[attr-defined]
+        out, last = self.layer(first)
+        out = out if self.layer.batch_first else out.transpose(0, 1)
+        if self.use_last:
+            last = last[0] if isinstance(last, tuple) else last
+            return self.back(out) + last[-1][:, None, :1]
+        return self.back(out)
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(9, WIDTH, mode="mean"), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.bag(x.detach()[:, :, 0].mul(3).long() % 9)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "class token": ClassToken,
+    "positions": Positions,
+    "looked up": LookedUp,
+    "scales": Scales,
+    "by hand": ByHand,
+    "queries": Queries,
+    "nested": Nested,
+    "of one's own": lambda: Within(OfOnesOwn(), eps=0.1),
+    "PReLU": lambda: Within(nn.PReLU(3 * 2)),
+    "parametrised": lambda: Within(parametrised()),
+    "orthogonal": lambda: Within(parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))),
+    "pruned": lambda: Within(pruned()),
+    "norm along another dimension": lambda: Within(
+        parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH), dim=1)
+    ),
+    "Bilinear": Two,
+    "ConvTranspose1d": lambda: Channels(nn.ConvTranspose1d(6, 2, 3), 6, 4),
+    "ConvTranspose2d": lambda: Channels(nn.ConvTranspose2d(2, 2, 2), 2, 3, 4),
+    "Conv3d": lambda: Channels(nn.Conv3d(2, 4, 2, padding=1), 2, 3, 2, 2),
+    "EmbeddingBag": Bags,
+    "GRU": lambda: Recurrent(nn.GRU(WIDTH, 5, batch_first=True)),
+    "LSTM": lambda: Recurrent(nn.LSTM(WIDTH, 5, 2, bidirectional=True)),
+    "RNN": lambda: Recurrent(nn.RNN(WIDTH, 5), use_last=True),
+}
+FREE = ("class token", "positions", "looked up", "scales", "by hand", "queries", "nested")
+
+
+def build(name: str, n: int = 5, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MODELS[name]().double()
+        x = torch.randn(n, LENGTH, WIDTH).double()
+    return model, x, torch.arange(n) % CLASSES
+
+
+def rows(model: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+    params = dict(model.named_parameters())
+    return one_at_a_time(model, {name: params[name] for name in names}, x, y, F.cross_entropy)
+
+
+@pytest.mark.parametrize("n", [5, LENGTH, WIDTH])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_recorded_training_pass(name: str, n: int) -> None:
+    """Also with as many examples as positions or coordinates."""
+    model, x, y = build(name, n)
+    recorder = LayerRecorder(model, tap=True)
+    assert recorder.leftover
+    names = parameter_names(recorder)
+    for _ in range(2):
+        recorder.start()
+        F.cross_entropy(model(x), y).backward()
+        recorder.stop()
+        g = PerExampleGradients(recorder.blocks(n, scale=float(n)))
+        close(g.dense(), rows(model, x, y, names))
+        recorder.clear()
+    recorder.close()
+    if name != "pruned":  # which has hooks of its own
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine(name: str) -> None:
+    model, x, y = build(name)
+    engine = GradientEngine(model, F.cross_entropy)
+    close(engine(x, y).dense(), rows(model, x, y, parameter_names(engine.recorder)))
+
+
+FREE_PARAMETER = "a free `nn.Parameter`: class token, positions, scale, temperature"
+
+
+@pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
+@pytest.mark.parametrize("name", FREE)
+def test_a_run_with_free_parameters(name: str) -> None:
+    check_run(name)
+
+
+@pytest.mark.any_trainer(
+    "Bilinear, ConvTranspose, Conv3d, PReLU, EmbeddingBag, a layer of your own"
+)
+@pytest.mark.parametrize("name", ["of one's own", "PReLU", "Bilinear", "ConvTranspose2d", "Conv3d"])
+def test_a_run_with_layers_of_no_known_kind(name: str) -> None:
+    check_run(name)
+
+
+@pytest.mark.any_trainer(
+    "Bilinear, ConvTranspose, Conv3d, PReLU, EmbeddingBag, a layer of your own"
+)
+def test_a_run_with_bags() -> None:
+    check_run("EmbeddingBag")
+
+
+@pytest.mark.any_trainer("other parametrisations of a weight, pruning")
+@pytest.mark.parametrize("name", ["parametrised", "orthogonal", "pruned"])
+def test_a_run_with_parametrised_weights(name: str) -> None:
+    check_run(name)
+
+
+@pytest.mark.any_trainer("GRU, LSTM, RNN")
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
+def test_a_run_with_recurrent_layers(name: str) -> None:
+    check_run(name)
+
+
+def check_run(name: str) -> None:
+    model, x, y = build(name, 18)
+    watched, (again, _, _) = FINECallback(observable="loss"), build(name)
+    diary = fit(model, x, y, F.cross_entropy, [watched])
+    close(
+        watched.scores().values[0].double(), mu_of_self(model, diary, x, y, F.cross_entropy), 1e-5
+    )
+    fit(again, x, y, F.cross_entropy, [])
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
+@pytest.mark.any_trainer("GRU, LSTM, RNN")
+@pytest.mark.parametrize("name", ["nested", "GRU"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "validation", "refresh_every": 1},
+        {"geometry": "ekfac", "noise": "model"},
+        {"preconditioner": "optimiser"},
+        {"sketch": 2},
+        {"schedule": "snapshot"},
+        {"schedule": "snapshot", "forward": lambda module, x: module.net(x)},
+    ],
+    ids=["validation", "ekfac", "optimiser", "sketch", "snapshot", "snapshot by forward"],
+)
+def test_other_questions(name: str, options: dict[str, Any]) -> None:
+    model, x, y = build(name, 18)
+    queries = TensorDataset(x[:4], y[:4]) if "target" in options else None
+    watched = FINECallback(queries=queries, **options)
+    fit(model, x, y, F.cross_entropy, [watched])
+    assert float(watched.scores().values.std()) > 0
+
+
+@pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
+def test_micro_batches_and_mixed_precision() -> None:
+    def scores(**options: Any) -> Tensor:
+        model, x, y = build("nested", 24)
+        watched = FINECallback(observable="loss")
+        fit(model, x, y, F.cross_entropy, [watched], **options)
+        return watched.scores().values[0]
+
+    close(scores(batch=4, accumulate_grad_batches=3).double(), scores(batch=12), 1e-5)
+    model, x, y = build("nested", 18)
+    model, x = model.float(), x.float()
+    watched = FINECallback(observable="loss")
+    diary = fit(model, x, y, F.cross_entropy, [watched], precision="bf16-mixed")
+    expected = mu_of_self(model.double(), diary, x.double(), y, F.cross_entropy)
+    close(watched.scores().values[0], expected, 0.1)
+
+
+# ---------------------------------------------------------------------------------- refused
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = parameter(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x * self.scale, 0.5, self.training)
+
+
+class Packed(Recurrent):
+    def __init__(self) -> None:
+        super().__init__(nn.GRU(WIDTH, 5, batch_first=True))
+
+    def body(self, x: Tensor) -> Tensor:
+        lengths = 1 + (x.detach()[:, 0, 0] > 0).long().cpu() * (LENGTH - 1)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        out, _ = pad_packed_sequence(self.layer(packed)[0], True, total_length=LENGTH)
+        return self.back(out)
+
+
+class Mixing(Positions):
+    """Positions for the examples of a batch."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x.transpose(0, 1)).transpose(0, 1)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "random": (lambda: Within(Noisy()), "there are random operations"),
+    "packed": (Packed, "belong to no layer with per-example factors"),
+    "mixing": (Mixing, "none of its inputs has the examples first"),
+}
+
+
+def remedies(message: str) -> list[dict[str, Any]]:
+    """What a refusal says to type, as options."""
+    found: list[dict[str, Any]] = []
+    if 'schedule="snapshot"' in message:
+        found.append({"schedule": "snapshot"})
+    if "layers=" in message:
+        names = message.split("layers=")[1].split("]")[0]
+        found.append({"layers": [name.strip(" '[") for name in names.split(",")]})
+    assert found, message
+    return found
+
+
+@pytest.mark.any_trainer("random operations within a layer of no known kind")
+@pytest.mark.any_trainer("GRU, LSTM, RNN on packed sequences")
+@pytest.mark.parametrize("name", ["random", "packed"])
+def test_what_does_not_follow_is_refused_with_what_works(name: str) -> None:
+    make, why = REFUSED[name]
+
+    def run(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = make().double()
+        _, x, y = build("GRU", 18)
+        watched = FINECallback(observable="loss", **options)
+        fit(model, x, y, F.cross_entropy, [watched])
+        return watched.scores().values
+
+    with pytest.raises(UnsupportedProblemError, match=why) as refusal:
+        run()
+    given = remedies(str(refusal.value))
+    assert len(given) == 2
+    for options in given:
+        assert options != {"layers": []}
+        assert float(run(**options).std()) > 0
+
+
+def test_a_use_that_nobody_sees_is_noticed_in_every_pass() -> None:
+    model, x, y = build("class token")
+    recorder = LayerRecorder(model, tap=True)
+    for unseen in (0.0, 0.1):
+        recorder.start()
+        (F.cross_entropy(model(x), y) + unseen * model.token.sum()).backward()
+        recorder.stop()
+        if not unseen:
+            recorder.blocks(5)
+    with pytest.raises(UnsupportedProblemError, match=r"\['token'\] belong.*not the sums"):
+        recorder.blocks(5)
+
+
+def test_positions_in_the_place_of_examples_are_refused() -> None:
+    make, why = REFUSED["mixing"]
+    model, (_, x, y) = make().double(), build("class token")
+    recorder = LayerRecorder(model, tap=True)
+    recorder.start()
+    F.cross_entropy(model(x), y).backward()
+    recorder.stop()
+    with pytest.raises(UnsupportedProblemError, match=why):
+        recorder.blocks(5)
