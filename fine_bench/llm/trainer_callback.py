@@ -16,12 +16,11 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from fine_bench.fine.loop import WatchedLoop
 from fine_bench.fine.options import Options
@@ -32,7 +31,22 @@ from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 
 
-class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
+if TYPE_CHECKING:
+    TrainerCallback = Any
+else:
+
+    def _base() -> type:
+        """``TrainerCallback`` of Transformers; without it this module can still be imported."""
+        try:
+            from transformers import TrainerCallback
+        except ModuleNotFoundError:
+            return object
+        return TrainerCallback
+
+    TrainerCallback = _base()
+
+
+class FINETrainerCallback(TrainerCallback):
     """Scores every training example while a Trainer trains; the weights stay bit-identical.
 
     An example's own loss is the sum over its labels (one for a classifier, its trained tokens for
@@ -59,6 +73,11 @@ class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
+        if TrainerCallback is object:
+            raise ModuleNotFoundError(
+                "FINETrainerCallback goes into a Trainer of Transformers, which is not installed: "
+                "pip install 'fine_bench[llm]'"
+            )
         self.options = Options(target, observable, **options)
         self.resume_from = resume_from
         self._loop: TrainerLoop | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from transformers import (
 
 from fine_bench.llm.trainer_callback import FINETrainerCallback, refuse_setting
 from fine_bench.types import UnsupportedProblemError
+from support.commands import environment
 
 N, VOCABULARY = 23, 13
 
@@ -423,3 +426,18 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         run(causal(), Texts("causal"), tmp_path, FINETrainerCallback(), resume=str(folder))
+
+
+def test_without_the_extra_it_is_said() -> None:
+    code = """
+import sys
+sys.modules["transformers"] = None
+from fine_bench.llm.trainer_callback import FINETrainerCallback
+try:
+    FINETrainerCallback()
+except ModuleNotFoundError as error:
+    assert "pip install 'fine_bench[llm]'" in str(error), error
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
