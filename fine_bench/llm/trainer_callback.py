@@ -30,7 +30,6 @@ from fine_bench.llm.trainer_losses import ModelLoss
 from fine_bench.store.files import write_atomic
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 
-
 if TYPE_CHECKING:
     TrainerCallback = Any
 else:
@@ -46,7 +45,7 @@ else:
     TrainerCallback = _base()
 
 
-class FINETrainerCallback(TrainerCallback):
+class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Scores every training example while a Trainer trains; the weights stay bit-identical.
 
     An example's own loss is the sum over its labels (one for a classifier, its trained tokens for
