@@ -189,6 +189,13 @@ class FINECallback(InRunMethod):
         with self._timed():
             self._watched.batch_starts(batch, trainer.global_step, trainer.current_epoch)
 
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
+        """The loss has its graph: that of the first batch is looked at."""
+        with self._timed():
+            self._watched.before_backward(loss, trainer.accumulate_grad_batches)
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a batch, or of a micro-batch, are there."""
         self._events.backwards += 1

@@ -8,6 +8,14 @@ is all there is, nobody else looks.
 
 Both look through a pass beside the training, in evaluation mode and without gradients, so they
 cost a few forward passes a run and see what the model's ``forward`` shows.
+
+*The loss is a sum of what each example adds.* Looked at in the graph of the training's own loss
+(``loss_graph``), where somebody hands it on before its backward pass.
+
+*A row of the batch is an example*, and no mixture of two (``mixtures``).
+
+*Passes of f-INE's own take the training's loss.* Where nobody says which, they take the
+cross-entropy; a run that minimises another loss is asked for it.
 """
 
 from __future__ import annotations
@@ -19,8 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import default_collate
 
 from fine_bench.fine.batch_adapter import to_model
+from fine_bench.fine.example_labels import hard_labels
+from fine_bench.fine.loss_graph import LossGraph, Output, Outputs, mixes
+from fine_bench.fine.mixtures import mixed_inputs, mixed_labels
 from fine_bench.fine.passes import Aside
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.gradients.engine import per_example_loss
@@ -38,6 +50,7 @@ class FirstBatch:
         aside: see ``passes.Aside``.
         stated: whether the user says what the loss is, or passes depend on it; otherwise it may be
             another one than the passes' own.
+        default: whether passes depend on the loss and nobody says which it is.
     """
 
     def __init__(
@@ -49,6 +62,7 @@ class FirstBatch:
         aside: Aside,
         *,
         stated: bool,
+        default: bool = False,
     ) -> None:
         self.module = module
         self.data = data
@@ -56,8 +70,14 @@ class FirstBatch:
         self.loss = loss
         self.aside = aside
         self.stated = stated
+        self.default = default
         self.expected: float | None = None
         self.size = 0
+        self._outputs: Outputs | None = None
+        self._count = 0
+        self._batch: Any = None
+        self._kinds: list[str] = []  # of the operations between the model's outputs and the loss
+        self._shapes = ""  # of output and labels, where cross-entropy makes nothing of them
 
     def starts(self, batch: Any) -> None:
         """Before the training's pass.
@@ -65,6 +85,7 @@ class FirstBatch:
         Raises:
             UnsupportedProblemError: outputs depend on who else is in the batch.
         """
+        self._note(batch)
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
         try:
             with self.aside(), torch.no_grad():
@@ -87,11 +108,147 @@ class FirstBatch:
         if half:
             self._compare(whole, part, len(y), half)
         self.size = len(y)
+        if self.default and not _classes(whole, y):
+            self._shapes = f"output {_said(whole)} and labels {_said(y)}"
+            return
         try:
             self.expected = float(per_example_loss(self.loss, whole, y).double().mean())
         except Exception:
             if self.stated:
                 raise
+
+    def _note(self, batch: Any) -> None:
+        """Keep the batch, and count its examples."""
+        try:
+            index = self.data.adapter.example_index(batch)
+            self._count = self.data.adapter.size(batch) if index is None else len(index)
+        except Exception:  # who reads the batch next says what is wrong with it
+            return
+        self._batch = batch
+
+    def listens(self) -> None:
+        """From now on the training's own pass goes through the model."""
+        if self._outputs is None and self._count > 1:
+            self._outputs = Outputs(self.module)
+
+    def close(self) -> None:
+        """Let go of the pass and the batch."""
+        if self._outputs is not None:
+            self._outputs.close()
+        self._outputs = self._batch = None
+
+    def before_backward(self, loss: Tensor, accumulates: int = 1) -> None:
+        """The training's loss is there, with its graph.
+
+        Args:
+            loss: of the batch, as its backward pass takes it.
+            accumulates: into how many equal parts the step's loss was divided.
+
+        Raises:
+            UnsupportedProblemError: examples are mixed in it or before the model, or it is another
+                one than passes beside the training would take.
+        """
+        outputs, m = self._outputs, self._count
+        if outputs is None or not loss.requires_grad or loss.numel() != 1:
+            return
+        try:
+            graph = LossGraph.of(loss, outputs.heard)
+            self._kinds = graph.kinds
+            y = self.data.adapter.label(self._batch)
+            self._refuse_broadcast(graph, y)
+            if mixes(loss, graph.ends, m):
+                raise UnsupportedProblemError(
+                    "the loss of the first batch mixes its examples: its derivative by one "
+                    "example's output depends on the outputs of others (contrast within the "
+                    "batch, statistics of the batch, a root or a quotient of sums over it), so one "
+                    "example has no gradient of its own; train with a mean of one loss an example, "
+                    "for instance the squared error in place of its root"
+                )
+            self._refuse_mixtures(loss, graph, outputs.heard, y, accumulates)
+            if self.default and graph.loss_name and "LogSoftmaxBackward0" not in graph.kinds:
+                self._shapes = self._shapes or f"the numbers of {graph.loss_name}"
+            if self._shapes:
+                self._refuse_default(graph.loss_name)
+        finally:
+            self.close()
+
+    def _refuse_broadcast(self, graph: LossGraph, y: Any) -> None:
+        end = graph.broadcasts(self._count)
+        counted = isinstance(y, Tensor) and not y.is_floating_point()
+        if end is None or counted:  # as many thresholds as examples, for instance
+            return
+        m, shape = self._count, tuple(end.value.shape)
+        against = f" against the target {tuple(y.shape)}" if isinstance(y, Tensor) else ""
+        raise UnsupportedProblemError(
+            f"the loss compares every example with every other: from the output of {end.name!r} "
+            f"{shape}{against} it makes numbers of shape {(m, m)} (broadcasting). Give both one "
+            "shape, for instance by output.squeeze(1) or target.unsqueeze(1)"
+        )
+
+    def _refuse_mixtures(
+        self, loss: Tensor, graph: LossGraph, heard: list[Output], y: Any, accumulates: int
+    ) -> None:
+        m = self._count
+        for output in heard:
+            if output.given is None or not self._mixture(output.given, y):
+                continue
+            raise UnsupportedProblemError(
+                f"{output.name!r} was given mixtures of the batch's examples (mixup, CutMix), so "
+                "a row of the batch is no example; train without mixing"
+            )
+        labels = hard_labels(y, m)
+        if labels is None or len(graph.ends) != 1:
+            return
+        end = graph.ends[0]
+        grad = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)[0]
+        if grad is not None and mixed_labels(end.value, grad * (m * accumulates), labels):
+            raise UnsupportedProblemError(
+                "the loss was taken of mixtures of the batch's labels (mixup, also of hidden "
+                "layers), so a row of the batch is no example; train without mixing"
+            )
+
+    def _mixture(self, given: Tensor, y: Any) -> bool:
+        """Whether an input of the model is mixed from examples of the batch."""
+        if not given.is_floating_point() or given.ndim < 2 or len(given) != self._count:
+            return False
+        leaves = [
+            part
+            for part in tree_leaves(self._batch)
+            if isinstance(part, Tensor) and part.shape == given.shape and part.is_floating_point()
+        ]
+        if any(mixed_inputs(given, part.to(given.device)) for part in leaves):
+            return True
+        soft = isinstance(y, Tensor) and y.is_floating_point() and y.ndim == 2 and y.shape[1] > 1
+        if not soft or not bool(((y.sum(1) - 1.0).abs() < 1e-3).all()):
+            return False
+        raw = self._items()  # a collate function may have mixed already, labels and all
+        return raw is not None and raw.shape == given.shape and mixed_inputs(given, raw)
+
+    def _items(self) -> Tensor | None:
+        """The inputs of the batch's examples as the data set has them."""
+        try:
+            index = self.data.adapter.example_index(self._batch)
+            dataset: Any = self.data.dataset
+            with self.aside():
+                items = default_collate([dataset[int(i)] for i in index])
+            return self.data.adapter.parts(items)[0]
+        except Exception:
+            return None
+
+    def _refuse_default(self, name: str | None) -> None:
+        """Ask for the loss.
+
+        Args:
+            name: of the training's own, where it is known.
+        """
+        shapes, self._shapes = self._shapes, ""
+        example = name or "torch.nn.functional.mse_loss"
+        raise UnsupportedProblemError(
+            "passes beside the training (queries, snapshots) take the cross-entropy, "
+            f"loss=torch.nn.functional.cross_entropy, unless told otherwise, but {shapes} are no "
+            f"classes and class labels; pass loss={example}"
+            + (", the training's own" if name else ", or whatever the training's loss is")
+        )
 
     @staticmethod
     def _compare(whole: Any, part: Any, m: int, half: int) -> None:
@@ -123,19 +280,26 @@ class FirstBatch:
         Raises:
             UnsupportedProblemError: a sum over examples.
         """
+        self.close()
+        if self._shapes:
+            self._refuse_default(None)
         expected, m = self.expected, self.size
         if expected is None or m < 3:
             return
-        if abs(expected) > 1e-6 and 0.5 < loss / (m * expected) < 2.0:
+        random = any(
+            isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
+            for part in self.module.modules()
+        )
+        # where nobody says what the loss is, another one may be as large by chance
+        low, high = (0.5, 2.0) if self.stated or random else (0.98, 1.02)
+        if not self.stated and self._kinds and "LogSoftmaxBackward0" not in self._kinds:
+            return
+        if abs(expected) > 1e-6 and low < loss / (m * expected) < high:
             raise UnsupportedProblemError(
                 f"the training loss of the first step, {loss:.6g}, is the sum of the losses of the "
                 f"batch's {m} examples, whose mean is {expected:.6g}; f-INE needs the mean: return "
                 "it from training_step and raise the step size in proportion"
             )
-        random = any(
-            isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
-            for part in self.module.modules()
-        )
         close = abs(loss - expected) <= 1e-2 * (abs(expected) + 1e-3)
         if self.stated and not random and not close:
             warnings.warn(
@@ -145,6 +309,19 @@ class FirstBatch:
                 "those of the gradients that the run has; weight decay belongs in the optimiser",
                 stacklevel=2,
             )
+
+
+def _classes(output: Any, y: Tensor) -> bool:
+    """Whether the cross-entropy of an output says anything."""
+    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
+        return False
+    if not y.is_floating_point():
+        return True
+    return y.shape == output.shape and bool(((y.sum(1) - 1.0).abs() < 1e-3).all())
+
+
+def _said(x: Any) -> str:
+    return f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"of {type(x).__name__}"
 
 
 def _first(x: Any, count: int) -> Any:

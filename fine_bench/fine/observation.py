@@ -1,9 +1,10 @@
 """A training run as f-INE observes it: what a trainer or a loop tells, handed on to the schedule.
 
 Whoever knows the run (``fine_bench.callback`` a Lightning Trainer, ``fine_bench.fine.loop`` a loop
-of the user's own) tells of five moments, and nothing else decides what is measured:
+of the user's own) tells of six moments, and nothing else decides what is measured:
 
-    batch_starts → backward_ends → … → before_step → batch_ends → … → training_ends
+    batch_starts → before_backward → backward_ends → …
+    before_step → batch_ends → … → training_ends
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fine_bench.fine.distributed import Processes
@@ -19,7 +20,7 @@ from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Aside
-from fine_bench.fine.setup import make_first_batch, make_passes
+from fine_bench.fine.setup import make_first_batch, make_passes, refuse_compiled
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.step_sizes import step_sizes
@@ -64,6 +65,7 @@ class Observation:
     ) -> None:
         self.options = options
         self.module = module
+        self._compiled = refuse_compiled(module, options.schedule)
         self._trained = TrainedParameters(module)
         # what was frozen or let go of since the recorder was made
         recorder.watch()
@@ -100,6 +102,21 @@ class Observation:
         if self._first is not None and not self._first.size:
             self.look(batch)
         self.schedule.batch_starts(batch, step, epoch)
+        if self._first is not None and not self._compiled:
+            self._first.listens()
+
+    def before_backward(self, loss: Tensor, accumulates: int = 1) -> None:
+        """The loss of a batch is there, and its backward pass is not: the first one is looked at.
+
+        Args:
+            loss: as the backward pass will take it, with its graph.
+            accumulates: into how many equal parts the step's loss is divided, ≥ 1.
+
+        Raises:
+            UnsupportedProblemError: see ``FirstBatch.before_backward``.
+        """
+        if self._first is not None:
+            self._first.before_backward(loss, accumulates)
 
     def look(self, batch: Any, first: FirstBatch | None = None) -> None:
         """Look at the first batch, before its pass.
@@ -114,6 +131,8 @@ class Observation:
         self._first = first or self._first
         if self._first is not None:
             self._first.starts(batch)
+        if first is not None and not self._compiled:
+            first.listens()  # its pass is the next one
 
     def loss_is(self, loss: float) -> None:
         """The mean loss of the first batch that was looked at."""
@@ -155,6 +174,8 @@ class Observation:
         """
         if loss is not None:
             self.loss_is(loss)
+        if self._first is not None:
+            self._first.close()
         self._first = None
         self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
 

@@ -141,4 +141,5 @@ def make_first_batch(
         loss,
         aside,
         stated=options.needs_engine or options.says_loss,
+        default=options.needs_engine and not options.says_loss,
     )

@@ -274,7 +274,7 @@ def _dense(name: str, parameters: Sequence[str], values: Mapping[str, Tensor]) -
 
 
 def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
-    """``loss(logits, y, reduction="none")``, checked to be one number an example."""
+    """``loss(logits, y, reduction="none")``, checked to be one number an example, ``(batch,)``."""
     try:
         losses: Tensor = loss(logits, y, reduction="none")
     except TypeError as error:
@@ -288,9 +288,15 @@ def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
             f'loss could not be called as loss(logits, y, reduction="none"): {error}; wrap it in a '
             "function of that signature"
         ) from error
+    if losses.shape == (len(y), 1):  # of losses that PyTorch takes number by number
+        return losses[:, 0]
     if losses.ndim != 1 or len(losses) != len(y):
+        wrap = (
+            "; take the mean over an example's own numbers, for instance loss=lambda output, y, "
+            'reduction="mean": F.mse_loss(output, y, reduction=reduction).mean(1)'
+        )
         raise UnsupportedProblemError(
             f'loss(logits, y, reduction="none") must return one loss an example, ({len(y)},), got '
-            f"shape {tuple(losses.shape)}"
+            f"shape {tuple(losses.shape)}" + (wrap if losses.ndim > 1 else "")
         )
     return losses
