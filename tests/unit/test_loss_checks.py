@@ -251,10 +251,7 @@ def hidden_mixup(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return 0.6 * F.cross_entropy(z, y) + 0.4 * F.cross_entropy(z, y[order])
 
 
-MIXUP = "mixup, CutMix, mixup of hidden layers"
-
-
-@pytest.mark.any_trainer(MIXUP)
+@pytest.mark.any_trainer("mixup, CutMix, mixup of hidden layers")
 @pytest.mark.parametrize(
     ("step", "kind"),
     [
@@ -270,7 +267,7 @@ def test_mixtures_are_refused(step: Step, kind: str) -> None:
         fit(FINECallback(observable="loss"), Net(step), data(kind), batch=12)
 
 
-@pytest.mark.any_trainer(MIXUP)
+@pytest.mark.any_trainer("mixup, CutMix, mixup of hidden layers")
 def test_a_collate_function_that_mixes_is_refused() -> None:
     """The labels are mixed as well, so that only the data set knows better."""
 
@@ -335,10 +332,9 @@ class Queries:
         return F.binary_cross_entropy_with_logits(net(x), y)
 
 
-UNNAMED = "queries or snapshots of a run whose loss is no cross-entropy, `loss=` left out"
-
-
-@pytest.mark.any_trainer(UNNAMED)
+@pytest.mark.any_trainer(
+    "queries or snapshots of a run whose loss is no cross-entropy, `loss=` left out"
+)
 @pytest.mark.parametrize(
     ("step", "kind", "outputs", "name"),
     [
