@@ -1,7 +1,8 @@
 """Small networks. A model of the benchmark is one function and one YAML file.
 
 A function takes the shape of one input and the number of classes first, so that a YAML file fits
-every data set; the rest are its options. No network mixes the examples of a batch.
+every data set; the rest are its options. Networks mix the examples of a batch only where they are
+asked for batch normalisation: ``bn_cnn``, and ``resnet9`` with ``norm="batch"``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor, nn
 
 Halving: TypeAlias = Literal["stride", "pool"]
+Norm: TypeAlias = Literal["group", "batch"]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -80,16 +82,22 @@ def cnn(
     return nn.Sequential(*layers)
 
 
-def _normalised(n_in: int, n_out: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
-    """Convolution and group normalisation. The normalisation has the bias."""
-    if n_out % groups:
+def _normalised(
+    n_in: int, n_out: int, kernel: int, stride: int, norm: Norm, groups: int
+) -> list[nn.Module]:
+    """Convolution and normalisation. The normalisation has the bias."""
+    if norm not in get_args(Norm):
+        raise ValueError(
+            f"model.norm must be {' or '.join(get_args(Norm))}, got {norm!r}; type model.norm=group"
+        )
+    if norm == "group" and n_out % groups:
         raise ValueError(
             f"model.groups={groups} must divide every number of channels, got {n_out}; "
             "type model.groups=1 or other channels"
         )
     return [
         nn.Conv2d(n_in, n_out, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.GroupNorm(groups, n_out),
+        nn.GroupNorm(groups, n_out) if norm == "group" else nn.BatchNorm2d(n_out),
     ]
 
 
@@ -111,6 +119,37 @@ def gn_cnn(
     Group and not batch normalisation: examples of a batch stay independent, so each has a gradient
     of its own.
     """
+    return _convolutional(
+        in_shape, n_classes, channels, halving, first_kernel, "group", groups, activation
+    )
+
+
+def bn_cnn(
+    in_shape: Sequence[int],
+    n_classes: int,
+    *,
+    channels: Sequence[int] = (32, 64, 128),
+    halving: Sequence[Halving] = ("stride", "pool", "stride"),
+    first_kernel: int = 5,
+    activation: str = "relu",
+) -> nn.Module:
+    """``gn_cnn`` with batch in the place of group normalisation, for comparison."""
+    return _convolutional(
+        in_shape, n_classes, channels, halving, first_kernel, "batch", 1, activation
+    )
+
+
+def _convolutional(
+    in_shape: Sequence[int],
+    n_classes: int,
+    channels: Sequence[int],
+    halving: Sequence[Halving],
+    first_kernel: int,
+    norm: Norm,
+    groups: int,
+    activation: str,
+) -> nn.Module:
+    """What ``gn_cnn`` and ``bn_cnn`` share."""
     _positive([*channels, first_kernel, groups], "channels, first_kernel and groups")
     unknown = [how for how in halving if how not in get_args(Halving)]
     if unknown or len(halving) != len(channels):
@@ -128,7 +167,7 @@ def gn_cnn(
     layers: list[nn.Module] = []
     for number, (n_out, how) in enumerate(zip(channels, halving, strict=True)):
         kernel = 3 if number else first_kernel
-        layers += _normalised(n_in, n_out, kernel, 2 if how == "stride" else 1, groups)
+        layers += _normalised(n_in, n_out, kernel, 2 if how == "stride" else 1, norm, groups)
         layers.append(_activation(activation))
         if how == "pool":
             layers.append(nn.MaxPool2d(2))
@@ -168,8 +207,9 @@ def resnet9(
     width: int = 64,
     groups: int = 8,
     activation: str = "relu",
+    norm: Norm = "group",
 ) -> nn.Module:
-    """Residual network of nine layers with group normalisation, for a GPU.
+    """Residual network of nine layers with group or batch normalisation, for a GPU.
 
     A convolution, then three stages that double the channels and halve the resolution; the first
     and the third end in a residual block of two convolutions; global max pooling and one linear
@@ -183,7 +223,7 @@ def resnet9(
         )
 
     def block(n_from: int, n_to: int) -> list[nn.Module]:
-        return [*_normalised(n_from, n_to, 3, 1, groups), _activation(activation)]
+        return [*_normalised(n_from, n_to, 3, 1, norm, groups), _activation(activation)]
 
     def residual(n: int) -> Residual:
         return Residual(*block(n, n), *block(n, n))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ class ModuleStack:
     """M networks of any one architecture.
 
     The forward pass is mapped over the stacked parameters (``torch.vmap``), and one optimiser over
-    the stack is M optimisers, because SGD acts on every number by itself.
+    the stack is M optimisers, because SGD acts on every number by itself. Batch normalisation takes
+    the statistics of each model's own batch in training, and its running ones in ``logits``.
 
     Args:
         nets: the initialised networks; they are copied.
@@ -24,8 +26,8 @@ class ModuleStack:
         momentum, weight_decay: of SGD, as in ``torch.optim.SGD``.
 
     Raises:
-        UnsupportedProblemError: a module that mixes the examples of a batch, or drops at random,
-            or parameters shared in two ways at once.
+        UnsupportedProblemError: a module that has no statistics of its own to be evaluated with,
+            or drops at random, or parameters shared in two ways at once.
     """
 
     def __init__(
@@ -37,17 +39,28 @@ class ModuleStack:
         weight_decay: float = 0.0,
     ) -> None:
         for name, part in nets[0].named_modules():
-            if isinstance(part, nn.modules.batchnorm._NormBase):
+            if isinstance(part, nn.modules.batchnorm._NormBase) and (
+                not isinstance(part, nn.modules.batchnorm._BatchNorm) or part.running_mean is None
+            ):
                 raise UnsupportedProblemError(
-                    f"{name} ({type(part).__name__}) mixes the examples of a batch, so a model's "
-                    "output for an example is not its own; use GroupNorm or LayerNorm instead"
+                    f"{name} ({type(part).__name__}) mixes the examples of a batch in evaluation "
+                    "too, so a model's output for an example is not its own; use GroupNorm, "
+                    "LayerNorm, or batch normalisation with track_running_stats=True"
                 )
             if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
                 raise UnsupportedProblemError(
                     f"{name} ({type(part).__name__}) draws from the global random state, which a "
                     "stack of models cannot repeat; set its p to 0"
                 )
-        self._net = nets[0]
+        self._normalised = next(
+            (
+                f"{name} ({type(part).__name__})"
+                for name, part in nets[0].named_modules()
+                if isinstance(part, nn.modules.batchnorm._BatchNorm)
+            ),
+            "",
+        )
+        self._net = copy.deepcopy(nets[0]).train()  # its mode is changed
         # functional_call leaves a module that occurs twice broken, unless it ignores ties
         modules = [*nets[0].modules()]
         twice = len([*nets[0].named_modules(remove_duplicate=False)]) > len(modules)
@@ -64,7 +77,8 @@ class ModuleStack:
             name: p.detach().to(device).clone().requires_grad_(p.requires_grad)
             for name, p in params.items()
         }
-        self._buffers = {name: b.to(device) for name, b in buffers.items()}
+        # copies: running statistics are written in place
+        self._buffers = {name: b.detach().to(device).clone() for name, b in buffers.items()}
         self._trained = [p for p in self._params.values() if p.requires_grad]
         self._optimizer = torch.optim.SGD(
             self._trained, lr=1.0, momentum=momentum, weight_decay=weight_decay
@@ -81,7 +95,17 @@ class ModuleStack:
         return logits
 
     def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
-        """One step of SGD of every model; see ``Stack``."""
+        """One step of SGD of every model; see ``Stack``.
+
+        Raises:
+            UnsupportedProblemError: weights under batch normalisation: an example of weight 0
+                would still be in the statistics.
+        """
+        if weights is not None and self._normalised:
+            raise UnsupportedProblemError(
+                f"{self._normalised} normalises by its batch, so an example that is left out of "
+                "the loss still acts on the others; use group in the place of batch normalisation"
+            )
         logits = torch.vmap(self._call)(self._params, self._buffers, x)
         # summed over the models, so that each gets the gradient of its own mean
         if weights is None:
@@ -99,7 +123,11 @@ class ModuleStack:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """``(M, c, classes)`` of the same examples under every model."""
-        found: Tensor = torch.vmap(self._call, (0, 0, None))(self._params, self._buffers, x)
+        self._net.eval()
+        try:
+            found: Tensor = torch.vmap(self._call, (0, 0, None))(self._params, self._buffers, x)
+        finally:
+            self._net.train()
         return found
 
     def finite(self) -> Tensor:

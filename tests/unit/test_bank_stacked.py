@@ -93,7 +93,7 @@ def compare(make: Any, recipe: Recipe, x: Tensor, y: Tensor, size: int, toleranc
             moved = (expected - before[k][name]).abs().max()
             assert moved > 1e-3
             assert (found[name] - expected).abs().max() <= tolerance * moved, name
-        logits = net(x).detach()
+        logits = net.eval()(x).detach()
         scale = logits.abs().max()
         p = logits.double().softmax(-1)[torch.arange(len(y)), y]
         assert (margin[k] - (p / (1 - p)).log()).abs().max() <= 10 * tolerance * scale
@@ -365,7 +365,8 @@ def test_outputs_that_overflow_are_named_too() -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        (nn.BatchNorm1d(5), "mixes the examples of a batch"),
+        (nn.BatchNorm1d(5, track_running_stats=False), "mixes the examples of a batch"),
+        (nn.InstanceNorm1d(5), "use GroupNorm, LayerNorm"),
         (nn.Dropout(0.1), "draws from the global random state"),
     ],
 )
@@ -373,6 +374,19 @@ def test_networks_that_cannot_be_stacked(part: nn.Module, message: str) -> None:
     net = nn.Sequential(nn.Linear(D, 5), part, nn.Linear(5, C)).double()
     with pytest.raises(UnsupportedProblemError, match=message):
         train_stack([net], *data(), subsets_of(13, 1), orders(1), PLAIN)
+
+
+def normalised_dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(D, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, C))
+
+
+def test_batch_normalisation_has_statistics_of_each_models_own() -> None:
+    x, y = data()
+    stack = compare(normalised_dense, PLAIN, x, y, 13, 1e-10)
+    assert isinstance(stack, ModuleStack)
+    assert default_stack(normalised_dense()) > 1
+    with pytest.raises(UnsupportedProblemError, match="still acts on the others"):
+        stack.step(x.expand(3, *x.shape), y.expand(3, -1), 0.1, torch.ones(3, len(y)))
 
 
 def test_sharing_in_both_ways_is_refused() -> None:
