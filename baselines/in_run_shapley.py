@@ -20,9 +20,14 @@ from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import AROUND, Events, training_set
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
+from fine_bench.gradients.batch_norm import (
+    coupling_layers,
+    refuse_without_statistics,
+    say_reading,
+)
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import (
     InfluenceScores,
     Loss,
@@ -88,6 +93,7 @@ class InRunShapleyCallback(InRunMethod):
         self._observed: ShapleyAccumulator | None
         self._index: Tensor | None = None
         self._events = Events()
+        self._said_rows = False
 
     @classmethod
     def needs(cls, target: Target, options: Mapping[str, Any], run: WatchedRun) -> dict[str, Any]:
@@ -187,8 +193,11 @@ class InRunShapleyCallback(InRunMethod):
         self._start_with(ShapleyAccumulator(n_train, self._validation.n_rows))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse layers that mix the examples of a batch, in the modes they train in."""
-        refuse_batch_coupling(pl_module)
+        """Look at layers that normalise by their batch, in the modes they train in."""
+        refuse_without_statistics(pl_module)
+        if not self._said_rows and (layers := coupling_layers(pl_module)):
+            self._said_rows = True
+            say_reading(layers, "in-run Shapley")
         self._events = Events()
 
     def on_train_batch_start(

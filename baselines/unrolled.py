@@ -55,11 +55,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fine_bench.estimator import InfluenceEstimator, Schedule
+from fine_bench.gradients.batch_norm import refuse_batch_coupling
 from fine_bench.gradients.batch_products import MATRICES, BatchProducts, Matrix, batch_products
 from fine_bench.gradients.curvature.products import CHUNK
 from fine_bench.gradients.margin import classification_reason, negative_margin
 from fine_bench.gradients.query_weighting import query_groups
-from fine_bench.gradients.recorder import refuse_batch_coupling
 from fine_bench.gradients.update_rules import Moment, Tensors, UpdateRule, rule_of
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, TrainingSteps
 

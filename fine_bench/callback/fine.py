@@ -86,8 +86,8 @@ class FINECallback(InRunMethod):
     forgets the gradients so far.)
 
     Raises:
-        UnsupportedProblemError: the run has no per-example gradients (batch normalisation or other
-            mixing of examples, layers without factors, a sum for a loss), its Trainer spreads
+        UnsupportedProblemError: the run has no per-example gradients (mixing of examples other than
+            batch normalisation, layers without factors, a sum for a loss), its Trainer spreads
             parameters over processes or its module is compiled (in-batch), or 1 − p or the Fisher
             matrix do not exist for its loss. Scores so far stay.
         ValueError: bad arguments; batches without usable indices.
@@ -175,7 +175,7 @@ class FINECallback(InRunMethod):
         self._start_with(self._run.schedule)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse layers that mix the examples of a batch, in the modes they train in."""
+        """Look at layers that normalise by their batch, in the modes they train in."""
         self._watched.epoch_starts()
         self._events = Events(
             observed=self._schedule.n_observed, around=self._schedule.window.n_around

@@ -2,7 +2,8 @@
 
 *An example's output is its own.* Half a batch must give the outputs that its examples have in the
 whole batch. Passes of a ``GradientEngine`` check that by themselves; where the training's own pass
-is all there is, nobody else looks.
+is all there is, nobody else looks. Batch normalisation has a reading of its own
+(``fine_bench.gradients.batch_norm``), so here its statistics are fixed.
 
 *The loss is a mean over examples.* A sum gives gradients that are m times too large.
 
@@ -35,6 +36,11 @@ from fine_bench.fine.loss_graph import LossGraph, Output, Outputs, mixes
 from fine_bench.fine.mixtures import mixed_inputs, mixed_labels
 from fine_bench.fine.passes import Aside
 from fine_bench.fine.training_data import TrainingData
+from fine_bench.gradients.batch_norm import (
+    as_in_training,
+    coupling_layers,
+    fixed_statistics,
+)
 from fine_bench.gradients.engine import per_example_loss
 from fine_bench.types import Loss, UnsupportedProblemError
 
@@ -87,13 +93,18 @@ class FirstBatch:
         """
         self._note(batch)
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
+        normalised = coupling_layers(self.module).values()
         try:
-            with self.aside(), torch.no_grad():
+            with self.aside(), fixed_statistics(self.module), torch.no_grad():
                 x, y = self.data.adapter.inputs(batch)
                 x, y = to_model(x, self.data.device, self.data.dtype), y.to(self.data.device)
                 whole = self.forward(x)
                 half = len(y) // 2
                 part = self.forward(tree_map(lambda t: _first(t, half), x)) if half else None
+            outputs = whole
+            if normalised:  # the loss is that of outputs under the batch's statistics
+                with self.aside(), as_in_training(normalised), torch.no_grad():
+                    outputs = self.forward(x)
         except Exception as error:
             warnings.warn(
                 "f-INE could not look whether the examples of a batch mix, or whether the loss is "
@@ -112,7 +123,7 @@ class FirstBatch:
             self._shapes = f"output {_said(whole)} and labels {_said(y)}"
             return
         try:
-            self.expected = float(per_example_loss(self.loss, whole, y).double().mean())
+            self.expected = float(per_example_loss(self.loss, outputs, y).double().mean())
         except Exception:
             if self.stated:
                 raise

@@ -27,7 +27,14 @@ from fine_bench.fine.step_sizes import step_sizes
 from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.fine.window import Window
-from fine_bench.gradients.recorder import LayerRecorder, refuse_batch_coupling
+from fine_bench.gradients.batch_norm import (
+    coupling_layers,
+    refuse_batch_coupling,
+    refuse_synchronised,
+    refuse_without_statistics,
+    say_reading,
+)
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import InfluenceScores
 
 
@@ -67,6 +74,7 @@ class Observation:
         self.module = module
         self._compiled = refuse_compiled(module, options.schedule)
         self._trained = TrainedParameters(module)
+        self._said_rows = False
         # what was frozen or let go of since the recorder was made
         recorder.watch()
         passes = make_passes(
@@ -86,8 +94,21 @@ class Observation:
         return self._first is not None
 
     def epoch_starts(self) -> None:
-        """Refuse layers that mix the examples of a batch, in the modes they train in."""
-        refuse_batch_coupling(self.module)
+        """Look at layers that normalise by their batch, in the modes they train in.
+
+        Raises:
+            UnsupportedProblemError: they are to be refused, or have no reading.
+        """
+        processes = self.schedule.passes.processes
+        if self.options.batch_norm == "refuse":
+            refuse_batch_coupling(self.module)
+        if self.options.needs_engine:
+            refuse_without_statistics(self.module)
+        if self.options.schedule == "in_batch":
+            refuse_synchronised(self.module, processes.count)
+        if not self._said_rows and (layers := coupling_layers(self.module)):
+            self._said_rows = True
+            say_reading(layers, "f-INE", in_batch=self.options.schedule == "in_batch")
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
         """A batch is about to go through the model.

@@ -35,6 +35,7 @@ from fine_bench.types import (
 
 ScheduleName: TypeAlias = Literal["in_batch", "snapshot"]
 Preconditioner: TypeAlias = Literal["optimiser"] | None
+BatchNorm: TypeAlias = Literal["rows", "refuse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,10 @@ class Options:
             None for one an epoch (before its first step; in snapshots at the epoch's first).
         fit_examples: training examples in a fit, ≥ 2, drawn anew each time; all if there are fewer.
         relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
+        batch_norm: where layers normalise by their batch, ``"rows"`` takes in-batch for an
+            example's gradient what its row contributes to the step
+            (``fine_bench.gradients.batch_norm``), and says so when the run starts. Queries,
+            curvature and snapshots use the running statistics. ``"refuse"`` refuses such a run.
         seed: of the draws of reference and fit examples; it touches no other random stream.
         layers: names of modules to watch; None for all.
         forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
@@ -124,6 +129,7 @@ class Options:
     refit_every: int | None = None
     fit_examples: int = 2000
     relative_damping: float = 0.1
+    batch_norm: BatchNorm = "rows"
     seed: int = 0
     layers: Sequence[str] | None = None
     forward: Callable[[Any, Tensor], Tensor] | None = None
@@ -140,6 +146,7 @@ class Options:
         choose(self.contrast, Contrast, "contrast")
         choose(self.step_weight, StepWeight, "step_weight")
         choose(self.noise, Noise, "noise")
+        choose(self.batch_norm, BatchNorm, "batch_norm")
         if self.preconditioner not in ("optimiser", None):
             raise ValueError(
                 f'preconditioner must be "optimiser" or None, got {self.preconditioner!r}'

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_map
 
+from fine_bench.gradients.batch_norm import refuse_batch_coupling
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder, refuse_batch_coupling
+from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder
 from fine_bench.gradients.recurrent import unrolled_recurrence
 from fine_bench.gradients.reevaluation import each_example
 from fine_bench.gradients.sum_check import disagreeing, unequal_weights

@@ -6,8 +6,8 @@
     GroupNorm, BatchNorm                              ``register_norm`` adds is treated alike
 
 δ_t is the gradient of the example's own loss at the output, t runs over the positions to which the
-layer is applied (tokens, pixels, further calls of the same layer). Batch normalisation only where
-its statistics are fixed.
+layer is applied (tokens, pixels, further calls of the same layer). Under batch normalisation in
+training δ_t is that of the whole loss: see ``batch_norm.py``.
 
 Shapes: B examples, T positions, I inputs, O outputs, C channels, V tokens, D width.
 """
@@ -23,6 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_bench.gradients.batch_norm import (
+    by_batch_statistics,
+    by_running_statistics,
+    couples,
+)
 from fine_bench.gradients.blocks.convolution import FieldBlock, Fields
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.embedding import TokenBlock
@@ -257,12 +262,15 @@ def _group_norm(layer: nn.Module, x: Tensor) -> Tensor:
     return F.group_norm(x, layer.num_groups, eps=layer.eps)
 
 
-def _batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-    if layer.training or layer.running_mean is None:
-        raise UnsupportedProblemError(batch_coupling_reason(layer))
-    return F.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps)
+class _BatchNorm(_Norm):
+    """Normalises by what the pass normalised by, its batch or running statistics."""
 
+    def at(self, layer: nn.Module) -> LayerKind:
+        return _BY_BATCH if couples(layer) else self
+
+
+_BATCH_NORM = _BatchNorm(by_running_statistics, channels_first=True)
+_BY_BATCH = _Norm(by_batch_statistics, channels_first=True)
 
 _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: _Linear(),
@@ -272,7 +280,8 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.LayerNorm: _Norm(_layer_norm),
     nn.RMSNorm: _Norm(_rms_norm),
     nn.GroupNorm: _Norm(_group_norm, channels_first=True),
-    nn.modules.batchnorm._BatchNorm: _Norm(_batch_norm, channels_first=True),
+    nn.modules.batchnorm._BatchNorm: _BATCH_NORM,
+    nn.SyncBatchNorm: _BATCH_NORM,  # has a forward of its own; see ``refuse_synchronised``
 }
 
 
@@ -334,19 +343,6 @@ def is_trained(layer: nn.Module, part: str) -> bool:
     """Whether the layer's own weight or bias is trained."""
     p = layer._parameters.get(part)
     return p is not None and p.requires_grad
-
-
-def batch_coupling_reason(layer: nn.Module) -> str:
-    """Why a batch normalisation has no per-example gradients."""
-    frozen = (
-        "freeze it with .eval()"
-        if getattr(layer, "running_mean", None) is not None
-        else "give it running statistics and freeze it with .eval()"
-    )
-    return (
-        f"{type(layer).__name__} mixes the examples of a batch, so one example has no gradient of "
-        f"its own; replace it by torch.nn.GroupNorm, or {frozen}"
-    )
 
 
 def patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:

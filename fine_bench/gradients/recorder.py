@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, remedy
-from fine_bench.gradients.layers import LayerKind, batch_coupling_reason
+from fine_bench.gradients.layers import LayerKind
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
@@ -406,17 +406,3 @@ class LayerRecorder:
         for handle in self._total_handles:
             handle.remove()
         self._total_handles = []
-
-
-def refuse_batch_coupling(model: nn.Module) -> None:
-    """Refuse layers that mix the examples of a batch in their present mode.
-
-    Raises:
-        UnsupportedProblemError: the gradient of one example does not exist there, since each
-            output depends on every input of the batch.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
-            raise UnsupportedProblemError(f"{name}: {batch_coupling_reason(module)}")

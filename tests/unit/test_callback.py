@@ -219,15 +219,15 @@ def test_bad_indices(dataset: Dataset[Any], message: str) -> None:
         fit([FINECallback("self")], dataset=dataset)
 
 
-def test_batch_coupling_is_refused() -> None:
+def test_batch_coupling_is_refused_where_it_is_asked_for() -> None:
     with pytest.raises(UnsupportedProblemError, match="GroupNorm"):
-        fit([FINECallback("self", layers=["head"])], Module(norm=True))
+        fit([FINECallback("self", layers=["head"], batch_norm="refuse")], Module(norm=True))
 
 
 def test_layers_without_factors_are_refused_by_name() -> None:
     class Noisy(nn.PReLU):
         def forward(self, x: Tensor) -> Tensor:
-            return F.dropout(super().forward(x), 0.5, self.training)
+            return super().forward(x) + torch.randn_like(x)
 
     class WithSlopes(Module):
         def __init__(self) -> None:
