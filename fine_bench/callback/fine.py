@@ -263,6 +263,8 @@ class FINECallback(InRunMethod):
         )
 
     def _close(self) -> None:
+        if self._run is not None:
+            self._run.close()
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None

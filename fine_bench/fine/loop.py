@@ -280,6 +280,7 @@ class WatchedLoop:
             handle.remove()
         self._handles, self._hooked = [], {}
         self._recorder.close()
+        self._observation.close()
         self._schedule.close()
 
     # ------------------------------------------------------------------ what shows by itself

@@ -169,6 +169,8 @@ class Observation:
             accumulates: into how many equal parts the step's loss was divided, ≥ 1.
             loss_scale: further factor on the loss, of 16-bit precision.
         """
+        if self._first is not None:
+            self._first.close()
         if self._trained.change(epoch):
             self._layers_change(in_pass=True)
         self.schedule.backward_ends(epoch, accumulates=accumulates, loss_scale=loss_scale)
@@ -195,10 +197,14 @@ class Observation:
         """
         if loss is not None:
             self.loss_is(loss)
+        self.close()
+        self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
+
+    def close(self) -> None:
+        """Stop looking at the first batch; the sums stay."""
         if self._first is not None:
             self._first.close()
         self._first = None
-        self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
 
     def _layers_change(self, *, in_pass: bool = False) -> None:
         """Watch the layers that are trained now.
