@@ -155,13 +155,6 @@ class InRunShapleyCallback(InRunMethod):
         self._forget()
         self._validation = None
         self._recorder = LayerRecorder(pl_module, None, tap=True)
-        if self._recorder.leftover:
-            names = self._recorder.leftover
-            self._close()
-            raise UnsupportedProblemError(
-                f"the layers of {names} have no per-example factors, so the examples' shares of "
-                "a step would not add up to it"
-            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the optimiser, the data and the queries."""

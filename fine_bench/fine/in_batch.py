@@ -108,7 +108,7 @@ class InBatchSchedule:
         index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
         self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
-        if not self.recorder.layers:  # none is trained any more
+        if not self.recorder.trains:  # none is trained any more
             self._passes_over, self._index = True, None
             return
         self._passes_over = (step + epoch) % self.options.observe_every != 0
@@ -226,7 +226,7 @@ class InBatchSchedule:
 
     def reason(self) -> str:
         """Why steps that were announced were not observed; empty where they were passed over."""
-        if not self.recorder.layers:
+        if not self.recorder.trains:
             return NOTHING_TRAINS
         if self._steps.n_not_finite:
             return "gradients were NaN or infinite at every step; lower the learning rate"
@@ -270,7 +270,7 @@ class InBatchSchedule:
         if statistic.direction is not None and self.options.target != "queries":
             state["direction"] = direction_state(statistic.direction)
             state["steps_seen"] = statistic.steps_seen
-        state["layers"] = list(self.recorder.layers)
+        state["layers"] = list(self.recorder.parameters())
         if metric := self.passes.metric.state_dict():
             state["metric"] = metric
         return state
@@ -281,7 +281,8 @@ class InBatchSchedule:
         self.accumulator.load_state_dict(state["accumulator"])
         if "labels" in state:  # states of earlier versions have none
             self.labels.load(state["labels"])
-        if state.get("layers", list(self.recorder.layers)) != list(self.recorder.layers):
+        now = list(self.recorder.parameters())
+        if state.get("layers", now) != now:
             return  # what was computed for other layers is computed anew
         if "direction" in state:
             self._statistic.direction = direction_from_state(state["direction"], device)
@@ -372,6 +373,11 @@ class InBatchSchedule:
 
     def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
         """The gradient at the output of the layer that ran last, looked at once an epoch."""
+        if not self.recorder.calls:
+            raise UnsupportedProblemError(
+                "1 − p is read off the gradient at the output of the last layer, and the model has "
+                'no layer of a known kind; use observable="loss" and step_weight="lr"'
+            )
         call = self.recorder.calls[-1]
         assert call.grad is not None
         precise = call.grad.dtype not in (torch.bfloat16, torch.float16)

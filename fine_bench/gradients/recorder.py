@@ -145,6 +145,11 @@ class LayerRecorder:
         if self.tap and self.leftover:
             self._uncovered = Uncovered(model, self.leftover, hooked, self._listens, self.remedy)
 
+    @property
+    def trains(self) -> bool:
+        """Whether any of the watched parameters is trained."""
+        return bool(self.layers or self.leftover)
+
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
         return list(self._parameters[name])

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 @contextmanager
 def unrolled_recurrence(model: nn.Module) -> Iterator[None]:
     """Within, the model's recurrent layers run written out."""
-    found = [m for m in model.modules() if type(m) in (nn.RNN, nn.GRU, nn.LSTM)]
+    kinds = (nn.RNN, nn.GRU, nn.LSTM)
+    found = [m for m in model.modules() if type(m) in kinds and "forward" not in m.__dict__]
     for layer in found:
         layer.__dict__["forward"] = partial(_forward, layer)
     try:

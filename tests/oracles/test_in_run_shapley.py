@@ -48,6 +48,8 @@ def network(kind: str = "mlp") -> nn.Module:
         torch.manual_seed(3)
         if kind == "mlp":
             return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+        if kind == "slopes":  # a layer without factors
+            return nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, CLASSES))
         return nn.Sequential(
             nn.Unflatten(1, (1, 5)),
             nn.Conv1d(1, 3, 2),
@@ -136,6 +138,8 @@ CASES = [
     ("cnn", "validation", 1),
     ("cnn", "validation", 2),
     ("cnn", "queries", 1),
+    ("slopes", "validation", 1),
+    ("slopes", "queries", 1),
 ]
 
 

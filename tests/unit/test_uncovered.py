@@ -13,9 +13,13 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import TensorDataset
 
+from baselines.influence_functions import InfluenceFunction
+from baselines.tracin import TracIn
+from fine_bench import Checkpoint, Problem, replay
 from fine_bench.callback import FINECallback
 from fine_bench.gradients import GradientEngine, LayerRecorder, PerExampleGradients
 from fine_bench.gradients.curvature.products import parameter_names
+from fine_bench.gradients.recurrent import unrolled_recurrence
 from fine_bench.types import UnsupportedProblemError
 from support.runs import fit, mu_of_self, one_at_a_time
 from support.tensors import close
@@ -384,6 +388,94 @@ def test_micro_batches_and_mixed_precision() -> None:
     diary = fit(model, x, y, F.cross_entropy, [watched], precision="bf16-mixed")
     expected = mu_of_self(model.double(), diary, x.double(), y, F.cross_entropy)
     close(watched.scores().values[0], expected, 0.1)
+
+
+class Plain(Sequences):
+    """Normalisations without parameters, and a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.groups = nn.GroupNorm(2, LENGTH, affine=False)
+        self.positions = parameter(1, LENGTH, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.norm(x) * torch.tanh(self.groups(x + self.positions))
+
+
+MODELS["plain"] = Plain
+
+
+@pytest.mark.any_trainer("LayerNorm, GroupNorm, RMSNorm without parameters")
+def test_a_run_with_norms_without_parameters() -> None:
+    check_run("plain")
+
+
+@pytest.mark.any_trainer("a frozen backbone")
+def test_a_run_with_a_frozen_backbone() -> None:
+    model, x, y = build("plain", 18)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("head"))
+    watched, snapshots = FINECallback(observable="loss"), FINECallback(schedule="snapshot")
+    diary = fit(model, x, y, F.cross_entropy, [watched, snapshots])
+    close(
+        watched.scores().values[0].double(), mu_of_self(model, diary, x, y, F.cross_entropy), 1e-5
+    )
+    assert float(snapshots.scores().values.std()) > 0
+
+
+def test_nothing_but_layers_of_no_known_kind() -> None:
+    def run(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.PReLU(LENGTH), nn.Flatten(), nn.Bilinear(4, 4, 3)).double()
+        model[2].forward = (
+            lambda x: F.bilinear(  # type: ignore[method-assign]
+                x[:, :4], x[:, 4:8], model[2].weight, model[2].bias
+            )
+        )
+        _, x, y = build("GRU", 18)
+        watched = FINECallback(**options)
+        fit(model, x, y, F.cross_entropy, [watched])
+        return watched.scores().values
+
+    with pytest.raises(UnsupportedProblemError, match='use observable="loss"'):
+        run()
+    assert float(run(observable="loss").std()) > 0
+
+
+@pytest.mark.any_trainer("GRU, LSTM, RNN")
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        TracIn(),
+        InfluenceFunction(solver="ekfac", damping=0.1),
+        InfluenceFunction(solver="cg", curvature="ggn", damping=0.1),
+        InfluenceFunction(solver="cg", curvature="hessian", damping=10.0),
+    ],
+    ids=["tracin", "ekfac", "ggn", "hessian"],
+)
+def test_post_hoc_methods_on_recurrent_layers(name: str, method: Any) -> None:
+    """They see what a network does that is written without the fused layer."""
+
+    class Unrolled(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            with unrolled_recurrence(self.model):
+                return self.model(x)
+
+    model, x, y = build(name, 12)
+    found = []
+    for net in (model, Unrolled(model)):
+        state = {k: p.detach().clone() for k, p in net.state_dict().items()}
+        data, queries = TensorDataset(x, y), TensorDataset(x[:3], y[:3])
+        problem = Problem(net, F.cross_entropy, data, queries)
+        found.append(replay(method, problem, [Checkpoint(params=state, lr=0.1)]).values)
+    assert float(found[0].std()) > 0
+    close(found[0], found[1], 1e-5)
 
 
 # ---------------------------------------------------------------------------------- refused
