@@ -353,20 +353,28 @@ def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
     axes = figure.subplots()
     for value, line in zip(ceilings, (axes.axvline, axes.axhline), strict=True):
         line(value, color=GREY, linestyle=":", linewidth=1.0)
-    for method in x.index.intersection(y.index):
-        exact = method.startswith("unrolled")
-        colour = VERMILLION if exact else BLUE if method.startswith("fine") else BLACK
-        one, other = x.loc[method], y.loc[method]
-        axes.errorbar(
-            one.lds, other.lds,
-            xerr=[[one.lds - one.lower], [one.upper - one.lds]],
-            yerr=[[other.lds - other.lower], [other.upper - other.lds]],
-            color=colour, marker="o", markersize=4, linewidth=0.8,
-        )  # fmt: skip
-        axes.annotate(
-            method, (one.lds, other.lds), xytext=(4, 4), textcoords="offset points",
-            fontsize=7, color=colour,
-        )  # fmt: skip
+    order = y.loc[x.index.intersection(y.index)].sort_values("lds")
+    right = x.lds[order.index] > 0.6
+    far = (order.lds.groupby(right).diff() > 0.045).groupby(right).cumsum()
+    for _, near in order.groupby([right, far]):
+        # names of points that lie close together stand in a column beside them
+        column = float(x.upper[near.index].max()) + 0.03
+        for number, method in enumerate(near.index):
+            one, other = x.loc[method], y.loc[method]
+            exact = method.startswith("unrolled")
+            colour = VERMILLION if exact else BLUE if method.startswith("fine") else BLACK
+            axes.errorbar(
+                one.lds, other.lds,
+                xerr=[[one.lds - one.lower], [one.upper - one.lds]],
+                yerr=[[other.lds - other.lower], [other.upper - other.lds]],
+                color=colour, marker="o", markersize=4, elinewidth=0.5,
+            )  # fmt: skip
+            height = near.lds.mean() + 0.026 * (number - (len(near) - 1) / 2)
+            axes.annotate(
+                method, (one.lds, other.lds), xytext=(column, height), va="center", fontsize=7,
+                color=colour, arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.4},
+            )  # fmt: skip
+    axes.margins(y=0.08)
     axes.set_xlabel("agreement with this run, 1 % left out (LDS; dotted: ceiling)")
     axes.set_ylabel("agreement with the average run (LDS)")
     figure.suptitle(f"{EXPERIMENT}, {int(part.queries.max())} queries")
