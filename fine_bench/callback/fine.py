@@ -18,6 +18,7 @@ from fine_bench.callback.trainer import (
     Events,
     loss_scale,
     refuse_optimizers,
+    refuse_short_batches,
     refuse_strategy,
     step_is_taken,
     training_data,
@@ -155,6 +156,9 @@ class FINECallback(InRunMethod):
         data = training_data(
             trainer, pl_module, "FINECallback", options.adapter, options.train_size
         )
+
+        if options.schedule == "in_batch":
+            refuse_short_batches(trainer, data.n)
 
         def aside() -> AbstractContextManager[None]:
             return beside_training(pl_module, self._compiled)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from fine_bench.callback.packages import is_a
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
+from fine_bench.fine.short_steps import refuse_short_steps
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.types import UnsupportedProblemError
 
@@ -138,6 +139,27 @@ def training_data(
     )
 
 
+def refuse_short_batches(trainer: pl.Trainer, n_train: int) -> None:
+    """Refuse a run whose steps are too short for any example to be observed in-batch.
+
+    Args:
+        trainer: of the run.
+        n_train: number of training examples.
+
+    Raises:
+        UnsupportedProblemError: they are.
+    """
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    known = isinstance(size, int) and trainer.lightning_module.automatic_optimization
+    scheduler = getattr(trainer, "accumulation_scheduler", None)
+    schedule = getattr(scheduler, "scheduling", {0: trainer.accumulate_grad_batches})
+    parts = max(schedule.values()) * trainer.world_size
+    refuse_short_steps(size if known else None, parts, n_train)
+
+
 def loss_scale(trainer: pl.Trainer) -> float:
     """The factor by which 16-bit precision multiplies the loss before the backward pass."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -158,6 +180,7 @@ __all__ = [
     "beside_training",
     "loss_scale",
     "refuse_optimizers",
+    "refuse_short_batches",
     "refuse_strategy",
     "step_is_taken",
     "training_data",

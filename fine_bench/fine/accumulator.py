@@ -63,6 +63,14 @@ class FineAccumulator:
         n_train: number of training examples.
         n_rows: number of query rows R.
         composition: which μ ``scores`` reports.
+
+    Attributes:
+        n_observations: steps in which each example was observed, ``(n_train,)``.
+        n_passed_over: the same for steps that were passed over; None if none was.
+        n_steps, n_short_batches, n_without_noise: steps that were observed, steps that were too
+            short, and examples in a step that had no noise beside them.
+        with_replacement, n_repeats: whether examples are drawn with replacement, and rows beyond
+            an example's first in its batch (``fine.draws``).
     """
 
     def __init__(self, n_train: int, n_rows: int, composition: Composition = "accumulated") -> None:
@@ -78,36 +86,48 @@ class FineAccumulator:
         self.n_steps = 0
         self.n_short_batches = 0
         self.n_without_noise = 0
+        self.with_replacement = False
+        self.n_repeats = 0
 
-    def observe(self, index: Tensor, effect: Tensor, sigma: Tensor, lr: float) -> None:
+    def observe(
+        self, index: Tensor, effect: Tensor, sigma: Tensor, lr: float, n_rows: int | None = None
+    ) -> None:
         """Take in one step.
 
         Args:
             index: which training examples, ``(m,)``, no repeats.
             effect, sigma: ``(R, m)`` or ``(m,)``, from ``self_effects`` or ``direction_effects``.
             lr: step size η_t, or the step's weight w_t.
+            n_rows: length of the batch, where examples stand in it several times
+                (``fine.draws``); m if None.
         """
         m = len(index)
+        self.n_repeats += 0 if n_rows is None else n_rows - m
         self.observe_steps(
             index[None],
             effect.reshape(1, -1, m),
             sigma.reshape(1, -1, m),
             torch.tensor([lr], dtype=torch.float64),
+            n_rows,
         )
 
-    def observe_steps(self, index: Tensor, effect: Tensor, sigma: Tensor, lr: Tensor) -> None:
+    def observe_steps(
+        self, index: Tensor, effect: Tensor, sigma: Tensor, lr: Tensor, n_rows: int | None = None
+    ) -> None:
         """Take in S steps with batches of one size.
 
         Args:
             index: ``(S, m)``.
             effect, sigma: ``(S, R, m)``, finite.
             lr: step sizes or weights, ``(S,)``.
+            n_rows: length of the batches; m if None.
         """
         n_steps, m = index.shape
+        length = m if n_rows is None else n_rows
         effect, sigma = self._usable(effect, sigma)
         eta = lr.double().cpu()[:, None, None]
         shift = eta * effect
-        mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * m**-0.5
+        mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * length**-0.5
         noise = (eta * sigma).square_()
         steps = torch.stack(
             [shift, shift * shift, noise, mu, mu * mu, shift * noise, noise * noise]
@@ -134,9 +154,11 @@ class FineAccumulator:
         """Note a step that is not observed; the observed ones stand for it.
 
         Args:
-            index: which training examples were in it, ``(m,)``, no repeats.
+            index: which training examples were in it, ``(m,)``.
         """
-        index = index.cpu()
+        rows = index.cpu()
+        index = torch.unique(rows)
+        self.n_repeats += len(rows) - len(index)
         if self.n_passed_over is None:
             self.n_passed_over = torch.zeros_like(self.n_observations)
         self.n_passed_over.index_add_(0, index, torch.ones_like(index))
@@ -156,11 +178,13 @@ class FineAccumulator:
         times = self._times_in_batch()
         tiny = torch.finfo(torch.float64).tiny
         if self.composition == "accumulated":
-            scale = (self.n_train * s["variance"]).sqrt()
+            scale = (self._n_draws() * s["variance"]).sqrt()
             known = scale > 0
             inverse = inverse_or_zero(scale)
             values = s["shift"] * inverse
             error = ratio_error(values, inverse, s["variance"], *blocks)
+            if self.with_replacement:  # how often it is drawn differs from run to run
+                error = (error.square() + values.square() / times.clamp_min(1.0)).sqrt()
             several = blocks[-1] > 1
         else:
             known = (k > 0).expand_as(s["mu"])
@@ -196,6 +220,16 @@ class FineAccumulator:
             extras={"bound": self._whole_run()[0]["mu2"].sqrt().float()},
         )
 
+    def _n_draws(self) -> Tensor | int:
+        """Of how many rows of the run one is this example's: n where each comes once an epoch.
+
+        See ``fine.draws``.
+        """
+        if not self.with_replacement:
+            return self.n_train
+        times = self._times_in_batch()
+        return (times.sum() + self.n_repeats) / times.clamp_min(1.0)
+
     def _times_in_batch(self) -> Tensor:
         """How often each example was in a batch, ``(n_train,)``."""
         passed_over = 0 if self.n_passed_over is None else self.n_passed_over
@@ -230,6 +264,7 @@ class FineAccumulator:
             "n_observations": self.n_observations.clone(),
             "n_passed_over": None if self.n_passed_over is None else self.n_passed_over.clone(),
             "counts": (self.n_steps, self.n_short_batches, self.n_without_noise),
+            "draws": (self.with_replacement, self.n_repeats),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -249,3 +284,5 @@ class FineAccumulator:
         passed_over = state.get("n_passed_over")  # states of earlier versions have none
         self.n_passed_over = None if passed_over is None else passed_over.clone()
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]
+        # states of earlier versions are of runs without replacement
+        self.with_replacement, self.n_repeats = state.get("draws", (False, 0))

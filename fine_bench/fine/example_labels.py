@@ -42,7 +42,7 @@ class ExampleLabels:
             labels: ``(m,)``.
 
         Raises:
-            ValueError: a position had another label before.
+            ValueError: a position had another label before, or has two in this batch.
         """
         index = index.cpu()
         before = self.known[index]
@@ -57,6 +57,12 @@ class ExampleLabels:
                 "the data of its checkpoint"
             )
         self.known[index] = labels
+        if not torch.equal(self.known[index], labels):
+            raise ValueError(
+                "an example stands in a batch twice with different labels: the batch's index must "
+                "be the position of each example in the training set "
+                "(fine_bench.with_index adds it)"
+            )
 
     def compare(self, labels: Tensor, told: Tensor) -> None:
         """Compare a batch's labels with those that the loss was taken of.

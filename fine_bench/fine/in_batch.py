@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.accumulator import FineAccumulator
+from fine_bench.fine.draws import Draws, observe_rows, repeats
 from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
 from fine_bench.fine.example_labels import ExampleLabels, hard_labels
 from fine_bench.fine.gradient_queue import GradientQueue
 from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weights
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, direction_from_state, direction_state, warn_of_gradients
+from fine_bench.fine.short_steps import ShortSteps
 from fine_bench.fine.statistic import Statistic
 from fine_bench.fine.step_queue import StackedSteps, Step, StepQueue
 from fine_bench.fine.step_sizes import StepScaling, StepSizes
@@ -84,6 +86,7 @@ class InBatchSchedule:
         self._index: Tensor | None = None
         self.window: Window[MicroBatch] = Window() if window is None else window
         self.labels = ExampleLabels(passes.data.n)
+        self._draws, self._short = Draws(self.accumulator), ShortSteps(self.accumulator)
         self._batch_labels: Tensor | None = None
         self._first_epoch: int | None = None
         self._labelled_epoch = -1
@@ -105,7 +108,9 @@ class InBatchSchedule:
         """Note who is in the batch and record its pass."""
         if self._index is not None:
             self.n_without_backward += 1
-        index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter)
+        index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter, once=False)
+        if self.passes.processes.count == 1:
+            self._draws.note(index, epoch)
         self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
         if not self.recorder.trains:  # none is trained any more
@@ -180,7 +185,8 @@ class InBatchSchedule:
                 logit_gradients = self._logit_gradients(epoch, scale)
             self._compare_order(epoch, scale)
         recorder.clear()
-        part = MicroBatch(index, gradients, scale, logit_gradients, accumulates * n_processes)
+        parts = accumulates * n_processes
+        part = MicroBatch(index, gradients, scale, logit_gradients, parts, repeats(index))
         self.window.add(part, accumulates)
 
     def before_step(self, sizes: StepSizes, step: int, epoch: int, *, taken: bool = True) -> None:
@@ -213,7 +219,7 @@ class InBatchSchedule:
         )
         held = [b for b in window if b.gradients is not None]
         if weights.m < MIN_BATCH or len(held) < len(window):
-            self.accumulator.skip_short_batch()
+            self._short.leave_out(torch.cat([b.index for b in window]), step)
             return
         if not self.passes.ready():
             self.n_without_memory += 1
@@ -222,7 +228,8 @@ class InBatchSchedule:
         if self._scaling.changes(sizes):
             self._settle()  # what waits has the old ones
             self._scaling.follow(sizes)
-        self._observe(GlobalBatch(window, sizes.largest * weights.rms, step, weights.relative))
+        batch = GlobalBatch(window, sizes.largest * weights.rms, step, weights.relative)
+        self._observe(batch, epoch)
 
     def reason(self) -> str:
         """Why steps that were announced were not observed; empty where they were passed over."""
@@ -243,7 +250,10 @@ class InBatchSchedule:
         """Nothing: the step was observed before it was taken."""
 
     def training_ends(self, step: int) -> None:
-        """Nothing is left to do."""
+        """Say what was never observed."""
+        self._settle()
+        self._steps.flush()
+        self._short.training_ends()
 
     def flush(self) -> None:
         """Bring the sums up to date."""
@@ -290,7 +300,7 @@ class InBatchSchedule:
         if "metric" in state:
             self.passes.metric.load_state_dict(state["metric"], device)
 
-    def _observe(self, batch: GlobalBatch) -> None:
+    def _observe(self, batch: GlobalBatch, epoch: int) -> None:
         """Take the statistic of a step, now or with those of the next ones."""
         processes, statistic, queue = self.passes.processes, self._statistic, self._gradients
         gradients, scale = batch.gradients(processes)
@@ -300,7 +310,8 @@ class InBatchSchedule:
                 self._settle()  # what waits saw the old ones
                 statistic.renew_directions(gradients, scale)
             statistic.steps_seen += 1
-        if self._may_queue and len(batch.parts) == 1 and queue.serves(gradients):
+        alone = len(batch.parts) == 1 and not batch.parts[0].repeats
+        if self._may_queue and alone and queue.serves(gradients):
             if not queue.add(gradients):
                 self._settle()
                 queue.add(gradients)
@@ -314,11 +325,25 @@ class InBatchSchedule:
         if self.options.step_weight == "uncertainty":
             assert complement is not None
             weight = uncertainty_weight(weight, complement)
+        if processes.count > 1:
+            self._draws.note(index, epoch)
+        divisor = complement if self.options.divides else None
+        if repeats(index):
+            if len(set(index.tolist())) < MIN_BATCH:
+                self._short.leave_out(index, batch.number)
+                return
+            rows, contrast = statistic.of_rows(gradients, scale), self.options.contrast
+            alone = self.passes.queries is None
+            if not observe_rows(
+                self.accumulator, batch, index, rows, divisor, weight, contrast, gram=alone
+            ):
+                self._steps.leave_out(batch.number)
+            return
         self._steps.add(
             Step(
                 index,
                 statistic.of_step(gradients, scale, index, batch.number),
-                complement if self.options.divides else None,
+                divisor,
                 weight,
                 batch.number,
                 batch.relative,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.distributed import Processes
-from fine_bench.fine.training_data import complement_from_logit_gradients, refuse_repeats
+from fine_bench.fine.training_data import complement_from_logit_gradients
 from fine_bench.gradients.per_example import PerExampleGradients, stack_examples
 
 
@@ -75,6 +75,7 @@ class MicroBatch:
         logit_gradients: of the loss at the logits, ``(m_k, classes)``, as the pass has them, where
             1 − p is needed.
         parts: into how many parts the step's gradient is divided, A · W.
+        repeats: whether an example stands in it twice.
     """
 
     index: Tensor
@@ -82,6 +83,7 @@ class MicroBatch:
     scale: float
     logit_gradients: Tensor | None
     parts: float
+    repeats: bool = False
 
     @property
     def complement(self) -> Tensor | None:
@@ -107,11 +109,7 @@ class GlobalBatch:
     relative: Tensor | None
 
     def index_and_complement(self, processes: Processes) -> tuple[Tensor, Tensor | None]:
-        """Indices and 1 − p of the global batch, ``(m,)`` each.
-
-        Raises:
-            ValueError: an example stands in it twice.
-        """
+        """Indices and 1 − p of the global batch, ``(m,)`` each."""
         window = self.parts
         index, complement = window[0].index, window[0].complement
         if len(window) > 1:
@@ -121,13 +119,6 @@ class GlobalBatch:
         if processes.count > 1:
             index = processes.join(index)
             complement = None if complement is None else processes.join(complement)
-        if processes.count > 1 or len(window) > 1:
-            refuse_repeats(
-                index,
-                "the micro-batches of one optimiser step, of all processes together, repeat an "
-                "example (a distributed sampler repeats some where examples do not divide evenly "
-                "among processes; drop_last=True leaves them out)",
-            )
         return index, complement
 
     def gradients(self, processes: Processes) -> tuple[PerExampleGradients, float]:

@@ -126,6 +126,27 @@ class Statistic:
         columns = gradients.grams(count, chosen)
         return torch.cat([own[:, None], _mark(own, chosen), columns], 1)
 
+    def of_rows(self, gradients: PerExampleGradients, scale: float) -> tuple[Tensor, Tensor | None]:
+        """Products of all rows of a step in which examples stand twice; see ``fine.draws``.
+
+        Args:
+            gradients: of the examples of this process, ``scaled``; they lack the factor ``scale``.
+
+        Returns:
+            the products with R directions, ``(R, m)``, or K, ``(m, m)``; and the matrix that σ² is
+            made of, where the geometry states it.
+        """
+        passes = self.passes
+        if self.direction is not None:
+            return passes.processes.join(gradients.contract(self.direction).T).T * scale, None
+        gradients = passes.processes.gradients(gradients)
+        gram = passes.metric.gram(gradients) * scale**2
+        if not self.options.model_noise:
+            return gram, None
+        if not self.scaling:
+            return gram, gram
+        return gram, passes.metric.gram(self.scaling(gradients, 0.5)) * scale**2
+
     def factor(self, scale: float) -> float:
         """The scale of effects: of products of two gradients that lack it, or of one."""
         if self.direction is not None:

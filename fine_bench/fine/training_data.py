@@ -132,8 +132,16 @@ def read_queries(queries: Dataset[Any], device: torch.device | str) -> tuple[Ten
     return x.to(device), y.to(device)
 
 
-def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -> Tensor:
+def batch_index(
+    batch: Any, n_train: int, adapter: BatchAdapter | None = None, *, once: bool = True
+) -> Tensor:
     """The positions of a batch's examples in the training set, ``(m,)``.
+
+    Args:
+        batch: of the training.
+        n_train: number of training examples.
+        adapter: reads batches.
+        once: whether an example may stand in it once only.
 
     Raises:
         ValueError: no index in the batch, repeated or out of range.
@@ -155,7 +163,8 @@ def batch_index(batch: Any, n_train: int, adapter: BatchAdapter | None = None) -
             "examples; index must be the position in that set (fine_bench.with_index adds it), or "
             "give train_size=…, the number of examples that are numbered"
         )
-    refuse_repeats(positions, "the batch's index repeats an example")
+    if once and len(set(positions)) != len(positions):
+        raise ValueError("the batch's index repeats an example; draw batches without replacement")
     return found
 
 
@@ -198,17 +207,6 @@ def as_positions(index: Any) -> Tensor:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int)
-
-
-def refuse_repeats(index: Tensor | list[int], what: str) -> None:
-    """Refuse a batch in which an example stands twice.
-
-    Raises:
-        ValueError: it does.
-    """
-    positions = index if isinstance(index, list) else index.tolist()
-    if len(set(positions)) != len(positions):
-        raise ValueError(f"{what}; draw batches without replacement")
 
 
 def step_size(optimizer: Any) -> float:

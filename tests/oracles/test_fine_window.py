@@ -169,17 +169,19 @@ def test_weights_of_a_window() -> None:
     assert abs(uneven.mean - float(r.mean())) < 1e-15
 
 
-def test_a_repeated_example_in_a_window_is_refused() -> None:
+def test_a_repeated_example_in_a_window_counts_twice() -> None:
+    """Scores: ``test_fine_draws.py``."""
+
     class Repeats(TensorDataset):
         def __getitem__(self, i: int) -> Any:
             return super().__getitem__(i % 8)
 
-    dataset = Repeats(*data(32).tensors)
-    trainer = pl.Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, callbacks=[watch()])
-    with pytest.raises(
-        ValueError, match=r"micro-batches of one optimiser step, of all processes .*repeat"
-    ):
-        trainer.fit(Small(), DataLoader(dataset, batch_size=8))
+    dataset, callback = Repeats(*data(32).tensors), watch()
+    trainer = pl.Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, callbacks=[callback])
+    trainer.fit(Small(), DataLoader(dataset, batch_size=8))
+    sums = callback._watched.schedule.accumulator
+    assert sums.n_observations.tolist() == [2] * 8 + [0] * 24
+    assert sums.n_repeats == 16
 
 
 def test_stacked_examples_are_the_examples_side_by_side() -> None:

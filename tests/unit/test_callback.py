@@ -211,7 +211,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     [
         (Mapped(index=False), "carries no example indices"),
         (Mapped(shift=3), "but the training set has 26"),
-        (Mapped(repeat=True), "repeats an example"),
+        (Mapped(repeat=True), "twice with different labels"),
     ],
 )
 def test_bad_indices(dataset: Dataset[Any], message: str) -> None:
