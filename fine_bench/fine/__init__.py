@@ -26,7 +26,8 @@ A run that is watched:
 - ``training_data``, ``batch_adapter``: examples by position, and where things are in a batch.
 - ``passes``: gradients beside the training's own: queries, curvature.
 - ``in_batch``: an example is observed when it is in the batch. ``micro_batches``: what a step is
-  put together from; ``step_sizes``: what each parameter counts in it; ``statistic``: what is taken
+  put together from; ``draws``: examples that stand in it twice; ``short_steps``: too few of them;
+  ``step_sizes``: what each parameter counts in it; ``statistic``: what is taken
   of it; ``gradient_queue``, ``step_queue``: small
   steps handled together; ``distributed``: the examples of other processes.
 - ``snapshot``: all examples are scored at the same parameters, now and then.
