@@ -154,9 +154,10 @@ def refuse_short_batches(trainer: pl.Trainer, n_train: int) -> None:
     if size is None:
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     known = isinstance(size, int) and trainer.lightning_module.automatic_optimization
-    scheduler = getattr(trainer, "accumulation_scheduler", None)
-    schedule = getattr(scheduler, "scheduling", {0: trainer.accumulate_grad_batches})
-    parts = max(schedule.values()) * trainer.world_size
+    # a GradientAccumulationScheduler has other numbers for later epochs
+    later = [getattr(callback, "scheduling", {}) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    accumulates = [n for schedule in later for n in schedule.values()]
+    parts = max([trainer.accumulate_grad_batches, *accumulates]) * trainer.world_size
     refuse_short_steps(size if known else None, parts, n_train)
 
 

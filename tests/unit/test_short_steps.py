@@ -65,7 +65,7 @@ def test_two_examples_are_too_few() -> None:
 @pytest.mark.parametrize("rest", [1, 2])
 def test_a_short_last_batch_is_said(rest: int) -> None:
     callback = FINECallback("self")
-    with pytest.warns(UserWarning) as seen:
+    with pytest.warns(UserWarning, match="fewer than 3") as seen:
         fit(6 + rest, 3, callback)
     said = [str(w.message) for w in seen if "fewer than 3" in str(w.message)]
     assert len(said) == 2
