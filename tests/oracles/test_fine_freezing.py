@@ -246,17 +246,17 @@ def test_one_without_factors_is_refused_by_its_name() -> None:
     class Net(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.extra = nn.Bilinear(3, 3, 3).double().requires_grad_(False)
+            self.extra = nn.Embedding(3, 3, max_norm=1.0).double().requires_grad_(False)
 
         def forward(self, x: Tensor) -> Tensor:
             z = self.net(x)
-            return self.extra(z, z)
+            return z + self.extra(z.argmax(1))
 
         def on_train_epoch_start(self) -> None:
             self.extra.requires_grad_(self.current_epoch >= 1)
 
     callback = FINECallback("self", observable="loss")
-    with pytest.raises(UnsupportedProblemError, match=r"extra\.weight"):
+    with pytest.raises(UnsupportedProblemError, match=r"'extra'.*max_norm"):
         fit(Net(), callback)
     assert int(callback.scores().n_observations.min()) == 1  # those of the first epoch stay
 
