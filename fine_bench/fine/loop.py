@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
+from fine_bench.fine import loop_checks as checks
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.first_batch import FirstBatch
@@ -24,12 +25,6 @@ from fine_bench.fine.loop_batch import (
     Held,
     loop_adapter,
     unknown_loss,
-)
-from fine_bench.fine.loop_checks import (
-    NO_STEP,
-    refuse_setting,
-    refuse_unknown_epochs,
-    too_many_parts,
 )
 from fine_bench.fine.observation import Observation
 from fine_bench.fine.options import Options
@@ -60,9 +55,8 @@ class WatchedLoop:
         accumulate: int = 1,
         scaler: Any = None,
         total_steps: int | None = None,
-        criterion: nn.Module | None = None,
     ) -> None:
-        refuse_setting(model, optimizer, accumulate)
+        checks.refuse_setting(model, optimizer, accumulate)
         if options.n_snapshots is not None and total_steps is None:
             raise ValueError(
                 f"n_snapshots={options.n_snapshots} spaces snapshots over the run, whose length a "
@@ -114,6 +108,7 @@ class WatchedLoop:
         self._told_epochs = False
         self._begun = False  # whether this epoch has had a batch
         self._looked = False
+        self._told_loss = False
         self._busy = False
         self._closed = False
         self._handles: list[RemovableHandle] = [
@@ -121,8 +116,6 @@ class WatchedLoop:
             optimizer.register_step_pre_hook(self._step_begins),
             optimizer.register_step_post_hook(self._step_ends),
         ]
-        if criterion is not None:
-            self._handles.append(criterion.register_forward_hook(self._loss_is_known))
         self._hooked: dict[int, RemovableHandle] = {}
         self._hook_parameters()
 
@@ -141,27 +134,45 @@ class WatchedLoop:
             ValueError: an index that is none.
         """
         if self._closed:
-            raise RuntimeError(
-                "this watch is over: call fine.batch(…) inside of the with block, or open another "
-                "one with fine_bench.watch(…)"
-            )
+            raise RuntimeError(checks.OVER)
         with self._at_work():
             self._settle()
             if self._announced is not None:
-                raise RuntimeError(
-                    "fine.batch(…) was called twice without a backward pass in between: announce "
-                    "each batch once, right before its forward pass, and call backward on its "
-                    "loss before the next one; where the loop leaves a batch out, call fine.skip()"
-                )
+                raise RuntimeError(checks.TWO_BATCHES)
             if self._parts >= self.accumulate:
                 self._missing_step()
             self._epoch_goes_on()
             announced = AnnouncedBatch(as_positions(index), y)
-            self._schedule.batch_starts(announced, self.step, self.epoch)
+            self._observation.batch_starts(announced, self.step, self.epoch, look=False)
             # only now: an index that was refused announces nothing
             self._announced = announced
             self._arrived.clear()
             self._in_epoch += len(announced.index)
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Hand on the loss of the batch: ``fine.loss(loss).backward()``.
+
+        The first one is looked at, as the callback does: whether it is a sum of what each example
+        adds. Wherever the gradients do not show that by themselves, it must be handed on.
+
+        Args:
+            loss: with its graph, as it goes backward, but before a scaler multiplies it.
+
+        Returns:
+            The same tensor.
+
+        Raises:
+            RuntimeError: no batch was announced.
+            UnsupportedProblemError: see ``FirstBatch``.
+        """
+        if self._announced is None:
+            raise RuntimeError(checks.NO_BATCH)
+        if self._observation.asks_for_loss and loss.numel() == 1:
+            with self._at_work():
+                self._observation.before_backward(loss, self.accumulate)
+                self._observation.loss_is(float(loss.detach()) * self.accumulate)
+        self._told_loss = True
+        return loss
 
     @property
     def busy(self) -> bool:
@@ -270,7 +281,7 @@ class WatchedLoop:
             self._schedule.training_ends(self.step)
             self._schedule.flush()
         if self._begun and not self._schedule.n_observed:
-            reason = self._schedule.reason() if self.step else NO_STEP
+            reason = self._schedule.reason() if self.step else checks.NO_STEP
             warnings.warn(f"f-INE observed nothing in this loop: {reason}", stacklevel=3)
 
     def close(self) -> None:
@@ -298,55 +309,50 @@ class WatchedLoop:
 
     def _look(self, announced: AnnouncedBatch, args: Any, kwargs: Any) -> None:
         """Look at the first batch, as it is given to the model."""
-        data, aside = self._schedule.passes.data, self._schedule.passes.aside
-        loss = unknown_loss if announced.y is None else self.options.loss
-        first = FirstBatch(self.model, data, self._forward, loss, aside, stated=False)
         armed, self._recorder.armed = self._recorder.armed, False
         try:
-            self._observation.look(announced.with_inputs(args, kwargs), first)
+            found = self._first_batch(known=announced.y is not None)
+            self._observation.look(announced.with_inputs(args, kwargs), found)
         finally:
             self._recorder.armed = armed
+
+    def _first_batch(self, *, known: bool) -> FirstBatch:
+        """Who looks at the first batch.
+
+        Args:
+            known: whether its labels are, so that its loss can be told.
+        """
+        options, passes = self.options, self._schedule.passes
+        return FirstBatch(
+            self.model,
+            passes.data,
+            self._forward,
+            options.loss if known else unknown_loss,
+            passes.aside,
+            stated=known and (options.needs_engine or options.says_loss),
+            default=known and options.needs_engine and not options.says_loss,
+        )
 
     def _forward(self, inputs: tuple[Any, Any]) -> Any:
         args, kwargs = tree_map(lambda x: x.value if isinstance(x, Held) else x, inputs)
         return self.model(*args, **kwargs)
 
-    def _loss_is_known(self, criterion: nn.Module, args: Any, output: Any) -> None:
-        if self._busy or self._announced is None or not torch.is_grad_enabled():
-            return
-        if self._observation.asks_for_loss and isinstance(output, Tensor) and output.numel() == 1:
-            self._observation.loss_is(float(output.detach()))
-
     def _gradient_arrives(self, parameter: Tensor) -> None:
         if self._busy:
             return
         if self._announced is None:
-            raise RuntimeError(
-                "a backward pass came on a batch whose index was not given: call fine.batch(index) "
-                "before the forward pass of every batch that is trained on; gradients for other "
-                "purposes are taken by torch.autograd.grad(…), which leaves the parameters alone"
-            )
+            raise RuntimeError(checks.NO_INDEX)
         if id(parameter) in self._arrived:
-            raise UnsupportedProblemError(
-                "there was more than one backward pass on one batch, so the gradient of one "
-                "example's loss is not in any of them; add losses up before one backward pass, "
-                "and call fine.batch(index) before the forward pass of each batch"
-            )
+            raise UnsupportedProblemError(checks.TWO_BACKWARDS)
         self._arrived.add(id(parameter))
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self._at_work():
             if kwargs.get("closure") is not None or any(callable(a) for a in args[1:]):
-                raise UnsupportedProblemError(
-                    "optimizer.step(closure) takes its gradients inside of the step, where f-INE "
-                    "cannot tell whose they are: call loss.backward() and then optimizer.step()"
-                )
+                raise UnsupportedProblemError(checks.CLOSURE)
             self._settle()
             if not self._parts:
-                raise RuntimeError(
-                    "optimizer.step() came without a backward pass on a batch of which f-INE "
-                    "knows: call fine.batch(index), then the forward pass, then loss.backward()"
-                )
+                raise RuntimeError(checks.NO_BACKWARD)
             self._parts = 0
             found = getattr(optimizer, "found_inf", None)  # a scaler's word to a fused optimiser
             taken = found is None or float(found) == 0.0
@@ -375,14 +381,22 @@ class WatchedLoop:
             return
         announced, self._announced = self._announced, None
         self._arrived.clear()
+        self._refuse_unknown_loss()
         # what the recorder's hooks did within the backward pass
         self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
         self._parts += 1
         if self._parts > self.accumulate:
-            raise too_many_parts(self.accumulate)
+            raise checks.too_many_parts(self.accumulate)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         divided = self._divided_by(announced, scale)
         self._observation.backward_ends(self.epoch, accumulates=divided, loss_scale=scale)
+
+    def _refuse_unknown_loss(self) -> None:
+        """Ask for the loss where nothing else shows that it is a mean of one loss an example."""
+        options = self.options
+        shows = options.schedule == "in_batch" and options.needs_complement
+        if not (shows or self._told_loss):
+            raise checks.unknown_loss_error(options)
 
     def _divided_by(self, announced: AnnouncedBatch, scale: float) -> float:
         """What the batch's mean loss was divided by before its backward pass.
@@ -396,7 +410,7 @@ class WatchedLoop:
     def _missing_step(self) -> None:
         """A window is full, and the next batch comes."""
         if self.scaler is None:
-            raise too_many_parts(self.accumulate)
+            raise checks.too_many_parts(self.accumulate)
         self._leave_out()  # the scaler found gradients that are not finite, and kept the step back
 
     def _leave_out(self) -> None:
@@ -407,7 +421,7 @@ class WatchedLoop:
     def _epoch_goes_on(self) -> None:
         """Count epochs where nobody tells of them, and look at the modes of a new one."""
         if self._in_epoch >= self._schedule.passes.data.n and not self._told_epochs:
-            refuse_unknown_epochs(self.options, self._in_epoch)
+            checks.refuse_unknown_epochs(self.options, self._in_epoch)
             self._next_epoch()
         if not self._begun:
             self._begun = True

@@ -13,6 +13,41 @@ from fine_bench.types import UnsupportedProblemError
 SPREAD = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 """Wrappers that spread a batch or a model over devices."""
 
+OVER = (
+    "this watch is over: call fine.batch(…) inside of the with block, or open another one with "
+    "fine_bench.watch(…)"
+)
+
+TWO_BATCHES = (
+    "fine.batch(…) was called twice without a backward pass in between: announce each batch "
+    "once, right before its forward pass, and call backward on its loss before the next one; "
+    "where the loop leaves a batch out, call fine.skip()"
+)
+
+NO_BATCH = "fine.loss(…) came before fine.batch(index): announce the batch first"
+
+NO_INDEX = (
+    "a backward pass came on a batch whose index was not given: call fine.batch(index) before "
+    "the forward pass of every batch that is trained on; gradients for other purposes are taken"
+    " by torch.autograd.grad(…), which leaves the parameters alone"
+)
+
+TWO_BACKWARDS = (
+    "there was more than one backward pass on one batch, so the gradient of one example's loss "
+    "is not in any of them; add losses up before one backward pass, and call fine.batch(index) "
+    "before the forward pass of each batch"
+)
+
+CLOSURE = (
+    "optimizer.step(closure) takes its gradients inside of the step, where f-INE cannot tell "
+    "whose they are: call loss.backward() and then optimizer.step()"
+)
+
+NO_BACKWARD = (
+    "optimizer.step() came without a backward pass on a batch of which f-INE knows: call "
+    "fine.batch(index), then the forward pass, then loss.backward()"
+)
+
 NO_STEP = (
     "the optimizer that was given to watch took no step; give the one that trains the model, and "
     "let the loop step inside of the with block"
@@ -67,6 +102,20 @@ def too_many_parts(accumulate: int) -> RuntimeError:
     )
 
 
+def unknown_loss_error(options: Options) -> RuntimeError:
+    """Nobody handed on the loss.
+
+    Args:
+        options: what is measured.
+    """
+    return RuntimeError(
+        f"with target={options.target!r}, observable={options.observable!r} and schedule="
+        f"{options.schedule!r} the gradients alone do not show whether the loss is a mean of one "
+        "loss an example: hand it on before its backward pass, fine.loss(loss).backward(). It is "
+        "looked at in the first batch"
+    )
+
+
 def refuse_unknown_epochs(options: Options, seen: int) -> None:
     """Refuse to wait for the end of an epoch of which nobody tells.
 
@@ -89,6 +138,3 @@ def refuse_unknown_epochs(options: Options, seen: int) -> None:
             "word of an epoch's end: call fine.epoch_ends() after the last step of each "
             f"epoch, or say when by {other}"
         )
-
-
-__all__ = ["NO_STEP", "refuse_setting", "refuse_unknown_epochs", "too_many_parts"]

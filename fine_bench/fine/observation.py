@@ -110,17 +110,18 @@ class Observation:
             self._said_rows = True
             say_reading(layers, "f-INE", in_batch=self.options.schedule == "in_batch")
 
-    def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
+    def batch_starts(self, batch: Any, step: int, epoch: int, *, look: bool = True) -> None:
         """A batch is about to go through the model.
 
         Args:
             batch: as the options' adapter reads it.
             step: number of steps taken so far.
             epoch: number of epochs so far.
+            look: whether the batch tells what the model will get; otherwise ``look`` is called.
         """
         if self._trained.change(epoch):
             self._layers_change()
-        if self._first is not None and not self._first.size:
+        if look and self._first is not None and not self._first.size:
             self.look(batch)
         self.schedule.batch_starts(batch, step, epoch)
         if self._first is not None and not self._compiled:

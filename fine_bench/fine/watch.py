@@ -9,6 +9,9 @@
             optimizer.zero_grad()
     fine.scores().values                       # (1, n_train)
 
+Where another question is asked than ``self`` with margins, ``fine.loss(loss).backward()`` hands the
+loss on, so that it can be looked at.
+
 What a Trainer announces is seen here by itself: the backward pass by the gradients that arrive at
 the parameters, the step by the optimiser's own hooks. Engine and scores are those of
 ``FINECallback``; Lightning is not needed. A loop that tells too little, or something else than it
@@ -51,8 +54,8 @@ def watch(
         model: the network in training, on its device.
         loss: the training loss: ``loss(output, y, reduction=…)``, or a module such as
             ``torch.nn.CrossEntropyLoss()``. It is asked where passes beside the training need it
-            (queries, snapshots, EK-FAC) and for checks; its mean over the batch is what the loop
-            calls backward on.
+            (queries, snapshots, EK-FAC); its mean over the batch is what the loop calls backward
+            on.
         optimizer: steps the loop; its step is where a batch is observed.
         train_size: number of training examples; ``index`` counts from 0 to train_size − 1.
         train_set: the training examples by position, ``(x, y, …)``, instead of or beside
@@ -69,9 +72,8 @@ def watch(
         UnsupportedProblemError: as ``FINECallback``; a model that is spread over devices.
         TypeError, ValueError: bad arguments.
     """
-    criterion = loss if isinstance(loss, nn.Module) else None
-    if criterion is not None:
-        loss = per_example(criterion)
+    if isinstance(loss, nn.Module):
+        loss = per_example(loss)
     if loss is not F.cross_entropy:
         options["loss"] = loss
     asked = Options(train_size=train_size, **options)
@@ -96,7 +98,6 @@ def watch(
         accumulate=accumulate,
         scaler=scaler,
         total_steps=total_steps,
-        criterion=criterion,
     )
 
 

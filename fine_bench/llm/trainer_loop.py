@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.loop import WatchedLoop
 from fine_bench.fine.loop_batch import AnnouncedBatch
 from fine_bench.fine.options import Options
@@ -74,6 +75,12 @@ class TrainerLoop(WatchedLoop):
             self._grad = None if grads[place] is None else grads[place].detach()
 
         node.register_prehook(keep)
+
+    def _first_batch(self, *, known: bool) -> FirstBatch:
+        return super()._first_batch(known=False)  # the loss is looked at by its gradient
+
+    def _refuse_unknown_loss(self) -> None:
+        """The gradient at the logits shows what the loss is."""
 
     def _divided_by(self, announced: AnnouncedBatch, scale: float) -> float:
         """D/m: the mean of the m examples' losses, over which number."""

@@ -135,6 +135,8 @@ def by_hand(
                     "cpu", torch.bfloat16 if autocast else torch.float16, enabled=mixed
                 ):
                     loss = F.cross_entropy(model(x), y) / accumulate
+                if watched:
+                    loss = fine.loss(loss)
                 (loss if amp is None else amp.scale(loss)).backward()
                 if (i + 1) % accumulate and i + 1 < len(loader):
                     continue
@@ -386,7 +388,7 @@ def steps(loop: Loop, count: int, y: Any = None) -> None:
     with loop.fine as fine:
         for i in range(count):
             fine.batch(loop.index + 8 * (i % 2), None if y is None else y(i))
-            loop.forward().backward()
+            fine.loss(loop.forward()).backward()
             loop.step()
 
 
@@ -403,17 +405,39 @@ def test_what_the_callback_refuses_is_refused() -> None:
         steps(Loop(), 3, lambda i: torch.full((8,), i))
 
 
-class SumOfSquares(nn.MSELoss):
-    def forward(self, output: Tensor, y: Tensor) -> Tensor:
-        return super().forward(output, y) * (8 if self.reduction == "mean" else 1)
-
-
-def test_the_loss_of_a_module_is_looked_at() -> None:
-    criterion, target = SumOfSquares(), torch.randn(8, 3)
-    loop = Loop(loss=criterion, observable="loss")
+def test_the_loss_is_looked_at() -> None:
+    target = torch.randn(8, 3)
+    queries = TensorDataset(torch.randn(5, 6), target[:5])
+    loop = Loop(loss=nn.MSELoss(), target="validation", observable="loss", queries=queries)
     loop.fine.batch(loop.index, target)
+    loss = nn.MSELoss()(loop.model(loop.x), target) * 8
     with pytest.raises(UnsupportedProblemError, match="is the sum of the losses of the batch's 8"):
-        criterion(loop.model(loop.x), target)
+        loop.fine.loss(loss)
+    loop = Loop(observable="loss")
+    loop.fine.batch(loop.index)
+    logits = loop.model(loop.x)
+    with pytest.raises(UnsupportedProblemError, match="mixes its examples"):
+        loop.fine.loss(F.cross_entropy(logits, loop.y) + logits.var(0).sum())
+
+
+@pytest.mark.any_trainer("a loss in a loop in plain PyTorch that margins do not show")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"observable": "loss"},
+        {"schedule": "snapshot", "train_size": None, "train_set": data(dtype=F32)},
+        {"target": "validation", "queries": data(5, 2, F32)},
+    ],
+    ids=["loss", "snapshot", "validation"],
+)
+def test_a_loss_that_is_not_shown_is_asked_for(options: dict[str, Any]) -> None:
+    loop = Loop(**options)
+    loop.fine.batch(loop.index)
+    loop.forward().backward()
+    with pytest.raises(RuntimeError, match=r"fine\.loss\(loss\)\.backward\(\)"):
+        loop.step()
+    with pytest.raises(RuntimeError, match=r"came before fine\.batch"):
+        Loop(**options).fine.loss(torch.zeros(()))
 
 
 def test_a_loss_module_says_what_is_trained() -> None:
@@ -430,7 +454,7 @@ def test_a_loss_module_says_what_is_trained() -> None:
         with loop.fine as fine:
             for _ in range(3):
                 fine.batch(loop.index, loop.y)
-                smooth(loop.model(loop.x), loop.y).backward()
+                fine.loss(smooth(loop.model(loop.x), loop.y)).backward()
                 loop.step()
         found.append(fine.scores().values)
     assert torch.equal(*found)
@@ -478,7 +502,7 @@ def test_models_with_other_arguments_are_looked_at_too() -> None:
     with loop.fine as fine:
         fine.batch(loop.index)
         out = loop.model(loop.x, scale=torch.ones(3), shift=0.5)
-        F.cross_entropy(out["logits"], loop.y).backward()
+        fine.loss(F.cross_entropy(out["logits"], loop.y)).backward()
         loop.step()
     assert fine.scores().values.abs().max() > 0
 
