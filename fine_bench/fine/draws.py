@@ -37,17 +37,26 @@ sum of k_i terms has a variance of μ_i²/k_i for that reason alone, which joins
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import Contrast
 from fine_bench.fine.micro_batches import GlobalBatch
+from fine_bench.fine.training_data import as_positions
 from fine_bench.gradients.reciprocal import inverse_or_zero
+
+NEARLY_ALL = 0.9
+"""Share of the examples after which a new round through them is nothing to wonder at."""
 
 
 class Draws:
     """Notices when examples come a second time within an epoch.
+
+    Not everybody tells of epochs, and a sampler for several processes fills its last batches up:
+    an example that comes again after nearly all others have come begins the next round.
 
     Args:
         accumulator: is told.
@@ -56,7 +65,7 @@ class Draws:
     def __init__(self, accumulator: FineAccumulator) -> None:
         self.accumulator = accumulator
         self._epoch: int | None = None
-        self._seen = bytearray()
+        self._seen, self._count = bytearray(), 0
 
     def note(self, index: Tensor, epoch: int) -> None:
         """Take in a batch.
@@ -67,14 +76,57 @@ class Draws:
         """
         if self.accumulator.with_replacement:
             return
+        positions = index.tolist()  # plain integers: faster than tensors of a few dozen numbers
         if epoch != self._epoch:
-            self._seen, self._epoch = bytearray(self.accumulator.n_train), epoch
-        seen = self._seen
-        for i in index.tolist():  # plain integers: faster than tensors of a few dozen numbers
-            if seen[i]:
+            self._epoch = epoch
+            self._begin()
+        if any(map(self._seen.__getitem__, positions)) and self._count >= NEARLY_ALL * len(
+            self._seen
+        ):
+            self._begin()
+        for i in positions:
+            if self._seen[i]:
                 self.accumulator.with_replacement = True
                 return
-            seen[i] = 1
+            self._seen[i] = 1
+        self._count += len(positions)
+
+    def _begin(self) -> None:
+        self._seen, self._count = bytearray(self.accumulator.n_train), 0
+
+
+class Evenness:
+    """How often each example was drawn, where what is computed takes all as drawn equally often.
+
+    Args:
+        n_train: number of training examples.
+    """
+
+    def __init__(self, n_train: int) -> None:
+        self.times = torch.zeros(n_train, dtype=torch.float64)
+
+    def note(self, index: Any) -> None:
+        """Take in the index of a batch; what is none says nothing."""
+        try:
+            found = as_positions(index).cpu()
+        except ValueError:
+            return
+        if int(found.min()) >= 0 and int(found.max()) < len(self.times):
+            self.times.index_add_(0, found, torch.ones(len(found), dtype=torch.float64))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether draws differ by more than those of equally likely examples would.
+
+        With M draws of n examples, D = Σ_i (k_i − M/n)²/(M/n) is χ² with n − 1 degrees of freedom
+        where all are equally likely and draws independent, and smaller without replacement. It is
+        too much six standard deviations above its mean.
+        """
+        n, mean = len(self.times), float(self.times.mean())
+        if mean == 0.0:
+            return False
+        dispersion = float((self.times - mean).square().sum()) / mean
+        return bool(dispersion > (n - 1) + 6 * (2 * (n - 1)) ** 0.5)
 
 
 def repeats(index: Tensor) -> bool:
@@ -169,4 +221,4 @@ def effects_of_rows(
     return examples, effect, squares.clamp_min(0.0).sqrt()
 
 
-__all__ = ["Draws", "effects_of_rows", "observe_rows", "repeats"]
+__all__ = ["Draws", "Evenness", "effects_of_rows", "observe_rows", "repeats"]

@@ -6,6 +6,7 @@ The formulas stand in ``fine_bench.fine.snapshot_accumulator``.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fine_bench.fine.draws import Evenness
 from fine_bench.fine.effects import (
     MIN_REFERENCE,
     margin_effects,
@@ -94,6 +96,7 @@ class SnapshotSchedule:
         self._batch_size = 0
         self.window: Window[tuple[int, float]] = Window() if window is None else window
         self.labels = ExampleLabels(n)
+        self._draws = Evenness(n)
         self.n_observed = 0
         self.n_without_backward = 0
         self._epoch = 0
@@ -103,7 +106,9 @@ class SnapshotSchedule:
         """Note the size of the batch."""
         if self._batch_size:
             self.n_without_backward += 1
-        self._batch_size = self.passes.data.adapter.size(batch)
+        adapter = self.passes.data.adapter
+        self._batch_size = adapter.size(batch)
+        self._draws.note(adapter.example_index(batch))
 
     def layers_change(self, *, in_pass: bool = False) -> None:
         """Other parameters are trained than before: those from now on, each for its own steps.
@@ -150,6 +155,12 @@ class SnapshotSchedule:
 
     def training_ends(self, step: int) -> None:
         """Steps after the last snapshot get one of their own."""
+        if self._draws.uneven:
+            warnings.warn(
+                "some examples were drawn much more often than others, but a snapshot takes all as "
+                'drawn equally often; schedule="in_batch" counts every draw',
+                stacklevel=2,
+            )
         if self._interval.steps:
             # a run that is prolonged from its last checkpoint goes on as if it had not ended
             self._before_end = self.state_dict()

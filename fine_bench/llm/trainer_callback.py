@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fine_bench.fine.loop import WatchedLoop
 from fine_bench.fine.options import Options
+from fine_bench.fine.short_steps import refuse_short_steps
 from fine_bench.llm.trainer_batches import FIELD, LABELS_FIELD, TrainerAdapter, number
 from fine_bench.llm.trainer_loop import TrainerLoop, logits_of
 from fine_bench.llm.trainer_losses import ModelLoss
@@ -124,6 +125,9 @@ class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
         refuse_setting(args)
         dataset, collate = number(loader)
         options = self._for_model(model, args)
+        if options.schedule == "in_batch":
+            n = options.train_size or len(dataset)
+            refuse_short_steps(args.train_batch_size, args.gradient_accumulation_steps, n)
         # of several callbacks the first one runs last: it takes the positions out of the batch
         first = not any(isinstance(h, Announce) for h in model._forward_pre_hooks.values())
         announce = Announce(self, take=first)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
-from fine_bench.fine.draws import effects_of_rows
+from fine_bench.fine.draws import Draws, Evenness, effects_of_rows
 from fine_bench.fine.effects import direction_effects, self_effects
 from support.tensors import close, observable_gradients
 from support.training import QUIET
@@ -295,3 +295,38 @@ def test_a_batch_of_two_different_examples_is_too_short() -> None:
     with pytest.warns(UserWarning, match="fewer than 3"):
         trainer.fit(Module(), DataLoader(dataset, batch_size=4, sampler=order))
     assert callback.scores().n_observations.tolist() == [0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.any_trainer("sampling with replacement, `WeightedRandomSampler`")
+def test_snapshots_say_that_examples_are_drawn_unevenly() -> None:
+    weights = WeightedRandomSampler([9.0] * 2 + [1.0] * (N - 2), 60)
+    dataset = TensorDataset(*data(1, N), torch.arange(N))
+    callback = FINECallback("self", schedule="snapshot", n_reference=N)
+    trainer = pl.Trainer(max_epochs=2, callbacks=[callback], **QUIET)
+    with pytest.warns(UserWarning, match=r"more often.*schedule=\"in_batch\""):
+        trainer.fit(Module(), DataLoader(dataset, batch_size=BATCH, sampler=weights))
+
+
+def test_equally_likely_examples_are_drawn_evenly() -> None:
+    g = torch.Generator().manual_seed(0)
+    for n in (3, 50, 1000):
+        even, weighted, names = Evenness(n), Evenness(n), Evenness(n)
+        for _ in range(40):
+            even.note(torch.randint(n, (n // 2 + 1,), generator=g))
+            weighted.note((torch.rand(n // 2 + 1, generator=g).square() * n).long())
+            names.note(["a.png"])
+        assert not even.uneven
+        assert not names.uneven
+        assert weighted.uneven or n == 3
+
+
+def test_rounds_of_which_nobody_tells() -> None:
+    accumulator = FineAccumulator(20, 1)
+    draws = Draws(accumulator)
+    for seed in range(3):  # without the last two of each round, as with drop_last
+        order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:18]
+        for batch in order.split(6):
+            draws.note(batch, 0)
+    assert not accumulator.with_replacement
+    draws.note(torch.tensor([int(order[0]), int(order[0])]), 0)
+    assert accumulator.with_replacement
