@@ -12,7 +12,7 @@ Shapes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -26,9 +26,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fine_bench.gradients.reevaluation import (
     FAILURES,
     Application,
+    Dims,
     NoRuleError,
+    Places,
+    Seen,
     Values,
     batch_dims,
+    matching,
+    shapes_of,
 )
 
 REPEATING = {
@@ -41,6 +46,9 @@ REPEATING = {
     torch.tile,
 }
 """Operations that repeat what they get along dimensions of length one."""
+
+DETACHING = {Tensor.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+"""Operations behind which nothing depends on the parameters any more."""
 
 
 @dataclass(eq=False)
@@ -132,6 +140,7 @@ class FunctionUses(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self._uses: list[tuple[Application, dict[str, Made]]] = []
+        self._seen: list[Seen] | None = None  # in a pass that looks where the examples are
         self._made: dict[int, Made] = {}
         self._constants: dict[int, Tensor] = {}
 
@@ -151,6 +160,15 @@ class FunctionUses(TorchFunctionMode):
     def clear(self) -> None:
         """Forget the uses."""
         self._uses = []
+
+    def look(self) -> None:
+        """From now on a pass looks where the examples are."""
+        self._seen = []
+
+    def looked(self) -> list[Seen]:
+        """What the pass saw, in the order of the uses."""
+        seen, self._seen = self._seen, None
+        return seen or []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -173,12 +191,16 @@ class FunctionUses(TorchFunctionMode):
         if writes:  # what is written into is needed as it was
             before = [x.detach().clone() if x is tensors[0] else x for x in leaves]
         output = func(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self._seen is None:
             return output
         if not batch:
             self._note(func, leaves, spec, made, output)
         else:
             result = tensors[0] if output is None else output
+            if self._seen is not None:
+                if any(isinstance(x, Tensor) for x in tree_flatten(result)[0]):
+                    self._seen.append(Seen(shapes_of(leaves), shapes_of(tree_flatten(result)[0])))
+                return output
             self._uses.append(
                 (_application(func, before, spec, made, result, writes), made_by(made))
             )
@@ -193,24 +215,29 @@ class FunctionUses(TorchFunctionMode):
         for place, out in enumerate(tree_flatten(output)[0]):
             if not isinstance(out, Tensor) or id(out) in self._made:
                 continue
-            if out.requires_grad:
+            follows = func not in DETACHING and out.is_floating_point()
+            if out.requires_grad or (self._seen is not None and follows):
                 self._made[id(out)] = Made(out, None, func, leaves, spec, made, place)
             else:
                 self._constants[id(out)] = out
 
     # ------------------------------------------------------------------ after the backward pass
 
-    def gradients(self, batch_size: int) -> Values:
+    def gradients(self, batch_size: int, places: Sequence[Places | None] | None = None) -> Values:
         """``(B, *shape)`` of every parameter that was used.
+
+        Args:
+            batch_size: B.
+            places: where the uses have the examples; None where nobody has looked.
 
         Raises:
             NoRuleError: a use from which they do not follow.
         """
         total: Values = {}
-        for application, made in self._uses:
-            if not application.reached:
-                continue
-            for name, value in _of_use(application, made, batch_size).items():
+        known = matching(places, [application for application, _ in self._uses], batch_size)
+        for (application, made), place in zip(self._uses, known, strict=True):
+            found = _of_use(application, made, batch_size, place) if application.reached else {}
+            for name, value in found.items():
                 total[name] = total[name] + value if name in total else value
         return total
 
@@ -240,18 +267,18 @@ def _application(
     return Application(apply, args, kwargs, output)
 
 
-def _of_use(application: Application, made: Mapping[str, Made], batch_size: int) -> Values:
+def _of_use(
+    application: Application, made: Mapping[str, Made], batch_size: int, places: Places | None
+) -> Values:
     """The parameters' gradients from one use."""
     values = {place: m.value.detach() for place, m in made.items()}
-    others = [None if str(k) in made else x for k, x in enumerate(application.leaves)]
-    may = [place for place, m in made.items() if m.value.shape[:1] == (batch_size,)]
     reason = "none of its inputs has the examples first"
-    # what has a row for each example shows in that it does not fit one example otherwise
-    for dims, rows, one_by_one in product(
-        batch_dims(others, batch_size), [(), may] if may else [()], [False, True]
+    outputs = None if places is None else places.outputs
+    for (dims, rows), one_by_one in product(
+        _ways(application, made, batch_size, places), [False, True]
     ):
         try:
-            found = application.gradients(values, dims, rows, one_by_one=one_by_one)
+            found = application.gradients(values, dims, rows, outputs, one_by_one=one_by_one)
         except NoRuleError as error:
             reason = str(error)
             continue
@@ -261,6 +288,21 @@ def _of_use(application: Application, made: Mapping[str, Made], batch_size: int)
                 total[name] = total[name] + value if name in total else value
         return total
     raise NoRuleError(reason)
+
+
+def _ways(
+    application: Application, made: Mapping[str, Made], batch_size: int, places: Places | None
+) -> list[tuple[Dims, list[str]]]:
+    """What may have the examples, and where: the inputs, and what was made of parameters."""
+    if places is not None:
+        rows = [place for place in made if places.inputs[int(place)] is not None]
+        dims = [None if str(k) in made else dim for k, dim in enumerate(places.inputs)]
+        plain = places.clear and all(places.inputs[int(place)] == 0 for place in rows)
+        return [(dims, rows)] if plain else []
+    others = [None if str(k) in made else x for k, x in enumerate(application.leaves)]
+    may = [place for place, m in made.items() if m.value.shape[:1] == (batch_size,)]
+    # what has a row for each example shows in that it does not fit one example otherwise
+    return list(product(batch_dims(others, batch_size), [[], may] if may else [[]]))
 
 
 def _writes(func: Any) -> bool:

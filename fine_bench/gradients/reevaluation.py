@@ -15,6 +15,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, TypeAlias
 
@@ -26,6 +27,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Values: TypeAlias = dict[str, Tensor]
 Dims: TypeAlias = Sequence[int | None]
 """For each input its dimension of the examples; None where all examples share it."""
+
+Shapes: TypeAlias = tuple[torch.Size | None, ...]
+"""Of the tensors among inputs or outputs; None for what is none."""
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AssertionError)
 """What operations raise that cannot be applied in some way."""
@@ -42,7 +46,7 @@ class Application:
         function: ``function(θ by name, args, kwargs)``, what is applied.
         args, kwargs: its inputs.
         output: what came out, a tensor or a nest of them.
-        output_dim: where an output has the examples, by its place in the nest.
+        output_dim: where an output has the examples, by its place in the nest, where nobody looks.
     """
 
     def __init__(
@@ -71,12 +75,23 @@ class Application:
         return keep
 
     @property
+    def shapes(self) -> Shapes:
+        """Of the inputs."""
+        return shapes_of(self.leaves)
+
+    @property
     def reached(self) -> bool:
         """Whether the loss depends on what came out."""
         return bool(self._grads)
 
     def gradients(
-        self, values: Values, inputs: Dims, rows: Collection[str] = (), *, one_by_one: bool = False
+        self,
+        values: Values,
+        inputs: Dims,
+        rows: Collection[str] = (),
+        outputs: Dims | None = None,
+        *,
+        one_by_one: bool = False,
     ) -> Values:
         """``(B, *shape)`` for each parameter.
 
@@ -84,13 +99,14 @@ class Application:
             values: θ by name.
             inputs: see ``Dims``, for ``leaves``.
             rows: names of what has a row for each example, and so gradients ``(B, …)`` of rows.
+            outputs: where the outputs have the examples; by default where ``output_dim`` says.
             one_by_one: one example after the other.
 
         Raises:
             NoRuleError: an example by itself gives another output, or none.
         """
         places = sorted(self._grads)
-        dims = [self.output_dim(place) for place in places]
+        dims = [self._output_dim(place, outputs) for place in places]
         precision = max((p.dtype for p in values.values()), key=lambda d: torch.finfo(d).bits)
         leaves = [_wide(leaf, precision) for leaf in self.leaves]
         where = {k: dim for k, dim in enumerate(inputs) if dim is not None}
@@ -124,6 +140,12 @@ class Application:
             self._compare(place, out, dim)
         return {name: value.detach() for name, value in result.items()}
 
+    def _output_dim(self, place: int, outputs: Dims | None) -> int:
+        dim = self.output_dim(place) if outputs is None else outputs[place]
+        if dim is None:
+            raise NoRuleError("its output is the same for all examples")
+        return dim
+
     def _compare(self, place: int, out: Tensor, dim: int) -> None:
         """Refuse another output than that of the pass."""
         expected, version = self._outputs[place]
@@ -136,6 +158,8 @@ class Application:
                 f"one of {tuple(expected.shape)}"
             )
         eps = max(torch.finfo(expected.dtype).eps, torch.finfo(out.dtype).eps)
+        if not expected.numel():
+            return
         low, high = expected.aminmax()
         size = max(-float(low), float(high))
         if not isfinite(size):
@@ -225,6 +249,98 @@ def each_example(
             ]
         rows.append(dict(zip(theta, map(torch.stack, zip(*found, strict=True)), strict=True)))
     return {name: torch.stack([row[name] for row in rows], 1) for name in values}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The shapes of an application in a pass that looks where the examples are."""
+
+    inputs: Shapes
+    outputs: Shapes
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, output: Any) -> Seen:
+        """Of an application."""
+        return cls(shapes_of(tree_flatten((args, kwargs))[0]), shapes_of(tree_flatten(output)[0]))
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an application's inputs and outputs have the examples; −1 where that is not clear.
+
+    Attributes:
+        ranks: the inputs' numbers of dimensions, by which the application is known again.
+    """
+
+    inputs: Dims
+    outputs: Dims
+    ranks: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, first: Seen, second: Seen, sizes: tuple[int, int]) -> Places | None:
+        """From passes over two numbers of examples; None where they are not of one application."""
+        same = [ranks_of(first.inputs) == ranks_of(second.inputs)]
+        same.append(ranks_of(first.outputs) == ranks_of(second.outputs))
+        if not all(same):
+            return None
+        return cls(
+            [_moved(a, b, sizes) for a, b in zip(first.inputs, second.inputs, strict=True)],
+            [_moved(a, b, sizes) for a, b in zip(first.outputs, second.outputs, strict=True)],
+            ranks_of(first.inputs),
+        )
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is clear where the examples are."""
+        return -1 not in self.inputs and -1 not in self.outputs and set(self.inputs) != {None}
+
+
+def matching(
+    places: Sequence[Places | None] | None, found: Sequence[Application], batch_size: int
+) -> Sequence[Places | None]:
+    """The places of some applications; None for all where shapes have to tell.
+
+    Args:
+        places: of what was looked at; None if nobody has looked.
+        found: the applications of a pass.
+        batch_size: B.
+
+    Raises:
+        NoRuleError: they are not what was looked at, and shapes do not tell.
+    """
+    unknown = [None] * len(found)
+    if places is None:
+        return unknown
+    ranks = [ranks_of(application.shapes) for application in found]
+    if [None if place is None else place.ranks for place in places] == ranks:
+        return places
+    shapes = [shape for application in found for shape in application.shapes if shape]
+    if any(list(shape).count(batch_size) > 1 for shape in shapes):
+        raise NoRuleError(
+            f"an input has {batch_size} numbers in several dimensions, any of which could be the "
+            "examples, and a look at fewer examples did not tell"
+        )
+    return unknown
+
+
+def shapes_of(leaves: Sequence[Any]) -> Shapes:
+    """See ``Shapes``."""
+    return tuple(x.shape if isinstance(x, Tensor) else None for x in leaves)
+
+
+def ranks_of(shapes: Shapes) -> tuple[int | None, ...]:
+    """Numbers of dimensions."""
+    return tuple(None if shape is None else len(shape) for shape in shapes)
+
+
+def _moved(a: torch.Size | None, b: torch.Size | None, sizes: tuple[int, int]) -> int | None:
+    """The dimension that is the number of examples in both; None if nothing changes, −1 if else."""
+    if a is None or b is None or a == b:
+        return None
+    changed = [k for k, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    if len(changed) != 1 or (a[changed[0]], b[changed[0]]) != sizes:
+        return -1
+    return changed[0]
 
 
 def batch_dims(leaves: Sequence[Any], batch_size: int) -> list[Dims]:

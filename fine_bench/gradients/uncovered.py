@@ -29,8 +29,11 @@ from fine_bench.gradients.reevaluation import (
     Application,
     Dims,
     NoRuleError,
+    Places,
+    Seen,
     Values,
     batch_dims,
+    matching,
 )
 from fine_bench.types import UnsupportedProblemError
 
@@ -61,6 +64,8 @@ class Uncovered:
         self._remedy = remedy
         self._applied: list[tuple[_Module, Application]] = []
         self._depth = 0
+        self._looking: list[Seen] | None = None  # in a pass that looks where the examples are
+        self._looks: list[tuple[int, tuple[list[Seen], list[Seen]]]] = []
         self._totals: dict[str, Tensor] = {}
         self._size = 0.0
         self._handles: list[RemovableHandle] = []
@@ -101,15 +106,49 @@ class Uncovered:
             handle.remove()
         self._handles = []
 
+    def look(self, passes: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
+        """Passes that look where the examples are, made of passes over two numbers of them."""
+        self._looks = []
+
+        def made(n: int, run: Callable[[], Any]) -> Callable[[], Any]:
+            def look() -> Any:
+                self._looking = []
+                self._uses.look()
+                try:
+                    output = run()
+                    seen = self._looking, self._uses.looked()
+                finally:
+                    self._looking = None
+                    self._uses.looked()
+                self._looks = [(k, s) for k, s in self._looks if k != n] + [(n, seen)]
+                return output
+
+            return look
+
+        return [(n, made(n, run)) for n, run in passes]
+
+    def _places(self, which: int) -> list[Places | None] | None:
+        """Where modules (0) or operations (1) have the examples; None if nobody has looked."""
+        if not self._looks:
+            return None
+        (n, first), (m, second) = self._looks if len(self._looks) == 2 else self._looks * 2
+        if n == m or len(first[which]) != len(second[which]):
+            return [None]  # as many as there are not
+        pairs = zip(first[which], second[which], strict=True)
+        return [Places.of(a, b, (n, m)) for a, b in pairs]
+
     # ------------------------------------------------------------------ hooks
 
     def _record(self, module: _Module, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._listens() and torch.is_grad_enabled():
+        if self._looking is not None:
+            self._looking.append(Seen.of(args, kwargs, output))
+        elif self._listens() and torch.is_grad_enabled():
             application = Application(module, args, kwargs, output, module.output_dim)
             self._applied.append((module, application))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._depth or (self._listens() and torch.is_grad_enabled()):
+        listens = self._listens() and torch.is_grad_enabled()
+        if self._depth or listens or self._looking is not None:
             if not self._depth:
                 self._uses.begin(module.buffers())
                 self._uses.__enter__()  # type: ignore[no-untyped-call]
@@ -151,10 +190,13 @@ class Uncovered:
         """
         with torch.no_grad():
             try:
-                found = self._uses.gradients(batch_size)
-                for module, application in self._applied:
+                found = self._uses.gradients(batch_size, self._places(1))
+                applications = [application for _, application in self._applied]
+                places = matching(self._places(0), applications, batch_size)
+                for (module, application), place in zip(self._applied, places, strict=True):
                     if application.reached:
-                        for name, value in module.gradients(application, batch_size).items():
+                        own = module.gradients(application, batch_size, place)
+                        for name, value in own.items():
                             found[name] = found[name] + value if name in found else value
             except NoRuleError as error:
                 raise self._refusal(self.names, str(error)) from error
@@ -232,8 +274,13 @@ class _Module:
             [[None if x is None else d for x, d in zip(leaves, dims, strict=True)]] if fit else []
         )
 
-    def gradients(self, application: Application, batch_size: int) -> Values:
+    def gradients(self, application: Application, batch_size: int, places: Places | None) -> Values:
         """``(B, *shape)`` of each parameter, by its name in the model.
+
+        Args:
+            application: of the module.
+            batch_size: B.
+            places: where the examples are; None where shapes have to tell.
 
         Raises:
             NoRuleError: they do not follow.
@@ -242,9 +289,14 @@ class _Module:
         values = {name: named[name].detach() for name in self.names}
         reason = "none of its inputs has the examples where it should"
         ways = (True,) if self._one_by_one else (False, True)
-        for dims, one_by_one in product(self.input_dims(application.leaves, batch_size), ways):
+        outputs = None if places is None else places.outputs
+        if places is None:
+            may = self.input_dims(application.leaves, batch_size)
+        else:
+            may = [places.inputs] if places.clear else []
+        for dims, one_by_one in product(may, ways):
             try:
-                found = application.gradients(values, dims, one_by_one=one_by_one)
+                found = application.gradients(values, dims, outputs=outputs, one_by_one=one_by_one)
             except NoRuleError as error:
                 reason = str(error)
                 continue

@@ -274,7 +274,7 @@ def rows(model: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
     return one_at_a_time(model, {name: params[name] for name in names}, x, y, F.cross_entropy)
 
 
-@pytest.mark.parametrize("n", [5, LENGTH, WIDTH])
+@pytest.mark.parametrize("n", [5, LENGTH])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_recorded_training_pass(name: str, n: int) -> None:
     """Also with as many examples as positions or coordinates."""
@@ -293,6 +293,70 @@ def test_a_recorded_training_pass(name: str, n: int) -> None:
     if name != "pruned":  # which has hooks of its own
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+class SequenceFirst(Sequences):
+    """The sequence comes first, and positions are for its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.scale = parameter(LENGTH, 1, WIDTH), parameter(WIDTH)
+        self.layer, self.recurrent = OfOnesOwn(), nn.GRU(WIDTH, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) + self.positions
+        x = x + self.layer(x, eps=0.1) * self.scale
+        return self.recurrent(x)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("n", [5, LENGTH, WIDTH])
+@pytest.mark.parametrize("name", [*MODELS, "sequence first"])
+def test_after_a_look_at_fewer_examples(name: str, n: int) -> None:
+    """Where the examples are does not have to be told from shapes then."""
+    model, x, y = build("GRU", n)
+    model = SequenceFirst().double() if name == "sequence first" else build(name)[0]
+    recorder = LayerRecorder(model, tap=True)
+    looked_at(recorder, x)
+    recorder.start()
+    F.cross_entropy(model(x), y).backward()
+    recorder.stop()
+    assert recorder._uncovered is not None
+    block = recorder._uncovered.block("", n, float(n), [], 1e-16)
+    close(block.dense(), rows(model, x, y, recorder.leftover))
+
+
+def looked_at(recorder: LayerRecorder, x: Tensor, fewer: int = 2) -> None:
+    assert recorder._uncovered is not None
+    model = recorder.model
+    with torch.no_grad():
+        for _, run in recorder._uncovered.look(
+            [(len(x), lambda: model(x)), (fewer, lambda: model(x[:fewer]))]
+        ):
+            run()
+
+
+def test_another_pass_than_was_looked_at() -> None:
+    class Longer(Positions):
+        twice = False
+
+        def body(self, x: Tensor) -> Tensor:
+            x = super().body(x)
+            return super().body(x) if self.twice else x
+
+    for n in (5, LENGTH):
+        _, x, y = build("positions", n)
+        model = Longer().double()
+        recorder = LayerRecorder(model, tap=True)
+        looked_at(recorder, x)
+        model.twice = True
+        recorder.start()
+        F.cross_entropy(model(x), y).backward()
+        recorder.stop()
+        if n == 5:
+            close(recorder.blocks(n, 5.0)[-1].dense(), rows(model, x, y, ["positions"]))
+            continue
+        with pytest.raises(UnsupportedProblemError, match="6 numbers in several dimensions"):
+            recorder.blocks(n)
 
 
 @pytest.mark.parametrize("name", MODELS)
