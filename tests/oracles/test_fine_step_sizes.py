@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,6 +38,8 @@ def network(kind: str = "mlp") -> nn.Module:
         if kind == "mlp":
             layers: list[nn.Module] = [nn.Linear(16, 5), nn.Tanh(), nn.LayerNorm(5)]
             return nn.Sequential(*layers, nn.Linear(5, CLASSES)).double()
+        if kind == "free":
+            return Free().double()
         return nn.Sequential(
             nn.Unflatten(1, (1, 4, 4)),
             nn.Conv2d(1, 2, 3, padding=1),
@@ -44,6 +47,27 @@ def network(kind: str = "mlp") -> nn.Module:
             nn.Flatten(),
             nn.Linear(32, CLASSES),
         ).double()
+
+
+class Free(nn.Module):
+    """A parameter of no layer, two layers that share a weight, one whose weight is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+        self.inward = weight_norm(nn.Linear(16, 6))
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.norm, self.out = nn.GroupNorm(2, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inward(x)) * self.scale
+        return self.out(self.norm(self.second(torch.tanh(self.first(h)))))
+
+
+def each(net: nn.Module) -> list[dict[str, Any]]:
+    """A step size for every parameter."""
+    return [{"params": [p], "lr": 0.05 * (1 + k % 4)} for k, p in enumerate(net.parameters())]
 
 
 def data(seed: int, n: int) -> tuple[Tensor, Tensor]:
@@ -147,8 +171,14 @@ def still(net: nn.Module) -> list[dict[str, Any]]:
 @pytest.mark.any_trainer(
     "parameters that the optimiser does not hold, or moves by a step size of 0"
 )
-@pytest.mark.parametrize("groups", [heads, biases, still])
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize(
+    ("groups", "kind"),
+    [
+        *((groups, kind) for groups in (heads, biases, still) for kind in ("mlp", "cnn")),
+        (each, "cnn"),
+        (each, "free"),
+    ],
+)
 @pytest.mark.parametrize("target", ["self", "queries", "validation"])
 def test_each_parameter_counts_with_its_own_step_size(
     groups: Groups, kind: str, target: str
