@@ -10,7 +10,7 @@ Every pass is looked at: the examples' gradients must add up to the parameter's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -74,8 +74,7 @@ class Uncovered:
         inside: dict[str, dict[str, str]] = {}
         free: dict[str, set[str]] = {}
         for name in names:
-            owner = name.rpartition(".")[0].split(".parametrizations.")[0]
-            owner = "" if owner.startswith("parametrizations.") else owner
+            owner = _caller(name, modules)
             below = (m for m in modules[owner].modules() if m is not modules[owner])
             if any(id(m) in layers for m in below):
                 free.setdefault(owner, set()).add(name)
@@ -233,6 +232,19 @@ class Uncovered:
             f"the parameters {list(names)} belong to no layer with per-example factors, and their "
             f"gradients do not follow from the training pass ({why}); use {self._remedy(names)}"
         )
+
+
+def _caller(parameter: str, modules: Mapping[str, nn.Module]) -> str:
+    """Name of the module in whose ``forward`` a parameter is used.
+
+    That of a parametrised weight is the layer's, and a list of parameters has none.
+    """
+    owner = f".{parameter}".partition(".parametrizations.")[0][1:]
+    if owner == parameter:
+        owner = parameter.rpartition(".")[0]
+    while owner and type(modules[owner]).forward is nn.Module.forward:
+        owner = owner.rpartition(".")[0]
+    return owner
 
 
 class _Module:

@@ -122,6 +122,19 @@ class Queries(Sequences):
         return F.scaled_dot_product_attention(q, x, x, attn_mask=self.bias)
 
 
+class Prompts(Sequences):
+    """Lists and mappings of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts = nn.ParameterList([parameter(1, WIDTH), parameter(2, WIDTH)])
+        self.scales = nn.ModuleDict({"all": nn.ParameterDict({"x": parameter(WIDTH)})})
+
+    def body(self, x: Tensor) -> Tensor:
+        prompts = torch.cat(list(self.prompts)).unsqueeze(0).expand(len(x), -1, -1)
+        return torch.cat([prompts, x], 1) * self.scales["all"]["x"]
+
+
 class Branch(nn.Module):
     """A residual branch with a scale, beside whose parameter stands a layer."""
 
@@ -240,6 +253,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "scales": Scales,
     "by hand": ByHand,
     "queries": Queries,
+    "prompts": Prompts,
     "nested": Nested,
     "of one's own": lambda: Within(OfOnesOwn(), eps=0.1),
     "PReLU": lambda: Within(nn.PReLU(3 * 2)),
@@ -258,7 +272,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "LSTM": lambda: Recurrent(nn.LSTM(WIDTH, 5, 2, bidirectional=True)),
     "RNN": lambda: Recurrent(nn.RNN(WIDTH, 5), use_last=True),
 }
-FREE = ("class token", "positions", "looked up", "scales", "by hand", "queries", "nested")
+FREE = (
+    "class token",
+    "positions",
+    "looked up",
+    "scales",
+    "by hand",
+    "queries",
+    "prompts",
+    "nested",
+)
 
 
 def build(name: str, n: int = 5, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
@@ -435,6 +458,24 @@ def test_other_questions(name: str, options: dict[str, Any]) -> None:
     watched = FINECallback(queries=queries, **options)
     fit(model, x, y, F.cross_entropy, [watched])
     assert float(watched.scores().values.std()) > 0
+
+
+@pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
+def test_several_watch_one_run() -> None:
+    def run(*which: int) -> list[Tensor]:
+        model, x, y = build("nested", 18)
+        queries = TensorDataset(x[:4], y[:4])
+        every = [
+            FINECallback(observable="loss"),
+            FINECallback("validation", queries=queries, refresh_every=1),
+            FINECallback(schedule="snapshot"),
+        ]
+        fit(model, x, y, F.cross_entropy, [every[k] for k in which])
+        return [every[k].scores().values for k in which]
+
+    together = run(0, 1, 2)
+    for k, values in enumerate(together):
+        assert torch.equal(values, run(k)[0])
 
 
 @pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
