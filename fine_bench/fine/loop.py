@@ -209,7 +209,7 @@ class WatchedLoop:
         with self._at_work():
             self._settle()
             self._told_epochs = True
-            self._schedule.batch_ends(self.step, self.epoch, epoch_ends=True)
+            self._observation.batch_ends(self.step, self.epoch, epoch_ends=True)
             self._next_epoch()
 
     # ------------------------------------------------------------------ results
@@ -361,7 +361,7 @@ class WatchedLoop:
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self._at_work():
             self.step += 1
-            self._schedule.batch_ends(self.step, self.epoch, epoch_ends=False)
+            self._observation.batch_ends(self.step, self.epoch, epoch_ends=False)
 
     # ------------------------------------------------------------------ within
 

@@ -18,6 +18,7 @@ them, and G = 0 where no label is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,12 @@ class ModelLoss:
             outputs = logits.reshape(len(y), -1)
             losses = F.mse_loss(outputs, y.reshape(len(y), -1), reduction="none").mean(1)
         return losses if reduction == "none" else getattr(losses, reduction)()
+
+    def gradient(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The gradient of −log p of class labels at their logits, ``(k, classes)`` in float64."""
+        wanted = F.one_hot(labels, logits.shape[1]).to(logits.device, torch.float64)
+        wanted = wanted * (1.0 - self.smoothing) + self.smoothing / logits.shape[1]
+        return torch.softmax(logits.double(), 1) - wanted
 
     def aligned(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and the labels that they predict.
@@ -121,22 +128,25 @@ def divisor(
             return None
         if thorough:
             _refuse_elsewhere(grad, loss, y)
-        some = there[:: max(1, len(there) // (MANY if thorough else FEW))]
-        z, g, y = z[some], g[some], labels[some]
-        loss = ModelLoss(smoothing=loss.smoothing)
+        # where the label is least known the gradient says most
+        surprise = g[there, labels[there]].abs()
+        some = there[surprise.topk(min(FEW, len(there))).indices]
+        if thorough:
+            some = torch.cat([some, there[:: max(1, len(there) // MANY)]])
+        g, expected = g[some], loss.gradient(z[some], labels[some])
     else:
-        z, g = logits, grad
-    wide = torch.float32 if z.dtype in (torch.bfloat16, torch.float16) else z.dtype
-    with torch.enable_grad():
-        z = z.detach().to(wide).requires_grad_()
-        (expected,) = torch.autograd.grad(loss(z, y, reduction="none").sum(), z)
+        g, expected = grad, _gradient(loss, logits, y)
     g, expected = g.double(), expected.double()
-    if not bool(torch.isfinite(g).all()):
+    # all that is needed of them in three numbers: g = E/D exactly if ⟨G, E⟩² = ⟨G, G⟩ ⟨E, E⟩
+    both = torch.stack([g.flatten(), expected.flatten()])
+    (own, product), (_, square) = (both @ both.T).tolist()
+    if not math.isfinite(own):
         return None
-    square = float((expected * expected).sum())
-    inverse = float((g * expected).sum()) / square if square > 0.0 else 0.0
-    missing = float((g - inverse * expected).norm())
-    if inverse <= 0.0 or missing > LOOSE.get(kind, 1e-3) * float(g.norm()):
+    inverse = product / square if square > 0.0 else 0.0
+    missing = max(0.0, own - product * inverse) ** 0.5
+    # a probability near one is known to the rounding of float32 only
+    rounding = 1e-6 * abs(inverse) * len(g) ** 0.5
+    if inverse <= 0.0 or missing > LOOSE.get(kind, 1e-3) * own**0.5 + rounding:
         raise UnsupportedProblemError(
             "the loss that the Trainer minimises is not a sum of the examples' losses over some "
             "number: the gradient at the logits is of another form (a custom compute_loss or "
@@ -145,6 +155,15 @@ def divisor(
             "loss is, if it has one"
         )
     return _whole(scale / inverse, kind)
+
+
+def _gradient(loss: Callable[..., Tensor], logits: Tensor, y: Tensor) -> Tensor:
+    """E of the module's text, for any loss."""
+    wide = torch.float32 if logits.element_size() < 4 else logits.dtype
+    with torch.enable_grad():
+        z = logits.detach().to(wide).requires_grad_()
+        (expected,) = torch.autograd.grad(loss(z, y, reduction="none").sum(), z)
+    return expected
 
 
 def _refuse_elsewhere(grad: Tensor, loss: ModelLoss, y: Tensor) -> None:

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from fine_bench.llm.trainer_callback import FINETrainerCallback, refuse_setting
+from fine_bench.llm.trainer_losses import ModelLoss, divisor
 from fine_bench.types import UnsupportedProblemError
 from support.commands import environment
 
@@ -441,3 +442,37 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [1.0, 12.0], ids=["new", "memorised"])
+def test_the_divisor_is_read_off_the_gradient(dtype: torch.dtype, known: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(9, (6, 7), generator=g)
+    y[:, :3] = -100
+    wanted = F.one_hot(y.clamp_min(0), 9).roll(-1, 1)
+    logits = (torch.randn(6, 7, 9, generator=g) + known * wanted).to(dtype).requires_grad_()
+    loss = ModelLoss(shifts=True)
+    for scale, number in ((1.0, 24.0), (1024.0, 96.0)):
+        total = loss(logits.float(), y, "sum") / number * scale
+        (grad,) = torch.autograd.grad(total, logits)
+        for thorough in (False, True):
+            found = divisor(loss, logits.detach(), grad, y, scale=scale, thorough=thorough)
+            assert found == pytest.approx(number, rel=0.03 if dtype == torch.bfloat16 else 1e-4)
+    (grad,) = torch.autograd.grad(loss(logits.float(), y, "none").square().sum(), logits)
+    with pytest.raises(UnsupportedProblemError, match="not a sum of the examples' losses"):
+        divisor(loss, logits.detach(), grad, y, scale=1.0, thorough=False)
+    assert divisor(loss, logits.detach(), grad, y.fill_(-100), scale=1.0, thorough=False) is None
+
+
+def test_losses_of_numbers_and_of_several_labels() -> None:
+    logits, numbers = torch.randn(5, 1).double(), torch.randn(5).double()
+    torch.testing.assert_close(
+        ModelLoss()(logits, numbers, "mean"), F.mse_loss(logits[:, 0], numbers)
+    )
+    logits, labels = torch.randn(5, 3).double(), torch.randint(2, (5, 3)).double()
+    torch.testing.assert_close(
+        ModelLoss()(logits, labels, "mean"), F.binary_cross_entropy_with_logits(logits, labels)
+    )
+    with pytest.raises(UnsupportedProblemError, match="are not those of a classifier"):
+        ModelLoss()(torch.zeros(5, 4, 3), torch.zeros(5, dtype=torch.int64))
