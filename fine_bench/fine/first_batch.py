@@ -22,7 +22,7 @@ cross-entropy; a run that minimises another loss is asked for it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
+from fine_bench.fine.aside import own_randomness
 from fine_bench.fine.batch_adapter import to_model
 from fine_bench.fine.example_labels import hard_labels
 from fine_bench.fine.loss_graph import LossGraph, Output, Outputs, mixes
@@ -42,6 +43,8 @@ from fine_bench.gradients.batch_norm import (
     fixed_statistics,
 )
 from fine_bench.gradients.engine import per_example_loss
+from fine_bench.gradients.layout import Pass, fewer_or_twice, layers_called, resized
+from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, UnsupportedProblemError
 
 
@@ -54,6 +57,7 @@ class FirstBatch:
         forward: ``forward(x)`` of the callback's passes.
         loss: of these passes.
         aside: see ``passes.Aside``.
+        recorder: learns from the same passes where its layers' inputs have the examples.
         stated: whether the user says what the loss is, or passes depend on it; otherwise it may be
             another one than the passes' own.
         default: whether passes depend on the loss and nobody says which it is.
@@ -66,6 +70,7 @@ class FirstBatch:
         forward: Callable[[Any], Any],
         loss: Loss,
         aside: Aside,
+        recorder: LayerRecorder | None = None,
         *,
         stated: bool,
         default: bool = False,
@@ -75,6 +80,7 @@ class FirstBatch:
         self.forward = forward
         self.loss = loss
         self.aside = aside
+        self.recorder = recorder
         self.stated = stated
         self.default = default
         self.expected: float | None = None
@@ -94,18 +100,27 @@ class FirstBatch:
         self._note(batch)
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
         normalised = coupling_layers(self.module).values()
+        modes = [(part, part.training) for part in self.module.modules()]
         try:
-            with self.aside(), fixed_statistics(self.module), torch.no_grad():
+            with self.aside(), fixed_statistics(self.module), torch.no_grad(), layers_called():
                 x, y = self.data.adapter.inputs(batch)
                 x, y = to_model(x, self.data.device, self.data.dtype), y.to(self.data.device)
-                whole = self.forward(x)
-                half = len(y) // 2
-                part = self.forward(tree_map(lambda t: _first(t, half), x)) if half else None
+                # half of the examples, or a single one twice
+                m, other = len(y), fewer_or_twice(len(y))
+                some = tree_map(lambda t: resized(t, other), x)
+                passes = [(m, lambda: self.forward(x)), (other, lambda: self.forward(some))]
+                whole, part = self._passed(passes)
+                if self.recorder is not None and not _of_batches(whole, part, m, other):
+                    self.recorder.layouts.forget()
+            with self.aside(), torch.no_grad():
+                self._compare_steps(m, lambda: self.forward(x), modes)
             outputs = whole
             if normalised:  # the loss is that of outputs under the batch's statistics
                 with self.aside(), as_in_training(normalised), torch.no_grad():
                     outputs = self.forward(x)
         except Exception as error:
+            if self.recorder is not None:
+                self.recorder.layouts.forget()
             warnings.warn(
                 "f-INE could not look whether the examples of a batch mix, or whether the loss is "
                 f"a mean over them, since the model cannot be asked by itself ({error}); tell "
@@ -116,8 +131,7 @@ class FirstBatch:
         finally:
             for name, value in self.module.named_buffers():
                 value.copy_(buffers[name])
-        if half:
-            self._compare(whole, part, len(y), half)
+        self._compare(whole, part, m, other)
         self.size = len(y)
         if self.default and not _classes(whole, y):
             self._shapes = f"output {_said(whole)} and labels {_said(y)}"
@@ -261,16 +275,36 @@ class FirstBatch:
             + (", the training's own" if name else ", or whatever the training's loss is")
         )
 
+    def _passed(self, passes: Sequence[Pass]) -> list[Any]:
+        if self.recorder is None:
+            return [run() for _, run in passes]
+        return self.recorder.find_layouts(passes)
+
+    def _compare_steps(
+        self, m: int, run: Callable[[], Any], modes: Sequence[tuple[nn.Module, bool]]
+    ) -> None:
+        """Let nothing be repeated for each example that would change the training's own pass."""
+
+        def in_training() -> Any:
+            with own_randomness():
+                return run()
+
+        if self.recorder is not None and self.recorder.layouts.shared:
+            for part, mode in modes:
+                part.training = mode
+            self.recorder.repeats_alike(m, in_training)
+
     @staticmethod
-    def _compare(whole: Any, part: Any, m: int, half: int) -> None:
+    def _compare(whole: Any, part: Any, m: int, other: int) -> None:
+        half = min(m, other)
         for a, b in zip(tree_leaves(whole), tree_leaves(part), strict=True):
-            if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != m or len(b) != half:
+            if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != m or len(b) != other:
                 continue
             if not a.is_floating_point():
                 continue
             if a.shape[1:] != b.shape[1:]:  # sequences cut to the longest of their batch
                 continue
-            a, b = a[:half].double(), b.double()
+            a, b = a[:half].double(), b[:half].double()
             eps = torch.finfo(whole.dtype if isinstance(whole, Tensor) else torch.float32).eps
             wrong = (a - b).abs() > eps**0.5 * (1.0 + a.abs())
             if bool(wrong.any()):
@@ -335,5 +369,9 @@ def _said(x: Any) -> str:
     return f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"of {type(x).__name__}"
 
 
-def _first(x: Any, count: int) -> Any:
-    return x[:count] if isinstance(x, Tensor) else x
+def _of_batches(whole: Any, part: Any, m: int, other: int) -> bool:
+    """Whether one of the outputs has as many examples as its batch."""
+    pairs = zip(tree_leaves(whole), tree_leaves(part), strict=True)
+    return any(
+        isinstance(a, Tensor) and a.ndim > 0 and len(a) == m and len(b) == other for a, b in pairs
+    )

@@ -329,6 +329,7 @@ class WatchedLoop:
             self._forward,
             options.loss if known else unknown_loss,
             passes.aside,
+            self._recorder,
             stated=known and (options.needs_engine or options.says_loss),
             default=known and options.needs_engine and not options.says_loss,
         )

@@ -80,7 +80,8 @@ class Observation:
         passes = make_passes(
             options, module, data, recorder, optimizers, aside, processes or Processes()
         )
-        self._first: FirstBatch | None = make_first_batch(options, module, data, aside)
+        self._first: FirstBatch | None = make_first_batch(options, module, data, aside, recorder)
+        self._looks = self._first
         self.schedule: InBatchSchedule | SnapshotSchedule
         if options.schedule == "in_batch":
             self.schedule = InBatchSchedule(options, passes, recorder, Window(parameters))
@@ -119,10 +120,14 @@ class Observation:
             epoch: number of epochs so far.
             look: whether the batch tells what the model will get; otherwise ``look`` is called.
         """
-        if self._trained.change(epoch):
+        changed = self._trained.change(epoch)
+        if changed:
             self._layers_change()
         if look and self._first is not None and not self._first.size:
             self.look(batch)
+        elif look and changed and self._looks is not None:
+            self._looks.starts(batch)  # at the layers that are new
+            self._looks.close()
         self.schedule.batch_starts(batch, step, epoch)
         if self._first is not None and not self._compiled:
             self._first.listens()
@@ -151,6 +156,7 @@ class Observation:
             UnsupportedProblemError: see ``FirstBatch``.
         """
         self._first = first or self._first
+        self._looks = self._first or self._looks
         if self._first is not None:
             self._first.starts(batch)
         if first is not None and not self._compiled:

@@ -130,7 +130,11 @@ def make_passes(
 
 
 def make_first_batch(
-    options: Options, module: nn.Module, data: TrainingData, aside: Aside
+    options: Options,
+    module: nn.Module,
+    data: TrainingData,
+    aside: Aside,
+    recorder: LayerRecorder | None = None,
 ) -> FirstBatch:
     """The look at the first batch."""
     forward, loss = options.passes()
@@ -140,6 +144,7 @@ def make_first_batch(
         lambda x: forward(module, x),
         loss,
         aside,
+        recorder,
         stated=options.needs_engine or options.says_loss,
         default=options.needs_engine and not options.says_loss,
     )

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from fine_bench.gradients.batch_norm import refuse_batch_coupling
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.layout import fewer_or_twice, layers_called, resized
 from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder
@@ -85,7 +86,7 @@ class GradientEngine:
         refuse_batch_coupling(self.model)
         recorder = self.recorder
         with torch.enable_grad(), recorder.alone():
-            with recorder.exclusively():
+            with recorder.exclusively(len(y)):
                 logits = self.forward(x)
             classes = (
                 logits.ndim == 2
@@ -117,7 +118,11 @@ class GradientEngine:
                 return self._in_full(names, x, y, loss)
 
             if check:
-                blocks = self._check(losses, in_full)
+                checked = self._check(losses, in_full)
+                if checked is None:  # with layouts that the next pass knows
+                    self._find_layouts(x, len(y))
+                    return self(x, y, observable)
+                blocks = checked
             else:
                 names = self.names_in_full
                 blocks = self.blocks(len(y), in_full(names) if names else {})
@@ -201,8 +206,13 @@ class GradientEngine:
 
     def _check(
         self, losses: Tensor, in_full: Callable[[Sequence[str]], dict[str, Tensor]]
-    ) -> list[Block]:
-        """The blocks of the first batch, with layers that fail the check moved to ``in_full``."""
+    ) -> list[Block] | None:
+        """The blocks of the first batch, with layers that fail the check moved to ``in_full``.
+
+        Returns:
+            None where there are such layers and nobody has looked yet where their inputs have the
+            examples.
+        """
         recorder, n = self.recorder, len(losses)
         params = dict(self.model.named_parameters())
         own = {layer: recorder.parameter_names(layer) for layer in recorder.layers}
@@ -237,6 +247,9 @@ class GradientEngine:
             self.in_full[layer] = (
                 f"the gradient of layer {layer!r} is not the sum of its examples' gradients"
             )
+        if self.in_full and not recorder.layouts.looked:
+            self.in_full = {}
+            return None
         blocks, parts = found, list(own.values())
         if self.names_in_full:
             blocks = self.blocks(n, in_full(self.names_in_full))
@@ -253,6 +266,18 @@ class GradientEngine:
         if wrong is not None:
             self._checked = "yes" if n > 1 else "one example"
         return blocks
+
+    def _find_layouts(self, x: Any, n: int) -> None:
+        """Look where the layers' inputs have the examples, by a pass over fewer of them."""
+        other = fewer_or_twice(n)
+        some = tree_map(lambda part: resized(part, other), x)
+        with torch.no_grad(), layers_called():
+            try:
+                self.recorder.find_layouts(
+                    [(n, lambda: self.forward(x)), (other, lambda: self.forward(some))]
+                )
+            except Exception:  # whatever the model says to fewer examples: torch.func is left
+                self.recorder.layouts.forget()
 
 
 class _Whole(nn.Module):

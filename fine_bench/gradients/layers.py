@@ -33,6 +33,7 @@ from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.embedding import TokenBlock
 from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.layout import FIRST
 from fine_bench.types import UnsupportedProblemError
 
 Normalise = Callable[[nn.Module, Tensor], Tensor]
@@ -48,9 +49,11 @@ class LayerKind(ABC):
 
     Attributes:
         advice: how its inputs get the examples as their first dimension, for an error message.
+        layout: where its inputs have the examples as long as nobody has looked.
     """
 
     advice = ""
+    layout = FIRST
 
     def of(self, layer: nn.Module) -> LayerKind:
         """The kind of this very layer, where its options matter."""
@@ -67,6 +70,10 @@ class LayerKind(ABC):
     def counts_positions(self, x: Tensor) -> bool:
         """Whether the input of a training pass is positions that all examples share."""
         return False
+
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        """Dimensions of an input that could be the examples."""
+        return range(1)
 
     @abstractmethod
     def features(self, layer: nn.Module, x: Tensor) -> Any:
@@ -107,6 +114,9 @@ class LayerKind(ABC):
 
 
 class _Linear(LayerKind):
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        return range(x.ndim - 1)
+
     def features(self, layer: nn.Module, x: Tensor) -> Tensor:
         _require_dimensions(x, 2, "(batch, …, features)")
         return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
@@ -160,8 +170,8 @@ class _Windows(_Convolution):
         return Fields(layer, x)
 
     def block(self, name: str, layer: nn.Module, calls: Sequence[Call]) -> Block:
-        if len(calls) > 1:
-            return super().block(name, layer, [(fields.full, b) for fields, b in calls])
+        if len(calls) > 1 or isinstance(calls[0][0], Tensor):
+            return super().block(name, layer, [(written(fields), b) for fields, b in calls])
         (fields, b), weight, bias = calls[0], is_trained(layer, "weight"), is_trained(layer, "bias")
         return FieldBlock(name, fields, b, weight, bias)
 
@@ -169,11 +179,19 @@ class _Windows(_Convolution):
 _WINDOWS = _Windows()
 
 
+def written(fields: Any) -> Tensor:
+    """Receptive fields, written if they are not."""
+    return fields.full if isinstance(fields, Fields) else fields
+
+
 class _Embedding(LayerKind):
     advice = (
         "; give positions that all examples share as (batch, positions), with "
         ".expand(batch, -1), and one token an example as (batch, 1)"
     )
+
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        return range(x.ndim)
 
     def counts_positions(self, x: Tensor) -> bool:
         # 0, 1, 2, … in a training pass are positions, not one token each
@@ -219,6 +237,9 @@ class _Norm(LayerKind):
     def __init__(self, normalise: Normalise, *, channels_first: bool = False) -> None:
         self.normalise = normalise
         self.channels_first = channels_first
+
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        return range(1 if self.channels_first else x.ndim - len(_affine_shape(layer)))
 
     def features(self, layer: nn.Module, x: Tensor) -> Tensor:
         shape = _affine_shape(layer)

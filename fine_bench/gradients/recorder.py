@@ -6,9 +6,8 @@ Recording reads what the forward and the backward pass hold anyway; it changes n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -20,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, remedy
 from fine_bench.gradients.layers import LayerKind
+from fine_bench.gradients.layout import FIRST, SHARED, Layouts, Pass, repeated
+from fine_bench.gradients.recorded_call import Call, factors
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
@@ -40,21 +41,6 @@ class BlockReduction(Protocol):
         ...
 
 
-@dataclass(eq=False)
-class Call:
-    """One application of a layer during a forward pass."""
-
-    name: str
-    layer: nn.Module
-    kind: LayerKind | None  # None: only the gradient at the output is asked for
-    input: Tensor | None
-    output: Tensor | None = None
-    edge: GradientEdge | None = None
-    grad: Tensor | None = None
-    features: Any = None
-    reduced: Block | None = None
-
-
 class LayerRecorder:
     """Records the layers of a model whose per-example gradients a pass contains.
 
@@ -66,7 +52,8 @@ class LayerRecorder:
             the calls only hold the edges at which ``torch.autograd.grad`` can be asked for them.
 
     The first tapped pass is checked: the per-example gradients of every parameter must add up to
-    its gradient. A first dimension of the right length is taken to be the examples.
+    its gradient. A first dimension of the right length is taken to be the examples, unless
+    ``find_layouts`` has looked.
 
     Attributes:
         layers: a layer for each block, by the block's name; see ``coverage.py``.
@@ -76,6 +63,7 @@ class LayerRecorder:
             there; it must be linear in the gradient. The last layer's gradient at the output is
             kept beside it.
         seconds: time spent in ``reduce`` during the passes.
+        layouts: where the inputs of the layers have the examples.
 
     Raises:
         UnsupportedProblemError: nothing is trained, or a layer that cannot be watched is.
@@ -103,6 +91,7 @@ class LayerRecorder:
         self.model = model
         self._chosen = layers
         self._last: nn.Module | None = None  # the layer that ran last in a tapped pass
+        self.layouts = Layouts()
         self.watch()
 
     def watch(self, *, required: bool = True) -> None:
@@ -174,6 +163,7 @@ class LayerRecorder:
         """
         self.clear()
         self._batch_size = batch_size
+        self.layouts.starts()
         self.armed = True
         self._totals.clear()
         if self._unchecked and not self._total_handles:
@@ -216,11 +206,19 @@ class LayerRecorder:
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Tensor,
-    ) -> None:
-        if not self._listens() or not torch.is_grad_enabled() or not output.requires_grad:
-            return
+    ) -> Tensor | None:
+        if LayerRecorder._exclusive not in (None, self):
+            return None
         x = inputs[0] if inputs else next(iter(kwargs.values()))
-        call = Call(name, layer, self._kinds[name].at(layer), x.detach())
+        if self.layouts.looks:
+            return self.layouts.note(name, x, output)
+        if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
+            return None
+        layout, instead = self.layouts.next(name), None
+        if layout is SHARED and self._batch_size is not None:
+            layout, x = FIRST, repeated(x, self._batch_size)
+            output = instead = repeated(output, self._batch_size)
+        call = Call(name, layer, self._kinds[name].at(layer), x.detach(), layout)
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
@@ -229,6 +227,7 @@ class LayerRecorder:
                 call.output = output.detach()
         else:
             call.edge = get_gradient_edge(output)
+        return instead
 
     def _record_last(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A call that is no part of any block, kept for the gradient at its output alone."""
@@ -276,11 +275,32 @@ class LayerRecorder:
         finally:
             LayerRecorder._exclusive = before
 
+    def find_layouts(self, passes: Sequence[Pass]) -> list[Any]:
+        """Find out where the layers' inputs have the examples; see ``Layouts.find``.
+
+        To be called without gradients, in a mode in which a pass is not random.
+        """
+        with self.alone():
+            return self.layouts.find(passes, lambda name: self._kinds[name].layout)
+
+    def repeats_alike(self, n: int, run: Callable[[], Any]) -> bool:
+        """Whether a training pass is the same with shared inputs repeated; see ``Layouts``.
+
+        Args:
+            n: number of examples.
+            run: makes the pass, each time with the same random numbers.
+        """
+        shared = [p for name in self.layouts.shared for p in self._parameters[name].values()]
+        if not shared:
+            return True
+        with self.alone(), torch.enable_grad():
+            return self.layouts.same_steps(n, run, shared)
+
     @contextmanager
-    def exclusively(self) -> Iterator[None]:
+    def exclusively(self, batch_size: int | None = None) -> Iterator[None]:
         """Record a pass that no other recorder hears."""
         with self.alone():
-            self.start()
+            self.start(batch_size)
             try:
                 yield
             finally:
@@ -355,32 +375,7 @@ class LayerRecorder:
         )
 
     def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Any, Tensor]:
-        """Features ``(B, T, ·)`` of one call and gradients at its output ``(B, T, O)``."""
-        assert call.grad is not None
-        assert call.input is not None
-        assert call.kind is not None
-        x, grad, layer, kind = call.input, call.grad, call.layer, call.kind
-        if x.ndim == 0 or x.shape[0] != batch_size or (self.tap and kind.counts_positions(x)):
-            # an engine finds shared positions out by itself
-            raise UnsupportedProblemError(
-                f"layer {call.name!r} got an input of shape {tuple(x.shape)} in a batch of "
-                f"{batch_size}: the first dimension must be the examples{kind.advice}"
-            )
-        if call.features is None:
-            try:
-                call.features = kind.features(layer, x)
-            except UnsupportedProblemError as error:
-                raise UnsupportedProblemError(f"layer {call.name!r}: {error}") from error
-        a = call.features
-        if self.tap and grad.dtype in (torch.bfloat16, torch.float16):
-            grad = grad.float()  # products of a mixed-precision pass are taken in float32
-        if scale != 1.0:
-            grad = grad * scale
-        b = kind.positions(layer, grad)
-        if a.is_floating_point() and a.dtype != b.dtype:  # mixed precision
-            both = torch.promote_types(a.dtype, b.dtype)
-            a, b = a.to(both), b.to(both)
-        return a, b
+        return factors(call, batch_size, scale, self.layouts, tap=self.tap)
 
     def rounding(self) -> float:
         """ε of the least precise gradient that was recorded."""

@@ -184,7 +184,7 @@ def root_gradients(
     """
     engine.ensure_checked(x, y)
     recorder = engine.recorder
-    with torch.enable_grad(), recorder.exclusively():
+    with torch.enable_grad(), recorder.exclusively(len(x)):
         logits = engine.forward(x)
     calls, edges = list(recorder.calls), recorder.edges()
     vectors = roots(logits.detach(), y, rows)
