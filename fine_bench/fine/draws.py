@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ NEARLY_ALL = 0.9
 
 
 class Draws:
-    """Notices when examples come a second time within an epoch.
+    """Notices when examples come in a second batch of an epoch (within one: ``observe_rows``).
 
     Not everybody tells of epochs, and a sampler for several processes fills its last batches up:
     an example that comes again after nearly all others have come begins the next round.
@@ -65,7 +66,8 @@ class Draws:
     def __init__(self, accumulator: FineAccumulator) -> None:
         self.accumulator = accumulator
         self._epoch: int | None = None
-        self._seen, self._count = bytearray(), 0
+        # of NumPy: on a few dozen numbers faster than tensors
+        self._seen, self._count = np.zeros(0, dtype=bool), 0
 
     def note(self, index: Tensor, epoch: int) -> None:
         """Take in a batch.
@@ -76,23 +78,20 @@ class Draws:
         """
         if self.accumulator.with_replacement:
             return
-        positions = index.tolist()  # plain integers: faster than tensors of a few dozen numbers
+        positions = index.cpu().numpy()
         if epoch != self._epoch:
             self._epoch = epoch
             self._begin()
-        if any(map(self._seen.__getitem__, positions)) and self._count >= NEARLY_ALL * len(
-            self._seen
-        ):
-            self._begin()
-        for i in positions:
-            if self._seen[i]:
+        if self._seen[positions].any():
+            if self._count < NEARLY_ALL * len(self._seen):
                 self.accumulator.with_replacement = True
                 return
-            self._seen[i] = 1
+            self._begin()
+        self._seen[positions] = True
         self._count += len(positions)
 
     def _begin(self) -> None:
-        self._seen, self._count = bytearray(self.accumulator.n_train), 0
+        self._seen, self._count = np.zeros(self.accumulator.n_train, dtype=bool), 0
 
 
 class Evenness:

@@ -328,5 +328,6 @@ def test_rounds_of_which_nobody_tells() -> None:
         for batch in order.split(6):
             draws.note(batch, 0)
     assert not accumulator.with_replacement
-    draws.note(torch.tensor([int(order[0]), int(order[0])]), 0)
+    draws.note(torch.tensor([3, 4]), 0)
+    draws.note(torch.tensor([5, 4]), 0)
     assert accumulator.with_replacement
