@@ -77,6 +77,8 @@ class Observation:
         self._said_rows = False
         # what was frozen or let go of since the recorder was made
         recorder.watch()
+        with aside():
+            data.refuse_parts_alike()
         passes = make_passes(
             options, module, data, recorder, optimizers, aside, processes or Processes()
         )

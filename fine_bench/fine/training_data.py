@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, default_collate
 
 from fine_bench.data.positions import WithIndex, position_in
 from fine_bench.fine.batch_adapter import BatchAdapter, to_model
@@ -55,6 +55,27 @@ class TrainingData:
         self.adapter = adapter or BatchAdapter()
         if isinstance(dataset, WithIndex) and self.adapter.index is None:
             self.adapter = replace(self.adapter, index=position_in)
+
+    def refuse_parts_alike(self) -> None:
+        """Refuse data sets side by side that each count from 0: an index then names several.
+
+        Raises:
+            ValueError: it does.
+        """
+        parts = self.dataset.datasets if isinstance(self.dataset, ConcatDataset) else []
+        found = []
+        for part in parts:
+            try:
+                index = self.adapter.example_index(self.collate([part[0]]))
+                found += as_positions(index).tolist()
+            except Exception:  # items of another make; the batches will show
+                return
+        if len(set(found)) < len(found):
+            raise ValueError(
+                f"the {len(found)} data sets of the training set begin with the indices {found}: "
+                "each counts for itself, so one index names several examples. Number the whole: "
+                "fine_bench.with_index(ConcatDataset([…])) around data sets without indices"
+            )
 
     def require_positions(self) -> None:
         """Refuse a data set of which examples cannot be read by their positions.

@@ -207,6 +207,22 @@ def test_negative_and_foreign_positions_are_refused_unless_counted() -> None:
     assert int((found != 0).sum()) == N
 
 
+@pytest.mark.any_trainer("`ConcatDataset` of data sets that each count from 0")
+def test_parts_that_count_for_themselves_are_refused() -> None:
+    x, y = data()
+    parts = [TensorDataset(x[:5], y[:5]), TensorDataset(x[5:], y[5:])]
+    alike = ConcatDataset([fine_bench.with_index(part) for part in parts])
+    with pytest.raises(ValueError, match="one index names several"):
+        scores(alike)
+    own = ConcatDataset(
+        [
+            TensorDataset(*p.tensors, i)
+            for p, i in zip(parts, torch.arange(N).split([5, 7]), strict=True)
+        ]
+    )
+    assert torch.equal(scores(own), plain())
+
+
 class Stream(IterableDataset[Any]):
     """Examples that come by themselves."""
 
