@@ -10,6 +10,7 @@ from fine_bench.fine.passes import Passes
 from fine_bench.fine.subset_options import SubsetOptions
 from fine_bench.fine.subset_samples import direction_products, samples, self_products
 from fine_bench.fine.subsets import Draw, Subsets, draw_batches
+from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.seeds import stream
@@ -40,6 +41,7 @@ class SubsetSampler:
         self.options = options
         self._direction: Direction | None = None
         self._refreshed = 0
+        self._trained = TrainedParameters(passes.engine.model)
 
     def draw(self, step: int) -> Draw:
         """The measurement batches of a step."""
@@ -55,6 +57,9 @@ class SubsetSampler:
     def measure(self, step: int) -> Tensor:
         """The samples after a step, ``(3, S)``; see ``samples``."""
         draw = self.draw(step)
+        if self._trained.change(step):  # layers were frozen, let go of, or replaced
+            self.passes.engine.watch()
+            self._direction = None
         with self.passes.aside():
             if self.passes.queries is None:
                 batch = self._gradients(draw.batch_ids)

@@ -140,8 +140,9 @@ def number_of_examples(dataset: Dataset[Any], given: int | None = None) -> int:
         raise TypeError(
             "f-INE needs the number of training examples and the position of each one among them, "
             f"but {type(dataset).__name__} has no length: let it yield (x, y, index) with index "
-            "from 0 to n - 1, the same for an example in every epoch, and give train_size=n; or "
-            "use a map-style dataset (fine_bench.with_index adds the index)"
+            "from 0 to n - 1, the same for an example in every epoch, and give train_size=n to "
+            "FINECallback or fine_bench.watch; or use a map-style dataset, to which "
+            "fine_bench.with_index adds the index"
         )
     return dataset_size(dataset, "the training set")
 

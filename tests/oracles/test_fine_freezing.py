@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fine_bench.callback import FINECallback
+from fine_bench.callback import FINECallback, PaperFINECallback
 from fine_bench.types import UnsupportedProblemError
 from support.tensors import close, observable_gradients
 from support.training import QUIET
@@ -312,3 +312,28 @@ def test_a_run_that_is_resumed(target: str, geometry: Any, tmp_path: Path) -> No
         fit(Module(later), first, keeper, epochs=stop, **loader)
         fit(Module(later), second, epochs=4, resume=tmp_path / f"{stop}" / "last.ckpt")
         assert second.scores().n_observations.tolist() == [4] * N
+
+
+@pytest.mark.any_trainer("a layer that is let go of during the run")
+@pytest.mark.any_trainer("a layer that is frozen during the run")
+@pytest.mark.parametrize("change", [later, earlier])
+@pytest.mark.parametrize("target", ["self", "validation"])
+def test_the_papers_samples_are_of_the_layers_that_train(change: Any, target: Any) -> None:
+    """A sampler that begins when the layers are as they are now measures the same."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    class Compared(PaperFINECallback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            fresh = PaperFINECallback(target, subsets={"some": [0, 1, 2]}, queries=queries(target))
+            fresh.on_train_start(trainer, pl_module)
+            step = trainer.global_step
+            # directions of later steps are those of the last renewal, unless layers change
+            self._sampler._direction = None
+            found.append((self._sampler.measure(step), fresh._sampler.measure(step)))
+            fresh._close()
+
+    fit(Module(change), Compared(target, subsets={"some": [0, 1, 2]}, queries=queries(target)))
+    assert len(found) == 12
+    for mine, theirs in found:
+        assert torch.equal(mine, theirs)
+        assert bool(torch.isfinite(mine).all())
