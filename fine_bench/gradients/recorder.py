@@ -133,6 +133,7 @@ class LayerRecorder:
         self._unchecked = self.tap
         if self.tap and self.leftover:
             self._uncovered = Uncovered(model, self.leftover, hooked, self._listens, self.remedy)
+            self._uncovered.looked = lambda: self.layouts.looked
 
     @property
     def trains(self) -> bool:
@@ -280,6 +281,8 @@ class LayerRecorder:
 
         To be called without gradients, in a mode in which a pass is not random.
         """
+        if self._uncovered is not None:
+            passes = self._uncovered.look(passes)
         with self.alone():
             return self.layouts.find(passes, lambda name: self._kinds[name].layout)
 

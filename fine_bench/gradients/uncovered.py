@@ -47,6 +47,10 @@ class Uncovered:
         covered: layers whose gradients are known otherwise.
         listens: whether the present pass is one to watch.
         remedy: what to type where gradients do not follow, for messages.
+
+    Attributes:
+        looked: whether anybody has looked where the examples are: then shapes that leave it open
+            are refused.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Uncovered:
         self._listens = listens
         self._remedy = remedy
         self._applied: list[tuple[_Module, Application]] = []
+        self.looked: Callable[[], bool] = lambda: False
         self._depth = 0
         self._looking: list[Seen] | None = None  # in a pass that looks where the examples are
         self._looks: list[tuple[int, tuple[list[Seen], list[Seen]]]] = []
@@ -129,7 +134,7 @@ class Uncovered:
     def _places(self, which: int) -> list[Places | None] | None:
         """Where modules (0) or operations (1) have the examples; None if nobody has looked."""
         if not self._looks:
-            return None
+            return [None] if self.looked() else None  # [None]: shapes must not be ambiguous
         (n, first), (m, second) = self._looks if len(self._looks) == 2 else self._looks * 2
         if n == m or len(first[which]) != len(second[which]):
             return [None]  # as many as there are not
