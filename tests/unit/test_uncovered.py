@@ -413,6 +413,12 @@ def test_a_run_with_bags() -> None:
     check_run("EmbeddingBag")
 
 
+@pytest.mark.any_trainer("free parameters and unknown layers behind a sequence that comes first")
+@pytest.mark.parametrize("batch", [4, LENGTH])
+def test_a_run_with_the_sequence_first(batch: int) -> None:
+    check_run("sequence first", batch=batch)
+
+
 @pytest.mark.any_trainer("other parametrisations of a weight, pruning")
 @pytest.mark.parametrize("name", ["parametrised", "orthogonal", "pruned"])
 def test_a_run_with_parametrised_weights(name: str) -> None:
