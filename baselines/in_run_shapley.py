@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from baselines import shapley
@@ -19,6 +19,7 @@ from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import AROUND, Events, training_set
 from fine_bench.fine.aside import beside_training
+from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.batch_norm import (
     coupling_layers,
@@ -170,6 +171,8 @@ class InRunShapleyCallback(InRunMethod):
             raise UnsupportedProblemError(
                 f"{len(trainer.optimizers)} optimisers: in-run Shapley needs one step a batch"
             )
+        refuse_unheld(pl_module, trainer.optimizers[0])
+        self._trained = TrainedParameters(pl_module)
         x, y = read_queries(self.queries, pl_module.device)
         self._validation = ValidationLoss(
             pl_module,
@@ -199,7 +202,12 @@ class InRunShapleyCallback(InRunMethod):
         """Note who is in the batch and record its pass."""
         assert self._recorder is not None
         self._events.batches += 1
-        self._index = batch_index(batch, len(self._accumulator.n_observations))
+        if self._trained.change(trainer.current_epoch):
+            assert self._validation is not None
+            refuse_unheld(pl_module, trainer.optimizers[0])
+            self._recorder.watch()
+            self._validation.watch()
+        self._index = batch_index(batch, len(self._accumulator.n_observations), once=False)
         self._recorder.start()
 
     def on_before_optimizer_step(
@@ -229,6 +237,23 @@ class InRunShapleyCallback(InRunMethod):
             self._recorder = None
         if self._validation is not None:
             self._validation.engine.close()
+
+
+def refuse_unheld(module: nn.Module, optimizer: Any) -> None:
+    """Refuse parameters that have gradients and do not move, so that no step is shared among them.
+
+    Raises:
+        UnsupportedProblemError: there are some.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = module.named_parameters()
+    missing = [name for name, p in named if p.requires_grad and id(p) not in held]
+    if missing:
+        raise UnsupportedProblemError(
+            f"the optimiser does not hold {missing}, which have gradients all the same: shares of "
+            "the gradient would not be shares of the step. Give them to the optimiser or set "
+            "requires_grad=False"
+        )
 
 
 __all__ = ["InRunShapleyCallback"]

@@ -231,6 +231,11 @@ class ValidationLoss:
         """Rows R of the scores."""
         return len(self._weights)
 
+    def watch(self) -> None:
+        """Other parameters are trained than before."""
+        self.engine.watch()
+        self._like = None
+
     def step_values(self, shares: PerExampleGradients, lr: float) -> Tensor:
         """φ of the present step, ``(R, m)``.
 
@@ -290,7 +295,7 @@ class ShapleyAccumulator:
         """Take in one step; whether it could be used.
 
         Args:
-            index: which training examples, ``(m,)``, no repeats.
+            index: which training examples, ``(m,)``; one that stands there twice has two shares.
             values: φ of the step, ``(R, m)``.
         """
         if not bool(torch.isfinite(values).all()):

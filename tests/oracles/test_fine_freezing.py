@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from baselines.in_run_shapley import InRunShapleyCallback
 from fine_bench.callback import FINECallback, PaperFINECallback
 from fine_bench.types import UnsupportedProblemError
 from support.tensors import close, observable_gradients
@@ -337,3 +338,32 @@ def test_the_papers_samples_are_of_the_layers_that_train(change: Any, target: An
     for mine, theirs in found:
         assert torch.equal(mine, theirs)
         assert bool(torch.isfinite(mine).all())
+
+
+@pytest.mark.any_trainer("a layer that is let go of during the run")
+@pytest.mark.any_trainer("a layer that is frozen during the run")
+@pytest.mark.parametrize("change", [later, earlier, headless])
+@pytest.mark.parametrize("target", ["queries", "validation"])
+def test_in_run_shapley_shares_what_each_step_moves(change: Any, target: Any) -> None:
+    callback = InRunShapleyCallback(target, queries=queries(target))
+    module = Module(change)
+    fit(module, callback)
+    (x, y), (xq, yq) = data(1, N), data(2, V)
+    values = torch.zeros(V, N, dtype=torch.float64)
+    for params, index, rates in module.diary:
+        g = observable_gradients(module.net, params, x[index], y[index], "loss")
+        h = observable_gradients(module.net, params, xq, yq, "loss")
+        rate = [torch.full((v.numel(),), rates[k], dtype=torch.float64) for k, v in params.items()]
+        values[:, index] += h @ (g * torch.cat(rate)).T / len(index)
+    if target == "validation":
+        values = values.mean(0, keepdim=True)
+    close(callback.scores().values, values, 1e-6)
+
+
+def test_in_run_shapley_refuses_what_the_optimiser_does_not_hold() -> None:
+    class Part(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net[:4].parameters(), lr=LR)
+
+    with pytest.raises(UnsupportedProblemError, match=r"net\.4\.weight.*requires_grad=False"):
+        fit(Part(), InRunShapleyCallback("validation", queries=queries("validation")))

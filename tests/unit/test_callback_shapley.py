@@ -159,7 +159,6 @@ def test_a_callback_that_saw_no_run_has_no_scores() -> None:
         (Module(), {"gradient_clip_val": 1.0}, "gradient clipping"),
         (Module(), {"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
         (TwoOptimizers(), {}, "4 optimisers"),
-        (Module(nn.Sequential(nn.Linear(6, 3), nn.PReLU())), {}, r"body\.1\.weight"),
         (
             Module(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False))),
             {},
