@@ -1,6 +1,6 @@
 """What watching costs in a plain loop, in Lightning and in Transformers' Trainer: the same steps.
 
-    python benchmarks/loop_overhead.py [--model mlp|cnn|transformer] [--steps N] [--pairs N]
+    python benchmarks/loop_overhead.py [--model mlp|cnn|…|lora] [--steps N] [--pairs N]
         [--threads 1] [--out results/loop_overhead]
 
 Networks and batches are those of ``overhead_models.py``, the question is ``self`` with margins. A
@@ -9,6 +9,9 @@ ways take turns in an order that changes from pair to pair. What watching adds i
 two runs of one way, and stands in units of a step of the plain loop, so that what a trainer itself
 costs is in neither. Time is that of this process's processor, which does not count what other
 programs take of the machine; ``--wall`` takes the clock on the wall.
+
+``--model lora`` asks about a language model with LoRA under Transformers' Trainer instead: times
+plain training, for *self* with the loss.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from outputs import Outputs, add_force
 from overhead_models import CLASSES, WORKLOADS, Workload
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import fine_bench
 from fine_bench.callback import FINECallback
@@ -112,31 +116,91 @@ class Ordered(Trainer):  # type: ignore[misc]
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+def arguments_of(folder: str, batch: int, **options: Any) -> TrainingArguments:
+    """One epoch of plain SGD."""
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        **options,
+    )
+
+
 def transformers(load: Workload, data: TensorDataset, watched: bool) -> None:
     """A Trainer of Transformers."""
     callback = FINETrainerCallback(observable="margin")
     with tempfile.TemporaryDirectory() as folder:
         Ordered(
             Model(load.make()),
-            TrainingArguments(
-                folder,
-                per_device_train_batch_size=load.batch,
-                num_train_epochs=1,
-                learning_rate=LR,
-                lr_scheduler_type="constant",
-                optim="sgd",
-                max_grad_norm=0.0,
-                report_to=[],
-                disable_tqdm=True,
-                save_strategy="no",
-                logging_strategy="no",
-                use_cpu=True,
-            ),
+            arguments_of(folder, load.batch),
             train_dataset=Named(data),
             callbacks=[callback] if watched else [],
         ).train()
     if watched:
         callback.scores()
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """Random sequences, every token of which is trained on."""
+
+    def __init__(self, n: int, length: int, vocabulary: int) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(vocabulary, (n, length), generator=g)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+def language_model(steps: int, watched: bool, *, batch: int = 8, length: int = 128) -> None:
+    """LoRA matrices of rank 8 in every linear layer of a small Llama, two batches a step."""
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    callback = FINETrainerCallback()
+    with tempfile.TemporaryDirectory() as folder:
+        Ordered(
+            get_peft_model(LlamaForCausalLM(config), lora),
+            arguments_of(folder, batch, gradient_accumulation_steps=2),
+            train_dataset=Texts(2 * batch * steps, length, config.vocab_size),
+            callbacks=[callback] if watched else [],
+        ).train()
+    if watched:
+        callback.scores()
+
+
+def compare_language_model(steps: int, pairs: int, clock: Callable[[], float]) -> None:
+    """Print what watching adds to the training of a language model."""
+    ratios = []
+    for pair in range(-1, pairs):  # the first one warms up
+        seconds = {}
+        for watched in (False, True) if pair % 2 else (True, False):
+            torch.manual_seed(0)
+            start = clock()
+            language_model(steps if pair >= 0 else 2, watched)
+            seconds[watched] = clock() - start
+        if pair >= 0:
+            ratios.append(seconds[True] / seconds[False])
+    print(
+        f"{statistics.median(ratios):.3f} times plain training "
+        f"({min(ratios):.3f} to {max(ratios):.3f}), a step of {seconds[False] / steps:.2f} s"
+    )
 
 
 RUNS: dict[str, Callable[[Workload, TensorDataset, bool], None]] = dict(
@@ -187,7 +251,7 @@ def summary(frame: pd.DataFrame, steps: int) -> pd.DataFrame:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=tuple(WORKLOADS), default="mlp")
+    parser.add_argument("--model", choices=(*WORKLOADS, "lora"), default="mlp")
     parser.add_argument("--steps", type=int, help="of a run; by default the workload's own number")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -200,9 +264,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    clock = time.perf_counter if arguments.wall else time.process_time
+    if arguments.model == "lora":
+        compare_language_model(arguments.steps or 20, arguments.pairs, clock)
+        return
     load = WORKLOADS[arguments.model]
     steps = arguments.steps or load.steps
-    clock = time.perf_counter if arguments.wall else time.process_time
     print(
         f"{arguments.model}, batch {load.batch}, {steps} steps, {arguments.pairs} pairs, "
         f"{arguments.threads} CPU threads, torch {torch.__version__}, {platform.machine()}, "
