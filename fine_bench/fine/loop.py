@@ -302,8 +302,8 @@ class WatchedLoop:
         if self._arrived:
             with self._at_work():  # whatever comes now is no part of the pass that is recorded
                 self._settle()
-        if not self._looked and self._announced is not None and torch.is_grad_enabled():
-            self._looked = True
+        new = not self._looked or self._observation.layers_are_new
+        if new and self._announced is not None and torch.is_grad_enabled():
             with self._at_work():
                 self._look(self._announced, args, kwargs)
 
@@ -311,8 +311,12 @@ class WatchedLoop:
         """Look at the first batch, as it is given to the model."""
         armed, self._recorder.armed = self._recorder.armed, False
         try:
-            found = self._first_batch(known=announced.y is not None)
-            self._observation.look(announced.with_inputs(args, kwargs), found)
+            batch = announced.with_inputs(args, kwargs)
+            if self._looked:
+                self._observation.look_again(batch)
+            else:
+                self._observation.look(batch, self._first_batch(known=announced.y is not None))
+            self._looked, self._observation.layers_are_new = True, False
         finally:
             self._recorder.armed = armed
 

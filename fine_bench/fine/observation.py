@@ -55,6 +55,7 @@ class Observation:
 
     Attributes:
         schedule: the sums.
+        layers_are_new: whether other layers are trained from the batch on that was announced last.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Observation:
         )
         self._first: FirstBatch | None = make_first_batch(options, module, data, aside, recorder)
         self._looks = self._first
+        self.layers_are_new = False
         self.schedule: InBatchSchedule | SnapshotSchedule
         if options.schedule == "in_batch":
             self.schedule = InBatchSchedule(options, passes, recorder, Window(parameters))
@@ -127,9 +129,9 @@ class Observation:
             self._layers_change()
         if look and self._first is not None and not self._first.size:
             self.look(batch)
-        elif look and changed and self._looks is not None:
-            self._looks.starts(batch)  # at the layers that are new
-            self._looks.close()
+        elif look and changed:
+            self.look_again(batch)
+        self.layers_are_new = changed
         self.schedule.batch_starts(batch, step, epoch)
         if self._first is not None and not self._compiled:
             self._first.listens()
@@ -163,6 +165,12 @@ class Observation:
             self._first.starts(batch)
         if first is not None and not self._compiled:
             first.listens()  # its pass is the next one
+
+    def look_again(self, batch: Any) -> None:
+        """Look at layers that are trained from this batch on, before its pass."""
+        if self._looks is not None:
+            self._looks.starts(batch)
+            self._looks.close()
 
     def loss_is(self, loss: float) -> None:
         """The mean loss of the first batch that was looked at."""

@@ -161,6 +161,44 @@ def by_hand(
     return watch, flat(net), half
 
 
+class Thawing(Net):
+    """Its first layer is trained from the second epoch on, its normalisation until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.thaw(self.current_epoch)
+
+    def thaw(self, epoch: int) -> None:
+        self.net[0].requires_grad_(epoch > 0)
+        self.net[2].requires_grad_(epoch == 0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("question", [{}, {"schedule": "snapshot"}], ids=str)
+def test_layers_that_are_frozen_or_thawed_are_followed(question: dict[str, Any]) -> None:
+    callback, module = FINECallback(**question), Thawing()
+    loader = DataLoader(data(), batch_size=BATCHES)
+    pl.Trainer(max_epochs=3, callbacks=[callback], **QUIET).fit(module, loader)
+    net = Thawing()
+    optimizer = net.configure_optimizers()
+    with fine_bench.watch(net.net, optimizer=optimizer, train_set=data(), **question) as fine:
+        for epoch in range(3):
+            net.thaw(epoch)
+            for x, y, index in loader:
+                fine.batch(index, y)
+                fine.loss(F.cross_entropy(net.net(x), y)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            fine.epoch_ends()
+    assert torch.equal(flat(module), flat(net))
+    same(callback, fine)
+
+
 def flat(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
