@@ -398,12 +398,12 @@ class InBatchSchedule:
 
     def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
         """The gradient at the output of the layer that ran last, looked at once an epoch."""
-        if not self.recorder.calls:
+        call = self.recorder.last_call
+        if call is None:
             raise UnsupportedProblemError(
                 "1 − p is read off the gradient at the output of the last layer, and the model has "
                 'no layer of a known kind; use observable="loss" and step_weight="lr"'
             )
-        call = self.recorder.calls[-1]
         assert call.grad is not None
         precise = call.grad.dtype not in (torch.bfloat16, torch.float16)
         plain = call.grad if precise else call.grad.float()
@@ -421,9 +421,9 @@ class InBatchSchedule:
 
     def _compare_order(self, epoch: int, scale: float) -> None:
         """Compare, once an epoch, the labels of the loss with those of the batch."""
-        if epoch == self._checked_epoch or not self.recorder.calls:
+        call = self.recorder.last_call
+        if epoch == self._checked_epoch or call is None:
             return
-        call = self.recorder.calls[-1]
         if call.grad is None or call.output is None:
             return
         grad = call.grad.float() if call.grad.element_size() < 4 else call.grad

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fine_bench.gradients.attention import projections
 from fine_bench.gradients.layers import LayerKind, kind_of, trained_parameters
 from fine_bench.gradients.reparametrised import reparametrised
 from fine_bench.gradients.tied import TiedKind, WithoutWeight
@@ -49,7 +50,13 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
                 users.setdefault(id(p), []).append(module)
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Covered] = {}
+    attentions = projections(model, chosen)
     for name, module in chosen.items():
+        if module in attentions:
+            for block, projection, trained in attentions[module]:
+                if all(len(users[id(p)]) == 1 for p in trained.values()):
+                    found[block] = Covered((module,), projection, trained)
+            continue
         kind, own = kind_of(module), trained_parameters(module)
         if kind is None:
             continue

@@ -24,11 +24,17 @@ class Call:
     kind: LayerKind | None  # None: only the gradient at the output is asked for
     input: Tensor | None
     layout: Layout | None = None
+    again: bool = False  # run once more in the backward pass, by a checkpoint
     output: Tensor | None = None
     edge: GradientEdge | None = None
     grad: Tensor | None = None
     features: Any = None
     reduced: Block | None = None
+
+
+def in_backward_pass() -> bool:
+    """Whether a backward pass is on its way, in which checkpoints run layers again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def factors(

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from fine_bench.gradients.attention import ProjectionKind, listen
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, remedy
 from fine_bench.gradients.layers import LayerKind
 from fine_bench.gradients.layout import FIRST, SHARED, Layouts, Pass, repeated
-from fine_bench.gradients.recorded_call import Call, factors
+from fine_bench.gradients.recorded_call import Call, factors, in_backward_pass
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
@@ -91,6 +92,7 @@ class LayerRecorder:
         self.model = model
         self._chosen = layers
         self._last: nn.Module | None = None  # the layer that ran last in a tapped pass
+        self._ran_last = ""
         self.layouts = Layouts()
         self.watch()
 
@@ -122,10 +124,16 @@ class LayerRecorder:
                 "the model has no trained parameters to take gradients of"
                 + ("" if layers is None else f" in layers={list(layers)}")
             )
+        attentions: dict[nn.MultiheadAttention, dict[str, ProjectionKind]] = {}
         for name, block in blocks.items():
+            if isinstance(block.kind, ProjectionKind):
+                attentions.setdefault(block.kind.attention, {})[name] = block.kind
+                continue
             hook = partial(self._record, name)
             for module in block.modules:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for attention, kinds in attentions.items():
+            self._handles += listen(attention, kinds, self._take, self._hears)
         hooked = {module for block in blocks.values() for module in block.modules}
         if self._last is not None and self._last not in hooked:
             # frozen meanwhile; the gradient at its output tells 1 − p all the same
@@ -139,6 +147,15 @@ class LayerRecorder:
     def trains(self) -> bool:
         """Whether any of the watched parameters is trained."""
         return bool(self.layers or self.leftover)
+
+    @property
+    def last_call(self) -> Call | None:
+        """The call of the layer that ran last; a checkpoint runs others again after it."""
+        found = [call for call in self.calls if call.name == self._ran_last]
+        first = [call for call in found if not call.again] or found
+        return next((c for c in reversed(first) if c.grad is not None), None) or (
+            first[-1] if first else None
+        )
 
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
@@ -179,8 +196,9 @@ class LayerRecorder:
 
     def clear(self) -> None:
         """Release the recorded tensors."""
-        if self.tap and self.calls:
-            self._last = self.calls[-1].layer
+        last = self.last_call
+        if self.tap and last is not None:
+            self._last = last.layer
         self.armed = False
         self.calls = []
         if self._uncovered is not None:
@@ -208,18 +226,31 @@ class LayerRecorder:
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> Tensor | None:
-        if LayerRecorder._exclusive not in (None, self):
+        if not self._hears():
             return None
         x = inputs[0] if inputs else next(iter(kwargs.values()))
+        return self._take(name, layer, self._kinds[name].at(layer), x, output)
+
+    def _hears(self) -> bool:
+        """Whether a layer's call is to be noted."""
+        return LayerRecorder._exclusive in (None, self) and (self.armed or self.layouts.looks)
+
+    def _take(
+        self, name: str, layer: nn.Module, kind: LayerKind, x: Tensor, output: Tensor
+    ) -> Tensor | None:
+        """Note a call; what is returned is given on in the place of ``output``."""
         if self.layouts.looks:
             return self.layouts.note(name, x, output)
-        if not self.armed or not torch.is_grad_enabled() or not output.requires_grad:
+        again = in_backward_pass()
+        if not again:
+            self._ran_last = name  # also where a checkpoint records nothing yet
+        if not torch.is_grad_enabled() or not output.requires_grad:
             return None
         layout, instead = self.layouts.next(name), None
         if layout is SHARED and self._batch_size is not None:
             layout, x = FIRST, repeated(x, self._batch_size)
             output = instead = repeated(output, self._batch_size)
-        call = Call(name, layer, self._kinds[name].at(layer), x.detach(), layout)
+        call = Call(name, layer, kind, x.detach(), layout, again)
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
@@ -233,7 +264,8 @@ class LayerRecorder:
     def _record_last(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         """A call that is no part of any block, kept for the gradient at its output alone."""
         if self._listens() and output.requires_grad:
-            call = Call("", layer, None, None)
+            self._ran_last = ""
+            call = Call("", layer, None, None, again=in_backward_pass())
             self.calls.append(call)
             output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
             if self.keep_outputs:
@@ -265,7 +297,9 @@ class LayerRecorder:
     def _keep_total(self, key: int, grad: Tensor) -> None:
         if self._listens():
             # a copy: until it is looked at, the user may clip or unscale it in place
-            self._totals[key] = grad.detach().clone()
+            # a checkpoint has a backward pass of its own, which brings its part by itself
+            before = self._totals.get(key)
+            self._totals[key] = grad.detach().clone() if before is None else before + grad
 
     @contextmanager
     def alone(self) -> Iterator[None]:
