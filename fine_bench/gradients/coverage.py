@@ -51,6 +51,7 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Covered] = {}
     attentions = projections(model, chosen)
+    refusals: dict[str, str] = {}
     for name, module in chosen.items():
         if module in attentions:
             for block, projection, trained in attentions[module]:
@@ -70,10 +71,8 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
             continue
         refusal = kind.refusal(module)
         if refusal is not None:
-            raise UnsupportedProblemError(
-                f"layer {name!r} ({type(module).__name__}): {refusal}; or leave the layer out "
-                "with layers=[...]"
-            )
+            refusals[name] = f"layer {name!r} ({type(module).__name__}): {refusal}"
+            continue
         if shared:
             together = tuple(users[id(shared[0])])
             tied = TiedKind.of_layers(together, shared[0])
@@ -87,6 +86,16 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
         if own:
             full = {f"{name}.{part}" if name else part: p for part, p in own.items()}
             found[name] = Covered((module,), kind, full)
+    if refusals:
+        parameters = {name: block.parameters for name, block in found.items()}
+        covered = {part for own in parameters.values() for part in own}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        leftover = [name for name in names.values() if name in trained - covered]
+        others = other_layers(model, parameters, leftover, [])
+        raise UnsupportedProblemError(
+            "; ".join(refusals.values())
+            + (f"; or watch others with layers={others}" if others else "")
+        )
     return found
 
 
@@ -121,18 +130,31 @@ def remedy(
 ) -> str:
     """What to type where some parameters have no per-example gradients in a training pass.
 
+    See ``other_layers``.
+    """
+    layers = other_layers(model, blocks, leftover, wrong)
+    return 'schedule="snapshot"' + (f", or watch others with layers={layers}" if layers else "")
+
+
+def other_layers(
+    model: nn.Module,
+    blocks: Mapping[str, Mapping[str, nn.Parameter]],
+    leftover: Sequence[str],
+    wrong: Sequence[str],
+) -> list[str]:
+    """Names for ``layers=[…]`` of what can be watched without some parameters.
+
     Args:
         model: the network.
         blocks: parameters by their name in the model, by block.
         leftover: names of parameters that belong to no block.
         wrong: names of blocks, or of parameters, that have none.
     """
-    without = {name for block in wrong for name in blocks.get(block, [block])} | set(leftover)
-    modules = dict(model.named_modules())
-    layers = []
-    for name in blocks:
-        if name and name in modules:
-            below = {f"{name}.{part}" for part, _ in modules[name].named_parameters()}
-            if not below & without:
-                layers.append(name)
-    return 'schedule="snapshot"' + (f", or watch others with layers={layers}" if layers else "")
+    named, modules = dict(model.named_parameters()), dict(model.named_modules())
+    names = [name for block in wrong for name in blocks.get(block, [block])] + list(leftover)
+    without = {id(named[name]) for name in names}
+
+    def serves(name: str) -> bool:
+        return bool(name) and not any(id(p) in without for p in modules[name].parameters())
+
+    return [name for name in blocks if name in modules and serves(name)]

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fine_bench.gradients.attention import ProjectionKind, listen
 from fine_bench.gradients.blocks.protocol import Block
-from fine_bench.gradients.coverage import chosen_modules, covered_blocks, remedy
+from fine_bench.gradients.coverage import chosen_modules, covered_blocks, other_layers, remedy
 from fine_bench.gradients.layers import LayerKind
 from fine_bench.gradients.layout import FIRST, SHARED, Layouts, Pass, repeated
 from fine_bench.gradients.recorded_call import Call, factors, in_backward_pass
@@ -404,11 +404,12 @@ class LayerRecorder:
             raise self._no_part(name)
         return parts[0] if len(parts) == 1 else self.reduce.sum(parts)
 
-    @staticmethod
-    def _no_part(name: str) -> UnsupportedProblemError:
+    def _no_part(self, name: str) -> UnsupportedProblemError:
+        others = other_layers(self.model, self._parameters, self.leftover, [name])
         return UnsupportedProblemError(
-            f"layer {name!r} took no part in the loss, so its per-example gradients are "
-            f"unknown; leave it out with layers=[...] or set requires_grad=False"
+            f"layer {name!r} took no part in the loss, so its per-example gradients are unknown; "
+            + (f"watch the others with layers={others}, or " if others else "")
+            + "set requires_grad=False on it"
         )
 
     def _factors(self, call: Call, batch_size: int, scale: float) -> tuple[Any, Tensor]:

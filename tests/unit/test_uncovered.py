@@ -661,6 +661,54 @@ def test_what_does_not_follow_is_refused_with_what_works(name: str) -> None:
         assert float(run(**options).std()) > 0
 
 
+class Idle(Sequences):
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(WIDTH, WIDTH)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Renormalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, WIDTH, max_norm=1.0), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table((x[:, :, 0].mul(3).long() % 9).detach()).mean(1))
+
+
+@pytest.mark.any_trainer("a layer that takes no part in the loss")
+@pytest.mark.any_trainer("Embedding with `max_norm`, `scale_grad_by_freq` or `sparse`")
+@pytest.mark.parametrize(
+    ("make", "message"), [(Idle, "'net.idle' took no part"), (Renormalised, "use max_norm=None")]
+)
+def test_what_can_be_left_out(make: Callable[[], nn.Module], message: str) -> None:
+    def run(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = make().double()
+        _, x, y = build("GRU", 18)
+        watched = FINECallback(observable="loss", **options)
+        fit(model, x, y, F.cross_entropy, [watched])
+        return watched.scores().values
+
+    with pytest.raises(UnsupportedProblemError, match=message) as refusal:
+        run()
+    (given,) = remedies(str(refusal.value))
+    assert float(run(**given).std()) > 0
+
+
+def test_a_layer_without_a_part_can_be_frozen() -> None:
+    torch.manual_seed(0)
+    model = Idle().double()
+    model.idle.requires_grad_(False)
+    _, x, y = build("GRU", 18)
+    watched = FINECallback(observable="loss")
+    fit(model, x, y, F.cross_entropy, [watched])
+    assert float(watched.scores().values.std()) > 0
+
+
 def test_a_use_that_nobody_sees_is_noticed_in_every_pass() -> None:
     model, x, y = build("class token")
     recorder = LayerRecorder(model, tap=True)
