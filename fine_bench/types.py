@@ -242,6 +242,9 @@ class InfluenceScores:
         watched: ascending positions ``(n_watched,)`` of the training examples that have a score;
             None for all of them. An unwatched value is 0 with an infinite ``std_error`` and no
             observation: it is not a score.
+        observable: what was measured, where a method has a choice (f-INE: ``"margin"`` or
+            ``"loss"``) and scores come from its run; files of scores do not keep it, the record's
+            configuration does.
     """
 
     values: Tensor
@@ -252,6 +255,7 @@ class InfluenceScores:
     version: int = 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     watched: Tensor | None = None
+    observable: str = ""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:

@@ -17,6 +17,8 @@ A run that is watched:
 - ``setup``: what a run needs before its first step; ``first_batch``: what is taken for granted of
   it, looked at once. ``loss_graph``: whether the training loss mixes examples; ``mixtures``:
   whether its batches do.
+- ``observable``: what is measured where nobody says it; ``head_gradients``: 1 − p and labels, read
+  where the loss begins.
 - ``observation``: what a trainer or a loop tells, handed on to the schedule.
 - ``watch``: a loop in plain PyTorch; ``loop``: what it tells and what shows by itself;
   ``loop_batch``, ``loop_checks``: its batches, and what it is refused for; ``criterion``: loss

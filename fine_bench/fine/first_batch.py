@@ -61,6 +61,10 @@ class FirstBatch:
         stated: whether the user says what the loss is, or passes depend on it; otherwise it may be
             another one than the passes' own.
         default: whether passes depend on the loss and nobody says which it is.
+
+    Attributes:
+        ends_of_loss: names of the layers of whose outputs the training's loss is made, once it has
+            been looked at.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class FirstBatch:
         self._outputs: Outputs | None = None
         self._count = 0
         self._batch: Any = None
+        self.ends_of_loss: list[str] = []
         self._kinds: list[str] = []  # of the operations between the model's outputs and the loss
         self._shapes = ""  # of output and labels, where cross-entropy makes nothing of them
 
@@ -112,6 +117,9 @@ class FirstBatch:
                 whole, part = self._passed(passes)
                 if self.recorder is not None and not _of_batches(whole, part, m, other):
                     self.recorder.layouts.forget()
+                reason = self._difference(whole, part, m, other)
+                if reason and self._difference(whole, self.forward(x), m, m):
+                    reason = ""  # a model that draws random numbers gives other outputs each time
             with self.aside(), torch.no_grad():
                 self._compare_steps(m, lambda: self.forward(x), modes)
             outputs = whole
@@ -131,7 +139,8 @@ class FirstBatch:
         finally:
             for name, value in self.module.named_buffers():
                 value.copy_(buffers[name])
-        self._compare(whole, part, m, other)
+        if reason:
+            raise UnsupportedProblemError(reason)
         self.size = len(y)
         if self.default and not _classes(whole, y):
             self._shapes = f"output {_said(whole)} and labels {_said(y)}"
@@ -179,6 +188,7 @@ class FirstBatch:
         try:
             graph = LossGraph.of(loss, outputs.heard)
             self._kinds = graph.kinds
+            self.ends_of_loss = [end.name for end in graph.ends]
             y = self.data.adapter.label(self._batch)
             self._refuse_broadcast(graph, y)
             if mixes(loss, graph.ends, m):
@@ -225,7 +235,10 @@ class FirstBatch:
         if labels is None or len(graph.ends) != 1:
             return
         end = graph.ends[0]
-        grad = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)[0]
+        try:
+            grad = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)[0]
+        except RuntimeError:  # a reentrant checkpoint lies in between
+            return
         if grad is not None and mixed_labels(end.value, grad * (m * accumulates), labels):
             raise UnsupportedProblemError(
                 "the loss was taken of mixtures of the batch's labels (mixup, also of hidden "
@@ -295,7 +308,8 @@ class FirstBatch:
             self.recorder.repeats_alike(m, in_training)
 
     @staticmethod
-    def _compare(whole: Any, part: Any, m: int, other: int) -> None:
+    def _difference(whole: Any, part: Any, m: int, other: int) -> str:
+        """How outputs of m examples differ from those of some of them; empty if they do not."""
         half = min(m, other)
         for a, b in zip(tree_leaves(whole), tree_leaves(part), strict=True):
             if not isinstance(a, Tensor) or a.ndim == 0 or len(a) != m or len(b) != other:
@@ -308,13 +322,14 @@ class FirstBatch:
             eps = torch.finfo(whole.dtype if isinstance(whole, Tensor) else torch.float32).eps
             wrong = (a - b).abs() > eps**0.5 * (1.0 + a.abs())
             if bool(wrong.any()):
-                raise UnsupportedProblemError(
+                return (
                     "the model's output for an example depends on who else is in its batch (before "
                     "the first step, half of the first batch alone gives other outputs: they "
                     f"differ by up to {float((a - b).abs().max()):.3g}), so one example has no "
                     "gradient of its own; replace what mixes examples (statistics or attention "
                     "over the batch), for instance by torch.nn.LayerNorm or torch.nn.GroupNorm"
                 )
+        return ""
 
     def ends(self, loss: float) -> None:
         """After the training's pass.

@@ -14,7 +14,7 @@ number of a gradient. Small steps wait for each other (``fine_bench.fine.gradien
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from fine_bench.fine.draws import Draws, observe_rows, repeats
 from fine_bench.fine.effects import MIN_BATCH, uncertainty_weight
 from fine_bench.fine.example_labels import ExampleLabels, hard_labels
 from fine_bench.fine.gradient_queue import GradientQueue
+from fine_bench.fine.head_gradients import HeadGradients
 from fine_bench.fine.micro_batches import GlobalBatch, MicroBatch, window_weights
+from fine_bench.fine.observable import resumed
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, direction_from_state, direction_state, warn_of_gradients
 from fine_bench.fine.short_steps import ShortSteps
@@ -36,8 +38,6 @@ from fine_bench.fine.trained_parameters import NOTHING_TRAINS
 from fine_bench.fine.training_data import (
     batch_index,
     complement_from_logit_gradients,
-    implied_labels,
-    refuse_other_losses,
 )
 from fine_bench.fine.window import Window
 from fine_bench.gradients.per_example import PerExampleGradients
@@ -70,7 +70,6 @@ class InBatchSchedule:
         recorder: LayerRecorder,
         window: Window[MicroBatch] | None = None,
     ) -> None:
-        self.options = options
         self.passes = passes
         self.recorder = recorder
         self.accumulator = FineAccumulator(passes.data.n, passes.n_rows, options.composition)
@@ -90,13 +89,28 @@ class InBatchSchedule:
         self._batch_labels: Tensor | None = None
         self._first_epoch: int | None = None
         self._labelled_epoch = -1
-        self._checked_epoch = -1
+        self._head = HeadGradients(options, self.labels)
         self.n_observed = 0
         self._passes_over = False
         self._left_out = False
         self._warned = False
         self.n_without_backward = 0
         self.n_without_memory = 0
+
+    @property
+    def options(self) -> Options:
+        """What is measured; the first batch may choose the observable."""
+        return self._head.options
+
+    def ends_are(self, names: Sequence[str]) -> None:
+        """Hear of which layers' outputs the loss is made, from somebody who has seen its graph."""
+        self._head.ends_of_loss = names
+
+    @property
+    def observable(self) -> str:
+        """What is measured, ``"margin"`` or ``"loss"``; empty as long as that is open."""
+        queries = self.passes.queries
+        return (self.options.observable if queries is None else queries.observable) or ""
 
     @property
     def n_not_finite(self) -> int:
@@ -127,7 +141,7 @@ class InBatchSchedule:
         if self.passes.fit_if_due(step, epoch):
             self._statistic.direction = None  # it was a direction of the old geometry
         # 1 − p is read off the last layer's gradient, which is checked once an epoch
-        self.recorder.keep_outputs = epoch != self._checked_epoch and (
+        self.recorder.keep_outputs = self._head.looks(epoch) and (
             self.options.needs_complement or self._batch_labels is not None
         )
         self.recorder.start(len(index))
@@ -181,9 +195,9 @@ class InBatchSchedule:
         scale = float(m * accumulates) / loss_scale
         if m >= MIN_BATCH or accumulates * n_processes > 1:
             gradients = PerExampleGradients(recorder.blocks(m))
-            if self.options.needs_complement:
-                logit_gradients = self._logit_gradients(epoch, scale)
-            self._compare_order(epoch, scale)
+            if self.options.observable is None:
+                self._settle()  # by the options of now
+            logit_gradients = self._head.look(recorder, epoch, scale, self._batch_labels)
         recorder.clear()
         parts = accumulates * n_processes
         part = MicroBatch(index, gradients, scale, logit_gradients, parts, repeats(index))
@@ -281,6 +295,7 @@ class InBatchSchedule:
             state["direction"] = direction_state(statistic.direction)
             state["steps_seen"] = statistic.steps_seen
         state["layers"] = list(self.recorder.parameters())
+        state["observable"] = self.observable
         if metric := self.passes.metric.state_dict():
             state["metric"] = metric
         return state
@@ -292,6 +307,9 @@ class InBatchSchedule:
         if "labels" in state:  # states of earlier versions have none
             self.labels.load(state["labels"])
         now = list(self.recorder.parameters())
+        self._head.options = resumed(self.options, state)
+        if self.passes.queries is not None:
+            self.passes.queries.resume(state)
         if state.get("layers", now) != now:
             return  # what was computed for other layers is computed anew
         if "direction" in state:
@@ -395,43 +413,3 @@ class InBatchSchedule:
         if labels is not None:
             self.labels.note(index, labels)
             self._batch_labels = labels
-
-    def _logit_gradients(self, epoch: int, scale: float) -> Tensor:
-        """The gradient at the output of the layer that ran last, looked at once an epoch."""
-        call = self.recorder.last_call
-        if call is None:
-            raise UnsupportedProblemError(
-                "1 − p is read off the gradient at the output of the last layer, and the model has "
-                'no layer of a known kind; use observable="loss" and step_weight="lr"'
-            )
-        assert call.grad is not None
-        precise = call.grad.dtype not in (torch.bfloat16, torch.float16)
-        plain = call.grad if precise else call.grad.float()
-        # what is not finite is no reason to refuse: such a step is left out and reported
-        if epoch != self._checked_epoch and bool(torch.isfinite(plain).all()):
-            grad = plain * scale
-            assert call.output is not None
-            eps = torch.finfo(call.grad.dtype).eps
-            if self.options.divides:
-                refuse_other_losses(call.output, grad, eps=eps)
-            else:
-                option, instead = 'step_weight="uncertainty"', 'step_weight="lr"'
-                refuse_other_losses(call.output, grad, option, instead, eps=eps)
-        return plain
-
-    def _compare_order(self, epoch: int, scale: float) -> None:
-        """Compare, once an epoch, the labels of the loss with those of the batch."""
-        call = self.recorder.last_call
-        if epoch == self._checked_epoch or call is None:
-            return
-        if call.grad is None or call.output is None:
-            return
-        grad = call.grad.float() if call.grad.element_size() < 4 else call.grad
-        if not bool(torch.isfinite(grad).all()):
-            return  # look again at the next batch
-        self._checked_epoch = epoch
-        if self._batch_labels is not None and len(grad) == len(self._batch_labels):
-            eps = torch.finfo(call.grad.dtype).eps
-            told = implied_labels(call.output, grad * scale, eps)
-            if told is not None:
-                self.labels.compare(self._batch_labels, told)

@@ -9,7 +9,9 @@ of the user's own) tells of six moments, and nothing else decides what is measur
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -148,6 +150,8 @@ class Observation:
         """
         if self._first is not None:
             self._first.before_backward(loss, accumulates)
+            if isinstance(self.schedule, InBatchSchedule):
+                self.schedule.ends_are(self._first.ends_of_loss)
 
     def look(self, batch: Any, first: FirstBatch | None = None) -> None:
         """Look at the first batch, before its pass.
@@ -240,7 +244,14 @@ class Observation:
         self.schedule.flush()
         target = self.options.target
         factor = inflation(target, self.options.geometry)
-        return self.schedule.accumulator.scores(name, target, factor)
+        scores = self.schedule.accumulator.scores(name, target, factor)
+        if scores.n_observations is not None and not bool(scores.n_observations.any()):
+            reason = self.schedule.reason() or "nothing has been observed yet"
+            warnings.warn(
+                f"no example has a score, all values are 0 with an infinite std_error: {reason}",
+                stacklevel=3,
+            )
+        return replace(scores, observable=self.schedule.observable)
 
 
 __all__ = ["Observation"]

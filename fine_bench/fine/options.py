@@ -47,7 +47,8 @@ class Options:
             query), ``"validation"`` (one row for the whole query set) or
             ``"validation_per_class"``.
         observable: ``"margin"``, h = −log(p/(1−p)), for softmax cross-entropy on the output of
-            the last layer; or ``"loss"``.
+            the last layer; or ``"loss"``. None: chosen by the loss of the first batch, the margin
+            where it exists, and said in ``scores().observable`` (``fine_bench.fine.observable``).
         composition: ``"accumulated"`` or ``"standardised"``; see ``fine_bench.fine.accumulator``.
         schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
             all are scored at the same parameters, now and then
@@ -107,7 +108,7 @@ class Options:
     """
 
     target: Target = "self"
-    observable: Observable = "margin"
+    observable: Observable | None = None
     composition: Composition = "accumulated"
     schedule: ScheduleName = "in_batch"
     geometry: Geometry = "euclidean"
@@ -139,7 +140,8 @@ class Options:
 
     def __post_init__(self) -> None:
         choose(self.target, Target, "target")
-        choose(self.observable, Observable, "observable")
+        if self.observable is not None:
+            choose(self.observable, Observable, "observable")
         choose(self.composition, Composition, "composition")
         choose(self.schedule, ScheduleName, "schedule")
         choose(self.geometry, Geometry, "geometry")
@@ -269,8 +271,8 @@ class Options:
 
     @property
     def divides(self) -> bool:
-        """Whether effects are divided by the example's own 1 − p."""
-        return self.target == "self" and self.observable == "margin"
+        """Whether effects are divided by the example's own 1 − p, as far as is known."""
+        return self.target == "self" and self.observable != "loss"
 
     @property
     def model_noise(self) -> bool:

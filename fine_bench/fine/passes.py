@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.geometry import Metric
+from fine_bench.fine.observable import say_loss
 from fine_bench.fine.training_data import TrainingData
 from fine_bench.gradients.blocks.direction import BlockDirection, Direction
 from fine_bench.gradients.engine import GradientEngine
@@ -31,7 +32,7 @@ class QueryDirections:
         x, y: the queries, ``(V, …)`` and ``(V, …)``; see ``BatchAdapter.inputs``.
         reduce: rows of the scores; see ``fine_bench.gradients.query_weighting.query_groups``.
         weighting: how queries are weighted in a mean.
-        observable: ``"margin"`` or ``"loss"``.
+        observable: ``"margin"`` or ``"loss"``; None: the margin if the queries have one.
     """
 
     def __init__(
@@ -40,13 +41,13 @@ class QueryDirections:
         y: Tensor,
         reduce: Reduce,
         weighting: QueryWeighting,
-        observable: Literal["margin", "loss"],
+        observable: Literal["margin", "loss"] | None,
     ) -> None:
         self.x, self.y = x, y
         self.groups = query_groups(y, reduce).to(y.device)
         # a single query's row is a test of its own: weights belong to means over queries
         self.weighting: QueryWeighting = None if reduce is None else weighting
-        self.observable: Literal["margin", "loss"] = observable
+        self.observable: Literal["margin", "loss"] | None = observable
 
     def __len__(self) -> int:
         return len(self.y)
@@ -55,6 +56,11 @@ class QueryDirections:
     def n_rows(self) -> int:
         """Rows R of the scores."""
         return len(self.groups)
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on with what the run's beginning has chosen; earlier versions took the margin."""
+        if self.observable is None:
+            self.observable = state.get("observable", "margin") or None
 
     def __call__(
         self, engine: GradientEngine, reference: PerExampleGradients, metric: Metric
@@ -66,6 +72,10 @@ class QueryDirections:
             reference: gradients of reference examples, for the queries' noise.
             metric: the geometry.
         """
+        if self.observable is None:
+            self.observable = "margin" if engine.has_margin(self.x, self.y) else "loss"
+            if self.observable == "loss":
+                say_loss()
         queries = engine(self.x, self.y, self.observable)
         weights = metric.query_weights(queries, reference, self.weighting)
         return metric.solve(queries.weighted_sum(self.groups.to(weights) * weights))

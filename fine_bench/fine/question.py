@@ -55,6 +55,8 @@ def _bytes_of(leaf: Any) -> bytes:
 def distinguishing(options: Options) -> dict[str, Any]:
     """The plain options that differ from their defaults, and those that every state names."""
     always = {name: getattr(options, name) for name in ("target", "observable", "composition")}
+    # the name that states had before the loss could choose; theirs tell what it has chosen
+    always["observable"] = options.observable or "margin"
     named: dict[str, Any] = {}
     for field in fields(options):
         value = getattr(options, field.name)

@@ -23,6 +23,7 @@ from fine_bench.fine.effects import (
 )
 from fine_bench.fine.example_labels import ExampleLabels, hard_labels
 from fine_bench.fine.micro_batches import window_weights
+from fine_bench.fine.observable import chosen, resumed
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
 from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval, SnapshotPlan
@@ -170,6 +171,8 @@ class SnapshotSchedule:
         """Why steps that were announced were not counted."""
         if not self._watches:
             return NOTHING_TRAINS
+        if self.n_not_finite:
+            return "gradients were NaN or infinite in every snapshot; lower the learning rate"
         return "the loss scaler left every step out; lower the learning rate"
 
     def flush(self) -> None:
@@ -187,6 +190,7 @@ class SnapshotSchedule:
             "accumulator": self.accumulator.state_dict(),
             "interval": asdict(self._interval),
             "labels": self.labels.known.clone(),
+            "observable": self.observable,
         }
         if metric := self.passes.metric.state_dict():
             state["metric"] = metric
@@ -196,6 +200,9 @@ class SnapshotSchedule:
         """Go on from ``state_dict()``."""
         self.accumulator.load_state_dict(state["accumulator"])
         self._interval = SnapshotInterval(**state["interval"])
+        self.options = resumed(self.options, state)
+        if self.passes.queries is not None:
+            self.passes.queries.resume(state)
         if "labels" in state:  # states of earlier versions have none
             self.labels.load(state["labels"])
         if "metric" in state:
@@ -234,6 +241,7 @@ class SnapshotSchedule:
         reference = passes.gradients(*passes.data.read(positions))
         if options.needs_complement:
             self._require_complement(reference)
+            options = self.options  # the observable may have been chosen now
         direction = at_reference = None
         if passes.queries is not None:
             direction = passes.directions(scaled(reference))
@@ -268,6 +276,12 @@ class SnapshotSchedule:
         return Snapshot(torch.cat(effects, 1), torch.cat(sigmas, 1), uncertainty)
 
     @property
+    def observable(self) -> str:
+        """What is measured, ``"margin"`` or ``"loss"``; empty as long as that is open."""
+        queries = self.passes.queries
+        return (self.options.observable if queries is None else queries.observable) or ""
+
+    @property
     def recorder(self) -> LayerRecorder:
         """Of the layers that are scored."""
         return self.passes.engine.recorder
@@ -284,6 +298,12 @@ class SnapshotSchedule:
             # what is not a number is no reason: such a snapshot is left out and counted
             wrong = (-torch.expm1(-loss) - complement).abs() > 1e-3
             if not bool(wrong.any()):
+                if self.options.divides and self.options.observable is None:
+                    self.options = chosen(self.options, "margin")
+                return
+        if self.options.divides and self.options.observable is None:
+            self.options = chosen(self.options, "loss")
+            if not self.options.needs_complement:
                 return
         what = ("observable", "margin", "loss")
         if not self.options.divides:

@@ -88,12 +88,7 @@ class GradientEngine:
         with torch.enable_grad(), recorder.alone():
             with recorder.exclusively(len(y)):
                 logits = self.forward(x)
-            classes = (
-                logits.ndim == 2
-                and logits.shape[1] > 1
-                and y.ndim == 1
-                and not y.is_floating_point()
-            )
+            classes = _are_classes(logits, y)
             if observable == "loss":
                 losses = per_example_loss(self.loss, logits, y)
             elif classes:
@@ -129,6 +124,11 @@ class GradientEngine:
         recorder.clear()
         complement = one_minus_probability(logits.detach(), y) if classes else None
         return PerExampleGradients(blocks, losses.detach(), complement)
+
+    def has_margin(self, x: Any, y: Tensor) -> bool:
+        """Whether there are class logits and labels, of which the margin can be taken."""
+        with torch.no_grad(), self.recorder.alone():
+            return _are_classes(self.forward(x), y)
 
     @property
     def names_in_full(self) -> list[str]:
@@ -297,6 +297,12 @@ class _Whole(nn.Module):
 def _dense(name: str, parameters: Sequence[str], values: Mapping[str, Tensor]) -> DenseBlock:
     parts = [values[key] for key in parameters]
     return DenseBlock(name, torch.cat([part.reshape(len(part), -1) for part in parts], 1))
+
+
+def _are_classes(logits: Tensor, y: Tensor) -> bool:
+    """Whether they are logits ``(batch, classes)`` and labels ``(batch,)`` of classes."""
+    several = logits.ndim == 2 and logits.shape[1] > 1
+    return several and y.ndim == 1 and not y.is_floating_point()
 
 
 def per_example_loss(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:

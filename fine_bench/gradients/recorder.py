@@ -256,7 +256,7 @@ class LayerRecorder:
         if self.tap:
             output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
             if self.keep_outputs:
-                call.output = output.detach()
+                call.output, call.edge = output.detach(), get_gradient_edge(output)
         else:
             call.edge = get_gradient_edge(output)
         return instead
@@ -269,7 +269,7 @@ class LayerRecorder:
             self.calls.append(call)
             output.register_hook(partial(self._keep, call))  # type: ignore[no-untyped-call]
             if self.keep_outputs:
-                call.output = output.detach()
+                call.output, call.edge = output.detach(), get_gradient_edge(output)
 
     def _keep(self, call: Call, grad: Tensor) -> None:
         if call.reduced is not None:

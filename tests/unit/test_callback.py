@@ -246,7 +246,7 @@ def test_layers_without_factors_are_refused_by_name() -> None:
 @pytest.mark.parametrize("module", [Module(loss="sum"), Module(smoothing=0.2)])
 def test_the_margin_needs_the_mean_cross_entropy_of_hard_labels(module: Module) -> None:
     with pytest.raises(UnsupportedProblemError, match='Use observable="loss"'):
-        fit([FINECallback("self")], module)
+        fit([FINECallback("self", "margin")], module)
 
 
 def test_two_step_sizes_are_served() -> None:

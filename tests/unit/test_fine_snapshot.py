@@ -560,7 +560,7 @@ def regression(z: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
 
 def test_what_has_no_probability_is_refused() -> None:
     with pytest.raises(UnsupportedProblemError, match='Use observable="loss"'):
-        fit(watch(loss=smoothed))
+        fit(watch(loss=smoothed, observable="margin"))
     with pytest.raises(UnsupportedProblemError, match='Use step_weight="lr"'):
         fit(watch(loss=smoothed, observable="loss", step_weight="uncertainty"))
     fit(watch(loss=smoothed, observable="loss"))
