@@ -1,6 +1,6 @@
 """What watching costs: f-INE in-batch against plain Lightning training, paired.
 
-    python benchmarks/callback_overhead.py [--model mlp|cnn|transformer|transformer-long|all|…]
+    python benchmarks/callback_overhead.py [--model mlp|cnn|transformer|resnet9-bn|all|…]
         [--steps N] [--pairs N] [--threads 2] [--accelerator cpu] [--settings NAME …]
         [--out results/overhead]
 
@@ -8,9 +8,10 @@ Each pair trains the same steps plainly and watched, in alternating order, in th
 the printed ratio is the median over pairs, with the smallest and largest pair beside it. Data are
 random numbers and tokens (time does not depend on their values); networks and batches are those of
 ``overhead_models.py``: 64 images for ``mlp`` and ``cnn``, 64 sequences of 32 tokens for
-``transformer``, 16 of 128 for ``transformer-long``, four layers both; ``resnet18`` and
-``transformer-100m`` are for ``--accelerator gpu``. ``--out`` writes every pair's seconds to a CSV
-and a Markdown table of the ratios.
+``transformer``, 16 of 128 for ``transformer-long``, four layers both, 64 photographs of 32 × 32 for
+``resnet9-bn``, whose batch normalisation is read by rows; ``resnet18`` and ``transformer-100m`` are
+for ``--accelerator gpu``. ``--out`` writes every pair's seconds to a CSV and a Markdown table of
+the ratios.
 
 Settings: ``self`` with the exact Gram matrix of the batch (margin, and loss), with 16 reference
 columns of it (8 in batches of 16), and with the exact one at every fourth step; from sketches of 16

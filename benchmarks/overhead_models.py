@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fine_bench.models.networks import cnn, mlp
+from fine_bench.models.networks import cnn, mlp, resnet9
 from fine_bench.models.transformer import token_transformer
 
 CLASSES = 10
@@ -82,6 +82,10 @@ WORKLOADS = {
     ),
     "transformer-long": Workload(
         lambda: token_transformer(1000, 128, CLASSES), (128,), 16, 100, n_query=128, tokens=1000
+    ),
+    # 6.6 million parameters, batch normalisation
+    "resnet9-bn": Workload(
+        lambda: resnet9((3, 32, 32), CLASSES, norm="batch"), (3, 32, 32), 64, 10, n_query=64
     ),
     # for a GPU: 11 and 110 million parameters
     "resnet18": Workload(resnet18, (3, 32, 32), 128, 100),
