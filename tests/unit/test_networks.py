@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fine_bench.gradients.recorder import LayerRecorder
-from fine_bench.models.networks import Residual, cnn, gn_cnn, mlp, resnet9
+from fine_bench.models.networks import Residual, bn_cnn, cnn, gn_cnn, mlp, resnet9
 from fine_bench.models.transformer import row_transformer, token_transformer
 
 SMALL: dict[str, Callable[..., nn.Module]] = {
@@ -100,6 +100,20 @@ def test_the_two_ways_to_halve_have_the_same_output_size() -> None:
     assert strided(x).shape == pooled(x).shape == (2, 10)
 
 
+def test_batch_normalisation_takes_the_place_of_group_normalisation() -> None:
+    for grouped, batched in (
+        (gn_cnn((3, 32, 32), 10), bn_cnn((3, 32, 32), 10)),
+        (resnet9((3, 32, 32), 10, width=8), resnet9((3, 32, 32), 10, width=8, norm="batch")),
+    ):
+        pairs = list(zip(grouped.modules(), batched.modules(), strict=True))
+        swapped = [b for a, b in pairs if isinstance(a, nn.GroupNorm)]
+        assert swapped
+        assert all(isinstance(b, nn.BatchNorm2d) for b in swapped)
+        assert all(type(a) is type(b) for a, b in pairs if not isinstance(a, nn.GroupNorm))
+        shapes = [[tuple(p.shape) for p in net.parameters()] for net in (grouped, batched)]
+        assert shapes[0] == shapes[1]
+
+
 def test_a_residual_block_adds_its_input() -> None:
     x = torch.randn(2, 3)
     linear = nn.Linear(3, 3)
@@ -135,6 +149,7 @@ def test_a_small_set_is_learned() -> None:
         (resnet9, (1, 8, 8), {"width": 0}, "must be positive numbers"),
         (row_transformer, (1, 8, 8), {"depth": 0}, r"model\.depth must be a positive number"),
         (row_transformer, (1, 8, 8), {"heads": 3}, r"model\.heads=3 must divide .* got 64"),
+        (resnet9, (1, 8, 8), {"norm": "layer"}, r"model\.norm must be group or batch, got 'layer'"),
         (resnet9, (1, 8, 8), {"width": 12}, r"model\.groups=8 must divide .* got 12"),
     ],
 )
