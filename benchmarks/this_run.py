@@ -6,7 +6,8 @@
 
 ``truth`` repeats the run of each seed without each of ``--sets`` random sets of 1 % and of 5 % of
 the examples, with the run's own initialisation and order (``fine_bench.retraining.same_seed``), at
-batch size 64 as in the task's recipe and at 256, and writes ``results/ground_truth/same_seed/``.
+batch size 64 as in the task's recipe, at 64 with GELU for ReLU, and at 256 (``--batch``), and
+writes ``results/ground_truth/same_seed/``.
 ``scores`` scores the same runs by every method that serves single queries, for the task's first
 ``--queries`` queries. ``table`` compares both on the published half of the sets, and with the
 frozen truth of the average run (``results/ground_truth/mnist_mlp.safetensors``, LDS), and writes
@@ -61,7 +62,17 @@ from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import derive
 
 EXPERIMENT = "mnist_mlp"
-SETTINGS = {"64": [], "256": ["trainer.batch_size=256"]}
+SETTINGS = {
+    "64": [],
+    "64-gelu": ["model.activation=gelu"],
+    "256": ["trainer.batch_size=256"],
+}
+"""Overrides of the recipe by the name of a setting."""
+TITLES = {
+    "64": "Batch size 64, the task's recipe",
+    "64-gelu": "Batch size 64, GELU in the place of ReLU",
+    "256": "Batch size 256",
+}
 SHARES = (0.01, 0.05)
 TRUTHS = Path("ground_truth") / "same_seed"
 
@@ -98,7 +109,7 @@ def run_of(job: Job) -> TrainedRun:
 
 def truth_path(results: Path, batch: str, seed: int, share: float) -> Path:
     """Where the truth of a run lies."""
-    return results / TRUTHS / f"{EXPERIMENT}--batch{batch}--seed{seed}--{share:.0%}.safetensors"
+    return results / TRUTHS / f"{EXPERIMENT}--batch{batch}--seed{seed}--share{share:g}.safetensors"
 
 
 def truth(arguments: argparse.Namespace) -> None:
@@ -121,7 +132,7 @@ def truth(arguments: argparse.Namespace) -> None:
                 arguments.repeats,
                 {
                     "task": data.name, "data_sha256": data.sha256, "setting": job.setting,
-                    "seed": seed, "batch_size": int(batch),
+                    "seed": seed, "batch_size": job.config.trainer.batch_size,
                 },
             )  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +227,7 @@ def lines_of(
         mean, low, high = interval([one.per_query for one in found])
         lines.append(
             {
-                "batch": int(batch), "method": row, "truth": truth, "runs": runs,
+                "batch": batch, "method": row, "truth": truth, "runs": runs,
                 "queries": len(found[0].per_query), "lds": mean, "lower": low, "upper": high,
             }
         )  # fmt: skip
@@ -265,14 +276,16 @@ def smoothness(results: Path, half: Half, queries: int) -> list[dict[str, object
         rounding = (margin[1] - margin[0]) / math.sqrt(2)
         lines.append(
             {
-                "batch": truth.about["batch_size"], "seed": truth.about["seed"],
+                "batch": path.name.split("--")[1].removeprefix("batch"),
+                "seed": truth.about["seed"],
                 "left_out": truth.left_out.shape[1], "sets": truth.margin.shape[1],
                 "effect": float(np.sqrt(np.mean(effect**2))),
                 "rounding": float(np.sqrt(np.mean(rounding**2))),
                 "ceiling": truth.ceiling(half, queries),
             }
         )  # fmt: skip
-    return sorted(lines, key=lambda line: (line["batch"], line["left_out"], line["seed"]))  # type: ignore[arg-type, return-value]
+    names = [*SETTINGS]
+    return sorted(lines, key=lambda line: names.index(str(line["batch"])))
 
 
 def average_ceiling(average: Truth, half: Half, queries: int) -> float:
@@ -306,15 +319,15 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
         "leaving the set out does; *ceiling* is the most that any scores can reach against the "
         "mean of the two.",
         "",
-        "| batch | seed | left out | sets | effect | rounding | ceiling |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| setting | seed | left out | sets | effect | rounding | ceiling |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in smooth.to_dict("records"):
         text.append(
             f"| {line['batch']} | {line['seed']} | {line['left_out']} | {line['sets']} | "
             f"{line['effect']:.3f} | {line['rounding']:.4f} | {line['ceiling']:.3f} |"
         )
-    for batch, part in frame.groupby("batch"):
+    for batch, part in frame.groupby("batch", sort=False):
         truths = list(dict.fromkeys(part.truth))
         wide = {(line.method, line.truth): line for line in part.itertuples()}
         first = truths[0]
@@ -324,7 +337,7 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
         )
         text += [
             "",
-            f"## Batch size {batch}",
+            f"## {TITLES[str(batch)]}",
             "",
             f"| method | {' | '.join(truths)} | runs |",
             f"| --- | {' | '.join('---:' for _ in truths)} | ---: |",
@@ -339,13 +352,16 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
             ]
             runs = int(part[part.method == method].runs.max())
             text.append(f"| {method} | {' | '.join(cells)} | {runs} |")
+        missing = [row for row in ROWS if row not in methods]
+        if missing:
+            text += ["", f"Not scored: {', '.join(missing)}."]
     return "\n".join(text) + "\n"
 
 
 @styled
 def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
     """Each method: agreement with this run, and with the average run."""
-    part = frame[frame.batch == 64]
+    part = frame[frame.batch == "64"]
     first = f"this run, {SHARES[0]:.0%} left out"
     x = part[part.truth == first].set_index("method")
     y = part[part.truth == AVERAGE].set_index("method")
@@ -401,7 +417,7 @@ def table(arguments: argparse.Namespace) -> None:
     command = "python benchmarks/this_run.py table"
     files.write(paths[0], page(frame, smooth, ceiling, command))
     files.write(paths[1], frame)
-    first = smooth[(smooth.batch == 64) & (smooth.left_out == smooth.left_out.min())]
+    first = smooth[(smooth.batch == "64") & (smooth.left_out == smooth.left_out.min())]
     files.write(picture, to_bytes(draw(frame, (float(first.ceiling.mean()), ceiling)), "png"))
     print(f"written: {', '.join(map(str, paths))}")
 

@@ -154,6 +154,22 @@ def test_a_file_is_whole_or_named_as_damaged(tmp_path: Path) -> None:
         load(tmp_path / "other.safetensors")
 
 
+FROZEN = sorted((Path(__file__).parents[2] / "results/ground_truth/same_seed").iterdir())
+
+
+@pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.stem)
+def test_the_frozen_truths_are_what_they_say(path: Path) -> None:
+    truth = load(path)
+    assert truth.about["task"] == "mnist_mlp"
+    assert path.stem == (
+        f"mnist_mlp--batch{truth.about['batch_size']}--seed{truth.about['seed']}"
+        f"--share{truth.share:g}"
+    )
+    sets = draw_sets(truth.n_train, truth.share, len(truth.left_out), truth.about["seed"])
+    np.testing.assert_array_equal(truth.left_out, sets.numpy())
+    assert 0.9 < truth.ceiling() <= 1.0
+
+
 def test_shapes_are_checked() -> None:
     truth = made()[0]
     with pytest.raises(ValueError, match="must be"):
