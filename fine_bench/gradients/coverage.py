@@ -90,7 +90,7 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
         parameters = {name: block.parameters for name, block in found.items()}
         covered = {part for own in parameters.values() for part in own}
         learning = {name for name, p in model.named_parameters() if p.requires_grad}
-        leftover = [name for name in names.values() if name in learning - covered]
+        leftover = [name for name in learning if name not in covered]
         others = other_layers(model, parameters, leftover, [])
         raise UnsupportedProblemError(
             "; ".join(refusals.values())
