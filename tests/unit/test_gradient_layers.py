@@ -748,8 +748,10 @@ def test_batch_normalisation_without_running_statistics_is_refused_even_in_eval(
     recorder = LayerRecorder(model, tap=True)
     recorder.start()
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(UnsupportedProblemError, match=r"'layer': .*GroupNorm, or freeze it"):
-        recorder.blocks(6)
+    # in a training pass the rows of the batch add up to the step (batch_norm.py)
+    (block,) = recorder.blocks(6)
+    step = torch.cat([p.grad for p in model.parameters() if p.grad is not None])
+    close(block.dense().sum(0), step)
 
 
 @pytest.mark.parametrize(
