@@ -15,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.data import downloads
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.models import networks
 from fine_bench.runner.backends.images import images_of
+from fine_bench.runner.cells import problem_of
 from fine_bench.runner.config import (
     RunConfig,
     check,
@@ -63,11 +65,23 @@ def test_every_board_is_a_list_of_estimator_files() -> None:
     boards = {name: list(checked(f"estimator=board/{name}").estimators) for name in BOARDS}
     for name, rows in boards.items():
         assert set(rows) <= set(names("estimator"))
+        if name == "queries":
+            continue
         assert rows[-len(boards["baselines"]) :] == boards["baselines"], name
     assert list(checked("estimator=[fine_loss,board/baselines]").estimators) == [
         "fine_loss",
         *boards["baselines"],
     ]
+
+
+def test_every_row_of_the_board_for_queries_serves_them() -> None:
+    """A control that looks at each example alone has no place among them."""
+    job = planned("estimator=board/queries", "targets=[queries]", "trainer.momentum=0")
+    problem = problem_of(job, "queries", networks.mlp((1, 8, 8), 10))
+    for cell in job.cells:
+        if not cell.in_run:
+            assert job.estimator(cell).unsupported(problem) is None, cell.estimator
+    assert {cell.estimator for cell in job.cells} >= {"fine", "lissa", "gaussian_kernel"}
 
 
 LANGUAGE = ("task=llm_poison", "trainer=adamw", "estimator=random")

@@ -1,0 +1,146 @@
+"""The tangent kernel of a network, of pairs of examples, and the ridge regression with a kernel.
+
+    K(i, j) = ⟨∇_θ v·z(x_i), ∇_θ v·z(x_j)⟩                          z the logits, v a probe
+
+How far a small step on one example moves the output of another. With v random signs about their
+mean, K is in expectation the sum over pairs of classes of the whole kernel, of which only what a
+softmax sees is kept (adding a constant to all logits changes no probability). Jacot, Gabriel,
+Hongler: *Neural Tangent Kernel* (NeurIPS 2018, arXiv:1806.07572).
+
+    Z = K_q (K + λI)⁻¹                                              (V, n)
+
+is how much the regression's value at each query moves with the target at each example. Leaving
+out example i moves it by exactly −Z_qi (y_i − f₋ᵢ(x_i)), where f₋ᵢ is the regression without i, and
+y_i − f₋ᵢ(x_i) = α_i / [(K + λI)⁻¹]_ii with α = (K + λI)⁻¹ y.
+
+Shapes: n training examples, V queries, k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.types import UnsupportedProblemError
+
+HELD_FLOATS = 2**27
+"""Numbers that the gradients held at a time may take: 0.5 GiB in float32."""
+
+Batches = Iterable[tuple[slice, PerExampleGradients]]
+
+
+class Probe:
+    """The loss v·z of ``GradientEngine``: a weighted sum of the logits, whatever the label.
+
+    Attributes:
+        weights: ``(k,)``, set by ``draw``.
+    """
+
+    weights: Tensor
+
+    def draw(self, n_classes: int, generator: torch.Generator) -> None:
+        """Random signs minus their mean, not all zero. ``n_classes`` ≥ 2."""
+        while True:
+            signs = torch.randint(0, 2, (n_classes,), generator=generator).double() * 2 - 1
+            if bool((signs != signs[0]).any()):
+                self.weights = signs - signs.mean()
+                return
+
+    def __call__(self, logits: Tensor, y: Tensor, reduction: str = "none") -> Tensor:
+        """v·z of each example, ``(batch,)``."""
+        del y, reduction
+        return logits @ self.weights.to(logits)
+
+
+def gram_matrix(
+    train: Callable[[int], Iterator[tuple[slice, PerExampleGradients]]], n: int
+) -> Tensor:
+    """Dot products of all pairs of training examples, ``(n, n)``.
+
+    As many gradients are held as ``HELD_FLOATS`` allows; for each such share the later ones are
+    taken again.
+
+    Args:
+        train: positions and gradients of the batches that end after a position, in order.
+        n: examples, at least 1.
+    """
+    kernel: Tensor | None = None
+    start = 0
+    while start < n:
+        held: list[tuple[slice, PerExampleGradients]] = []
+        size, full = 0, False
+        for rows, found in train(start):
+            gradients = _formed(found)
+            floats = sum(part.numel() for block in gradients.blocks for part in block.tensors)
+            full = full or (bool(held) and size + floats > HELD_FLOATS)
+            if not full:
+                held.append((rows, gradients))
+                size, start = size + floats, rows.stop
+            for own, mine in held:
+                part = mine.gram(gradients)
+                if kernel is None:
+                    kernel = part.new_empty(n, n)
+                kernel[own, rows] = part
+                kernel[rows, own] = part.T
+    assert kernel is not None
+    return kernel
+
+
+def cross_gram(queries: Batches, train: Batches, n: int) -> tuple[Tensor, Tensor]:
+    """Dot products of queries and training examples ``(V, n)``, and squared norms ``(V,)``."""
+    asked = [_formed(gradients) for _, gradients in queries]
+    norms = torch.cat([gradients.norm2() for gradients in asked])
+    cross = norms.new_empty(len(norms), n)
+    for rows, gradients in train:
+        theirs = _formed(gradients)
+        cross[:, rows] = torch.cat([mine.gram(theirs) for mine in asked])
+    return cross, norms
+
+
+def _formed(gradients: PerExampleGradients) -> PerExampleGradients:
+    """Layers with several positions in full where that is small: they would be formed anew for
+    every pair of batches."""
+    if gradients.n_params * len(gradients) > HELD_FLOATS:
+        return gradients
+    blocks = [block.positions_summed() for block in gradients.blocks]
+    return PerExampleGradients(blocks, gradients.loss, gradients.one_minus_p)
+
+
+class KernelRidge:
+    """Ridge regression with a kernel of mean diagonal 1.
+
+    Args:
+        kernel: ``(n, n)``, symmetric, of mean diagonal 1; λ is added to it *in place*.
+        ridge: λ, > 0.
+
+    Raises:
+        UnsupportedProblemError: K + λI is numerically singular.
+    """
+
+    def __init__(self, kernel: Tensor, ridge: float) -> None:
+        self.ridge = ridge
+        kernel.diagonal().add_(ridge)
+        self._factor, info = torch.linalg.cholesky_ex(kernel)
+        if int(info) > 0:
+            raise UnsupportedProblemError(
+                f"the kernel of {len(kernel)} examples with ridge={ridge} is numerically singular; "
+                "pass a larger ridge"
+            )
+
+    def smoother(self, cross: Tensor) -> Tensor:
+        """Z = K_q (K + λI)⁻¹, ``(V, n)``, of ``cross`` K_q."""
+        found: Tensor = torch.cholesky_solve(cross.T.contiguous(), self._factor).T
+        return found
+
+    def inverse_diagonal(self) -> Tensor:
+        """[(K + λI)⁻¹]_ii, ``(n,)``; the smoother's own diagonal is 1 − λ times that."""
+        found: Tensor = torch.cholesky_inverse(self._factor).diagonal().clone()
+        return found
+
+    def left_out_residuals(self, targets: Tensor) -> Tensor:
+        """y_i − f₋ᵢ(x_i) of every example, the regression without it; ``(n, k)`` as ``targets``."""
+        alpha: Tensor = torch.cholesky_solve(targets, self._factor)
+        return alpha / self.inverse_diagonal()[:, None]
