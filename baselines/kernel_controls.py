@@ -5,10 +5,10 @@
 With nothing of the network in it: x are the inputs, flattened. σ² is the total variance of the
 training inputs, half of the mean squared distance of two of them, so that it follows the scale of
 the inputs (d for d standardised ones). r̄_i is the residual at i of the regression of
-onehot(y) − 1/k without i, and ḡ_q = onehot(y_q) − 1/k: every value is an exact leave-one-out effect,
-of a model that nobody asked about. ``residual="run"`` takes both from the run instead, as
-``baselines/kernel_regression.py`` does. A method that reads a network and predicts retrained networks
-no better than this control has shown nothing about the network.
+onehot(y) − 1/k without i, and ḡ_q = onehot(y_q) − 1/k: every value is an exact leave-one-out
+effect, of a model that nobody asked about. ``residual="run"`` takes both from the run instead, as
+``baselines/kernel_regression.py`` does. A method that reads a network and predicts retrained
+networks no better than this control has shown nothing about the network.
 
 What leaving an example out has to do with the formula stands in
 ``fine_bench.gradients.tangent_kernel``.

@@ -119,7 +119,8 @@ class KernelRegression(InfluenceEstimator):
             values = ridge.smoother(cross) * (slope @ residual.T)
 
             def norms() -> Tensor:
-                return own.sqrt() * torch.linalg.vector_norm(slope, dim=1)
+                found: Tensor = own.sqrt() * torch.linalg.vector_norm(slope, dim=1)
+                return found
 
             values = reduced_rows(values, self.problem, self.query_weighting, norms)
         return InfluenceScores(
