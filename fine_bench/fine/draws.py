@@ -56,15 +56,17 @@ NEARLY_ALL = 0.9
 class Draws:
     """Notices when examples come in a second batch of an epoch (within one: ``observe_rows``).
 
-    Not everybody tells of epochs, and a sampler for several processes fills its last batches up:
-    an example that comes again after nearly all others have come begins the next round.
-
     Args:
         accumulator: is told.
+
+    Attributes:
+        told: whether epochs are. Where they are not, an example that comes again after nearly all
+            others have come begins the next one.
     """
 
     def __init__(self, accumulator: FineAccumulator) -> None:
         self.accumulator = accumulator
+        self.told = True
         self._epoch: int | None = None
         # of NumPy: on a few dozen numbers faster than tensors
         self._seen, self._count = np.zeros(0, dtype=bool), 0
@@ -83,7 +85,7 @@ class Draws:
             self._epoch = epoch
             self._begin()
         if self._seen[positions].any():
-            if self._count < NEARLY_ALL * len(self._seen):
+            if self.told or self._count < NEARLY_ALL * len(self._seen):
                 self.accumulator.with_replacement = True
                 return
             self._begin()

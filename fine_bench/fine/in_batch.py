@@ -56,6 +56,7 @@ class InBatchSchedule:
         window: where micro-batches wait for their step.
 
     Attributes:
+        draws: notices examples that are drawn with replacement.
         n_observed: steps observed in this process.
         n_without_backward: batches on which no backward pass ran (``training_step`` returned
             None); they train nothing and are not observed.
@@ -85,7 +86,7 @@ class InBatchSchedule:
         self._index: Tensor | None = None
         self.window: Window[MicroBatch] = Window() if window is None else window
         self.labels = ExampleLabels(passes.data.n)
-        self._draws, self._short = Draws(self.accumulator), ShortSteps(self.accumulator)
+        self.draws, self._short = Draws(self.accumulator), ShortSteps(self.accumulator)
         self._batch_labels: Tensor | None = None
         self._first_epoch: int | None = None
         self._labelled_epoch = -1
@@ -124,7 +125,7 @@ class InBatchSchedule:
             self.n_without_backward += 1
         index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter, once=False)
         if self.passes.processes.count == 1:
-            self._draws.note(index, epoch)
+            self.draws.note(index, epoch)
         self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
         if not self.recorder.trains:  # none is trained any more
@@ -344,7 +345,7 @@ class InBatchSchedule:
             assert complement is not None
             weight = uncertainty_weight(weight, complement)
         if processes.count > 1:
-            self._draws.note(index, epoch)
+            self.draws.note(index, epoch)
         divisor = complement if self.options.divides else None
         if repeats(index):
             if len(set(index.tolist())) < MIN_BATCH:

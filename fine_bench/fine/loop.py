@@ -20,6 +20,7 @@ from fine_bench.fine import loop_checks as checks
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.loop_batch import (
     AnnouncedBatch,
     Held,
@@ -105,7 +106,7 @@ class WatchedLoop:
         self._arrived: set[int] = set()  # parameters that got a gradient from it
         self._parts = 0  # batches with gradients since the last step
         self._in_epoch = 0  # examples since the epoch began
-        self._told_epochs = False
+        self._tell_epochs(told=False)
         self._begun = False  # whether this epoch has had a batch
         self._looked = False
         self._told_loss = False
@@ -208,7 +209,7 @@ class WatchedLoop:
         """An epoch is over: needed where something is done once an epoch."""
         with self._at_work():
             self._settle()
-            self._told_epochs = True
+            self._tell_epochs(told=True)
             self._observation.batch_ends(self.step, self.epoch, epoch_ends=True)
             self._next_epoch()
 
@@ -255,7 +256,8 @@ class WatchedLoop:
                 "questions. Resume with the options, queries and layers of the saved run"
             )
         self._schedule.load_state_dict(state["fine"])
-        self.step, self.epoch, self._in_epoch, self._told_epochs = state["loop"]
+        self.step, self.epoch, self._in_epoch, told = state["loop"]
+        self._tell_epochs(told=told)
 
     def __enter__(self) -> Self:
         return self
@@ -432,6 +434,11 @@ class WatchedLoop:
             self._begun = True
             self._observation.epoch_starts()
             self._hook_parameters()
+
+    def _tell_epochs(self, *, told: bool) -> None:
+        self._told_epochs = told
+        if isinstance(self._schedule, InBatchSchedule):
+            self._schedule.draws.told = told
 
     def _next_epoch(self) -> None:
         self.epoch += 1

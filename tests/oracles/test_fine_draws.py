@@ -323,6 +323,7 @@ def test_equally_likely_examples_are_drawn_evenly() -> None:
 def test_rounds_of_which_nobody_tells() -> None:
     accumulator = FineAccumulator(20, 1)
     draws = Draws(accumulator)
+    draws.told = False
     for seed in range(3):  # without the last two of each round, as with drop_last
         order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:18]
         for batch in order.split(6):
