@@ -20,7 +20,6 @@ from fine_bench.fine import loop_checks as checks
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.first_batch import FirstBatch
-from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.loop_batch import (
     AnnouncedBatch,
     Held,
@@ -106,7 +105,7 @@ class WatchedLoop:
         self._arrived: set[int] = set()  # parameters that got a gradient from it
         self._parts = 0  # batches with gradients since the last step
         self._in_epoch = 0  # examples since the epoch began
-        self._tell_epochs(told=False)
+        self._told_epochs = False
         self._begun = False  # whether this epoch has had a batch
         self._looked = False
         self._told_loss = False
@@ -209,7 +208,7 @@ class WatchedLoop:
         """An epoch is over: needed where something is done once an epoch."""
         with self._at_work():
             self._settle()
-            self._tell_epochs(told=True)
+            self._told_epochs = True
             self._observation.batch_ends(self.step, self.epoch, epoch_ends=True)
             self._next_epoch()
 
@@ -256,8 +255,7 @@ class WatchedLoop:
                 "questions. Resume with the options, queries and layers of the saved run"
             )
         self._schedule.load_state_dict(state["fine"])
-        self.step, self.epoch, self._in_epoch, told = state["loop"]
-        self._tell_epochs(told=told)
+        self.step, self.epoch, self._in_epoch, self._told_epochs = state["loop"]
 
     def __enter__(self) -> Self:
         return self
@@ -430,15 +428,11 @@ class WatchedLoop:
         if self._in_epoch >= self._schedule.passes.data.n and not self._told_epochs:
             checks.refuse_unknown_epochs(self.options, self._in_epoch)
             self._next_epoch()
+        self._observation.epochs_are_told(self._told_epochs)
         if not self._begun:
             self._begun = True
             self._observation.epoch_starts()
             self._hook_parameters()
-
-    def _tell_epochs(self, *, told: bool) -> None:
-        self._told_epochs = told
-        if isinstance(self._schedule, InBatchSchedule):
-            self._schedule.draws.told = told
 
     def _next_epoch(self) -> None:
         self.epoch += 1

@@ -117,6 +117,11 @@ class Observation:
             self._said_rows = True
             say_reading(layers, "f-INE", in_batch=self.options.schedule == "in_batch")
 
+    def epochs_are_told(self, told: bool) -> None:
+        """Whether the numbers of epochs are those of the run, or of n examples each."""
+        if isinstance(self.schedule, InBatchSchedule):
+            self.schedule.draws.told = told
+
     def batch_starts(self, batch: Any, step: int, epoch: int, *, look: bool = True) -> None:
         """A batch is about to go through the model.
 
