@@ -168,7 +168,8 @@ class Uncovered:
     def _keep_total(self, name: str, grad: Tensor) -> None:
         if self._listens():
             # a copy: until it is looked at, the user may clip or unscale it in place
-            self._totals[name] = grad.detach().clone()
+            before = self._totals.get(name)  # of another part of the pass (checkpoints)
+            self._totals[name] = grad.detach().clone() if before is None else before + grad
 
     # ------------------------------------------------------------------ after the backward pass
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from baselines.influence_functions import InfluenceFunction
@@ -587,6 +588,36 @@ def test_post_hoc_methods_on_recurrent_layers(name: str, method: Any) -> None:
         found.append(replay(method, problem, [Checkpoint(params=state, lr=0.1)]).values)
     assert float(found[0].std()) > 0
     close(found[0], found[1], 1e-5)
+
+
+class Checkpointed(Nested):
+    """The branch is run again in the backward pass, each of its two times."""
+
+    reentrant = False
+
+    def body(self, x: Tensor) -> Tensor:
+        x = ClassToken.body(self, x)
+        for _ in range(2):
+            x = checkpoint(self.branch, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    plain, x, y = build("nested")
+    model = Checkpointed().double()
+    model.load_state_dict(plain.state_dict())
+    model.reentrant = reentrant
+    recorder = LayerRecorder(model, tap=True)
+    for look in (False, True):
+        if look:
+            looked_at(recorder, x)
+        recorder.start()
+        F.cross_entropy(model(x), y).backward()
+        recorder.stop()
+        found = recorder.blocks(5, 5.0)[-1].dense()
+        close(found, rows(plain, x, y, recorder.leftover))
 
 
 # ---------------------------------------------------------------------------------- refused
