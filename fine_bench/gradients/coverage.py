@@ -15,6 +15,7 @@ from fine_bench.gradients.attention import projections
 from fine_bench.gradients.layers import LayerKind, kind_of, trained_parameters
 from fine_bench.gradients.reparametrised import reparametrised
 from fine_bench.gradients.tied import TiedKind, WithoutWeight
+from fine_bench.gradients.transposed import transposed_parts
 from fine_bench.types import UnsupportedProblemError
 
 
@@ -58,6 +59,9 @@ def covered_blocks(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[st
                 if all(len(users[id(p)]) == 1 for p in trained.values()):
                     found[block] = Covered((module,), projection, trained)
             continue
+        for block, transposed, trained in transposed_parts(name, module):
+            if all(len(users[id(p)]) == 1 for p in trained.values()):
+                found[block] = Covered((module,), transposed, trained)
         kind, own = kind_of(module), trained_parameters(module)
         if kind is None:
             continue

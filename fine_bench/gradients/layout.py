@@ -69,6 +69,9 @@ SHARED = Layout(-1)
 """An input that all examples share."""
 
 
+MARK = "_fine_bench_repeated"
+"""Attribute of a tensor that has been repeated."""
+
 Call = tuple[str, int]
 """A layer's name, and the number of its call in a pass."""
 
@@ -265,8 +268,12 @@ def layout_of(x: Tensor, other: Tensor, sizes: Sequence[int], default: Layout) -
 
 def repeated(x: Tensor, n: int) -> Tensor:
     """What all examples share, for each of n of them: ``(n, …)``, without a copy."""
+    if getattr(x, MARK, False):  # by another recorder of the same model
+        return x
     x = x if x.ndim and x.shape[0] == 1 else x[None]
-    return x.expand(n, *x.shape[1:])
+    result = x.expand(n, *x.shape[1:])
+    setattr(result, MARK, True)
+    return result
 
 
 def regrouped(features: Any, n: int) -> Any:

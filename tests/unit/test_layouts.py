@@ -212,6 +212,16 @@ def test_other_questions(name: str, options: dict[str, Any]) -> None:
     assert float(watched.scores().values.std()) > 0
 
 
+@pytest.mark.any_trainer("positions that all examples share, `(T,)` or `(1, T)`")
+def test_several_at_once() -> None:
+    net, x, y = build(MODELS["(1, T)"])
+    watched = [FINECallback(observable="loss"), FINECallback(observable="loss", sketch=2)]
+    diary = fit(net, x, y, F.cross_entropy, watched)
+    expected = mu_of_self(net, diary, x, y, F.cross_entropy)
+    got = watched[0].scores().values[0].double()
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
 @pytest.mark.any_trainer("layers that get the sequence first, `(T, B, D)`")
 def test_where_nobody_can_look_the_ambiguous_is_refused() -> None:
     net, x, y = build(SequenceFirst)
