@@ -140,23 +140,24 @@ class HeadGradients:
 
 def ends_of(calls: Sequence[Call]) -> list[Call]:
     """Calls with a gradient whose outputs lead to no other one with a gradient."""
-    trained = [call for call in calls if call.edge is not None and _has_gradient(call)]
-    by_node = {call.edge.node: call for call in trained if call.edge is not None}
-    inner: set[int] = set()
-    seen = set()
-    for call in reversed(trained):
-        if id(call) in inner or call.edge is None:
+    # of calls with one output (a weight and its bias that are heard apart) the last one stands
+    trained = {
+        call.edge.node: call for call in calls if call.edge is not None and _has_gradient(call)
+    }
+    inner, seen = set(), set()
+    for end in reversed(trained):
+        if end in inner:
             continue  # what leads to it leads to the one that it leads to
-        waiting = [node for node, _ in call.edge.node.next_functions if node is not None]
+        waiting = [node for node, _ in end.next_functions if node is not None]
         while waiting:
             node = waiting.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if node in by_node:
-                inner.add(id(by_node[node]))
+            if node in trained:
+                inner.add(node)
             waiting += [before for before, _ in node.next_functions if before is not None]
-    return [call for call in trained if id(call) not in inner]
+    return [call for node, call in trained.items() if node not in inner]
 
 
 def _has_gradient(call: Call) -> bool:

@@ -12,10 +12,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import BatchAdapter, FINECallback
+from fine_bench.fine.head_gradients import ends_of
+from fine_bench.gradients.recorded_call import Call
 from fine_bench.types import UnsupportedProblemError
 from support.tensors import close
 from support.training import QUIET, Diary
@@ -240,6 +243,25 @@ def test_the_margin_is_that_of_the_head_that_is_trained() -> None:
     callback = FINECallback("self", "margin", layers=["net.body", "net.first"])
     fit([callback, diary], mean, dataset)
     close(callback.scores().values[0].double(), expected(diary, dataset, plain, K, True), 1e-6)
+
+
+def test_ends_of_a_pass() -> None:
+    """Layers that are heard twice, at one output, are one."""
+
+    def call(name: str, output: Tensor) -> Call:
+        made = Call(name, nn.Identity(), None, None)
+        made.edge, made.grad = get_gradient_edge(output), output.detach()
+        return made
+
+    x = torch.ones(3, 2, requires_grad=True)
+    body = x * 2
+    head, other = body.exp(), body.sin()
+    calls = [call("weight", body), call("bias", body), call("head", head)]
+    assert [c.name for c in ends_of(calls)] == ["head"]
+    assert [c.name for c in ends_of(calls[:2])] == ["bias"]
+    assert [c.name for c in ends_of([*calls, call("other", other)])] == ["head", "other"]
+    calls[2].grad = None
+    assert [c.name for c in ends_of([*calls, call("other", other)])] == ["other"]
 
 
 @pytest.mark.any_trainer("two heads that are both trained")
