@@ -163,12 +163,12 @@ class Texts(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[i], "labels": self.ids[i]}
 
 
-def language_model(steps: int, watched: bool, *, batch: int = 8, length: int = 128) -> None:
+def language_model(steps: int, watched: bool, *, batch: int = 8, length: int = 64) -> None:
     """LoRA matrices of rank 8 in every linear layer of a small Llama, two batches a step."""
     config = LlamaConfig(
-        vocab_size=4000,
-        hidden_size=256,
-        intermediate_size=704,
+        vocab_size=2000,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=4,
     )
