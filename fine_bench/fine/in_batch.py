@@ -196,8 +196,8 @@ class InBatchSchedule:
         scale = float(m * accumulates) / loss_scale
         if m >= MIN_BATCH or accumulates * n_processes > 1:
             gradients = PerExampleGradients(recorder.blocks(m))
-            if self.options.observable is None:
-                self._settle()  # by the options of now
+            if self.options.divides and self.options.observable is None:
+                self._settle()  # the observable may be chosen now
             logit_gradients = self._head.look(recorder, epoch, scale, self._batch_labels)
         recorder.clear()
         parts = accumulates * n_processes

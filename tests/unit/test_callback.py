@@ -109,6 +109,17 @@ def test_the_same_run_gives_the_same_scores_bit_for_bit() -> None:
     assert torch.equal(first.scores().values, second.scores().values)
 
 
+@pytest.mark.parametrize("target", ["self", "queries", "validation"])
+def test_a_default_that_is_chosen_gives_what_is_asked_for_by_name_bit_for_bit(target: Any) -> None:
+    options: dict[str, Any] = {} if target == "self" else {"queries": queries()}
+    chosen = FINECallback(target, **options)
+    named = FINECallback(target, observable="margin", **options)
+    for callback in (chosen, named):
+        fit([callback])
+    assert torch.equal(chosen.scores().values, named.scores().values)
+    assert torch.equal(chosen.scores().std_error, named.scores().std_error)
+
+
 def test_callbacks_do_not_see_each_others_queries() -> None:
     alone, beside = FINECallback("self"), FINECallback("self")
     fit([alone])
