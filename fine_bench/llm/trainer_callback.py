@@ -158,7 +158,7 @@ class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
             base = getattr(model, "get_base_model", None)  # of PEFT
             inner = base() if callable(base) else model
             named["loss"] = ModelLoss(
-                shifts=getattr(inner, "loss_type", None) == "ForCausalLM",
+                shifts=shifts_labels(inner),
                 smoothing=float(args.label_smoothing_factor),
             )
         return replace(options, **named)
@@ -240,6 +240,21 @@ class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
             self._handle = None
         if self._loop is not None:
             self._loop.close()
+
+
+def shifts_labels(model: Any) -> bool:
+    """Whether the model's logits at t predict the label at t + 1, as causal language models do.
+
+    Args:
+        model: of Transformers, which takes the causal loss where a class's name says no other one;
+            or any other module, which does not.
+    """
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    if not hasattr(model, "loss_function") or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    named = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    return named is ForCausalLMLoss
 
 
 class Announce:

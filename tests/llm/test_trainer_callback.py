@@ -22,6 +22,8 @@ from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -252,6 +254,19 @@ def test_a_causal_model(accumulate: int, tmp_path: Path) -> None:
     wanted = expected(model, train, diary, accumulate)
     torch.testing.assert_close(mu, wanted, rtol=1e-6, atol=1e-9)
     assert callback.scores().values.shape == (1, N)
+
+
+@pytest.mark.any_trainer("Transformers' Trainer, a causal model with LoRA")
+def test_a_causal_model_that_is_trained_as_a_whole(tmp_path: Path) -> None:
+    """GPT-2: its class's name says nothing of its loss, and embedding and head are one matrix."""
+    torch.manual_seed(0)
+    small = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **small, **still)).double()
+    train, diary, callback = Texts("causal"), Diary(), FINETrainerCallback()
+    run(model, train, tmp_path, callback, diary, gradient_accumulation_steps=2)
+    mu, _ = callback.loop._schedule.accumulator.mu()
+    torch.testing.assert_close(mu, expected(model, train, diary, 2), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.any_trainer("Transformers' Trainer, a sequence classifier")
