@@ -28,9 +28,9 @@ Where we differ:
   them (log T moments, log T trainings).
 - Many queries are carried together and share each step's passes and matrix products; MAGIC carries
   one output a call.
-- Whatever was trained is differentiated as it is. The papers change the training (ε of Adam under
-  the root, wider networks, larger batches, pooling that is smooth) until the derivative predicts a
-  retraining; whether it does here is what ``results/this_run.md`` measures.
+- Whatever was trained is differentiated as it is. The papers first make the training smooth
+  ("metasmooth": by architecture, batch size and optimiser), so that the derivative foretells a
+  retraining. How far it does here is in ``results/this_run.md``: kinks are what spoils it.
 - ``matrix="gauss_newton"`` puts the Gauss–Newton matrix in the place of H_t. This is no derivative,
   but it cannot grow where H_t has large negative eigenvalues.
 
