@@ -310,7 +310,8 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
         "random sets of examples have weight 0 (`fine_bench.retraining.same_seed`). *Average run*: "
         "models on random halves of the examples, each with an initialisation and order of its "
         f"own, six a subset (the frozen truth; its noise allows {ceiling:.3f}). Numbers are linear "
-        "datamodeling scores, the mean over the queries with its 95 % interval over them.",
+        "datamodeling scores, the mean over the queries with its 95 % interval over them. *Runs*: "
+        "how many were scored; the numbers for this run are of those that have such a truth.",
         "",
         "## How smooth the run is",
         "",
@@ -325,7 +326,7 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
     for line in smooth.to_dict("records"):
         text.append(
             f"| {line['batch']} | {line['seed']} | {line['left_out']} | {line['sets']} | "
-            f"{line['effect']:.3f} | {line['rounding']:.4f} | {line['ceiling']:.3f} |"
+            f"{line['effect']:.3f} | {line['rounding']:.1e} | {line['ceiling']:.3f} |"
         )
     for batch, part in frame.groupby("batch", sort=False):
         truths = list(dict.fromkeys(part.truth))
@@ -354,7 +355,7 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
             text.append(f"| {method} | {' | '.join(cells)} | {runs} |")
         missing = [row for row in ROWS if row not in methods]
         if missing:
-            text += ["", f"Not scored: {', '.join(missing)}."]
+            text += ["", f"Not scored: {'; '.join(missing)}."]
     return "\n".join(text) + "\n"
 
 
