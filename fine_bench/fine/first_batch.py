@@ -142,7 +142,7 @@ class FirstBatch:
         if reason:
             raise UnsupportedProblemError(reason)
         self.size = len(y)
-        if self.default and not _classes(whole, y):
+        if self.default and isinstance(whole, Tensor) and not _classes(whole, y):
             self._shapes = f"output {_said(whole)} and labels {_said(y)}"
             return
         try:
