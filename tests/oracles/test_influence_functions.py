@@ -17,7 +17,7 @@ import baselines.inverses as inverses
 from baselines.conjugate_gradients import block_cg, solve_cg
 from baselines.influence_functions import InfluenceFunction
 from fine_bench import Checkpoint, InfluenceScores, Problem, replay
-from fine_bench.gradients.curvature.products import CurvatureProducts, Roots
+from fine_bench.gradients.curvature.products import CurvatureProducts, Roots, hessian_roots
 from fine_bench.gradients.query_weighting import reference_rows
 from fine_bench.types import UnsupportedProblemError
 from support.tensors import close
@@ -515,3 +515,16 @@ def test_products_keep_no_graph() -> None:
     assert not result.requires_grad
     assert products.products == 3
     close(result, v @ twin.curvature("hessian"), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fitted_example_leaves_the_loss_convex(dtype: torch.dtype) -> None:
+    """Rounding of a probability near one is no negative curvature."""
+    logits = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = torch.arange(200) % 10
+    logits[torch.arange(200), y] += torch.linspace(5, 45, 200, dtype=dtype)
+    roots = hessian_roots(F.cross_entropy, logits, y)
+    p = torch.softmax(logits.double(), 1)
+    wanted = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    found = torch.einsum("kbi,kbj->bij", roots.double(), roots.double())
+    assert float((found - wanted).abs().max()) < 64 * torch.finfo(dtype).eps

@@ -166,7 +166,9 @@ def hessian_roots(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
     matrices = vmap(hessian(one))(logits, y).reshape(len(y), c, c).double()
     values, vectors = torch.linalg.eigh(matrices)
     slack = 1e-6 if logits.dtype == torch.float32 else 1e-12
-    if bool((values[:, 0] < -slack * values.abs().amax(1)).any()):
+    # where p approaches one, p − p² holds the rounding of p, however small it is itself
+    rounding = 64 * torch.finfo(logits.dtype).eps
+    if bool((values[:, 0] < -slack * values.abs().amax(1) - rounding).any()):
         raise UnsupportedProblemError(
             f"the loss is not convex in the model's output (eigenvalue {float(values.min()):.3g} "
             'of its Hessian there), so the ggn is not a sum of squares; use curvature="hessian"'
