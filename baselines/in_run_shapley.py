@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from baselines import shapley
 from baselines.shapley import Order, ShapleyAccumulator, ValidationLoss
 from fine_bench.callback.base import InRunMethod, WatchedRun
-from fine_bench.callback.trainer import AROUND, Events, training_set
+from fine_bench.callback.trainer import AROUND, Events, training_data
 from fine_bench.fine.aside import beside_training
+from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.batch_norm import (
@@ -90,6 +91,7 @@ class InRunShapleyCallback(InRunMethod):
         self.loss = loss
         super().__init__(about={"queries": queries}, target=target, order=order)
         self._recorder: LayerRecorder | None = None
+        self._first_batch: FirstBatch | None = None
         self._validation: ValidationLoss | None = None
         self._observed: ShapleyAccumulator | None
         self._index: Tensor | None = None
@@ -185,8 +187,17 @@ class InRunShapleyCallback(InRunMethod):
             order=self.order,
             aside=lambda: beside_training(pl_module),
         )
-        n_train = dataset_size(training_set(trainer, "InRunShapleyCallback"), "the training set")
-        self._start_with(ShapleyAccumulator(n_train, self._validation.n_rows))
+        data = training_data(trainer, pl_module, "InRunShapleyCallback")
+        self._first_batch = FirstBatch(
+            pl_module,
+            data,
+            lambda inputs: self.forward(pl_module, inputs),
+            self.loss,
+            lambda: beside_training(pl_module),
+            self._recorder,
+            stated=False,
+        )
+        self._start_with(ShapleyAccumulator(data.n, self._validation.n_rows))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at layers that normalise by their batch, in the modes they train in."""
@@ -207,6 +218,9 @@ class InRunShapleyCallback(InRunMethod):
             refuse_unheld(pl_module, trainer.optimizers[0])
             self._recorder.watch()
             self._validation.watch()
+        if self._first_batch is not None:
+            self._first_batch.starts(batch)  # and where each layer's input has the examples
+            self._first_batch = None
         self._index = batch_index(batch, len(self._accumulator.n_observations), once=False)
         self._recorder.start()
 

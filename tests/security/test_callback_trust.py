@@ -18,6 +18,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.callback.base import InRunMethod
 from fine_bench.callback.paper import PaperFINECallback
 from fine_bench.fine.window import Window
+from fine_bench.types import UnsupportedProblemError
 from support.training import QUIET
 
 N, CLASSES = 24, 3
@@ -165,7 +166,7 @@ def test_ordinary_steps_are_observed_without_a_word(way: str) -> None:
 
 
 def test_small_batches_are_the_reason() -> None:
-    with pytest.warns(UserWarning, match="fewer than 3 examples"):
+    with pytest.raises(UnsupportedProblemError, match="batch_size=2 gives steps of 2"):
         train([FINECallback()], loader=DataLoader(TensorDataset(*data()), batch_size=2))
 
 

@@ -187,6 +187,32 @@ def test_settings_that_no_test_machine_has(state: dict[str, Any], message: str) 
         InRunShapleyCallback(queries=queries()).on_fit_start(fake, Module())
 
 
+class Sentences(nn.Module):
+    """Logits of rows of 6 numbers read as 8 tokens; in one of the two orders of dimensions."""
+
+    def __init__(self, *, sequence_first: bool) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.dim = 0 if sequence_first else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x[:, None] * torch.linspace(0.5, 1.5, 8, dtype=x.dtype)[:, None]
+        tokens = tokens.transpose(0, 1) if self.dim == 0 else tokens
+        return self.last(torch.tanh(self.inner(tokens))).mean(self.dim)
+
+
+def test_layers_that_get_the_sequence_first() -> None:
+    """As many tokens as examples in a batch: shapes do not tell, the first batch's look does."""
+    found = []
+    for sequence_first in (True, False):
+        torch.manual_seed(0)
+        callback = InRunShapleyCallback(queries=queries())
+        fit([callback], Module(Sentences(sequence_first=sequence_first)))
+        found.append(callback.scores().values)
+    assert torch.allclose(found[0], found[1], rtol=1e-6)
+    assert found[0].std() > 1e-4
+
+
 def test_streams_are_refused() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
