@@ -173,7 +173,7 @@ class SnapshotSchedule:
             return NOTHING_TRAINS
         if self.n_not_finite:
             return "gradients were NaN or infinite in every snapshot; lower the learning rate"
-        return "the loss scaler left every step out; lower the learning rate"
+        return "no step was seen to be taken; 16-bit precision left all out, or they went around it"
 
     def flush(self) -> None:
         """Nothing is held back."""
