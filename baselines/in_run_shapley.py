@@ -222,7 +222,7 @@ class InRunShapleyCallback(InRunMethod):
             self._first_batch.starts(batch)  # and where each layer's input has the examples
             self._first_batch = None
         self._index = batch_index(batch, len(self._accumulator.n_observations), once=False)
-        self._recorder.start()
+        self._recorder.start(len(self._index))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any

@@ -39,6 +39,7 @@ from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import classification_reason
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import check_weighting, reduced_rows
+from fine_bench.gradients.transposed import TransposedBlock
 from fine_bench.seeds import stream
 from fine_bench.types import (
     Checkpoint,
@@ -198,7 +199,8 @@ class KFAC(InfluenceEstimator):
         for rows, x, y in self.problem.batches("train"):
             for k, _, blocks in root_gradients(self.engine, x, y, roots, rows):
                 for block in blocks:
-                    if not isinstance(block, FactorBlock):
+                    # transposed factors would take the gradients of one root for all
+                    if not isinstance(block, FactorBlock) or isinstance(block, TransposedBlock):
                         raise UnsupportedProblemError(
                             f"{self.name}: {block.name!r} has no Kronecker factors; name the "
                             "linear and convolutional layers by layers=[...], or use "

@@ -126,6 +126,8 @@ class Unrolled(InfluenceEstimator):
         for name, part in problem.model.named_modules():
             if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
                 return f"{name} ({type(part).__name__}) drew at random, which cannot be repeated"
+            if isinstance(part, nn.RNNBase):
+                return f"{name} ({type(part).__name__}) has no products with its second derivatives"
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 return f"{name} ({type(part).__name__}) mixed the examples of a batch in training"
         if self.observable == "margin":
@@ -326,7 +328,7 @@ class _Run:
         return range(self.rule.slots)
 
     def _batch(self, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        index = self.steps.batches[t]
+        index = self.steps.batches[t].to(self.x.device)
         return index, self.x[index], self.y[index]
 
     def _step(self, params: Tensors, slots: list[Tensors], t: int) -> Tensors:

@@ -81,6 +81,8 @@ class Draws:
         if self.accumulator.with_replacement:
             return
         positions = index.cpu().numpy()
+        # a loop that does not tell counts n examples an epoch, and its loader may leave some out
+        epoch = epoch if self.told else 0
         if epoch != self._epoch:
             self._epoch = epoch
             self._begin()
@@ -207,15 +209,21 @@ def effects_of_rows(
         observable = mine if inverse is None else mine * inverse
         observable = observable / count[:, None]
         c = (observable @ rows)[None]  # (1, u, m)
-    else:
-        c = rows[:, None]  # (R, 1, m)
     weighted = mine if weights is None else mine * weights.to(mine)
     n_others = m - count
+    if not gram:  # the same numbers of every example: products, without (R, u, m) numbers
+        c = rows - rows.mean(1, keepdim=True)  # variances do not cancel
+        mean = (c @ others.T) / n_others
+        effect = rows @ weighted.T
+        if contrast == "substitution":
+            effect = c @ weighted.T - weighted.sum(-1) * mean
+        squares = (c.square() @ others.T - n_others * mean.square()) / (n_others - 1.0)
+        return examples, effect, squares.clamp_min(0.0).sqrt()
     mean = (c * others).sum(-1) / n_others
     effect = (c * weighted).sum(-1)
     if contrast == "substitution":
         effect = effect - weighted.sum(-1) * mean
-    if variance is not None and gram:
+    if variance is not None:
         squares = ((observable @ variance.double()) * observable).sum(-1)[None]
     else:
         squares = ((c - mean[..., None]).square() * others).sum(-1) / (n_others - 1.0)

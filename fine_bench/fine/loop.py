@@ -107,8 +107,7 @@ class WatchedLoop:
         self._in_epoch = 0  # examples since the epoch began
         self._told_epochs = False
         self._begun = False  # whether this epoch has had a batch
-        self._looked = False
-        self._told_loss = False
+        self._looked = self._told_loss = False
         self._busy = False
         self._closed = False
         self._handles: list[RemovableHandle] = [
@@ -386,6 +385,7 @@ class WatchedLoop:
             return
         announced, self._announced = self._announced, None
         self._arrived.clear()
+        checks.refuse_unseen(self._looked)
         self._refuse_unknown_loss()
         # what the recorder's hooks did within the backward pass
         self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0

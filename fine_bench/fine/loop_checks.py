@@ -26,6 +26,11 @@ TWO_BATCHES = (
 
 NO_BATCH = "fine.loss(…) came before fine.batch(index): announce the batch first"
 
+UNSEEN = (
+    "a batch was trained on without a call of the model that watch() was given, so nothing of its "
+    "first batch could be looked at: write model(x), not model.forward(x) or parts of the model "
+    "one by one"
+)
 NO_INDEX = (
     "a backward pass came on a batch whose index was not given: call fine.batch(index) before "
     "the forward pass of every batch that is trained on; gradients for other purposes are taken"
@@ -52,6 +57,19 @@ NO_STEP = (
     "the optimizer that was given to watch took no step; give the one that trains the model, and "
     "let the loop step inside of the with block"
 )
+
+
+def refuse_unseen(looked: bool) -> None:
+    """Refuse passes that go around the model's own call.
+
+    Args:
+        looked: whether the first batch was seen on its way into the model.
+
+    Raises:
+        RuntimeError: it was not.
+    """
+    if not looked:
+        raise RuntimeError(UNSEEN)
 
 
 def refuse_setting(model: nn.Module, optimizer: Any, accumulate: int) -> None:

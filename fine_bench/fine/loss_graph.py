@@ -107,7 +107,8 @@ class LossGraph:
     Attributes:
         ends: the outputs from which the loss is computed, no other output in between.
         kinds: names of the operations in between.
-        shapes: shapes of what they return.
+        shapes: shapes of what they return, on the way from the outputs alone: a penalty on weights
+            has shapes of its own.
     """
 
     ends: list[Output]
@@ -119,7 +120,9 @@ class LossGraph:
         """The graph of a loss that has one."""
         at = {(output.edge.node, output.edge.output_nr): output for output in heard}
         ends: dict[int, Output] = {}
-        kinds, shapes = [], []
+        kinds = []
+        shapes: dict[Node, list[tuple[int, ...]]] = {}
+        above: dict[Node, list[Node]] = {}
         start = get_gradient_edge(loss)
         waiting: list[tuple[Node, int]] = [(start.node, start.output_nr)]
         seen: set[tuple[Node, int]] = set()
@@ -134,10 +137,21 @@ class LossGraph:
             node = place[0]
             kinds.append(node.name())
             # no public way leads to the shapes
-            shapes += [tuple(part.shape) for part in getattr(node, "_input_metadata", ())]
-            waiting += [(n, number) for n, number in node.next_functions if n is not None]
+            shapes[node] = [tuple(part.shape) for part in getattr(node, "_input_metadata", ())]
+            following = [(n, number) for n, number in node.next_functions if n is not None]
+            for n, _ in following:
+                above.setdefault(n, []).append(node)
+            waiting += following
+        between: set[Node] = set()
+        upwards = [node for end in ends.values() for node in above.get(end.edge.node, [])]
+        while upwards:
+            node = upwards.pop()
+            if node not in between:
+                between.add(node)
+                upwards += above.get(node, [])
         order = {id(output): position for position, output in enumerate(heard)}
-        return cls(sorted(ends.values(), key=lambda o: order[id(o)]), kinds, shapes)
+        ordered = sorted(ends.values(), key=lambda o: order[id(o)])
+        return cls(ordered, kinds, [shape for node in between for shape in shapes.get(node, [])])
 
     @property
     def loss_name(self) -> str | None:

@@ -48,8 +48,11 @@ def _differ(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _is_mixture(u: Tensor, v: Tensor, i: int, rounding: float, scale: float) -> bool:
     others = torch.cat([v[:i], v[i + 1 :]])
     moved = u - v[i]
-    # x_i + b (x_j − x_i), where x_j itself is no mixture
-    error, b, _ = _best_fit(moved, others - v[i])
+    # x_i + b (x_j − x_i), where x_j itself is no mixture; a multiple of x_i, such as zeros, tells
+    # nothing, since a model may scale its inputs
+    along = (others @ v[i] / v[i].square().sum().clamp_min(1e-300))[:, None] * v[i]
+    apart = (others - along).square().sum(1) > 1e-4 * others.square().sum(1)
+    error, b, _ = _best_fit(moved, (others - v[i]) * apart[:, None])
     if error <= rounding**2 * float(moved.square().sum()) and 0.01 < b < 0.99:
         return True
     # pieces

@@ -203,14 +203,22 @@ def _parts(attention: nn.MultiheadAttention) -> list[tuple[str, str]]:
 
 
 _LISTENERS: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
-_LINEAR = F.linear
+_BEFORE: list[Callable[..., Tensor]] = []
+"""What ``F.linear`` was when the first listener came: it may be another library's."""
 
 
 def _heard_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    output: Tensor = _LINEAR(input, weight, bias)
+    output: Tensor = _BEFORE[0](input, weight, bias)
     for listener in tuple(_LISTENERS):
         output = listener(input, weight, output)
     return output
+
+
+def stop_listening() -> None:
+    """Put ``F.linear`` back after an interrupt within an attention, which runs no hook."""
+    _LISTENERS.clear()
+    if _BEFORE:
+        F.linear = _BEFORE.pop()
 
 
 def listen(
@@ -238,14 +246,16 @@ def listen(
 
     def starts(*_: Any) -> None:
         if hears():
+            if not _LISTENERS:
+                _BEFORE[:] = [F.linear]
+                F.linear = _heard_linear
             _LISTENERS.append(told)
-            F.linear = _heard_linear
 
     def ends(*_: Any) -> None:
         if told in _LISTENERS:
             _LISTENERS.remove(told)
-        if not _LISTENERS:
-            F.linear = _LINEAR
+            if not _LISTENERS:
+                F.linear = _BEFORE.pop()
 
     yield attention.register_forward_pre_hook(starts)
     yield attention.register_forward_hook(ends, always_call=True)

@@ -86,11 +86,13 @@ class Layouts:
         looked: whether anybody has looked. A call without a layout is then refused where its
             examples could be in several dimensions; otherwise they are in the first.
         refused: layers with a shared input that cannot be repeated for each example, and why.
+        reordered: layers that get the examples in another order than the batch has.
     """
 
     def __init__(self) -> None:
         self.looked = False
         self.refused: dict[str, str] = {}
+        self.reordered: set[str] = set()
         self._known: dict[str, list[Layout | None]] = {}
         self._shared: set[Call] = set()
         self._numbers: Counter[str] = Counter()
@@ -144,7 +146,7 @@ class Layouts:
             the outputs of both.
         """
         self.looked = True
-        self.refused, self._shared = {}, set()
+        self.refused, self.reordered, self._shared = {}, set(), set()
         plain, seen = self._look(passes)
         sizes = [n for n, _ in passes]
         while True:
@@ -177,11 +179,19 @@ class Layouts:
         for call, layout in found.items():
             known = None if layout is SHARED and call not in self._shared else layout
             self._known.setdefault(call[0], []).append(known)
+            if layout is None or layout is SHARED:
+                continue
+            inputs = list(zip((seen[0][call], seen[1][call]), sizes, strict=True))
+            if all(layout.sizes(x, n) for x, n in inputs) and _reordered(
+                *(layout.rows(x, n) for x, n in inputs)
+            ):
+                self.reordered.add(call[0])
         return plain
 
     def forget(self) -> None:
         """Nothing could be seen: a call is refused where its examples are not clear."""
         self.looked, self.refused, self._known, self._shared = True, {}, {}, set()
+        self.reordered = set()
 
     def same_steps(self, n: int, run: Callable[[], Any], parameters: Sequence[Tensor]) -> bool:
         """Whether a training pass is the same, bit for bit, with shared inputs repeated.
@@ -318,6 +328,19 @@ def _same_examples(x: Tensor, other: Tensor) -> bool:
         return torch.equal(a, b)
     scale = a.abs().amax()
     return bool((a - b).abs().amax() <= torch.finfo(a.dtype).eps ** 0.5 * (scale + 1e-30))
+
+
+def _reordered(x: Tensor, other: Tensor) -> bool:
+    """Whether the second pass has rows of the first one, but not in their order.
+
+    A model that draws random numbers has other rows, which says nothing.
+    """
+    if x.shape[1:] != other.shape[1:] or len(other) > len(x) or _same_examples(x, other):
+        return False
+    a, b = x.flatten(1).double(), other.flatten(1).double()
+    nearest = torch.cdist(b, a, p=float("inf")).amin(1)
+    eps = torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0
+    return bool((nearest <= eps**0.5 * (a.abs().amax() + 1e-30)).all())
 
 
 def _numbers_of(output: Any) -> list[Tensor]:

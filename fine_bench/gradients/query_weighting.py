@@ -68,7 +68,7 @@ def noise_weights(statistic: Tensor) -> Tensor:
     """
     # the shared rule, told that a query's dot products with the reference *are* the statistic: in
     # the coordinates of the reference examples these are the unit vectors
-    unit = torch.eye(statistic.shape[1], dtype=statistic.dtype)
+    unit = torch.eye(statistic.shape[1], dtype=statistic.dtype, device=statistic.device)
     return query_weights(
         PerExampleGradients([DenseBlock("statistic", statistic)]),
         PerExampleGradients([DenseBlock("reference", unit)]),

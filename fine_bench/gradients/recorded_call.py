@@ -90,6 +90,12 @@ def layout_in(
     Raises:
         UnsupportedProblemError: nowhere, or in one of several dimensions and nobody knows in which.
     """
+    if call.name in layouts.reordered:
+        raise UnsupportedProblemError(
+            f"layer {call.name!r} gets the examples in another order than the batch has (sorted by "
+            "length?), so its rows would be taken for other examples: sort in the collate "
+            'function, where the index is sorted along; or use schedule="snapshot"'
+        )
     shared, layout = call.name in layouts.refused, call.layout
     if layout is None and not shared and kind.layout.sizes(x, n) is not None:
         # an engine finds shared positions out by itself

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from fine_bench.gradients.attention import ProjectionKind, listen
+from fine_bench.gradients.attention import ProjectionKind, listen, stop_listening
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, other_layers, remedy
 from fine_bench.gradients.layers import LayerKind
@@ -200,6 +200,8 @@ class LayerRecorder:
         if self.tap and last is not None:
             self._last = last.layer
         self.armed = False
+        for call in self.calls:
+            call.edge = None  # it leads to the graph, whose hooks lead here: a circle of its own
         self.calls = []
         if self._uncovered is not None:
             self._uncovered.clear()
@@ -211,6 +213,7 @@ class LayerRecorder:
         if self._uncovered is not None:
             self._uncovered.close()
             self._uncovered = None
+        stop_listening()
         for handle in self._handles:
             handle.remove()
         self._handles = []

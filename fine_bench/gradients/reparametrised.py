@@ -72,6 +72,10 @@ class ReparametrisedKind(LayerKind):
         self.made = made
         self.advice = kind.advice
 
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        """As the layer's kind says."""
+        return self.kind.dimensions(layer, x)
+
     def parameters(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Those behind the weight, by their name below the layer's."""
         named = dict(layer.named_parameters())

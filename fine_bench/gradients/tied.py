@@ -52,6 +52,9 @@ class _OneOf(LayerKind):
     def counts_positions(self, x: Tensor) -> bool:
         return self.kind.counts_positions(x)
 
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        return self.kind.dimensions(layer, x)
+
     def features(self, layer: nn.Module, x: Tensor) -> _Use:
         return _Use(layer, self.kind, self.kind.features(layer, x))
 
@@ -93,6 +96,10 @@ class TiedKind(LayerKind):
         """The kind of one of the layers."""
         return _OneOf(self._kinds[id(layer)])
 
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        """See ``at``."""
+        return self.at(layer).dimensions(layer, x)
+
     def features(self, layer: nn.Module, x: Tensor) -> Any:
         """See ``at``."""
         return self.at(layer).features(layer, x)
@@ -130,6 +137,10 @@ class WithoutWeight(LayerKind):
     def __init__(self, kind: LayerKind) -> None:
         self.kind = kind
         self.advice = kind.advice
+
+    def dimensions(self, layer: nn.Module, x: Tensor) -> range:
+        """As the layer's kind says."""
+        return self.kind.dimensions(layer, x)
 
     def features(self, layer: nn.Module, x: Tensor) -> Any:
         """As the layer's kind has them."""

@@ -105,6 +105,10 @@ class Uncovered:
 
     def close(self) -> None:
         """Remove every hook."""
+        if self._depth:  # an interrupt came within a module
+            self._depth = 0
+            self._uses.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._uses.end()
         self.clear()
         for handle in self._handles:
             handle.remove()
@@ -268,8 +272,10 @@ class _Module:
 
     def __call__(self, values: Values, args: Any, kwargs: Any) -> Any:
         """Its output for other values of the parameters."""
+        # what is applied once more must not count twice in running statistics and counters
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         with unrolled_recurrence(self.module), _attributes_kept(self.module):
-            return functional_call(self.module, values, args, kwargs)
+            return functional_call(self.module, {**buffers, **values}, args, kwargs)
 
     def output_dim(self, place: int) -> int:
         """Where an output has the examples: recurrent layers have them second."""

@@ -19,11 +19,13 @@ from torch import Tensor
 from fine_bench.gradients.blocks.direction import BlockDirection
 from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.curvature.block import (
+    FITS,
     BlockCurvature,
     CurvatureFit,
     added,
     register_curvature,
 )
+from fine_bench.gradients.transposed import TransposedBlock
 
 GRAM_FLOATS = 2**18
 """Numbers that ``gram`` holds at a time for pairs of outer products: they stay in the cache."""
@@ -211,7 +213,26 @@ class FactorFit(CurvatureFit[FactorBlock]):
         return LayerCurvature(self.name, self._q_in, self._q_out, s, self._single, unset)
 
 
+class TransposedFit(FactorFit):
+    """The same where the factors stand in each other's place: the inner ones are the gradients."""
+
+    def see(self, block: FactorBlock, root: int) -> None:
+        """Add to A, which differs from root to root, and once a batch to G."""
+        a = inputs(block).flatten(0, 1)
+        self._inner = added(self._inner, a.T @ a)
+        if root == 0:
+            b = block.b.flatten(0, 1)
+            self._outer = added(self._outer, b.T @ b)
+            self._single = self._single and block.n_positions == 1
+
+    def add(self, block: FactorBlock, n_roots: int) -> None:
+        """Add the squares of the rotated gradients."""
+        g = rotated(block, self._q_in, self._q_out)
+        self._moments = added(self._moments, g.square_().sum(0))
+
+
 register_curvature(LayerCurvature, FactorBlock, FactorFit)
+FITS[TransposedBlock] = TransposedFit
 
 
 def _sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
