@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,29 @@ Normalise = Callable[[nn.Module, Tensor], Tensor]
 
 Call: TypeAlias = tuple[Any, Tensor]
 """What one application of a layer leaves: its features and the gradient at its output."""
+
+
+class CallFeatures:
+    """The features of a call, with what else a kind has to know of it (a subclass says what)."""
+
+    def __init__(self, features: Any) -> None:
+        self.features = features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the features."""
+        found: torch.dtype = self.features.dtype
+        return found
+
+    def is_floating_point(self) -> bool:
+        """Whether they have one."""
+        return bool(self.features.is_floating_point())
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same in another precision."""
+        result = copy(self)
+        result.features = self.features.to(dtype)
+        return result
 
 
 class LayerKind(ABC):

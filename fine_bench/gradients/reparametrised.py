@@ -24,29 +24,15 @@ from fine_bench.gradients.blocks.reparametrised import (
     WeightMap,
     WeightNormalised,
 )
-from fine_bench.gradients.layers import Call, LayerKind, is_trained
+from fine_bench.gradients.layers import Call, CallFeatures, LayerKind, is_trained
 
 
-class _Seen:
+class _Seen(CallFeatures):
     """The features of a call, and what the weight was then."""
 
     def __init__(self, features: Any, made: WeightMap) -> None:
-        self.features = features
+        super().__init__(features)
         self.map = made
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the features."""
-        found: torch.dtype = self.features.dtype
-        return found
-
-    def is_floating_point(self) -> bool:
-        """Whether they have one."""
-        return bool(self.features.is_floating_point())
-
-    def to(self, dtype: torch.dtype) -> _Seen:
-        """The same in another precision."""
-        return _Seen(self.features.to(dtype), self.map)
 
 
 class ReparametrisedKind(LayerKind):

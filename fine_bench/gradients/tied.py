@@ -8,38 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fine_bench.gradients.blocks.embedding import TokenBlock
 from fine_bench.gradients.blocks.linear import FactorBlock
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.blocks.tied import TiedBlock
-from fine_bench.gradients.layers import Call, LayerKind, kind_of
+from fine_bench.gradients.layers import Call, CallFeatures, LayerKind, kind_of
 from fine_bench.gradients.reparametrised import reparametrised
 
 
-class _Use:
+class _Use(CallFeatures):
     """The features of a call, and of which layer it was."""
 
     def __init__(self, layer: nn.Module, kind: LayerKind, features: Any) -> None:
+        super().__init__(features)
         self.layer = layer
         self.kind = kind
-        self.features = features
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the features."""
-        found: torch.dtype = self.features.dtype
-        return found
-
-    def is_floating_point(self) -> bool:
-        """Whether they have one."""
-        return bool(self.features.is_floating_point())
-
-    def to(self, dtype: torch.dtype) -> _Use:
-        """The same in another precision."""
-        return _Use(self.layer, self.kind, self.features.to(dtype))
 
 
 class _OneOf(LayerKind):
