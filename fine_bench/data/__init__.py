@@ -20,5 +20,6 @@ that names it.
     groups              sets of examples worth an influence of their own
     reference_model     which images are hard: a model that no run trains
     pixels              images to network inputs
+    views               what a person is shown of an example: image, text, row of a table
     downloads, idx      data files: found, verified, fetched at need, read
 """

@@ -5,5 +5,6 @@ damaged), ``plausibility`` (numbers that cannot be), ``files`` (atomic writes, l
 ``scores`` (safetensors), ``comparisons`` (of seeds), ``record_json`` (a record's text, identity and
 address), ``published`` (packed tables), ``records`` (the store that reads both and writes its own
 part), ``publication`` (packing) and ``score_archive``; ``environment`` says where a number came
-from.
+from. Apart stand ``decisions``, what a person says of the rows of a data set, and ``spreadsheet``,
+which writes csv.
 """

@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from fine_bench.terminal import visible
+
 NEEDED = (
     "row", "name", "label", "suggested", "score", "rank", "runs_found", "runs", "p_label",
     "mu", "mu_low", "mu_high",
@@ -37,7 +39,7 @@ def checked(table: pd.DataFrame, class_names: Sequence[Hashable]) -> pd.DataFram
     Raises:
         ValueError: columns or values that are missing, repeated or unknown.
     """
-    names = [str(name) for name in class_names]
+    names = shown(class_names)
     if len(set(names)) < len(names) or not names:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
@@ -72,7 +74,7 @@ def checked(table: pd.DataFrame, class_names: Sequence[Hashable]) -> pd.DataFram
     for name in ("label", "suggested"):
         given = out[name]
         none = given.isna() if name == "suggested" else pd.Series(False, index=given.index)
-        at = given.map(lambda value: place.get(str(value), -1)).where(~none, -1)
+        at = given.map(lambda value: place.get(visible(value), -1)).where(~none, -1)
         odd = (at < 0) & ~none
         if odd.any():
             raise ValueError(
@@ -90,10 +92,10 @@ def digest_of(table: pd.DataFrame, class_names: Sequence[Hashable]) -> str:
         table: as ``checked`` returns it.
         class_names: all classes.
     """
-    said = hashlib.sha256(json.dumps([str(name) for name in class_names]).encode())
+    said = hashlib.sha256(json.dumps(shown(class_names)).encode())
     by_row = table.sort_values("row")
     for row, name, label in zip(by_row["row"], by_row["name"], by_row["label"], strict=True):
-        said.update(json.dumps([int(row), str(name), int(label)]).encode())
+        said.update(json.dumps([int(row), visible(name), int(label)]).encode())
     return said.hexdigest()
 
 
@@ -108,7 +110,7 @@ def columns(table: pd.DataFrame) -> dict[str, Any]:
         if name in NUMBERS:
             values: list[Any] = [_short(value) for value in table[name].tolist()]
         elif name == "name":
-            values = [str(value) for value in table[name].tolist()]
+            values = shown(table[name].tolist())
             if values == [str(row) for row in table["row"].tolist()]:
                 continue
         elif name == "covered":
@@ -118,6 +120,11 @@ def columns(table: pd.DataFrame) -> dict[str, Any]:
         same = len(values) > 1 and all(value == values[0] for value in values[1:])
         out[name] = {"all": values[0]} if same else values
     return out
+
+
+def shown(names: Sequence[Hashable]) -> list[str]:
+    """Names as the page has them, and the csv that it saves: control characters written out."""
+    return [visible(name) for name in names]
 
 
 def _short(value: Any) -> float | None:

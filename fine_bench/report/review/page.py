@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from fine_bench.report.html.markup import Safe, document, join, tag, void
-from fine_bench.report.review.content import checked, columns, data_block, digest_of
+from fine_bench.report.review.content import checked, columns, data_block, digest_of, shown
 from fine_bench.report.review.thumbnails import Views, gather
 from fine_bench.store.files import write_output
 
@@ -66,7 +66,7 @@ def write_review_page(
     Every row is listed, by pages; the most suspicious have a thumbnail, text or cells, as many as
     fit into ``budget``, and the page says how many. The csv that it saves has the columns ``row``,
     ``name``, ``decision`` (``accept``: the given label is right, ``reject``: remove the row,
-    ``relabel``) and ``label`` (the right one; empty for ``reject``).
+    ``relabel``) and ``label`` (the right one; empty for ``reject``). ``store.decisions`` reads it.
 
     Args:
         path: of the HTML file.
@@ -87,23 +87,22 @@ def write_review_page(
     rows = checked(table, class_names)
     if digest is None:
         digest = digest_of(rows, class_names)
-    shown = gather(rows["row"].tolist(), views, budget)
+    seen = gather(rows["row"].tolist(), views, budget)
     content = {
         "digest": digest,
-        "title": title,
         "n": len(rows),
-        "classes": [str(name) for name in class_names],
+        "classes": shown(class_names),
         "columns": columns(rows),
     }
     page = document(
         title=f"{title}: review",
         style=(HERE / "review.css").read_text(encoding="utf-8"),
         script=(HERE / "review.js").read_text(encoding="utf-8"),
-        body=_body(title, len(rows), len(shown), notes),
-        blocks={"content": data_block(content), "views": data_block(shown)},
+        body=_body(title, len(rows), len(seen), notes),
+        blocks={"content": data_block(content), "views": data_block(seen)},
     )
     write_output(path, page, force)
-    return ReviewPage(path, len(rows), len(shown), len(page), digest)
+    return ReviewPage(path, len(rows), len(seen), len(page), digest)
 
 
 def _body(title: str, n: int, n_views: int, notes: Sequence[str]) -> Safe:
