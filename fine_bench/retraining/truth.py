@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fine_bench.metrics._arrays import as_array
 from fine_bench.metrics.fidelity import fidelity
-from fine_bench.metrics.lds import lds
+from fine_bench.metrics.lds import interval_over_queries, lds
+from fine_bench.metrics.outcome_spread import measured_spread, outcome_spread, spread_ceiling
 from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, ceiling_of, spearman
 
 Half: TypeAlias = Literal["development", "published"]
@@ -77,6 +78,11 @@ class SubsetTruth:
     def of(self, half: Half) -> slice:
         """Positions of the subsets of a half."""
         return slice(HALVES.index(half), None, 2)
+
+    def spread(self, half: Half) -> NDArray[np.float64]:
+        """Deviation of each query's margin between single runs, ``(q,)``, in logits."""
+        own = self.of(half)
+        return measured_spread(self.margin_first[own], self.margin_second[own], self.n_seeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +202,8 @@ class Truth:
     ) -> dict[str, float]:
         """How faithful scores are to this truth, by name; empty for targets it knows nothing of.
 
-        ``self``: see ``metrics.fidelity.fidelity``. ``queries``: ``lds`` and ``lds_of_ceiling``.
+        ``self``: see ``metrics.fidelity.fidelity``. ``queries``: the numbers of
+        ``metrics.lds`` and ``metrics.outcome_spread``.
         ``truth_version`` says which version was asked.
 
         Args:
@@ -265,5 +272,17 @@ class Truth:
                 f"{self.n_query} queries, in the task's order"
             )
         own = subsets.of(half)
-        value = lds(scores, subsets.members[own], subsets.margin[own]).mean
-        return {"lds": value, "lds_of_ceiling": value / self.half(half).lds_ceiling}
+        found = lds(scores, subsets.members[own], subsets.margin[own])
+        metrics = {
+            "lds": found.mean,
+            "lds_of_ceiling": found.mean / self.half(half).lds_ceiling,
+        }
+        if self.n_query > 1:
+            low, high = interval_over_queries(found.per_query)
+            metrics["lds_error"] = (high - low) / 2 if math.isfinite(found.mean) else UNKNOWN
+        spread = outcome_spread(scores, subsets.spread(half))
+        ceiling = spread_ceiling(*map(subsets.spread, HALVES))
+        return metrics | {
+            "outcome_spread": spread,
+            "outcome_spread_of_ceiling": spread / ceiling,
+        }

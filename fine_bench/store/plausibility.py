@@ -22,9 +22,12 @@ _RANGES = (
         ),
         (0.0, 1.0),
     ),
-    (re.compile(r"(.*/)?(spearman|kendall|pearson)|fidelity|fidelity_clean"), (-1.0, 1.0)),
+    (
+        re.compile(r"(.*/)?(spearman|kendall|pearson)|fidelity|fidelity_clean|lds|outcome_spread"),
+        (-1.0, 1.0),
+    ),
     (re.compile(r"jaccard_corrected"), (-math.inf, 1.0)),
-    (re.compile(r"cv_median"), (0.0, math.inf)),
+    (re.compile(r"cv_median|lds_error"), (0.0, math.inf)),
 )
 _COUNTS = ("n_bad", "n_watched")
 N_TRAIN = "n_train"

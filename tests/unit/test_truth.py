@@ -215,6 +215,8 @@ def test_metrics_of_scores() -> None:
     expected = lds(queries, TRUTH.subsets.members[1::2], TRUTH.subsets.margin[1::2]).mean
     assert found["lds"] == expected
     assert found["lds_of_ceiling"] == expected / TRUTH.published.lds_ceiling
+    assert 0 < found["lds_error"] < 0.2
+    assert np.isnan(found["outcome_spread"])  # these are too few queries
     assert TRUTH.metrics(scores, "validation") == {}
     assert freeze(repeated=None).metrics(queries, "queries") == {}
 
@@ -236,7 +238,9 @@ def test_metrics_of_watched_examples() -> None:
 def test_constant_scores_are_undefined() -> None:
     found = TRUTH.metrics(np.ones((1, N)), "self")
     assert np.isnan(found["fidelity"])
-    assert np.isnan(TRUTH.metrics(np.ones((Q, N)), "queries")["lds"])
+    found = TRUTH.metrics(np.ones((Q, N)), "queries")
+    names = ("lds", "lds_error", "outcome_spread", "outcome_spread_of_ceiling")
+    assert all(np.isnan(found[name]) for name in names)
 
 
 # ------------------------------------------------------------------------------------- files
