@@ -9,8 +9,9 @@ Near its final parameters a classifier's margin is about linear in them, and for
 Newton step gives the leave-one-out change of the query's margin; 1 − p_i is the size of the
 example's own residual. Positive: i raises the margin of q, so it helps q.
 
-The checkpoints may come from several models trained alike (the paper's M): pass all of them to
-``replay``. The same P serves every checkpoint.
+The checkpoints may come from several models trained alike (the paper's M): pass the last of each to
+``replay``, with ``runs=M``. Each model then has a P of its own, so that the projection's noise is
+averaged too, as in the paper. With ``runs=1``, the checkpoints of one run, one P serves all.
 
 Where we deviate:
 - The default is P = I, no projection; it needs a small model and a ridge (below).
@@ -44,13 +45,14 @@ import torch
 from torch import Tensor
 
 from baselines.tracin import gather
-from fine_bench.estimator import InfluenceEstimator
+from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import classification_reason, negative_margin
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.projection.random import Projection, ProjectionKind, make_projection
 from fine_bench.gradients.query_weighting import check_weighting, query_groups, reference_rows
 from fine_bench.gradients.reciprocal import inverse_or_zero
+from fine_bench.seeds import derive
 from fine_bench.types import (
     Checkpoint,
     InfluenceScores,
@@ -76,6 +78,8 @@ class TRAK(InfluenceEstimator):
         seed: of the projection, ≥ 0.
         query_weighting: weights of the queries in a mean: None, ``"norm"`` or ``"noise"``.
         layers: names of modules whose parameters count; None for all.
+        runs: M, ≥ 1: with more than one, the last checkpoints of so many runs are expected, which
+            the benchmark's runner trains, and each has a projection of its own.
 
     Values are dimensionless differences of margins: the drop of q's margin when i is left out.
     """
@@ -91,8 +95,14 @@ class TRAK(InfluenceEstimator):
         seed: int = 0,
         query_weighting: QueryWeighting = None,
         layers: Sequence[str] | None = None,
+        runs: int = 1,
     ) -> None:
         check_weighting(query_weighting)
+        if runs < 1:
+            raise ValueError(f"runs counts models, at least 1, got {runs}; the paper has 5 to 100")
+        if runs > 1:
+            self.schedule = Schedule.RUNS
+        self.runs = runs
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must be a finite number ≥ 0, got {ridge}")
         self.projection: Projection | None = None
@@ -100,6 +110,7 @@ class TRAK(InfluenceEstimator):
             if dim > MAX_SIDE:
                 raise ValueError(f"dim must be at most {MAX_SIDE}, got {dim}")
             self.projection = make_projection(projection, dim, seed)
+        self._kind, self._dim, self._seed = projection, dim, seed
         self.ridge = ridge
         self.query_weighting: QueryWeighting = query_weighting
         self.layers = layers
@@ -150,11 +161,29 @@ class TRAK(InfluenceEstimator):
 
     def update(self, checkpoint: Checkpoint) -> None:
         """Add one checkpoint's kernel and 1 − p."""
+        if self.runs > 1:
+            self._next_model()
         self.load(checkpoint)
         self._residual_now = torch.empty(self.problem.n_train, dtype=torch.float64)
         term = self._dual() if self.dual else self._primal()
         self._kernel = term if self._kernel is None else self._kernel + term
         self._residual += self._residual_now
+
+    def _next_model(self) -> None:
+        """Another model's projection.
+
+        Raises:
+            ValueError: more models than were announced.
+        """
+        if self.n_updates >= self.runs:
+            raise ValueError(
+                f"{self.name} expects the last checkpoints of runs={self.runs} models and got "
+                "another; pass the last checkpoint of each run, or runs=… as many as there are"
+            )
+        if self.projection is not None:
+            first, number = self._seed, self.n_updates
+            seed = derive(first, f"trak/model {number}") if number else first
+            self.projection = make_projection(self._kind, self._dim, seed)  # type: ignore[arg-type]
 
     def compute(self) -> InfluenceScores:
         """The product of the two means over the checkpoints so far."""

@@ -20,14 +20,17 @@ T = TypeVar("T")
 
 
 class Schedule(Enum):
-    """Which checkpoints a method reads: all of a run, its last, or the last of several runs."""
+    """Which checkpoints a method reads: all of a run, its last, or those of several runs."""
 
     ALL = "all"
     LAST = "last"
     RUNS = "runs"
+    """The last of each of several runs."""
+    ALL_RUNS = "all_runs"
+    """All of each of several runs, one run after the other."""
 
     def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
-        """The checkpoints to replay, in order of training; for ``RUNS`` given one a run."""
+        """The checkpoints to replay, in order of training; ``RUNS`` is given one a run."""
         return checkpoints[-1:] if self is Schedule.LAST else checkpoints
 
 
@@ -87,7 +90,7 @@ class InfluenceEstimator(ABC):
     Attributes:
         gradient_evaluations: per-example gradients taken so far; the method's own account of its
             cost, counted in examples.
-        runs: with ``Schedule.RUNS``, models that the benchmark's runner trains for it.
+        runs: with ``Schedule.RUNS`` and ``ALL_RUNS``, models that the benchmark's runner trains.
         saved_seconds: of its work that another estimator of the run had done already.
     """
 
@@ -171,14 +174,14 @@ def replay(
     checkpoints: Iterable[Checkpoint],
     shared: Shared | None = None,
 ) -> InfluenceScores:
-    """Run a post-hoc method over the checkpoints of a run.
+    """Run a post-hoc method over the checkpoints of a run, or of several.
 
     The global random state is left as it was found.
 
     Args:
         estimator: the method.
         problem: model, loss, training examples and queries.
-        checkpoints: in order of training.
+        checkpoints: in order of training; of several runs one run after the other.
         shared: what other estimators of the same run have left; scores do not depend on it.
 
     Raises:

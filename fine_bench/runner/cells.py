@@ -344,9 +344,15 @@ def _replayed(
     estimator = job.estimator(cell)
     problem = problem_of(job, cell.target, run.model, run.steps)
     checkpoints, cost = run.checkpoints, dict[str, float]()
-    if estimator.schedule is Schedule.RUNS and estimator.unsupported(problem) is None:
+    several = estimator.schedule in (Schedule.RUNS, Schedule.ALL_RUNS)
+    if several and estimator.unsupported(problem) is None:
         members = ensemble(job, run, estimator.runs, say)
-        checkpoints = [member.checkpoints[-1] for member in members]
+        last = estimator.schedule is Schedule.RUNS
+        checkpoints = [
+            point
+            for member in members
+            for point in (member.checkpoints[-1:] if last else member.checkpoints)
+        ]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
     memory = getattr(run.model, "memory", None)

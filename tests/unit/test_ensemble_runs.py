@@ -9,7 +9,9 @@ import pytest
 import torch
 from hydra import compose
 
+from baselines.kfac import KFAC
 from baselines.seed_ensemble import SeedEnsemble
+from baselines.trak import TRAK
 from fine_bench import replay
 from fine_bench.runner.backends import images
 from fine_bench.runner.backends.backend import ensemble
@@ -77,6 +79,44 @@ def test_the_runner_trains_the_further_models_once(
     assert record.cost["seconds"] > record.cost["ensemble_seconds"] > 0
     (other,) = [r for r in store.scan().records if r.estimator == "final_loss" and not r.reason]
     assert "ensemble_seconds" not in other.cost
+
+
+def test_methods_that_average_over_runs_are_given_theirs(tmp_path: Path) -> None:
+    """The last checkpoint of each run for TRAK, all of each for a mean of K-FAC's scores."""
+    rows = (
+        "estimator=[trak_runs,mean_over_runs]",
+        "estimators.trak_runs.runs=3",
+        "estimators.trak_runs.dim=8",
+        "estimators.mean_over_runs.runs=3",
+        "+estimators.mean_over_runs.options.relative_damping=0.5",
+        "targets=[queries]",
+        "seed=4",
+    )
+    content = [option for option in OPTIONS if "seed_ensemble" not in option]
+    config = compose("config", [*content, *rows, f"results_dir={tmp_path}"])
+    planned = plan(check(config))
+    outcomes = execute(planned, "s", say=lambda _: None)
+    assert [o.record.status for o in outcomes] == ["finished", "finished"]
+    run = images.stored(planned, pytest.fail)
+    assert run is not None
+    runs = ensemble(planned, run, 3, pytest.fail)
+    problem = problem_of(planned, "queries", run.model)
+    expected = {
+        "trak_runs": replay(
+            TRAK("factorized", 8, seed=4, runs=3, query_weighting="noise"),
+            problem,
+            [one.checkpoints[-1] for one in runs],
+        ).values,
+        "mean_over_runs": torch.stack(
+            [replay(KFAC(0.5), problem, one.checkpoints).values for one in runs]
+        ).mean(0),
+    }
+    store = RecordStore(tmp_path)
+    for outcome in outcomes:
+        record = outcome.record
+        values = store.load_scores(record).values
+        torch.testing.assert_close(values, expected[record.estimator])
+        assert record.cost["seconds"] > record.cost["ensemble_seconds"] > 0
 
 
 def test_two_run_seeds_share_no_model(tmp_path: Path) -> None:
