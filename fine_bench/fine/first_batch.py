@@ -5,10 +5,10 @@ whole batch. Passes of a ``GradientEngine`` check that by themselves; where the 
 is all there is, nobody else looks. Batch normalisation has a reading of its own
 (``fine_bench.gradients.batch_norm``), so here its statistics are fixed.
 
-*The loss is a mean over examples.* A sum gives gradients that are m times too large.
+*The loss is a mean over examples* (``loss_size``).
 
-Both look through a pass beside the training, in evaluation mode and without gradients, so they
-cost a few forward passes a run and see what the model's ``forward`` shows.
+Both look through passes beside the training, without gradients and, but for the loss's size, in
+evaluation mode, so they cost a few forward passes a run and see what the model's ``forward`` shows.
 
 *The loss is a sum of what each example adds.* Looked at in the graph of the training's own loss
 (``loss_graph``), where somebody hands it on before its backward pass.
@@ -17,6 +17,9 @@ cost a few forward passes a run and see what the model's ``forward`` shows.
 
 *Passes of f-INE's own take the training's loss.* Where nobody says which, they take the
 cross-entropy; a run that minimises another loss is asked for it.
+
+A batch without a backward pass shows no loss, and one of a single example neither a mixture nor a
+sum: the look goes on with the first batch that does.
 """
 
 from __future__ import annotations
@@ -34,6 +37,13 @@ from fine_bench.fine.aside import own_randomness
 from fine_bench.fine.batch_adapter import to_model
 from fine_bench.fine.example_labels import hard_labels
 from fine_bench.fine.loss_graph import LossGraph, Output, Outputs, mixes
+from fine_bench.fine.loss_size import (
+    ExpectedLoss,
+    cross_entropy_factor,
+    dropouts,
+    is_sum,
+    refuse_sum,
+)
 from fine_bench.fine.mixtures import mixed_inputs, mixed_labels
 from fine_bench.fine.passes import Aside
 from fine_bench.fine.training_data import TrainingData
@@ -42,7 +52,6 @@ from fine_bench.gradients.batch_norm import (
     coupling_layers,
     fixed_statistics,
 )
-from fine_bench.gradients.engine import per_example_loss
 from fine_bench.gradients.layout import Pass, fewer_or_twice, layers_called, resized
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, UnsupportedProblemError
@@ -87,14 +96,29 @@ class FirstBatch:
         self.recorder = recorder
         self.stated = stated
         self.default = default
-        self.expected: float | None = None
-        self.size = 0
+        self._expected: ExpectedLoss | None = None
+        self._is_sum: bool | None = None  # as the gradient tells
         self._outputs: Outputs | None = None
+        self._begun = self._backward = False
         self._count = 0
         self._batch: Any = None
         self.ends_of_loss: list[str] = []
         self._kinds: list[str] = []  # of the operations between the model's outputs and the loss
         self._shapes = ""  # of output and labels, where cross-entropy makes nothing of them
+
+    def wants(self, batch: Any) -> bool:
+        """Whether a batch is to be looked at: the first, and what the first could not show."""
+        return not self._begun or (not self.settled and self._size_of(batch) > 1)
+
+    @property
+    def asks_for_loss(self) -> bool:
+        """Whether the batch's loss is looked at."""
+        return self._count != 1
+
+    @property
+    def settled(self) -> bool:
+        """Whether a batch of several examples has had its backward pass."""
+        return self._backward and self._count != 1
 
     def starts(self, batch: Any) -> None:
         """Before the training's pass.
@@ -102,9 +126,11 @@ class FirstBatch:
         Raises:
             UnsupportedProblemError: outputs depend on who else is in the batch.
         """
+        self._begun, self._backward = True, False
+        self._expected = self._is_sum = None
         self._note(batch)
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
-        normalised = coupling_layers(self.module).values()
+        normalised, random = coupling_layers(self.module).values(), dropouts(self.module)
         modes = [(part, part.training) for part in self.module.modules()]
         try:
             with self.aside(), fixed_statistics(self.module), torch.no_grad(), layers_called():
@@ -123,8 +149,8 @@ class FirstBatch:
             with self.aside(), torch.no_grad():
                 self._compare_steps(m, lambda: self.forward(x), modes)
             outputs = whole
-            if normalised:  # the loss is that of outputs under the batch's statistics
-                with self.aside(), as_in_training(normalised), torch.no_grad():
+            if normalised or random:  # the loss is that of outputs as the training has them
+                with self.aside(), as_in_training([*normalised, *random]), torch.no_grad():
                     outputs = self.forward(x)
         except Exception as error:
             if self.recorder is not None:
@@ -141,29 +167,36 @@ class FirstBatch:
                 value.copy_(buffers[name])
         if reason:
             raise UnsupportedProblemError(reason)
-        self.size = len(y)
         if self.default and isinstance(whole, Tensor) and not _classes(whole, y):
             self._shapes = f"output {_said(whole)} and labels {_said(y)}"
             return
         try:
-            self.expected = float(per_example_loss(self.loss, outputs, y).double().mean())
+            self._expected = ExpectedLoss.of(self.loss, outputs, y, random=bool(random))
         except Exception:
             if self.stated:
                 raise
 
     def _note(self, batch: Any) -> None:
         """Keep the batch, and count its examples."""
+        self._count = self._size_of(batch)
+        self._batch = batch if self._count else None
+
+    def _size_of(self, batch: Any) -> int:
         try:
             index = self.data.adapter.example_index(batch)
-            self._count = self.data.adapter.size(batch) if index is None else len(index)
+            return self.data.adapter.size(batch) if index is None else len(index)
         except Exception:  # who reads the batch next says what is wrong with it
-            return
-        self._batch = batch
+            return 0
 
     def listens(self) -> None:
         """From now on the training's own pass goes through the model."""
-        if self._outputs is None and self._count > 1:
+        if self._outputs is None and self._batch is not None and self._count > 1:
             self._outputs = Outputs(self.module)
+
+    def backward_ends(self) -> None:
+        """The batch has had its backward pass."""
+        self._backward = True
+        self.close()
 
     def close(self) -> None:
         """Let go of the pass and the batch."""
@@ -179,9 +212,10 @@ class FirstBatch:
             accumulates: into how many equal parts the step's loss was divided.
 
         Raises:
-            UnsupportedProblemError: examples are mixed in it or before the model, or it is another
-                one than passes beside the training would take.
+            UnsupportedProblemError: examples are mixed in it or before the model, it is their sum,
+                or it is another one than passes beside the training would take.
         """
+        self._backward = True
         outputs, m = self._outputs, self._count
         if outputs is None or not loss.requires_grad or loss.numel() != 1:
             return
@@ -199,7 +233,8 @@ class FirstBatch:
                     "example has no gradient of its own; train with a mean of one loss an example, "
                     "for instance the squared error in place of its root"
                 )
-            self._refuse_mixtures(loss, graph, outputs.heard, y, accumulates)
+            self._refuse_mixtures(graph, outputs.heard, y)
+            self._look_at_gradient(loss, graph, y, accumulates)
             if self.default and graph.loss_name and "LogSoftmaxBackward0" not in graph.kinds:
                 self._shapes = self._shapes or f"the numbers of {graph.loss_name}"
             if self._shapes:
@@ -220,10 +255,7 @@ class FirstBatch:
             "shape, for instance by output.squeeze(1) or target.unsqueeze(1)"
         )
 
-    def _refuse_mixtures(
-        self, loss: Tensor, graph: LossGraph, heard: list[Output], y: Any, accumulates: int
-    ) -> None:
-        m = self._count
+    def _refuse_mixtures(self, graph: LossGraph, heard: list[Output], y: Any) -> None:
         for output in heard:
             if output.given is None or not self._mixture(output.given, y):
                 continue
@@ -231,19 +263,28 @@ class FirstBatch:
                 f"{output.name!r} was given mixtures of the batch's examples (mixup, CutMix), so "
                 "a row of the batch is no example; train without mixing"
             )
-        labels = hard_labels(y, m)
-        if labels is None or len(graph.ends) != 1:
+
+    def _look_at_gradient(self, loss: Tensor, graph: LossGraph, y: Any, accumulates: int) -> None:
+        """Mixed labels, and a sum over examples, show in the gradient at a single output."""
+        if len(graph.ends) != 1:
             return
-        end = graph.ends[0]
+        end, m = graph.ends[0], self._count
         try:
             grad = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)[0]
         except RuntimeError:  # a reentrant checkpoint lies in between
             return
-        if grad is not None and mixed_labels(end.value, grad * (m * accumulates), labels):
+        if grad is None:
+            return
+        labels, grad = hard_labels(y, m), grad * accumulates
+        if labels is not None and mixed_labels(end.value, grad * m, labels):
             raise UnsupportedProblemError(
                 "the loss was taken of mixtures of the batch's labels (mixup, also of hidden "
                 "layers), so a row of the batch is no example; train without mixing"
             )
+        self._is_sum = is_sum(cross_entropy_factor(end.value, grad), m)
+        if self._is_sum:
+            whole = float(loss.detach()) * accumulates
+            refuse_sum(whole, m, whole / m)
 
     def _mixture(self, given: Tensor, y: Any) -> bool:
         """Whether an input of the model is mixed from examples of the batch."""
@@ -343,32 +384,11 @@ class FirstBatch:
         self.close()
         if self._shapes:
             self._refuse_default(None)
-        expected, m = self.expected, self.size
-        if expected is None or m < 3:
+        if self._expected is None:
             return
-        random = any(
-            isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
-            for part in self.module.modules()
-        )
-        # where nobody says what the loss is, another one may be as large by chance
-        low, high = (0.5, 2.0) if self.stated or random else (0.98, 1.02)
         if not self.stated and self._kinds and "LogSoftmaxBackward0" not in self._kinds:
             return
-        if abs(expected) > 1e-6 and low < loss / (m * expected) < high:
-            raise UnsupportedProblemError(
-                f"the training loss of the first step, {loss:.6g}, is the sum of the losses of the "
-                f"batch's {m} examples, whose mean is {expected:.6g}; f-INE needs the mean: return "
-                "it from training_step and raise the step size in proportion"
-            )
-        close = abs(loss - expected) <= 1e-2 * (abs(expected) + 1e-3)
-        if self.stated and not random and not close:
-            warnings.warn(
-                f"the training loss of the first step is {loss:.6g}, but the mean of its examples' "
-                f"losses is {expected:.6g}: the run minimises something else (a weighted mean, a "
-                "penalty, another loss) than forward=…, loss=… or the adapter say. Scores are "
-                "those of the gradients that the run has; weight decay belongs in the optimiser",
-                stacklevel=2,
-            )
+        self._expected.compare(loss, stated=self.stated, told=self._is_sum)
 
 
 def _classes(output: Any, y: Tensor) -> bool:

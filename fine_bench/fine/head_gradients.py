@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.example_labels import ExampleLabels
+from fine_bench.fine.loss_size import cross_entropy_factor, is_sum
 from fine_bench.fine.observable import chosen, refuse_several_ends
 from fine_bench.fine.options import Options
 from fine_bench.fine.training_data import implied_labels, refuse_other_losses
@@ -94,9 +95,9 @@ class HeadGradients:
             ends: names of the layers of whose outputs the loss is made.
         """
         several = len(ends) > 1
+        if self.options.divides:
+            refuse_sum(head, scale)
         if self.options.divides and self.options.observable is None:
-            if not fits:
-                refuse_sum(head, scale)
             self.options = chosen(self.options, "margin" if fits and not several else "loss")
         if self.options.divides and several:
             refuse_several_ends(ends)
@@ -201,9 +202,12 @@ def refuse_sum(call: Call | None, scale: float) -> None:
     Raises:
         UnsupportedProblemError: it is.
     """
-    if call is None or call.output is None or len(call.output) < 2:
+    grad = plain_gradient(call)
+    if call is None or grad is None or call.output is None or call.grad is None:
         return
-    if is_cross_entropy(call, scale / len(call.output)):
+    # of fitted examples all gradients are nearly 0, and of any form within a fixed tolerance
+    factor, m = cross_entropy_factor(call.output, call.grad), len(grad)
+    if factor is not None and is_sum(factor * scale / m, m):
         raise UnsupportedProblemError(
             "the training loss is the sum of the cross-entropies of a batch's examples; f-INE "
             "needs the mean: return it from training_step and raise the step size in proportion"

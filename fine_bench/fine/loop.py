@@ -301,8 +301,10 @@ class WatchedLoop:
         if self._arrived:
             with self._at_work():  # whatever comes now is no part of the pass that is recorded
                 self._settle()
+        if self._announced is None or not torch.is_grad_enabled():
+            return
         new = not self._looked or self._observation.layers_are_new
-        if new and self._announced is not None and torch.is_grad_enabled():
+        if new or self._observation.wants(self._announced):
             with self._at_work():
                 self._look(self._announced, args, kwargs)
 
@@ -311,10 +313,13 @@ class WatchedLoop:
         armed, self._recorder.armed = self._recorder.armed, False
         try:
             batch = announced.with_inputs(args, kwargs)
-            if self._looked:
-                self._observation.look_again(batch)
-            else:
+            if not self._looked:
                 self._observation.look(batch, self._first_batch(known=announced.y is not None))
+            elif self._observation.wants(batch):
+                self._observation.look(batch)
+            else:
+                self._observation.look_again(batch)
+            self._observation.listen()  # to the pass that is the next one
             self._looked, self._observation.layers_are_new = True, False
         finally:
             self._recorder.armed = armed

@@ -98,7 +98,11 @@ class Observation:
     @property
     def asks_for_loss(self) -> bool:
         """Whether ``batch_ends`` is to be told the loss: that of the first batch is looked at."""
-        return self._first is not None
+        return self._first is not None and self._first.asks_for_loss
+
+    def wants(self, batch: Any) -> bool:
+        """Whether the look at the first batch goes on with this one: see ``FirstBatch``."""
+        return self._first is not None and self._first.wants(batch)
 
     def epoch_starts(self) -> None:
         """Look at layers that normalise by their batch, in the modes they train in.
@@ -134,14 +138,14 @@ class Observation:
         changed = self._trained.change(epoch)
         if changed:
             self._layers_change()
-        if look and self._first is not None and not self._first.size:
+        if look and self.wants(batch):
             self.look(batch)
         elif look and changed:
             self.look_again(batch)
         self.layers_are_new = changed
         self.schedule.batch_starts(batch, step, epoch)
-        if self._first is not None and not self._compiled:
-            self._first.listens()
+        if look:
+            self.listen()
 
     def before_backward(self, loss: Tensor, accumulates: int = 1) -> None:
         """The loss of a batch is there, and its backward pass is not: the first one is looked at.
@@ -162,7 +166,7 @@ class Observation:
         """Look at the first batch, before its pass.
 
         Args:
-            batch: as above.
+            batch: as above; one that is wanted.
             first: who looks, where it is another than the options say.
 
         Raises:
@@ -172,8 +176,11 @@ class Observation:
         self._looks = self._first or self._looks
         if self._first is not None:
             self._first.starts(batch)
-        if first is not None and not self._compiled:
-            first.listens()  # its pass is the next one
+
+    def listen(self) -> None:
+        """The training's own pass of the batch that was looked at is the next one."""
+        if self._first is not None and not self._compiled:
+            self._first.listens()
 
     def look_again(self, batch: Any) -> None:
         """Look at layers that are trained from this batch on, before its pass."""
@@ -183,8 +190,10 @@ class Observation:
 
     def loss_is(self, loss: float) -> None:
         """The mean loss of the first batch that was looked at."""
-        first, self._first = self._first, None
+        first = self._first
         if first is not None:
+            if first.settled:
+                self._first = None
             first.ends(loss)
 
     def backward_ends(self, epoch: int, *, accumulates: float, loss_scale: float) -> None:
@@ -196,7 +205,7 @@ class Observation:
             loss_scale: further factor on the loss, of 16-bit precision.
         """
         if self._first is not None:
-            self._first.close()
+            self._first.backward_ends()
         if self._trained.change(epoch):
             self._layers_change(in_pass=True)
         self.schedule.backward_ends(epoch, accumulates=accumulates, loss_scale=loss_scale)
@@ -223,7 +232,10 @@ class Observation:
         """
         if loss is not None:
             self.loss_is(loss)
-        self.close()
+        if self._first is not None and not self._first.settled:
+            self._first.close()  # the next batch may show more
+        else:
+            self.close()
         self.schedule.batch_ends(step, epoch, epoch_ends=epoch_ends)
 
     def close(self) -> None:

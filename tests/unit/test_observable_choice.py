@@ -292,7 +292,7 @@ def test_a_sum_is_refused_before_anything_is_chosen() -> None:
     adapter = BatchAdapter(x=lambda batch: None)  # the model cannot be asked by itself
     with (
         pytest.warns(UserWarning, match="cannot be asked by itself"),
-        pytest.raises(UnsupportedProblemError, match="sum of the cross-entropies"),
+        pytest.raises(UnsupportedProblemError, match="is the sum of the losses of the batch"),
     ):
         fit(
             [FINECallback(adapter=adapter, layers=["net.body", "net.first"])],
