@@ -270,12 +270,13 @@ class FirstBatch:
             return
         end, m = graph.ends[0], self._count
         try:
-            grad = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)[0]
+            found = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)
         except RuntimeError:  # a reentrant checkpoint lies in between
             return
-        if grad is None:
+        grads: list[Tensor | None] = [*found]
+        if grads[0] is None:
             return
-        labels, grad = hard_labels(y, m), grad * accumulates
+        labels, grad = hard_labels(y, m), grads[0] * accumulates
         if labels is not None and mixed_labels(end.value, grad * m, labels):
             raise UnsupportedProblemError(
                 "the loss was taken of mixtures of the batch's labels (mixup, also of hidden "

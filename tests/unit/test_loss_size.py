@@ -127,7 +127,7 @@ def test_a_fitted_model_whose_loss_with_dropout_is_many_times_that_without(state
         torch.manual_seed(0)
         times = float(F.cross_entropy(net(x), y)) / without / M
     assert 0.5 < times < 2.0  # it looks like a sum
-    named = {"loss": F.cross_entropy} if stated else {}
+    named = {"loss": partial(F.cross_entropy)} if stated else {}
     callback = FINECallback(observable="loss", **named)
     fit(callback, net)
     close(sums(callback)[0], right(net, lambda y: torch.ones(len(y))))
