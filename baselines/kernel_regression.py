@@ -192,7 +192,7 @@ class TangentKernel(KernelRegression):
         self._kernel = _added(self._kernel, kernel.div_(scale))
         if isinstance(problem.queries, str):
             return
-        cross, own = cross_gram(self._gradients("queries"), self._gradients("train"), n)
+        cross, own = cross_gram(self._gradients("queries"), lambda: self._gradients("train"), n)
         self._cross = _added(self._cross, cross / scale)
         self._own = _added(self._own, own / scale)
 

@@ -39,6 +39,7 @@ from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import classification_reason
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import check_weighting, reduced_rows
+from fine_bench.gradients.tangent_kernel import cross_gram
 from fine_bench.gradients.transposed import TransposedBlock
 from fine_bench.seeds import stream
 from fine_bench.types import (
@@ -167,15 +168,13 @@ class KFAC(InfluenceEstimator):
 
     def _pairs(self, factors: Sequence[DampedFactors]) -> tuple[Tensor, Tensor]:
         """Every query against every example ``(V, n)``, and the queries' norms ``(V,)``."""
-        queries = [
-            _preconditioned(gradients, factors)
-            for _, gradients in self._batches("queries", self.observable)
-        ]
-        parts = []
-        for _, gradients in self._batches("train", "loss"):
-            theirs = _preconditioned(gradients, factors)
-            parts.append(torch.cat([mine.gram(theirs) for mine in queries]))
-        return torch.cat(parts, 1).double(), torch.cat([q.norm2() for q in queries]).double().sqrt()
+        cross, norms = cross_gram(
+            self._batches("queries", self.observable),
+            lambda: self._batches("train", "loss"),
+            self.problem.n_train,
+            lambda gradients: _preconditioned(gradients, factors),
+        )
+        return cross.double(), norms.double().sqrt()
 
     def _own(self, factors: Sequence[DampedFactors]) -> Tensor:
         """Every example as its own query, ``(1, n)``."""

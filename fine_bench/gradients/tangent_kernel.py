@@ -74,7 +74,7 @@ def gram_matrix(
         size, full = 0, False
         for rows, found in train(start):
             gradients = _formed(found)
-            floats = sum(part.numel() for block in gradients.blocks for part in block.tensors)
+            floats = _floats(gradients)
             full = full or (bool(held) and size + floats > HELD_FLOATS)
             if not full:
                 held.append((rows, gradients))
@@ -89,15 +89,55 @@ def gram_matrix(
     return kernel
 
 
-def cross_gram(queries: Batches, train: Batches, n: int) -> tuple[Tensor, Tensor]:
-    """Dot products of queries and training examples ``(V, n)``, and squared norms ``(V,)``."""
-    asked = [_formed(gradients) for _, gradients in queries]
-    norms = torch.cat([gradients.norm2() for gradients in asked])
-    cross = norms.new_empty(len(norms), n)
-    for rows, gradients in train:
-        theirs = _formed(gradients)
-        cross[:, rows] = torch.cat([mine.gram(theirs) for mine in asked])
-    return cross, norms
+def cross_gram(
+    queries: Batches,
+    train: Callable[[], Batches],
+    n: int,
+    prepare: Callable[[PerExampleGradients], PerExampleGradients] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dot products of queries and training examples ``(V, n)``, and squared norms ``(V,)``.
+
+    As many queries' gradients are held as ``HELD_FLOATS`` allows, at least one batch; for each
+    such share the training examples' are taken again.
+
+    Args:
+        queries: positions and gradients, batch by batch; taken as they are needed.
+        train: starts a pass over the training examples.
+        n: training examples, at least 1.
+        prepare: what becomes of gradients before their products are taken; by default they are
+            formed in full where that is small.
+    """
+    prepare = prepare or _formed
+    norms, rows_of_cross = [], []
+    for asked in _shares(prepare(gradients) for _, gradients in queries):
+        norms += [gradients.norm2() for gradients in asked]
+        cross = norms[-1].new_empty(sum(map(len, asked)), n)
+        for rows, gradients in train():
+            theirs = prepare(gradients)
+            cross[:, rows] = torch.cat([mine.gram(theirs) for mine in asked])
+        rows_of_cross.append(cross)
+        del asked
+    one = len(rows_of_cross) == 1  # no copy of what may be large
+    return rows_of_cross[0] if one else torch.cat(rows_of_cross), torch.cat(norms)
+
+
+def _shares(batches: Iterable[PerExampleGradients]) -> Iterator[list[PerExampleGradients]]:
+    """Batches together as far as ``HELD_FLOATS`` allows, at least one."""
+    held: list[PerExampleGradients] = []
+    size = 0
+    for gradients in batches:
+        floats = _floats(gradients)
+        if held and size + floats > HELD_FLOATS:
+            yield held
+            held, size = [], 0
+        held.append(gradients)
+        size += floats
+    if held:
+        yield held
+
+
+def _floats(gradients: PerExampleGradients) -> int:
+    return sum(part.numel() for block in gradients.blocks for part in block.tensors)
 
 
 def _formed(gradients: PerExampleGradients) -> PerExampleGradients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, Literal
 
 import pytest
@@ -15,8 +16,9 @@ from baselines import kernel_regression
 from baselines.kernel_controls import GaussianKernel
 from baselines.kernel_regression import TangentKernel
 from fine_bench import Checkpoint, Problem, replay
-from fine_bench.gradients import tangent_kernel
-from fine_bench.gradients.tangent_kernel import Probe
+from fine_bench.gradients import PerExampleGradients, tangent_kernel
+from fine_bench.gradients.blocks.dense import DenseBlock
+from fine_bench.gradients.tangent_kernel import Probe, cross_gram
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
 from support.networks import CLASSES, models
@@ -129,6 +131,40 @@ def test_a_kernel_taken_in_shares_is_the_same(monkeypatch: pytest.MonkeyPatch, h
     close(replay(estimator, problem, states).values, wanted)
     n_taken = estimator.gradient_evaluations
     assert (n_taken == 2 * N + V) == (held == 10**9)
+
+
+@pytest.mark.parametrize(("held", "shares"), [(1, 4), (120, 2), (10**9, 1)])
+def test_queries_are_held_in_shares(
+    monkeypatch: pytest.MonkeyPatch, held: int, shares: int
+) -> None:
+    """Batches of two queries with 20 numbers each, against the products in full."""
+    draw = torch.Generator().manual_seed(0)
+    x, q = (torch.randn(n, 20, generator=draw, dtype=torch.float64) for n in (N, V))
+    alive: list[Any] = []
+    most, passes = 0, 0
+
+    def batches(rows: Tensor, size: int, keep: bool) -> Any:
+        for start in range(0, len(rows), size):
+            part = slice(start, min(start + size, len(rows)))
+            found = PerExampleGradients([DenseBlock("w", rows[part].clone())])
+            if keep:
+                alive.append(weakref.ref(found.blocks[0]))
+            yield part, found
+
+    def train() -> Any:
+        nonlocal most, passes
+        passes += 1
+        most = max(most, sum(len(block.g) for ref in alive if (block := ref()) is not None))
+        return batches(x, 7, keep=False)
+
+    monkeypatch.setattr(tangent_kernel, "HELD_FLOATS", held)
+    given = {"prepare": lambda gradients: gradients} if held == 120 else {}
+    cross, norms = cross_gram(batches(q, 2, keep=True), train, N, **given)
+    close(cross, q @ x.T)
+    close(norms, q.square().sum(1))
+    assert passes == shares
+    if held == 120:
+        assert most <= 8  # three batches, and the one that did not fit any more
 
 
 def test_probes_are_signs_about_their_mean() -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from baselines.kfac import KFAC
 from fine_bench import Checkpoint, Problem, replay
+from fine_bench.gradients import tangent_kernel
 from fine_bench.types import UnsupportedProblemError
 from support.networks import CLASSES, models
 from support.tensors import close
@@ -110,6 +111,17 @@ def test_it_is_the_formula(name: str, damping: float, observable: Any) -> None:
     close(replay(KFAC(damping, observable), pieces, states).values, wanted, 1e-9)
     mean, _ = make(name, "validation")
     close(replay(KFAC(damping, observable), mean, states).values, wanted.mean(0)[None], 1e-9)
+
+
+def test_queries_taken_in_shares_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, states = make("cnn", batch_size=4)
+    whole = KFAC()
+    wanted = replay(whole, problem, states).values
+    monkeypatch.setattr(tangent_kernel, "HELD_FLOATS", 1)
+    shares = KFAC()
+    assert torch.equal(replay(shares, problem, states).values, wanted)
+    # the second batch of queries asks for one more pass over the training examples
+    assert shares.gradient_evaluations == whole.gradient_evaluations + N * len(states)
 
 
 @pytest.mark.parametrize("observable", ["margin", "loss"])
