@@ -215,10 +215,11 @@ def read_leaderboard(
         UserError: no records, or no such task (the message names those that exist).
     """
     from fine_bench.leaderboard.build import build
+    from fine_bench.retraining.oracles import limits_in
     from fine_bench.store.records import RecordStore
 
     store = RecordStore(results)
-    board = build(store, bar.comparing, packages)
+    board = build(store, bar.comparing, packages, limits_in(results))
     if not board.tables and not board.problems:
         raise UserError(
             f"no records below {store.records}. Make some with `fine-bench run`, or name the "

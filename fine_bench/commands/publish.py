@@ -80,10 +80,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _build(store: RecordStore) -> Leaderboard:
     from fine_bench.leaderboard.build import build
+    from fine_bench.retraining.oracles import limits_in
     from fine_bench.terminal import record_bar
 
     with record_bar() as bar:
-        return build(store, bar.comparing)
+        return build(store, bar.comparing, limits=limits_in(store.root))
 
 
 def _publish(store: RecordStore, tasks: Sequence[str]) -> int:

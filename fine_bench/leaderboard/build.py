@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from fine_bench.leaderboard.captions import (
@@ -35,15 +36,27 @@ from fine_bench.leaderboard.tables import (
 from fine_bench.leaderboard.ties import PairValues, with_ties
 from fine_bench.metrics.fidelity import VERSION
 from fine_bench.metrics.intervals import mean_interval
+from fine_bench.metrics.limits import Limit
 from fine_bench.metrics.registry import Metric, columns, stat_key, together
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, RunRecord
 
 OnRow: TypeAlias = Callable[[int, int, str], None]
+Limits: TypeAlias = Callable[[str, str], Sequence[Limit]]
+"""From the digests of data and setting to what retraining says (``retraining.oracles``)."""
+
+
+def no_limits(data_sha256: str, setting: str) -> Sequence[Limit]:
+    """For tables of methods alone."""
+    del data_sha256, setting
+    return ()
 
 
 def build(
-    store: RecordStore, on_row: OnRow | None = None, packages: Sequence[str] = ()
+    store: RecordStore,
+    on_row: OnRow | None = None,
+    packages: Sequence[str] = (),
+    limits: Limits = no_limits,
 ) -> Leaderboard:
     """The leaderboard of a store.
 
@@ -55,11 +68,12 @@ def build(
         store: where the records are.
         on_row: called as (rows done, rows in all, name of the row) before each row.
         packages: whose metrics get columns besides those of ``fine_bench``.
+        limits: what retraining says of a setting.
     """
     scan = store.scan()
     records = [record for record in newest(scan.records) if not record.varies]
     comparisons = Comparisons(store, scan.consistency)
-    return build_from(records, comparisons, scan.problems, on_row, columns(packages))
+    return build_from(records, comparisons, scan.problems, on_row, columns(packages), limits)
 
 
 def build_from(
@@ -68,6 +82,7 @@ def build_from(
     problems: Iterable[str] = (),
     on_row: OnRow | None = None,
     shown: Sequence[Metric] | None = None,
+    limits: Limits = no_limits,
 ) -> Leaderboard:
     """The leaderboard of some records.
 
@@ -77,6 +92,7 @@ def build_from(
         problems: what could not be read.
         on_row: see ``build``.
         shown: the columns of the tables; those of ``fine_bench`` by default.
+        limits: see ``build``.
     """
     shown = columns() if shown is None else tuple(shown)
     complaints = list(problems)
@@ -87,9 +103,32 @@ def build_from(
     for key, found in sorted(groups.items()):
         options = options_of(groups, key)
         table, more = _table(key, found, options, old[key], comparisons, progress, shown)
+        table = replace(table, limits=_limits(limits(key[2], key[1]), table))
         tables.append(table)
         complaints += [f"{key[0]}/{key[1][:8]}: {line}" for line in more]
     return Leaderboard(tuple(tables), tuple(complaints), tuple(shown))
+
+
+def _limits(found: Sequence[Limit], table: Table) -> tuple[Row, ...]:
+    """The rows of limits on targets that the table has, their numbers without an interval."""
+    targets = {row.target for row in table.rows}
+    return tuple(
+        Row(
+            estimator=limit.name,
+            variant=limit.made_of,
+            estimator_hash="",
+            target=limit.target,
+            version=1,
+            seeds=(),
+            stats={
+                stat_key("metrics", name): Stat(x, math.nan, math.nan, n=1)
+                for name, x in limit.numbers.items()
+            },
+            k=table.k,
+        )
+        for limit in found
+        if limit.target in targets
+    )
 
 
 class _Progress:

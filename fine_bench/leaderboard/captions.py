@@ -16,6 +16,8 @@ from fine_bench.types import RunRecord
 DIRTY = "†"
 MADE_DIRTY = "made by code with uncommitted changes"
 TIED = "="
+BY_RETRAINING = ", by retraining"
+"""Behind the target of lines that no method has, below those of all methods."""
 
 TOOK = "steering_took"
 # name among the facts of training, label, unit
@@ -182,6 +184,13 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
         if key.startswith(("consistency_", "fidelity", "lds"))
     ):
         lines.append("undefined: a score that is constant over the examples ranks nothing.")
+    if table.limits:
+        lines.append(
+            "By retraining: what hundreds of retrained models say, of one half of them, compared "
+            "with the other half; no method, and the limit for scores that measure the same. "
+            "retraining_effect is Data Banzhaf of an example's own margin, retraining_banzhaf "
+            "(few models) of the queries' margin."
+        )
     if any(row.dirty for row in table.rows):
         lines.append(f"{DIRTY} {MADE_DIRTY}.")
     if table.superseded:

@@ -3,7 +3,8 @@
 What is compared is what detection ranks: one suspicion an example (``metrics.detection``). A
 comparison is kept beside the records, so that later rebuilds need no scores; it is named after the
 digests of what was compared, so it never goes stale, and carries a digest of its numbers. One that
-was kept without is computed again where all of its scores are at hand.
+was kept without, or by an earlier version of the metrics, is computed again where all of its scores
+are at hand.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import combinations
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fine_bench.leaderboard.tables import Stat
 from fine_bench.metrics.consistency import (
@@ -25,13 +27,21 @@ from fine_bench.metrics.consistency import (
 from fine_bench.metrics.detection import suspicion
 from fine_bench.metrics.intervals import pair_mean_interval
 from fine_bench.metrics.registry import stat_key
+from fine_bench.metrics.stable import stable_metrics
 from fine_bench.store.comparisons import Consistency, consistency_digest
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
 
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 """Of the consistency metrics; raise it when their values may change, and caches are made anew."""
+
+READ = (1, METRIC_VERSION)
+"""Versions whose numbers still hold. 1 has no ``metrics.stable``; its rows lack those numbers until
+their scores are at hand."""
+
+IS_BAD = "truth/is_bad"
+"""Among the extras of scores: which training examples are bad."""
 
 LEVEL = 0.95
 
@@ -72,10 +82,10 @@ class Comparisons:
         scores = {seed: record.scores_sha256 for seed, record in sorted(finished.items())}
         wanted = {(a, b): _pair(scores, a, b) for a, b in combinations(scores, 2)}
         pairs: dict[Pair, Mapping[str, float]] = {}
-        name = ""
         at_hand: bool | None = None
-        for old in self.kept.get(row, ()):
-            if old.k != k or old.metric_version != METRIC_VERSION:
+        earlier: Consistency | None = None
+        for old in sorted(self.kept.get(row, ()), key=lambda found: -found.metric_version):
+            if old.k != k or old.metric_version not in READ:
                 continue
             if not old.sealed:
                 if at_hand is None:
@@ -83,14 +93,19 @@ class Comparisons:
                 if at_hand:  # nothing says that its numbers are those that were written
                     continue
             if old.pairs.keys() == wanted.keys():
-                name = name or consistency_digest(scores, k, METRIC_VERSION)
-                if old.digest == name:
+                name = consistency_digest(scores, k, old.metric_version)
+                if old.digest == name and old.metric_version == METRIC_VERSION:
                     return old, ""
+                earlier = old if old.digest == name else earlier
             # seeds were added: their old pairs still hold
             pairs |= {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
+        if earlier is not None and not all(self.store.has_scores(r) for r in finished.values()):
+            return earlier, ""
         try:
-            variation = {"cv_median": self._compare(finished, wanted, k, pairs)}
+            variation = self._compare(finished, wanted, k, pairs)
         except (StoreError, ValueError) as error:
+            if earlier is not None:
+                return earlier, ""
             if any(pair not in pairs for pair in wanted.values()):
                 return None, f"no consistency: {error}"
             variation = {}
@@ -110,14 +125,18 @@ class Comparisons:
         wanted: Mapping[tuple[int, int], Pair],
         k: int,
         pairs: dict[Pair, Mapping[str, float]],
-    ) -> float:
-        """Compare the pairs that are not known yet; returns the median coefficient of variation."""
+    ) -> dict[str, float]:
+        """Compare the pairs that are not known yet; returns the numbers over all seeds."""
         end = next(iter(finished.values())).end
         loaded = {seed: self.store.load_scores(finished[seed]) for seed in sorted(finished)}
         if len({_watched_ones(found) for found in loaded.values()}) > 1:
             raise ValueError("its seeds score different examples; set sample_seed to one number")
         if len(sizes := {found.values.shape[1] for found in loaded.values()}) > 1:
             raise ValueError(f"its seeds score {sorted(sizes)} examples of the same data")
+        bad = [_bad_ones(scores) for scores in loaded.values()]
+        truths = {None if one is None else one.tobytes() for one in bad}
+        if len(truths) > 1:
+            raise ValueError("its seeds do not agree on which examples are bad")
         vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
         missing = {seeds: pair for seeds, pair in wanted.items() if pair not in pairs}
         new = {seed for pair in missing for seed in pair}
@@ -125,7 +144,19 @@ class Comparisons:
         for (a, b), pair in missing.items():
             if pair not in pairs:  # two runs may have the same scores
                 pairs[pair] = _agreement(runs[a], runs[b], k)
-        return coefficient_of_variation(np.stack(list(vectors.values())))[1]
+        together = np.stack(list(vectors.values()))
+        found = {"cv_median": coefficient_of_variation(together)[1]}
+        if k and bad[0] is not None and bad[0].any():
+            found |= stable_metrics(together, bad[0], k)
+        return found
+
+
+def _bad_ones(scores: InfluenceScores) -> NDArray[np.bool_] | None:
+    """Which of the scored examples are bad, where the scores say so."""
+    bad = scores.extras.get(IS_BAD)
+    if bad is None:
+        return None
+    return (bad if scores.watched is None else bad[scores.watched]).bool().numpy()
 
 
 def _watched_ones(scores: InfluenceScores) -> tuple[int, ...] | None:

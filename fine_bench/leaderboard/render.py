@@ -16,6 +16,7 @@ from rich.text import Text
 
 from fine_bench.leaderboard import sheet as sheets
 from fine_bench.leaderboard.captions import (
+    BY_RETRAINING,
     DIRTY,
     MADE_DIRTY,
     TIED,
@@ -82,6 +83,14 @@ def _sheet(heading: str, table: Table, columns: Sequence[Metric], rows: Sequence
         )
         for row in rows
     ]
+    lines += [
+        Line(
+            f"{row.target}{BY_RETRAINING}",
+            (Entry(row.label), Entry(NONE), *(entry_of(row, column) for column in columns)),
+        )
+        for row in table.limits
+        if any(shows(row, column) for column in columns)
+    ]
     return Sheet(heading, tuple(heads), tuple(lines))
 
 
@@ -145,7 +154,8 @@ def frame(board: Leaderboard) -> pd.DataFrame:
         states: dict[tuple[Any, ...], list[int]] = {}
         for cell in table.cells:
             states.setdefault((key_of(cell), cell.state), []).append(cell.seed)
-        for row in table.rows:
+        limits = set(map(key_of, table.limits))
+        for row in (*table.rows, *table.limits):
             line: dict[str, Any] = {
                 "task": table.task,
                 "setting": table.setting[:8],
@@ -164,6 +174,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                 "dirty": row.dirty,
                 "watched": "all" if row.watched is None else str(row.watched),
                 "k": row.k,
+                "limit": key_of(row) in limits,
             }
             keys = sorted(row.stats, key=lambda key: (order.get(key, len(order)), key))
             for key in keys or [""]:

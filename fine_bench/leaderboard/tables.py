@@ -121,6 +121,9 @@ class Table:
         cells: the failed, skipped and missing ones.
         superseded: names of rows that stand in no table, since a higher version of the method has
             rows of the same estimator and target.
+        limits: what retraining itself says, apart from the rows and never ranked with them: rows
+            without seeds and intervals, whose ``variant`` says what they are made of. Empty
+            without a ground truth.
     """
 
     task: str
@@ -133,6 +136,7 @@ class Table:
     rows: tuple[Row, ...]
     cells: tuple[CellState, ...]
     superseded: tuple[str, ...] = ()
+    limits: tuple[Row, ...] = ()
 
     @property
     def shown_rows(self) -> list[Row]:

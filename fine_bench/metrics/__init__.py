@@ -4,7 +4,8 @@
 
 - Of one run: ``detection`` (are the bad examples at the suspicious end), ``top`` (what a person who
   inspects the top finds), ``error_rate`` (flags with a bounded share of false ones), ``cost``.
-- Between runs: ``consistency``; ``intervals`` over seeds, and paired differences.
+- Between runs: ``consistency``, ``stable`` (are the examples that all runs flag the right ones);
+  ``intervals`` over seeds, and paired differences.
 - Against retraining: ``retraining`` (μ of every example from a bank of models), ``reliability``
   (its noise ceiling), ``fidelity``, ``lds``, ``definition`` (μ by its definition, on a sample of
   sets), ``gaussianity`` (what one number μ leaves out).

@@ -64,8 +64,14 @@ def _check_k(k: int, n: int) -> None:
         raise ValueError(f"k must be from 1 to the number of examples, {n}; got {k}")
 
 
-def _inclusion(scores: Vector, k: int) -> Vector:
-    """Probability of each example to be among the k highest when ties are broken at random."""
+def inclusion(scores: Vector, k: int) -> Vector:
+    """Probability of each example to be among the k highest when ties are broken at random.
+
+    Args:
+        scores: ``(n,)``, high for suspicious.
+        k: from 1 to n.
+    """
+    _check_k(k, len(scores))
     cut = np.partition(scores, len(scores) - k)[len(scores) - k]
     above, tied = scores > cut, scores == cut
     return np.asarray(above + tied * ((k - above.sum()) / tied.sum()), dtype=np.float64)
@@ -102,7 +108,7 @@ def ranked(scores: ArrayLike, k: int, end: End) -> Run:
     values = as_vector(scores, "scores")
     _check_k(k, len(values))
     values = oriented(values, end)
-    return Run(values, stats.rankdata(values), _inclusion(values, k), k)
+    return Run(values, stats.rankdata(values), inclusion(values, k), k)
 
 
 def agreement_of_runs(a: Run, b: Run) -> dict[str, float]:

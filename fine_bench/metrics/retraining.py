@@ -151,6 +151,24 @@ def effect(members: NDArray[Any], values: NDArray[Any]) -> Vector:
 
     In the units of ``values (K, n)``: of the margin it is positive where seeing an example helps
     it, of the loss *negative*. NaN where every model, or none, has the example.
+
+    It is also the value that data valuation calls *Data Banzhaf* (Wang, Jia: *Data Banzhaf: A
+    Robust Data Valuation Framework for Machine Learning*, AISTATS 2023, arXiv:2205.15466), for
+    the utility U_i(S) = the values that i has under a model trained on S: the margin of i itself,
+    or, with one column for all examples, the mean margin of some queries. By definition
+
+        φ_i = 2^{−(n−1)} Σ_{S ∌ i} [U_i(S ∪ {i}) − U_i(S)].
+
+    Draw S with every example in it with probability 1/2, independently. S without i is then
+    uniform over the 2^{n−1} subsets of the others, whether i is in S or not, so
+
+        φ_i = E[U_i(S) | i ∈ S] − E[U_i(S) | i ∉ S],
+
+    and the difference of the two means over all drawn S is its *maximum-sample-reuse* estimate:
+    each model serves every example. A bank draws subsets of exactly n/2 instead, so that i enters
+    beside n/2 − 1 others and is missing from n/2: the S ∋ i are one other example poorer.
+    Averages over S concentrate at that size anyway (|S| = n/2 ± √n/2 in the definition), and the
+    one example is a change of order 1/n in utility that is the same for all i.
     """
     inside, x = checked(members, values)
     n_in = inside.sum(axis=0)

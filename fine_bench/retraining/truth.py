@@ -14,6 +14,7 @@ from torch import Tensor
 from fine_bench.metrics._arrays import as_array
 from fine_bench.metrics.fidelity import fidelity
 from fine_bench.metrics.lds import interval_over_queries, lds
+from fine_bench.metrics.out_of_sample import out_of_sample_fidelity
 from fine_bench.metrics.outcome_spread import measured_spread, outcome_spread, spread_ceiling
 from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, ceiling_of, spearman
 
@@ -202,8 +203,9 @@ class Truth:
     ) -> dict[str, float]:
         """How faithful scores are to this truth, by name; empty for targets it knows nothing of.
 
-        ``self``: see ``metrics.fidelity.fidelity``. ``queries``: the numbers of
-        ``metrics.lds`` and ``metrics.outcome_spread``.
+        ``self``: see ``metrics.fidelity.fidelity``, and ``metrics.out_of_sample`` for the truth of
+        loss-like scores. ``queries``: the numbers of ``metrics.lds`` and
+        ``metrics.outcome_spread``.
         ``truth_version`` says which version was asked.
 
         Args:
@@ -240,9 +242,10 @@ class Truth:
         if len(scores) != 1:
             raise ValueError(f"scores of the target self have one row, got {len(scores)}")
         if watched is None:
+            everything = np.arange(self.n_train)
             return fidelity(
                 scores[0], truth.mu_margin, truth.ceiling, ~self.is_bad, truth.ceiling_clean
-            )
+            ) | self._out_of_sample(scores[0], truth, everything)
         rows = np.asarray(watched)
         if len(rows) < LEAST_FOR_CORRELATION:
             return {}
@@ -253,15 +256,20 @@ class Truth:
             self._ceiling(rows),
             clean,
             self._ceiling(rows[clean]),
-        )
+        ) | self._out_of_sample(scores[0], truth, rows)
 
-    def _ceiling(self, rows: NDArray[np.int64]) -> float:
-        """Ceiling of either half's μ over some examples; the halves are equally long."""
+    def _out_of_sample(
+        self, scores: NDArray[np.float64], truth: HalfTruth, rows: NDArray[np.int64]
+    ) -> dict[str, float]:
+        ceiling = self._ceiling(rows, "out_of_sample_margin")
+        return out_of_sample_fidelity(scores[rows], truth.out_of_sample_margin[rows], ceiling)
+
+    def _ceiling(self, rows: NDArray[np.int64], name: str = "mu_margin") -> float:
+        """Ceiling of either half's array over some examples; the halves are equally long."""
         if len(rows) < LEAST_FOR_CORRELATION:
             return UNKNOWN
-        return ceiling_of(
-            spearman(self.development.mu_margin[rows], self.published.mu_margin[rows])
-        )
+        one, other = (getattr(half, name)[rows] for half in (self.development, self.published))
+        return ceiling_of(spearman(one, other))
 
     def _lds(
         self, scores: NDArray[np.float64], subsets: SubsetTruth, half: Half

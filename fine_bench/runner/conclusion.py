@@ -12,6 +12,7 @@ from fine_bench.leaderboard import render
 from fine_bench.leaderboard import sensitivity_tables as sensitivity_view
 from fine_bench.leaderboard.sensitivity import spreads
 from fine_bench.leaderboard.tables import Planned
+from fine_bench.retraining.oracles import limits_in
 from fine_bench.runner import wandb_log
 from fine_bench.runner.plan import Job
 from fine_bench.store.records import RecordStore
@@ -33,7 +34,7 @@ def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int
     root = jobs[0].results
     store = RecordStore(root)
     with record_bar(out) as bar:
-        board = leaderboard.build(store, bar.comparing, jobs[0].packages)
+        board = leaderboard.build(store, bar.comparing, jobs[0].packages, limits_in(root))
         bands = spreads(store, store.scan(), bar.comparing)
     settings = {job.setting for job in jobs}
     shown = replace(board, tables=tuple(t for t in board.tables if t.setting in settings))

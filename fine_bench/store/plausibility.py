@@ -18,12 +18,15 @@ _RANGES = (
     (
         re.compile(
             r"(.*/)?(auroc|average_precision|recall_at_rate|recall_curve_area|jaccard|p_value)"
-            r"|precision_at_\d+|recall_top_\d+"
+            r"|precision_at_\d+|recall_top_\d+|jaccard_top_\d+"
+            r"|(stable|majority)_(recall|precision)(_top_\d+)?|agreeing_precision"
         ),
         (0.0, 1.0),
     ),
     (
-        re.compile(r"(.*/)?(spearman|kendall|pearson)|fidelity|fidelity_clean|lds|outcome_spread"),
+        re.compile(
+            r"(.*/)?(spearman|kendall|pearson)|fidelity(_clean|_out_of_sample)?|lds|outcome_spread"
+        ),
         (-1.0, 1.0),
     ),
     (re.compile(r"jaccard_corrected"), (-math.inf, 1.0)),

@@ -11,6 +11,7 @@ import pytest
 from fine_bench.leaderboard import render, summary
 from fine_bench.leaderboard.build import build
 from fine_bench.leaderboard.tables import Leaderboard
+from fine_bench.retraining.oracles import limits_in
 from fine_bench.store.published import Published, file_text, one_line
 from fine_bench.store.records import RecordStore
 
@@ -25,7 +26,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Leaderboard:
     (root / "published").mkdir()
     for path in PUBLISHED.glob("*.jsonl"):
         shutil.copyfile(path, root / "published" / path.name)
-    board = build(RecordStore(root))
+    board = build(RecordStore(root), limits=limits_in(root))
     assert [path.name for path in root.iterdir()] == ["published"]  # nothing was computed anew
     return board
 

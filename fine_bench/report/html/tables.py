@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fine_bench.leaderboard.captions import DIRTY, MADE_DIRTY, TIED, cell_lines, notes
 from fine_bench.leaderboard.render import entry_of, seeds_of
-from fine_bench.leaderboard.sheet import UNDEFINED, Entry, Head, Line, Sheet, head_of
+from fine_bench.leaderboard.sheet import NONE, UNDEFINED, Entry, Head, Line, Sheet, head_of
 from fine_bench.leaderboard.tables import Row, Table, shows
 from fine_bench.metrics.registry import ARROWS, BETWEEN_RUNS, Metric
 from fine_bench.report.figures.benchmark import TARGET_TITLES
@@ -121,6 +121,10 @@ def target_tables(table: Table, columns: Sequence[Metric]) -> Safe:
         sheet = _sheet(table, [row for row in rows if row.target == target], columns)
         name = slug(f"{table.task}-{table.setting[:8]}-{target}")
         parts.append(written(sheet, target, kind="board", name=name))
+        limits = [row for row in table.limits if row.target == target]
+        if limits:
+            own = _sheet(table, limits, columns, ranked=False)
+            parts.append(written(replace(own, title="By retraining"), target, kind="limits"))
     parts.append(tag("ul", *(tag("li", line) for line in _notes(table, columns)), class_="notes"))
     cells = cell_lines(table)
     if cells:
@@ -143,7 +147,9 @@ def _notes(table: Table, columns: Sequence[Metric]) -> list[str]:
     return lines
 
 
-def _sheet(table: Table, rows: Sequence[Row], columns: Sequence[Metric]) -> Sheet:
+def _sheet(
+    table: Table, rows: Sequence[Row], columns: Sequence[Metric], ranked: bool = True
+) -> Sheet:
     """All columns that one of the rows shows, those of one kind side by side."""
     groups: dict[str, list[Metric]] = {}
     for column in columns:
@@ -151,13 +157,13 @@ def _sheet(table: Table, rows: Sequence[Row], columns: Sequence[Metric]) -> Shee
             kind = BETWEEN[column.source] if column.table == BETWEEN_RUNS else column.table
             groups.setdefault(kind, []).append(column)
     shown = [(column, kind) for kind, own in groups.items() for column in own]
-    best = {column.key: _best(rows, column) for column, _ in shown}
+    best = {column.key: _best(rows, column) if ranked else math.nan for column, _ in shown}
     lines = [
         Line(
             row.target,
             (
                 _name(row),
-                Entry(seeds_of(row, table), value=len(row.seeds)),
+                Entry(seeds_of(row, table) if ranked else NONE, value=len(row.seeds)),
                 *(_number(row, column, best[column.key]) for column, _ in shown),
             ),
         )
