@@ -33,7 +33,6 @@ from fine_bench.gradients.reevaluation import (
     Values,
     batch_dims,
     matching,
-    shapes_of,
 )
 
 REPEATING = {
@@ -199,7 +198,7 @@ class FunctionUses(TorchFunctionMode):
             result = tensors[0] if output is None else output
             if self._seen is not None:
                 if any(isinstance(x, Tensor) for x in tree_flatten(result)[0]):
-                    self._seen.append(Seen(shapes_of(leaves), shapes_of(tree_flatten(result)[0])))
+                    self._seen.append(Seen.of(leaves, result))
                 return output
             self._uses.append(
                 (_application(func, before, spec, made, result, writes), made_by(made))

@@ -182,7 +182,7 @@ class Layouts:
             if layout is None or layout is SHARED:
                 continue
             inputs = list(zip((seen[0][call], seen[1][call]), sizes, strict=True))
-            if all(layout.sizes(x, n) for x, n in inputs) and _reordered(
+            if all(layout.sizes(x, n) for x, n in inputs) and other_order(
                 *(layout.rows(x, n) for x, n in inputs)
             ):
                 self.reordered.add(call[0])
@@ -330,8 +330,8 @@ def _same_examples(x: Tensor, other: Tensor) -> bool:
     return bool((a - b).abs().amax() <= torch.finfo(a.dtype).eps ** 0.5 * (scale + 1e-30))
 
 
-def _reordered(x: Tensor, other: Tensor) -> bool:
-    """Whether the second pass has rows of the first one, but not in their order.
+def other_order(x: Tensor, other: Tensor) -> bool:
+    """Whether the second pass has rows ``(m, …)`` of the first one, but not in their order.
 
     A model that draws random numbers has other rows, which says nothing.
     """

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fine_bench.gradients.layout import other_order
+
 Values: TypeAlias = dict[str, Tensor]
 Dims: TypeAlias = Sequence[int | None]
 """For each input its dimension of the examples; None where all examples share it."""
@@ -251,17 +253,42 @@ def each_example(
     return {name: torch.stack([row[name] for row in rows], 1) for name in values}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Seen:
-    """The shapes of an application in a pass that looks where the examples are."""
+    """The shapes of an application in a pass that looks where the examples are.
+
+    Attributes:
+        values: its inputs, held until they are compared with those of the other pass.
+    """
 
     inputs: Shapes
     outputs: Shapes
+    values: Sequence[Any] = ()
 
     @classmethod
-    def of(cls, args: Any, kwargs: Any, output: Any) -> Seen:
+    def of(cls, inputs: Any, output: Any) -> Seen:
         """Of an application."""
-        return cls(shapes_of(tree_flatten((args, kwargs))[0]), shapes_of(tree_flatten(output)[0]))
+        leaves = tree_flatten(inputs)[0]
+        values = [x.detach() if isinstance(x, Tensor) else None for x in leaves]
+        return cls(shapes_of(leaves), shapes_of(tree_flatten(output)[0]), values)
+
+    def reordered(self, other: Seen, sizes: tuple[int, int]) -> bool:
+        """Whether an input has the examples in another order than the batch.
+
+        Args:
+            other: the same application in a pass over the batch's first examples.
+            sizes: numbers of examples.
+        """
+        for a, b in zip(self.values, other.values, strict=False):
+            if a is None or b is None or a.ndim != b.ndim:
+                continue
+            dim = _moved(a.shape, b.shape, sizes)
+            if dim in (None, -1):
+                continue
+            first, second = (x.movedim(dim, 0).flatten(1) for x in (a[..., None], b[..., None]))
+            if other_order(first, second):
+                return True
+        return False
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Uncovered:
         self._depth = 0
         self._looking: list[Seen] | None = None  # in a pass that looks where the examples are
         self._looks: list[tuple[int, tuple[list[Seen], list[Seen]]]] = []
+        self._reordered = False
         self._totals: dict[str, Tensor] = {}
         self._size = 0.0
         self._handles: list[RemovableHandle] = []
@@ -116,7 +117,7 @@ class Uncovered:
 
     def look(self, passes: Sequence[tuple[int, Callable[[], Any]]]) -> list[Any]:
         """Passes that look where the examples are, made of passes over two numbers of them."""
-        self._looks = []
+        self._looks, self._reordered = [], False
 
         def made(n: int, run: Callable[[], Any]) -> Callable[[], Any]:
             def look() -> Any:
@@ -129,11 +130,24 @@ class Uncovered:
                     self._looking = None
                     self._uses.looked()
                 self._looks = [(k, s) for k, s in self._looks if k != n] + [(n, seen)]
+                self._compare_order()
                 return output
 
             return look
 
         return [(n, made(n, run)) for n, run in passes]
+
+    def _compare_order(self) -> None:
+        """Whether the two passes show the examples in another order than the batch's."""
+        if len(self._looks) < 2:
+            return
+        larger, smaller = sorted(self._looks, key=lambda look: -look[0])
+        for first, second in zip(larger[1], smaller[1], strict=True):
+            for a, b in zip(first, second, strict=False):
+                if a.values and b.values:
+                    found = a.reordered(b, (larger[0], smaller[0]))
+                    self._reordered = self._reordered or found
+                    a.values = b.values = ()
 
     def _places(self, which: int) -> list[Places | None] | None:
         """Where modules (0) or operations (1) have the examples; None if nobody has looked."""
@@ -149,7 +163,7 @@ class Uncovered:
 
     def _record(self, module: _Module, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._looking is not None:
-            self._looking.append(Seen.of(args, kwargs, output))
+            self._looking.append(Seen.of((args, kwargs), output))
         elif self._listens() and torch.is_grad_enabled():
             application = Application(module, args, kwargs, output, module.output_dim)
             self._applied.append((module, application))
@@ -197,6 +211,13 @@ class Uncovered:
         Raises:
             UnsupportedProblemError: they do not follow from what was seen.
         """
+        if self._reordered:
+            raise self._refusal(
+                self.names,
+                "they meet the examples in another order than the batch has, sorted by length for "
+                "instance, so that rows would be taken for other examples: sort in the collate "
+                "function, where the index is sorted along",
+            )
         with torch.no_grad():
             try:
                 found = self._uses.gradients(batch_size, self._places(1))

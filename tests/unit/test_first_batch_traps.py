@@ -74,6 +74,74 @@ def test_a_model_that_sorts_its_batch_is_refused_and_the_remedy_works() -> None:
     assert torch.allclose(*found, rtol=1e-6)
 
 
+class Scaled(nn.Module):
+    """A layer of no known kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class SortedInside(nn.Module):
+    """Only what has no factors gets the batch sorted: a free parameter, or a layer."""
+
+    def __init__(self, kind: str, sorts: bool = True) -> None:
+        super().__init__()
+        self.embedding, self.head, self.sorts = nn.Embedding(20, 6), nn.Linear(6, 3), sorts
+        self.free = nn.Parameter(torch.randn(6)) if "free" in kind else None
+        self.layer = Scaled() if kind == "layer" else None
+        self.by_index = kind == "free, by an index"
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = (x != 0).sum(1)
+        order = length.argsort(descending=True, stable=True)
+        if not self.sorts:
+            order = torch.arange(len(x))
+        h = self.embedding(x).mean(1)[order]
+        if self.layer is not None:
+            h = self.layer(h)
+        elif self.by_index:
+            h = h * self.free[length[order] - 1][:, None]
+        else:
+            h = torch.tanh(h + self.free)
+        return self.head(h[order.argsort()])
+
+
+@pytest.mark.any_trainer("a model that sorts its batch, by length for instance")
+@pytest.mark.parametrize("kind", ["free", "free, by an index", "layer"])
+def test_parameters_behind_a_sorted_batch_are_refused_and_the_remedy_works(kind: str) -> None:
+    x, y = sentences()
+    torch.manual_seed(3)
+    net = SortedInside(kind).double()
+    with pytest.raises(UnsupportedProblemError, match="(free|scale).* in another order than"):
+        watched(copy.deepcopy(net), x, y)
+    options = {"schedule": "snapshot", "train_set": TensorDataset(x, y)}
+    found = []
+    for sorts in (True, False):
+        net.sorts = sorts
+        found.append(watched(copy.deepcopy(net), x, y, **options))
+    assert torch.allclose(*found, rtol=1e-6)
+    in_batch = watched(copy.deepcopy(net), x, y, observable="loss")  # not sorted: served
+    assert float(in_batch.std()) > 0
+    assert not [
+        seen for _, pair in look_of(net, x) for part in pair for seen in part if seen.values
+    ]
+
+
+def look_of(net: nn.Module, x: Tensor) -> Any:
+    """What a look at two batches leaves behind: no values."""
+    recorder = LayerRecorder(net, tap=True)
+    with torch.no_grad():
+        recorder.find_layouts([(8, lambda: net(x[:8])), (4, lambda: net(x[:4]))])
+    assert recorder._uncovered is not None
+    looks = recorder._uncovered._looks
+    recorder.close()
+    return looks
+
+
 class Counter(nn.Module):
     """A free parameter beside a count of passes."""
 
