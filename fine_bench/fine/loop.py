@@ -57,11 +57,7 @@ class WatchedLoop:
         total_steps: int | None = None,
     ) -> None:
         checks.refuse_setting(model, optimizer, accumulate)
-        if options.n_snapshots is not None and total_steps is None:
-            raise ValueError(
-                f"n_snapshots={options.n_snapshots} spaces snapshots over the run, whose length a "
-                "loop does not tell: pass total_steps=…, or use every_n_steps=…"
-            )
+        checks.refuse_unknown_length(options, total_steps)
         compiled = refuse_compiled(model, options.schedule)
         self.options = options
         self.model = model
@@ -70,13 +66,8 @@ class WatchedLoop:
         self.scaler = scaler
         self.seconds = 0.0
         self.step = self.epoch = 0
-        self._question = digest(
-            {
-                name: value
-                for name in ("queries", "layers")
-                if (value := getattr(options, name)) is not None
-            }
-        )
+        about = {name: getattr(options, name) for name in ("queries", "layers")}
+        self._question = digest({k: value for k, value in about.items() if value is not None})
         parameter = next(model.parameters())
 
         def aside() -> AbstractContextManager[None]:

@@ -104,6 +104,19 @@ def refuse_setting(model: nn.Module, optimizer: Any, accumulate: int) -> None:
         raise ValueError(f"accumulate must be a whole number ≥ 1, got {accumulate!r}")
 
 
+def refuse_unknown_length(options: Options, total_steps: int | None) -> None:
+    """Refuse snapshots that are spaced over a run whose length nobody tells.
+
+    Raises:
+        ValueError: they are.
+    """
+    if options.n_snapshots is not None and total_steps is None:
+        raise ValueError(
+            f"n_snapshots={options.n_snapshots} spaces snapshots over the run, whose length a "
+            "loop does not tell: pass total_steps=…, or use every_n_steps=…"
+        )
+
+
 def too_many_parts(accumulate: int) -> RuntimeError:
     """More batches went backward than make up a step.
 

@@ -116,7 +116,7 @@ def test_parameters_behind_a_sorted_batch_are_refused_and_the_remedy_works(kind:
     x, y = sentences()
     torch.manual_seed(3)
     net = SortedInside(kind).double()
-    with pytest.raises(UnsupportedProblemError, match="(free|scale).* in another order than"):
+    with pytest.raises(UnsupportedProblemError, match=r"(free|scale).* in another order than"):
         watched(copy.deepcopy(net), x, y)
     options = {"schedule": "snapshot", "train_set": TensorDataset(x, y)}
     found = []
