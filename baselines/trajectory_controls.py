@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -213,8 +213,10 @@ class KNNDisagreement(_SelfControl):
         return self._scores(self._values)
 
 
-def penultimate_features(model: nn.Module, problem: Problem) -> Tensor:
-    """Inputs of the last linear layer called, ``(n_train, features)``."""
+def penultimate_features(
+    model: nn.Module, problem: Problem, which: Literal["train", "queries"] = "train"
+) -> Tensor:
+    """Inputs of the last linear layer called, ``(n, features)``, n training examples or queries."""
     last: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -228,7 +230,7 @@ def penultimate_features(model: nn.Module, problem: Problem) -> Tensor:
     parts = []
     try:
         with torch.no_grad():
-            for _, x, _ in problem.batches("train"):
+            for _, x, _ in problem.batches(which):
                 model(x)
                 parts.append(last[0].flatten(1).clone())
     finally:

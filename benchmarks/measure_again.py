@@ -7,7 +7,9 @@ Where their scores are at hand, each gets a further revision: the same scores, c
 training, and every number that the code of today measures. A number that the record has already
 must come out equal (to 1e-9 of its size, or the scores are not those of the record or the metric
 has changed): otherwise the record is named and nothing is written for it. ``environment`` stays
-that of the run, with ``measured_from`` (the revision) and ``measured_commit`` added.
+that of the run, with ``measured_from`` (the revision) and ``measured_commit`` added. No data are
+made: the scores hold the truth about the examples. Tasks of language models, whose metrics ask for
+more than that, are left out.
 
 Exit status: 0, or 1 if a record could not be measured again.
 """
@@ -21,14 +23,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fine_bench.runner.backends.backend import backend_of
-from fine_bench.runner.plan import Job
-from fine_bench.runner.recorded import job_of
+from fine_bench.metrics.registry import Given, measure
+from fine_bench.retraining.truth import Truth
+from fine_bench.retraining.truth_files import find, folders
 from fine_bench.store.environment import environment
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import RunRecord
 
 CLOSE = 1e-9
+IS_BAD = "truth/is_bad"
+LANGUAGE = "fine_bench.llm"
 
 
 def changed(then: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
@@ -41,18 +45,30 @@ def changed(then: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
     ]
 
 
-def measured(store: RecordStore, record: RunRecord, job: Job) -> dict[str, float]:
+def measured(store: RecordStore, record: RunRecord, truth: Truth | None) -> dict[str, float]:
     """What today's code measures of a record's scores."""
     scores = store.load_scores(record)
-    found = backend_of(job).measure(job, scores.target, scores, record.training)
-    if job.truth is not None:
-        found |= job.truth.metrics(scores.values, record.target, watched=scores.watched)
+    bad = scores.extras.get(IS_BAD)
+    if bad is not None and scores.watched is not None:
+        bad = bad[scores.watched]
+    given = Given(
+        values=scores.watched_values,
+        target=record.target,
+        end=record.end,
+        is_bad=None if bad is None else bad.bool(),
+        facts=record.training,
+    )
+    found = measure(given) if scores.watched_values.numel() else {}
+    if truth is not None:
+        found |= truth.metrics(scores.values, record.target, watched=scores.watched)
     return found
 
 
-def again(store: RecordStore, record: RunRecord, job: Job, code: Mapping[str, Any]) -> str:
+def again(
+    store: RecordStore, record: RunRecord, truth: Truth | None, code: Mapping[str, Any]
+) -> str:
     """A further revision of a record, if there is something to add; what became of it, in words."""
-    found = measured(store, record, job)
+    found = measured(store, record, truth)
     if other := changed(record.metrics, found):
         return f"refused, {len(other)} numbers differ: {'; '.join(other[:3])}"
     if found.keys() <= record.metrics.keys():
@@ -75,18 +91,20 @@ def main() -> int:
     parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     store = RecordStore(arguments.results)
-    code, jobs, failed, absent = environment(), dict[tuple[str, str, str], Job](), 0, 0
+    code, failed, absent = environment(), 0, 0
+    truths: dict[tuple[str, str], Truth | None] = {}
     for record in newest(store.scan().records):
         wanted = record.task in arguments.task and record.target in arguments.target
-        if not wanted or record.status != "finished" or record.varies:
+        target = str(record.config.get("task", {}).get("_target_", ""))
+        if not wanted or record.status != "finished" or target.startswith(LANGUAGE):
             continue
         if not store.has_scores(record):
             absent += 1
             continue
-        where = (record.task, record.setting, record.data_sha256)
-        if where not in jobs:
-            jobs[where] = job_of(record)
-        said = again(store, record, jobs[where], code)
+        where = (record.data_sha256, record.setting)
+        if where not in truths:
+            truths[where] = find(folders(arguments.results), *where)
+        said = again(store, record, truths[where], code)
         failed += said.startswith("refused")
         if said:
             print(f"{record.task} {record.estimator} {record.target} seed {record.seed}: {said}")
