@@ -107,7 +107,7 @@ class KNNShapley(InfluenceEstimator):
         weights = query_groups(wanted, problem.reduce)
         found = torch.zeros(len(weights), problem.n_train, dtype=torch.float64)
         half_squares = 0.5 * features.square().sum(1)
-        for part in torch.arange(len(queries)).split(max(1, _ENTRIES // problem.n_train)):
+        for part in torch.split(torch.arange(len(queries)), max(1, _ENTRIES // problem.n_train)):
             # ‖x − z‖² is smallest where ‖z‖²/2 − ⟨x, z⟩ is
             far = half_squares - queries[part] @ features.T
             order = far.argsort(dim=1, stable=True)
