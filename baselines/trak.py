@@ -185,11 +185,23 @@ class TRAK(InfluenceEstimator):
             seed = derive(first, f"trak/model {number}") if number else first
             self.projection = make_projection(self._kind, self._dim, seed)  # type: ignore[arg-type]
 
-    def compute(self) -> InfluenceScores:
-        """The product of the two means over the checkpoints so far."""
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The two means over the checkpoints so far, whose product the scores are.
+
+        Those of several models tell the scores of every group of them: the means of the means.
+
+        Returns:
+            of φ_qᵀ (ΦᵀΦ + ridge·I)⁻¹ φ_i, ``(rows, n_train)``, and of 1 − p_i, ``(n_train,)``;
+            float64.
+        """
         self.require_update()
         assert self._kernel is not None
-        values = (self._kernel / self.n_updates) * (self._residual / self.n_updates)
+        return self._kernel / self.n_updates, self._residual / self.n_updates
+
+    def compute(self) -> InfluenceScores:
+        """The product of the two means over the checkpoints so far."""
+        kernel, residual = self.means()
+        values = kernel * residual
         return InfluenceScores(
             values=values.to(next(self.model.parameters()).dtype),
             method=self.name,

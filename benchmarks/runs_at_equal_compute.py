@@ -1,0 +1,334 @@
+"""Averages over runs: LDS against the number of trainings, and against the time they take.
+
+    python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' -m seed=0,1,2,3,4,5,6,7,8,9 \
+        'estimator=[trak,tracin,influence_function,kfac,tangent_kernel]'
+    FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5 6 7 8 9
+    python benchmarks/runs_at_equal_compute.py table
+
+What R runs say together is the mean of their scores, read off the score files of a method's
+records, whatever the method. ``trak over models`` is TRAK as its paper has it, the product of two
+means over the last checkpoints of R models, each with a projection of its own; ``terms`` computes
+what each model adds to these means, from the checkpoints that the runs have kept.
+
+``table`` measures the LDS of the groups of R of the N seeds that all rows have, on the published
+half of the frozen truth. The groups share runs, so intervals over seeds come from the jackknife:
+
+    θ the mean over all groups of R, θ_i the mean over those without seed i,
+    SE² = (N − 1)/N · Σ_i (θ_i − mean θ_i)²,      θ ± t_{N−1, 0.975} SE,
+
+where R ≤ N/2. A difference of two methods is jackknifed as one number: the same seeds move both.
+Beside it stands its bootstrap interval over the queries.
+
+Time is counted in trainings: a run costs 1 + extra/training, where extra is what the method takes
+beyond plain training in the same record; the median over the seeds. Within a budget of B trainings'
+time a method has as many runs as fit, at least one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
+from outputs import Outputs, add_force
+from run_groups import RUNS, Array, Predict, Row, curves, differences, runs_within
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from baselines.trak import TRAK
+from fine_bench.estimator import replay
+from fine_bench.report.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    VERMILLION,
+    canvas,
+    styled,
+    to_bytes,
+)
+from fine_bench.retraining.truth import HALVES, Half, Truth
+from fine_bench.retraining.truth_files import folders, named
+from fine_bench.runner.backends import images
+from fine_bench.runner.cells import problem_of
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+from fine_bench.store.records import RecordStore, newest
+from fine_bench.types import RunRecord
+
+MODELS = "trak over models"
+COLOURS = (BLACK, BLUE, VERMILLION, GREEN, GREY)
+MARKS = "os^Dv<>P*X"
+DIM = 512
+"""Of the projections, as in ``conf/estimator/trak.yaml``."""
+
+
+# -------------------------------------------------------------------------------- rows from files
+
+
+def rows_of(store: RecordStore, truth: Truth, half: Half, names: Sequence[str]) -> list[Row]:
+    """A row for each method that has scores of single queries of the truth's task."""
+    assert truth.subsets is not None
+    members = truth.subsets.members[truth.subsets.of(half)].astype(np.float64)
+    found: dict[str, dict[int, RunRecord]] = {}
+    for record in newest(store.scan().records):
+        same = (record.data_sha256, record.setting) == (truth.data_sha256, truth.setting)
+        wanted = record.target == "queries" and record.status == "finished" and not record.varies
+        if same and wanted and (not names or record.estimator in names):
+            found.setdefault(record.estimator, {})[record.seed] = record
+    rows = []
+    for name, by_seed in sorted(found.items()):
+        kept = {seed: r for seed, r in sorted(by_seed.items()) if store.has_scores(r)}
+        if kept:
+            each = [store.load_scores(r).values.double().numpy() @ members.T for r in kept.values()]
+            shares = [r.cost["seconds"] / r.training["seconds"] for r in kept.values()]
+            rows.append(Row(name, tuple(kept), mean_of(each), 1 + float(np.median(shares))))
+    return rows
+
+
+def mean_of(each: Sequence[Array]) -> Predict:
+    """The mean of the runs' predictions, which is the prediction of the mean of their scores."""
+    stacked = np.stack(each)
+    return lambda group: np.asarray(stacked[list(group)].mean(axis=0))
+
+
+def models_row(work: Path, truth: Truth, half: Half) -> Row | None:
+    """TRAK over models, from the terms that ``terms`` has left; None without any."""
+    assert truth.subsets is not None
+    members = truth.subsets.members[truth.subsets.of(half)].astype(np.float64)
+    seeds, kernels, residuals, costs = [], [], [], []
+    for path in sorted(work.glob("seed*.safetensors"), key=lambda p: int(p.stem[4:])):
+        with safe_open(path, framework="np") as file:
+            about = file.metadata()
+            if (about["data_sha256"], about["setting"]) != (truth.data_sha256, truth.setting):
+                continue
+            kernels.append(file.get_tensor("kernel").astype(np.float64))
+            residuals.append(file.get_tensor("residual"))
+        seeds.append(int(path.stem[4:]))
+        costs.append(1 + float(about["seconds"]) / float(about["training_seconds"]))
+    if not seeds:
+        return None
+
+    def predict(group: Sequence[int]) -> Array:
+        kernel = sum(kernels[i] for i in group) / len(group)
+        residual = np.mean([residuals[i] for i in group], axis=0)
+        return np.asarray((kernel * residual) @ members.T)
+
+    return Row(MODELS, tuple(seeds), predict, float(np.median(costs)))
+
+
+def terms(arguments: argparse.Namespace) -> None:
+    """What each model adds to TRAK's two means, for the seeds that have no file yet."""
+    for seed in arguments.seeds:
+        path = arguments.work / f"seed{seed}.safetensors"
+        if path.exists():
+            continue
+        job = job_of(arguments.experiment, seed, arguments.results)
+        run = images.stored(job, print)
+        if run is None:
+            raise SystemExit(
+                f"no finished run of seed {seed} below {arguments.results / 'checkpoints'}; run "
+                f"python -m fine_bench +experiment={arguments.experiment} 'targets=[queries]' "
+                f"'estimator=[trak]' seed={seed} results_dir={arguments.results}"
+            )
+        trak = TRAK("factorized", DIM, seed=seed)
+        start = time.process_time()
+        replay(trak, problem_of(job, "queries", run.model), run.checkpoints[-1:])
+        seconds = time.process_time() - start
+        kernel, residual = trak.means()
+        about = {
+            "data_sha256": job.data.sha256, "setting": job.setting, "seconds": f"{seconds:.3f}",
+            "training_seconds": f"{run.facts['seconds']:.3f}",
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"kernel": kernel.float().contiguous(), "residual": residual}, temporary, about)
+        temporary.rename(path)
+        print(f"{path.name}: {seconds:.1f} s", flush=True)
+
+
+def job_of(experiment: str, seed: int, results: Path) -> Job:
+    """The run of a seed."""
+    register()
+    overrides = [
+        f"+experiment={experiment}", "estimator=[random]", "targets=[queries]", f"seed={seed}",
+        f"results_dir={results}", "trainer.progress=false",
+    ]  # fmt: skip
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        return plan(check(compose("config", overrides)))
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def shown(value: float, low: float, high: float) -> str:
+    """``0.608 [0.601, 0.615]``."""
+    if not math.isfinite(low):
+        return f"{value:.3f}"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def page(
+    experiment: str,
+    rows: Sequence[Row],
+    frame: pd.DataFrame,
+    compared: Sequence[tuple[str, pd.DataFrame]],
+    ceiling: float,
+) -> str:
+    """The tables, with what is to be known about them."""
+    runs = [r for r in RUNS if r in set(frame.runs)]
+    n, q = len(rows[0].seeds), rows[0].predict([0]).shape[0]
+    text = [
+        "# Averages over runs",
+        "",
+        f"Made by `python benchmarks/runs_at_equal_compute.py table` from stored scores; "
+        f"{experiment}, {q} queries, seeds {', '.join(map(str, rows[0].seeds))}, published half of "
+        f"the truth, whose noise allows {ceiling:.3f}.",
+        "",
+        "LDS of the mean of R runs' scores: mean over the groups of R of the "
+        f"{n} runs, with its 95 % jackknife interval over the runs where R ≤ {n // 2}. *Cost*: "
+        "one run with its scores, in trainings' time.",
+        "",
+        f"| method | cost | {' | '.join(f'R = {r}' for r in runs)} |",
+        f"| --- | ---: | {' | '.join('---:' for _ in runs)} |",
+    ]
+    place = {(line.method, line.runs): line for line in frame.itertuples()}
+    order = sorted(rows, key=lambda row: -place[row.name, 1].lds)
+    for row in order:
+        cells = [place.get((row.name, r)) for r in runs]
+        texts = ["–" if c is None else shown(c.lds, c.lower, c.upper) for c in cells]
+        text.append(f"| {row.name} | {row.cost:.2f} | {' | '.join(texts)} |")
+    for title, part in compared:
+        text += [
+            "",
+            f"## {title}",
+            "",
+            "LDS of the best less that of the others, paired; 95 % intervals over the runs "
+            "(jackknife) and over the queries (bootstrap).",
+            "",
+            "| best (runs) | other (runs) | difference, over runs | over queries |",
+            "| --- | --- | ---: | ---: |",
+        ]
+        for line in part.itertuples():
+            text.append(
+                f"| {line.best} ({line.best_runs}) | {line.other} ({line.other_runs}) | "
+                f"{shown(line.difference, line.lower, line.upper)} | "
+                f"[{line.queries_lower:.3f}, {line.queries_upper:.3f}] |"
+            )
+    return "\n".join(text) + "\n"
+
+
+@styled
+def draw(experiment: str, frame: pd.DataFrame, ceiling: float) -> Figure:
+    """LDS against the time of all trainings and scores."""
+    figure = canvas(5.6, 4.0)
+    axes = figure.subplots()
+    axes.axhline(ceiling, color=GREY, linestyle=":", linewidth=1.0)
+    first = frame[frame.runs == 1].sort_values("lds", ascending=False)
+    for number, method in enumerate(first.method):
+        part = frame[frame.method == method].sort_values("runs")
+        error = np.nan_to_num([part.lds - part.lower, part.upper - part.lds])
+        axes.errorbar(
+            part.trainings, part.lds, yerr=error, label=method, markersize=4, linewidth=1.0,
+            color=COLOURS[number % len(COLOURS)], marker=MARKS[number % len(MARKS)],
+            elinewidth=0.6,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.set_xlabel("time of all trainings and scores (trainings)")
+    axes.set_ylabel("LDS (dotted: ceiling)")
+    axes.legend(fontsize=7)
+    figure.suptitle(f"{experiment}: averages over runs")
+    return figure
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Measure, compare and write."""
+    out, half = arguments.out or arguments.results, arguments.half
+    name = f"runs_at_equal_compute--{arguments.experiment}"
+    paths = tuple(out / f"{name}{suffix}" for suffix in (".md", ".csv", ".png"))
+    files = Outputs(paths, default=arguments.out is None, force=arguments.force)
+    truth = named(arguments.experiment, folders(arguments.results))
+    if truth.subsets is None:
+        raise SystemExit(
+            f"the ground truth {arguments.experiment} has no subsets with several seeds, so there "
+            "is no LDS; take mnist_mlp or mnist_mlp_interpolating"
+        )
+    rows = rows_of(RecordStore(arguments.results), truth, half, arguments.rows)
+    models = models_row(arguments.work, truth, half)
+    rows += [] if models is None else [models]
+    rows = common(rows, arguments.least)
+    margin = truth.subsets.margin[truth.subsets.of(half)].astype(np.float64)
+    frame, found = curves(rows, margin)
+    n, ceiling = len(rows[0].seeds), truth.half(half).lds_ceiling
+    compared = []
+    for r in (1, 5):
+        if r <= n:
+            same = dict.fromkeys((row.name for row in rows), r)
+            title = "One run each" if r == 1 else f"{r} runs each"
+            compared.append((title, differences(rows, found, same)))
+    within = {row.name: runs_within(5, row.cost, n) for row in rows}
+    compared.append(("Within the time of 5 trainings", differences(rows, found, within)))
+    files.write(paths[0], page(arguments.experiment, rows, frame, compared, ceiling))
+    files.write(paths[1], frame)
+    files.write(paths[2], to_bytes(draw(arguments.experiment, frame, ceiling), "png"))
+    print(f"written: {', '.join(map(str, paths))}")
+
+
+def common(rows: Sequence[Row], least: int) -> list[Row]:
+    """The rows with at least so many seeds, on the seeds that all of them have.
+
+    Raises:
+        SystemExit: no row, or fewer seeds in common; says what to run.
+    """
+    enough = [row for row in rows if len(row.seeds) >= least]
+    for row in rows:
+        if row not in enough:
+            print(f"{row.name}: scores of {len(row.seeds)} seeds, fewer than --least {least}")
+    shared = sorted(set.intersection(*(set(row.seeds) for row in enough))) if enough else []
+    if len(shared) < max(2, least):
+        names = ", ".join(row.name for row in enough) or "no row"
+        raise SystemExit(
+            f"{len(shared)} seeds have scores of all of {names}, and --least is {least}; compute "
+            "more (python -m fine_bench +experiment=… 'targets=[queries]' -m seed=0,1,2,…), or "
+            "name fewer rows with --rows"
+        )
+
+    def on_shared(row: Row) -> Row:
+        where = [row.seeds.index(seed) for seed in shared]
+        return Row(
+            row.name, tuple(shared), lambda group: row.predict([where[i] for i in group]), row.cost
+        )
+
+    return [on_shared(row) for row in enough]
+
+
+def main() -> None:
+    """Parse arguments and do one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["terms", "table"])
+    parser.add_argument("--experiment", default="mnist_mlp")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(10)])
+    parser.add_argument("--rows", nargs="+", default=[], help="methods; all that have scores")
+    parser.add_argument("--least", type=int, default=6, help="seeds that a row must have")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--work", type=Path, default=Path("results") / "trak_terms")
+    parser.add_argument("--half", choices=[*HALVES], default="published")
+    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
+    add_force(parser)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    {"terms": terms, "table": table}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()
