@@ -177,6 +177,7 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
             f"{', '.join(f'{x:g}' for x in versions)}); of ceiling: divided by the highest value "
             "that the noise of that truth allows; LDS: prediction of models trained on subsets."
         )
+        lines += _ceilings(table)
     if any(
         math.isnan(stat.mean)
         for row in table.rows
@@ -199,6 +200,25 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
             f"{'; '.join(table.superseded)}."
         )
     return lines
+
+
+def _ceilings(table: Table) -> list[str]:
+    """What the truth's noise allows, read off the rows: a number over its share of the ceiling."""
+    named = {"fidelity": "fidelity", "fidelity_clean": "within clean examples", "lds": "LDS",
+             "outcome_spread": "spread over runs"}  # fmt: skip
+    found = []
+    for name, label in named.items():
+        pairs = [
+            (row.stats[name].mean, row.stats[f"{name}_of_ceiling"].mean)
+            for row in table.rows
+            if row.watched is None and {name, f"{name}_of_ceiling"} <= set(row.stats)
+        ]
+        pairs = [pair for pair in pairs if math.isfinite(pair[0]) and math.isfinite(pair[1])]
+        # the largest number: the least rounding
+        value, share = max(pairs, key=lambda pair: abs(pair[1]), default=(0.0, 0.0))
+        if share:
+            found.append(f"{label} {value / share:.3f}")
+    return [f"The noise of the truth allows: {', '.join(found)}."] if found else []
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -736,3 +736,20 @@ def test_infinite_numbers_of_a_group_do_no_harm(tmp_path: Path) -> None:
     assert not math.isfinite(stats["group/flips/upper"].mean)
     assert "group/flips/mu" in view.to_csv(board)
     json.loads(view.to_json(board))
+
+
+def test_the_ceilings_of_a_truth_stand_below_its_table(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    seen = {"lds": 0.3, "lds_of_ceiling": 0.375, "truth_version": 1.0, "lds_error": 0.02,
+            "outcome_spread": -0.2, "outcome_spread_of_ceiling": -0.25}  # fmt: skip
+    other = {"lds": 0.4, "lds_of_ceiling": 0.5, "truth_version": 1.0, "outcome_spread": math.nan,
+             "outcome_spread_of_ceiling": math.nan}  # fmt: skip
+    for name, more in (("fine", seen), ("tracin", other)):
+        record = finished(name, "self", 0)
+        record = replace(record, metrics={**record.metrics, **more})
+        store.save(record, InfluenceScores(values_of(name, "self", 0), name, "self"))
+    text = " ".join(printed(build(store)).split())
+    assert "The noise of the truth allows: LDS 0.800, spread over runs 0.800." in text
+    assert "LDS ± over queries: half of one run's 95 % bootstrap interval" in text
+    assert "Spread over runs: rank correlation, over the queries, of" in text
+    assert "0.020" in text
