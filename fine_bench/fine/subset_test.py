@@ -142,10 +142,10 @@ def evaluate(
     watched = accumulator.subsets
     steps, arm_p, arm_q = accumulator.arms(auxiliary)
     p, q = arm_p.numpy(), arm_q.numpy()
-    split = estimate_mu(p, q, "two_stage", level)
-    maximum = estimate_mu(p, q, "max", level)
-    moment = estimate_mu(p, q, "moment", level)
-    rank = estimate_mu(p, q, "rank", level)
+    split = estimate_mu(p, q, "two_stage", level, correlated=True)
+    maximum = estimate_mu(p, q, "max", level, correlated=True)
+    moment = estimate_mu(p, q, "moment", level, correlated=True)
+    rank = estimate_mu(p, q, "rank", level, correlated=True)
     chosen = split if selection == "split" else maximum
     n_singles = len(watched.singles)
     p_values: list[float | None] = [None] * n_singles

@@ -7,7 +7,9 @@
 - ``composition``, ``central_limit``: many steps together, and their Gaussian limit.
 - ``privacy``: the bridge to (ε, δ), and what a μ says as privacy.
 - ``error_rates``, ``estimation``, ``p_values``: from samples to error rates, μ̂ with its interval,
-  and p-values.
+  and p-values; ``serial``: what correlation from step to step leaves of a sample.
+- ``decision``: what a μ with its interval lets an auditor tell; ``repeats``: what of a run's flags
+  another run would flag too.
 - ``false_discovery``: conformal p-values and Benjamini–Hochberg.
 - ``arrays``: arguments, checked.
 """

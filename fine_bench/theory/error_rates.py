@@ -88,10 +88,12 @@ def shrunk(rate: FloatArray, n: int) -> FloatArray:
     return (rate * n + 0.5) / (n + 1.0)
 
 
-def rate_error(alpha: FloatArray, beta: FloatArray, n_p: int, n_q: int) -> FloatArray:
+def rate_error(
+    alpha: FloatArray, beta: FloatArray, n_p: int | FloatArray, n_q: int | FloatArray
+) -> FloatArray:
     """Standard error of Φ⁻¹(1 − α̂) − Φ⁻¹(β̂) at a fixed threshold: binomial, through Φ⁻¹."""
 
-    def part(rate: FloatArray, n: int) -> FloatArray:
+    def part(rate: FloatArray, n: int | FloatArray) -> FloatArray:
         density_squared = np.exp(-(ndtri(rate) ** 2)) / (2.0 * np.pi)
         return np.asarray(rate * (1.0 - rate) / (n * density_squared), dtype=np.float64)
 

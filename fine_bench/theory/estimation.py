@@ -9,9 +9,11 @@ is positive when P lies above Q. Under a Gaussian shift every τ has the same μ
 
 Two questions are kept apart. *Is this effect larger than the run's noise?* is answered here and in
 `fine_bench.theory.p_values`, subset by subset; *is this example unlike trusted data?* by
-`fine_bench.theory.false_discovery`. Every interval takes the samples of an arm as independent and
-identically distributed: subtract an auxiliary run, or test pairs (`permutation_p_value` with
-`paired=True`), when the signal drifts along the run.
+`fine_bench.theory.false_discovery`. An interval takes the samples of an arm as independent and
+identically distributed, unless `correlated=True`: then they are those of one run, in its order, and
+the correlation from step to step is measured and makes the interval longer
+(`fine_bench.theory.serial`), or there is none. μ̂ itself is the same. Subtract an auxiliary run, or
+test pairs (`permutation_p_value` with `paired=True`), when the signal drifts along the run.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from fine_bench.theory.error_rates import (
     shrunk,
     signed_mu,
 )
+from fine_bench.theory.serial import LEAST_EFFECTIVE, effective_samples, serial_difference
 
 Method = Literal["two_stage", "max", "moment", "rank"]
 
@@ -80,19 +83,21 @@ def estimate_mu(
     *,
     block: int = 1,
     clip: float = 0.01,
+    correlated: bool = False,
 ) -> InfluenceEstimate:
     """Signed μ from `p` (..., n_p) and `q` (..., n_q), samples in the order of the run.
 
     `method`: "two_stage" (default), "max" (the published rule), "moment" or "rank": see
     the functions of these names. `level`: nominal coverage of the interval, in (0, 1).
     `block`: length of the alternating stages of "two_stage" (≥ 1). `clip`: where "max" cuts error
-    rates, in [0, 0.5).
+    rates, in [0, 0.5). `correlated`: whether samples of neighbouring steps go together, as those of
+    one run do; arms of one length are then of the same steps.
     """
     estimators: dict[str, Callable[[], InfluenceEstimate]] = {
-        "two_stage": lambda: two_stage_mu(p, q, level, block),
-        "max": lambda: max_mu(p, q, level, clip),
-        "moment": lambda: moment_mu(p, q, level),
-        "rank": lambda: rank_mu(p, q, level),
+        "two_stage": lambda: two_stage_mu(p, q, level, block, correlated=correlated),
+        "max": lambda: max_mu(p, q, level, clip, correlated=correlated),
+        "moment": lambda: moment_mu(p, q, level, correlated=correlated),
+        "rank": lambda: rank_mu(p, q, level, correlated=correlated),
     }
     if method not in estimators:
         raise ValueError(f"method must be one of {sorted(estimators)}, got {method!r}")
@@ -100,7 +105,12 @@ def estimate_mu(
 
 
 def two_stage_mu(
-    p: ArrayLike, q: ArrayLike, level: float = 0.95, block: int = 1
+    p: ArrayLike,
+    q: ArrayLike,
+    level: float = 0.95,
+    block: int = 1,
+    *,
+    correlated: bool = False,
 ) -> InfluenceEstimate:
     """One half of the samples chooses the rejection threshold, the other measures its errors.
 
@@ -110,7 +120,9 @@ def two_stage_mu(
     tails, where nothing can be measured). The second half counts α̂ and β̂ at that τ, which owe
     nothing to the choice: Clopper–Pearson intervals of both, each at level^(1/2) as the arms are
     independent, give the interval, which holds at least at `level` for μ at that τ. The estimate
-    itself uses (k + ½)/(n + 1), finite for every count.
+    itself uses (k + ½)/(n + 1), finite for every count. `correlated`: counts and trials are cut to
+    the effective number of samples; as neighbours sit in different halves, the halves then owe
+    something to each other, for which the box of both errors, longer than it need be, makes up.
     """
     xp, xq = _arms(p, q, level, "two_stage")
     if block < 1 or 2 * block > min(xp.shape[-1], xq.shape[-1]):
@@ -139,21 +151,27 @@ def two_stage_mu(
     alpha, beta = shrunk(hits_p / n_p, n_p), shrunk(hits_q / n_q, n_q)
     one_sided = (hits_p % n_p == 0) | (hits_q % n_q == 0)
     each = float(np.sqrt(level))
-    alpha_low, alpha_high = clopper_pearson(hits_p, n_p, each)
-    beta_low, beta_high = clopper_pearson(hits_q, n_q, each)
+    worth_p, worth_q = _worth(measure_p, correlated), _worth(measure_q, correlated)
+    alpha_low, alpha_high = clopper_pearson(_cut(hits_p, n_p, worth_p), worth_p, each)
+    beta_low, beta_high = clopper_pearson(_cut(hits_q, n_q, worth_q), worth_q, each)
+    few = _few(np.minimum(worth_p, worth_q), correlated)
+    # The ends are one-sided, so (0, 1) and (1, 0) cannot meet here: k = 0 and k = n give one each.
+    lower = np.where(few, -np.inf, -ndtri(alpha_high) - ndtri(beta_high))
+    upper = np.where(few, np.inf, -ndtri(alpha_low) - ndtri(beta_low))
+    # a fraction of a hit may leave an end open where no whole one does
+    few |= (np.isinf(lower) | np.isinf(upper)) & ~one_sided
     return _estimate(
         xp,
         xq,
         "two_stage",
         level,
         told * signed_mu(alpha, beta),
-        np.where(one_sided, np.inf, rate_error(alpha, beta, n_p, n_q)),
-        # The ends are one-sided, so (0, 1) and (1, 0) cannot meet here: k = 0 and k = n give
-        # one end each.
-        -ndtri(alpha_high) - ndtri(beta_high),
-        -ndtri(alpha_low) - ndtri(beta_low),
+        np.where(one_sided, np.inf, rate_error(alpha, beta, worth_p, worth_q)),
+        lower,
+        upper,
         [
             (silent, "all choosing samples are equal: no threshold separates"),
+            (few, _too_few(n_p, n_q)),
             (
                 one_sided,
                 f"no error, or only errors, among the measuring samples ({n_p} P, {n_q} Q): "
@@ -164,7 +182,12 @@ def two_stage_mu(
 
 
 def max_mu(
-    p: ArrayLike, q: ArrayLike, level: float = 0.95, clip: float = 0.01
+    p: ArrayLike,
+    q: ArrayLike,
+    level: float = 0.95,
+    clip: float = 0.01,
+    *,
+    correlated: bool = False,
 ) -> InfluenceEstimate:
     """The published rule: sweep all thresholds and keep the signed μ of largest |μ|.
 
@@ -178,6 +201,7 @@ def max_mu(
     Dvoretzky, Kiefer and Wolfowitz (constant of Massart) hold at all thresholds at once, and their
     values of μ are intersected, which is right if one μ describes all thresholds, as G_μ supposes.
     It need not contain the biased estimate. An empty intersection means that no G_μ fits.
+    `correlated`: the bands are those of the effective number of samples.
     """
     xp, xq = _arms(p, q, level, "max")
     if not 0.0 <= clip < 0.5:
@@ -193,23 +217,26 @@ def max_mu(
     best = np.argmax(np.where(informative, np.abs(mu), -1.0), axis=-1)[..., None]
 
     miss = 0.5 * (1.0 - np.sqrt(level))  # two independent bands, hence the root
-    band_p, band_q = np.sqrt(-np.log(miss) / (2.0 * n_p)), np.sqrt(-np.log(miss) / (2.0 * n_q))
+    worth_p, worth_q = _worth(xp, correlated), _worth(xq, correlated)
+    few = _few(np.minimum(worth_p, worth_q), correlated)
+    band_p, band_q = (np.sqrt(-np.log(miss) / (2.0 * w))[..., None] for w in (worth_p, worth_q))
     low = -ndtri(np.minimum(alpha + band_p, 1.0)) - ndtri(np.minimum(beta + band_q, 1.0))
     high = -ndtri(np.maximum(alpha - band_p, 0.0)) - ndtri(np.maximum(beta - band_q, 0.0))
     lower, upper = low.max(axis=-1), high.min(axis=-1)
+    lower, upper = np.where(few, -np.inf, lower), np.where(few, np.inf, upper)
+    error = rate_error(clipped_alpha, clipped_beta, worth_p[..., None], worth_q[..., None])
     return _estimate(
         xp,
         xq,
         "max",
         level,
         np.take_along_axis(mu, best, axis=-1)[..., 0],
-        np.take_along_axis(rate_error(clipped_alpha, clipped_beta, n_p, n_q), best, axis=-1)[
-            ..., 0
-        ],
+        np.take_along_axis(error, best, axis=-1)[..., 0],
         lower,
         upper,
         [
             (silent, "all samples are equal: no threshold separates"),
+            (few, _too_few(n_p, n_q)),
             (lower > upper, "no single mu fits all thresholds: the shift is not Gaussian"),
             (
                 np.isinf(lower) | np.isinf(upper),
@@ -219,12 +246,15 @@ def max_mu(
     )
 
 
-def moment_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimate:
+def moment_mu(
+    p: ArrayLike, q: ArrayLike, level: float = 0.95, *, correlated: bool = False
+) -> InfluenceEstimate:
     """μ̂ = (mean P − mean Q)/s, s² the pooled variance (n − 1 in each arm).
 
     Efficient when P and Q are Gaussian of equal spread, and the standardised mean difference
     whatever they are. The standard error is that of its influence function, so that skewness,
     heavy tails and unequal variances are in it; the interval is Student's with n_p + n_q − 2.
+    `correlated`: error and interval are those of the mean of the influence function along the run.
     """
     xp, xq = _arms(p, q, level, "moment")
     n_p, n_q = xp.shape[-1], xq.shape[-1]
@@ -245,11 +275,15 @@ def moment_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstim
         mu = np.where(known, shift / sigma, shift * np.inf)  # 0·inf: nothing is known at all
     z_p, z_q = dev_p / sigma[..., None], dev_q / sigma[..., None]
     pull = np.where(known, 0.5 * mu, 0.0)[..., None]
-    error = np.sqrt(
-        (z_p - share_p * pull * z_p**2).var(-1, ddof=1) / n_p
-        + (z_q + share_q * pull * z_q**2).var(-1, ddof=1) / n_q
-    )
-    reach = stdtrit(freedom, 0.5 + 0.5 * level) * error
+    pull_p, pull_q = z_p - share_p * pull * z_p**2, z_q + share_q * pull * z_q**2
+    few = np.zeros(mu.shape, dtype=np.bool_)
+    if correlated:
+        error, reach, worth = serial_difference(pull_p, pull_q, level)
+        few = _few(worth, correlated)
+        reach = np.where(few, np.inf, reach)
+    else:
+        error = np.sqrt(pull_p.var(-1, ddof=1) / n_p + pull_q.var(-1, ddof=1) / n_q)
+        reach = stdtrit(freedom, 0.5 + 0.5 * level) * error
     error = np.where(constant_p | constant_q, np.inf, error)
     return _estimate(
         xp,
@@ -262,18 +296,23 @@ def moment_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstim
         mu + reach,
         [
             (~known, "both samples are constant: there is no noise to measure the shift by"),
+            (few, _too_few(n_p, n_q)),
             (constant_p, "the P samples are constant: their noise cannot be measured"),
             (constant_q, "the Q samples are constant: their noise cannot be measured"),
         ],
     )
 
 
-def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimate:
+def rank_mu(
+    p: ArrayLike, q: ArrayLike, level: float = 0.95, *, correlated: bool = False
+) -> InfluenceEstimate:
     """μ̂ = √2 Φ⁻¹(AUC), AUC = P(x_P > x_Q) + ½ P(tie): unchanged by any monotone transform.
 
     Standard error of DeLong, DeLong and Clarke-Pearson (1988) carried through Φ⁻¹; the interval
     is normal on the scale of μ. Without any overlap (AUC 0 or 1) μ̂ is ±inf and the finite end
-    comes from min(n_p, n_q) disjoint, hence independent, pairs that all agree.
+    comes from min(n_p, n_q) disjoint, hence independent, pairs that all agree. `correlated`: the
+    places among the other arm are the influence function whose mean along the run is taken, and of
+    the pairs only as many as effective samples count.
     """
     xp, xq = _arms(p, q, level, "rank")
     n_p, n_q = xp.shape[-1], xq.shape[-1]
@@ -282,7 +321,15 @@ def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimat
     place_p = (pooled[..., :n_p] - rankdata(xp, axis=-1)) / n_q
     place_q = (pooled[..., n_p:] - rankdata(xq, axis=-1)) / n_p
     auc = place_p.mean(-1)
-    error = np.sqrt(place_p.var(-1, ddof=1) / n_p + place_q.var(-1, ddof=1) / n_q)
+    pairs: FloatArray = np.full(auc.shape, min(n_p, n_q), dtype=np.float64)
+    few = np.zeros(auc.shape, dtype=np.bool_)
+    if correlated:
+        error, reach, worth = serial_difference(place_p, place_q, level)
+        pairs = np.minimum(_worth(xp, correlated), _worth(xq, correlated))
+        few = _few(np.where(auc * (1.0 - auc) > 0.0, worth, pairs), correlated)
+    else:
+        error = np.sqrt(place_p.var(-1, ddof=1) / n_p + place_q.var(-1, ddof=1) / n_q)
+        reach = ndtri(0.5 + 0.5 * level) * error
     quantile = ndtri(auc)
     mu = np.sqrt(2.0) * quantile
     apart = np.isinf(mu)
@@ -290,8 +337,11 @@ def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimat
     mu = np.where(constant, np.nan, mu)
     density = np.exp(-0.5 * np.where(apart, 0.0, quantile) ** 2) / np.sqrt(2.0 * np.pi)
     error = np.where(apart, np.inf, np.sqrt(2.0) * error / density)
-    reach = ndtri(0.5 + 0.5 * level) * error
-    agree = np.sqrt(2.0) * ndtri((0.5 - 0.5 * level) ** (1.0 / min(n_p, n_q)))
+    reach = np.where(few, np.inf, np.where(apart, 0.0, np.sqrt(2.0) * reach / density))
+    agree = np.sqrt(2.0) * ndtri((0.5 - 0.5 * level) ** (1.0 / pairs))
+    near = np.where(apart, 0.0, mu)
+    lower = np.where(apart, np.where(mu > 0.0, agree, -np.inf), near - reach)
+    upper = np.where(apart, np.where(mu < 0.0, -agree, np.inf), near + reach)
     return _estimate(
         xp,
         xq,
@@ -299,10 +349,11 @@ def rank_mu(p: ArrayLike, q: ArrayLike, level: float = 0.95) -> InfluenceEstimat
         level,
         mu,
         error,
-        np.where(apart, np.where(mu > 0.0, agree, -np.inf), mu - np.where(apart, 0.0, reach)),
-        np.where(apart, np.where(mu < 0.0, -agree, np.inf), mu + np.where(apart, 0.0, reach)),
+        np.where(few, -np.inf, lower),
+        np.where(few, np.inf, upper),
         [
             (constant, "all samples are equal: their order says nothing"),
+            (few, _too_few(n_p, n_q)),
             (apart, f"P and Q do not overlap in {n_p} and {n_q} samples: |mu| has no upper end"),
         ],
     )
@@ -312,6 +363,31 @@ def _arms(p: ArrayLike, q: ArrayLike, level: float, method: str) -> tuple[FloatA
     """Both samples, checked: finite, long enough for the method, same leading axes."""
     check_level(level)
     return check_arms(p, q, _LEAST_SAMPLES[method])
+
+
+def _worth(samples: FloatArray, correlated: bool) -> FloatArray:
+    """How many independent samples an arm is worth, without the last axis."""
+    if correlated:
+        return effective_samples(samples)
+    return np.full(samples.shape[:-1], samples.shape[-1], dtype=np.float64)
+
+
+def _few(worth: FloatArray, correlated: bool) -> npt.NDArray[np.bool_]:
+    """Where correlation leaves too little for an interval."""
+    return np.asarray((worth < LEAST_EFFECTIVE) & correlated, dtype=np.bool_)
+
+
+def _cut(hits: FloatArray, trials: int, worth: FloatArray) -> FloatArray:
+    """Hits among `worth` of the trials, exactly none or all of them where that was so."""
+    return np.where(hits == trials, worth, hits * (worth / trials))
+
+
+def _too_few(n_p: int, n_q: int) -> str:
+    return (
+        f"the {n_p} P and {n_q} Q samples go together from step to step: they are worth fewer than "
+        f"{LEAST_EFFECTIVE:.0f} independent ones. Train longer, or measure steps that lie further "
+        "apart (every_n_steps)"
+    )
 
 
 def _halves(samples: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:
