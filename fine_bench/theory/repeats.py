@@ -240,7 +240,7 @@ def _spread(error: FloatArray, freedom: FloatArray) -> FloatArray:
         return error[:, None]
     tails = (np.arange(_NODES) + 0.5) / _NODES
     d = np.minimum(freedom, 1e6)[:, None]
-    return error[:, None] * np.sqrt(d / chdtri(d, tails))
+    return np.asarray(error[:, None] * np.sqrt(d / chdtri(d, tails)), dtype=np.float64)
 
 
 def _by_node(
