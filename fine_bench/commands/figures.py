@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "  agreement                  fine_paper against fine, example by example, one seed\n"
         "  fidelity_and_ceiling       agreement with retraining, beside the noise ceiling\n"
         "  cost_and_quality           extra seconds against fidelity (or detection)\n"
+        "  cost_and_stable_recall     extra seconds against what every run finds\n"
         "  tradeoff_curves            trade-off curves of the subsets of figure5\n"
         "  consistency_by_source      runs that differ in initialisation, in order, in both\n"
         "  sensitivity                numbers over preset ranges of the methods' options\n"

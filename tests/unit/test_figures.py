@@ -182,6 +182,7 @@ def test_every_figure_is_written_in_both_formats(complete: Path) -> None:
         "detection_and_consistency--digits",
         "recall_curves--digits",
         "cost_and_quality--digits",
+        "cost_and_stable_recall--digits",
         "tradeoff_curves--digits",
         "figure1_losses_vary--digits",
         "figure2_consistency--digits",

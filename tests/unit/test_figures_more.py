@@ -98,6 +98,22 @@ def test_cost_needs_seconds_and_a_measure(tmp_path: Path) -> None:
         costs.draw(results)
 
 
+def test_what_every_run_finds_is_drawn_against_cost(results: Path, tmp_path: Path) -> None:
+    (found,) = results_of(results)
+    figure = costs.draw_stable(found)
+    labels = [axes.get_ylabel() for axes in panels(figure)]
+    assert labels == ["share of the bad examples flagged in every run"] * 2
+    row = next(r for r in found.rows("self") if r.label == "fine")
+    expected = (row.stats["cost_seconds"].mean, row.stats["consistency_stable_recall"].mean)
+    drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in panels(figure)[0].get_lines()
+             if len(line.get_xdata()) == 1]  # type: ignore[arg-type,index]  # fmt: skip
+    assert any(pair == pytest.approx(expected) for pair in drawn)
+    fill(tmp_path, seeds=(0,))
+    (alone,) = results_of(tmp_path)
+    with pytest.raises(LeftOutError, match="the scores of at least two seeds"):
+        costs.draw_stable(alone)
+
+
 # ------------------------------------------------------------------------------------ fidelity
 
 

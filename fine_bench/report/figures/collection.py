@@ -52,6 +52,7 @@ FIGURES = (
     "agreement",
     "fidelity_and_ceiling",
     "cost_and_quality",
+    "cost_and_stable_recall",
     "tradeoff_curves",
     "consistency_by_source",
     "sensitivity",
@@ -310,6 +311,7 @@ _OF_TABLES: Mapping[str, Callable[[TableResults, Measures], Figure]] = {
     "agreement": _agreement,
     "fidelity_and_ceiling": lambda results, measures: fidelity.draw(results),
     "cost_and_quality": lambda results, measures: costs.draw(results),
+    "cost_and_stable_recall": lambda results, measures: costs.draw_stable(results),
     "tradeoff_curves": lambda results, measures: tradeoff.draw(results),
     "sensitivity": lambda results, measures: option_ranges.draw(results),
 }

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from fine_bench.metrics.registry import Source
 from fine_bench.report.figures.benchmark import (
     TARGET_TITLES,
     MethodPoint,
@@ -27,21 +28,28 @@ from fine_bench.report.figures.tables import TableResults
 QUALITY: Mapping[str, float] = {"fidelity": 0.0, "lds": 0.0, "auroc": 0.5}
 """Measures by name, the most telling first, and what guessing reaches."""
 
+STABLE = "stable_recall"
+
 GUESSING = 0.05
 """A control this near to guessing would squeeze the others together, and is written below."""
 
 
 @dataclass(frozen=True)
 class CostPanel:
-    """One target: ``points`` have seconds as ``x`` and ``measure`` as ``y``."""
+    """One target: ``points`` have seconds as ``x`` and ``measure``, of ``source``, as ``y``."""
 
     measure: str
     points: Sequence[MethodPoint]
+    source: Source = "metrics"
 
 
 @styled
 def cost_and_quality(
-    panels: Mapping[str, CostPanel], looks: Mapping[str, Look], *, size: str
+    panels: Mapping[str, CostPanel],
+    looks: Mapping[str, Look],
+    *,
+    size: str,
+    title: str = "What a better answer costs",
 ) -> Figure:
     """Quality against extra seconds (logarithmic), one panel a target, a name at every point.
 
@@ -49,9 +57,10 @@ def cost_and_quality(
         panels: by target.
         looks: by label.
         size: task and n, for the title.
+        title: what is shown.
     """
     figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
-    title_of(figure, "What a better answer costs", size)
+    title_of(figure, title, size)
     axes_of = dict(zip(panels, panels_of(figure, list(panels)), strict=True))
     inside: dict[str, list[MethodPoint]] = {}
     for target, axes in axes_of.items():
@@ -67,7 +76,7 @@ def cost_and_quality(
 
 def _draw(axes: Axes, panel: CostPanel, looks: Mapping[str, Look]) -> list[MethodPoint]:
     """The points of a panel; returns those that are on the scale."""
-    chance = QUALITY[panel.measure]
+    chance = QUALITY.get(panel.measure, 0.0)
     points = sorted(panel.points, key=lambda p: p.label)
     shown = [p for p in points if not _guesses(p, looks[p.label], chance)]
     shown = shown or [p for p in points if math.isfinite(p.y.mean)]
@@ -85,13 +94,13 @@ def _draw(axes: Axes, panel: CostPanel, looks: Mapping[str, Look]) -> list[Metho
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     notes = [f"off the scale: {_note(p)}" for p in points if p not in shown]
     axes.set_xlabel("\n".join([in_full("cost", "seconds"), *notes]))
-    axes.set_ylabel(_quality(panel.measure))
+    axes.set_ylabel(_quality(panel))
     return shown
 
 
-def _quality(measure: str) -> str:
-    label = in_full("metrics", measure)
-    return f"detection: {label}" if measure == "auroc" else label
+def _quality(panel: CostPanel) -> str:
+    label = in_full(panel.source, panel.measure)
+    return f"detection: {label}" if panel.measure == "auroc" else label
 
 
 def _guesses(point: MethodPoint, look: Look, chance: float) -> bool:
@@ -110,12 +119,7 @@ def draw(results: TableResults) -> Figure:
     panels: dict[str, CostPanel] = {}
     for target in results.targets:
         for measure in QUALITY:
-            points = []
-            for row in results.rows(target):
-                x, y = interval_of(row, "cost", "seconds"), interval_of(row, "metrics", measure)
-                # a logarithmic axis has no place for what was not measured
-                if x is not None and y is not None and x.mean > 0:
-                    points.append(MethodPoint(row.label, x, y, len(row.seeds)))
+            points = _points(results, target, "metrics", measure)
             if points:
                 panels[target] = CostPanel(measure, points)
                 break
@@ -127,3 +131,30 @@ def draw(results: TableResults) -> Figure:
     return cost_and_quality(
         panels, results.looks, size=f"{results.size}; mean and 95 % interval over seeds"
     )
+
+
+def draw_stable(results: TableResults) -> Figure:
+    """What every run finds against cost: utility and consistency in one number."""
+    panels: dict[str, CostPanel] = {}
+    for target in results.targets:
+        points = _points(results, target, "consistency", STABLE)
+        if points:
+            panels[target] = CostPanel(STABLE, points, "consistency")
+    if not panels:
+        raise LeftOutError(
+            "no method has both a cost in seconds and a number of what all runs find; it needs "
+            "known bad examples, and the scores of at least two seeds"
+        )
+    return cost_and_quality(
+        panels, results.looks, size=results.size, title="What is found in every run, and its cost"
+    )
+
+
+def _points(results: TableResults, target: str, source: Source, measure: str) -> list[MethodPoint]:
+    points = []
+    for row in results.rows(target):
+        x, y = interval_of(row, "cost", "seconds"), interval_of(row, source, measure)
+        # a logarithmic axis has no place for what was not measured
+        if x is not None and y is not None and x.mean > 0:
+            points.append(MethodPoint(row.label, x, y, len(row.seeds)))
+    return points

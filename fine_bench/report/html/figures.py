@@ -31,6 +31,11 @@ DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
         "Quality against cost",
         "Seconds beyond plain training. In these runs all methods shared one training.",
     ),
+    "cost_and_stable_recall": (
+        "Found in every run, against cost",
+        "Share of the bad examples that are among the k most suspicious of every run, against "
+        "seconds beyond plain training.",
+    ),
     "consistency_by_source": (
         "Consistency by source",
         "How far scores agree between runs that differ in initialisation alone, in the order of "
