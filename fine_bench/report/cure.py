@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fine_bench.data.task import TaskData
 from fine_bench.errors import DataError
-from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
+from fine_bench.metrics.cure import ORACLE, RANDOM, WORST_FIRST, CurePoint, removals
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import panels_of, reach, title_of
 from fine_bench.report.figures.style import (
@@ -30,7 +30,12 @@ from fine_bench.store import spreadsheet
 from fine_bench.store.files import write_atomic
 from fine_bench.types import RunRecord
 
-TITLES = {"remove": "removed", "relabel": "relabelled", "downweight": "weighted down"}
+TITLES = {
+    "remove": "removed",
+    "relabel": "relabelled",
+    "downweight": "weighted down",
+    "remove_best": "removed, least suspicious first",
+}
 
 
 def choose(
@@ -175,7 +180,25 @@ def markdown(points: Sequence[CurePoint], heading: str, notes: Sequence[str]) ->
             share = next(iter(at.values())).share
             cells = [f"{_three(at[m].accuracy)}, {at[m].bad_touched:.0f} bad" for m in methods]
             text.append(f"| {k} ({share:.0%}) | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, *_areas(points)]) + "\n"
+
+
+def _areas(points: Sequence[CurePoint]) -> list[str]:
+    """The table of areas, where both ends of the orders were removed."""
+    found = [removal for removal in removals(points) if removal.gap is not None]
+    if not found:
+        return []
+    most = max(p.share for p in points if p.treatment == WORST_FIRST)
+    text = ["", "## areas below the curves of removal", ""]
+    text += [
+        f"Mean test accuracy from 0 to {most:.0%} removed; the gap is 0 for a random order.",
+        "",
+    ]
+    text += ["| order | worst first ↑ | best first ↓ | gap ↑ |", "| --- | ---: | ---: | ---: |"]
+    for one in found:
+        cells = [_three(x) for x in (one.worst_first, one.best_first, one.gap) if x is not None]
+        text.append(f"| {one.method} | " + " | ".join(cells) + " |")
+    return text
 
 
 def _three(interval: Interval) -> str:

@@ -1,7 +1,8 @@
 """Cure: does acting on the scores make a better model? What ``fine-bench cure`` runs.
 
 For each method the k most suspicious training examples are removed, relabelled or given less
-weight, and the model is trained again with fresh run seeds. The test accuracy against the number
+weight, and the model is trained again with fresh run seeds. ``remove_best`` removes from the other
+end, the least suspicious first. The test accuracy against the number
 touched stands beside the oracle (the bad examples first) and a random order. A flag
 that is right need not help: this measures whether it does.
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fine_bench.metrics.cure import ORACLE, RANDOM, CurePoint
+from fine_bench.metrics.cure import BEST_FIRST, ORACLE, RANDOM, CurePoint
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.runner.backends.images import images_of
 from fine_bench.runner.cure_orders import Order, oracle_order, order_of, random_order
@@ -27,9 +28,11 @@ from fine_bench.runner.plan import Job
 from fine_bench.runner.retrain import MeanProbabilities, Retrain, mean_probabilities, retrain
 from fine_bench.types import InfluenceScores
 
-Treatment: TypeAlias = Literal["remove", "relabel", "downweight"]
+Treatment: TypeAlias = Literal["remove", "relabel", "downweight", "remove_best"]
 
 TREATMENTS: tuple[Treatment, ...] = get_args(Treatment)
+USUAL = TREATMENTS[:3]
+"""Those that are tried where nothing is said."""
 MIN_SEEDS = 5
 FIRST_SEED = 1000
 """Retraining seeds count from here, away from those of the runs that were scored."""
@@ -46,14 +49,15 @@ def treat(
 ) -> tuple[Tensor, Tensor]:
     """Labels and weights ``(n,)`` after touching ``rows``.
 
-    ``remove``: weight 0. ``relabel``: the label in ``new``. ``downweight``: ``weight``.
+    ``remove`` and ``remove_best``: weight 0. ``relabel``: the label in ``new``. ``downweight``:
+    ``weight``.
     """
     labels, weights = y.clone(), torch.ones(len(y))
     touched = torch.from_numpy(rows)
     if treatment == "relabel":
         labels[touched] = new[touched]
     else:
-        weights[touched] = 0.0 if treatment == "remove" else weight
+        weights[touched] = weight if treatment == "downweight" else 0.0
     return labels, weights
 
 
@@ -62,7 +66,7 @@ def cure(
     scores: Mapping[str, Sequence[InfluenceScores]],
     *,
     shares: Sequence[float] = (0.05, 0.1, 0.2, 0.3),
-    treatments: Sequence[Treatment] = TREATMENTS,
+    treatments: Sequence[Treatment] = USUAL,
     n_seeds: int = MIN_SEEDS,
     weight: float = 0.1,
     train: Retrain = retrain,
@@ -123,7 +127,7 @@ def cure(
                 treated.append((data.y, torch.ones(n)))
                 continue
             new = data.clean_y if name == ORACLE else guessed[j]
-            rows = orders[name][j][:k]
+            rows = _first(orders[name][j], treatment, k)
             treated.append(treat(_treatment(treatment), rows, data.y, new, weight))
         accuracies = train(
             job,
@@ -143,14 +147,22 @@ def cure(
             touched=k,
             share=k / n,
             bad_touched=(
-                float(np.mean([bad[order[:k]].sum() for order in orders[name]])) if name else 0.0
+                float(np.mean([bad[_first(o, treatment, k)].sum() for o in orders[name]]))
+                if name
+                else 0.0
             ),
             accuracy=mean_interval(dict(zip(seeds, values, strict=True))),
             gain=mean_interval({s: v - p for s, v, p in zip(seeds, values, plain, strict=True)}),
             n_seeds=n_seeds,
+            by_seed=dict(zip(seeds, values, strict=True)),
         )
         for (name, treatment, k), values in found.items()
     ]
+
+
+def _first(order: Order, treatment: str, k: int) -> Order:
+    """The k examples that are touched; the suspicious end of an order comes first."""
+    return order[::-1][:k].copy() if treatment == BEST_FIRST else order[:k]
 
 
 def _treatment(name: str) -> Treatment:

@@ -18,8 +18,9 @@ from torch.utils.data import RandomSampler
 
 from fine_bench.commands.cure import main
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.metrics.cure import ORACLE, RANDOM
+from fine_bench.metrics.cure import ORACLE, RANDOM, removal_area, removals
 from fine_bench.models.classifier import DivergedError
+from fine_bench.report.cure import markdown
 from fine_bench.runner.backends import images
 from fine_bench.runner.cure import FIRST_SEED, cure, guesses, treat
 from fine_bench.runner.cure_orders import oracle_order, order_of, random_order
@@ -186,6 +187,7 @@ def test_orders_and_treatments() -> None:
         ("remove", [0, 1, 2], [0.0, 1.0, 0.0]),
         ("relabel", [2, 1, 0], [1.0, 1.0, 1.0]),
         ("downweight", [0, 1, 2], [0.25, 1.0, 0.25]),
+        ("remove_best", [0, 1, 2], [0.0, 1.0, 0.0]),
     ]
     for treatment, labels, weights in cases:
         found = treat(treatment, rows, y, new, 0.25)
@@ -245,6 +247,52 @@ def test_the_experiment_with_a_trainer_that_can_be_computed_by_hand(job: Job) ->
     assert at["two", "remove", 12].gain.mean == pytest.approx(-0.1 / 2)
     assert at["two", "downweight", 12].gain.mean == pytest.approx(-0.75 * 0.1 / 2)
     assert at[RANDOM, "remove", 24].gain.mean < -0.05
+
+
+def test_removal_from_both_ends_and_its_areas(job: Job) -> None:
+    """ "Accuracy" is the share of the weight on good examples, so removal is arithmetic."""
+    bad = job.data.truth.is_bad.float()
+
+    def train(job: Job, labels: Tensor, weights: Tensor, seeds: Sequence[int]) -> list[float]:
+        return [
+            1 - float(w @ bad / w.sum()) + 0.001 * s for w, s in zip(weights, seeds, strict=True)
+        ]
+
+    points = cure(
+        job,
+        {"seer": [scores_of(bad)]},
+        shares=[0.1, 0.2],
+        treatments=["remove", "remove_best"],
+        train=train,
+    )
+    at = {(p.method, p.treatment, p.touched): p for p in points}
+    assert at["seer", "remove", 24].bad_touched == 24
+    assert at["seer", "remove_best", 24].bad_touched == 0
+    noise = 0.001 * (FIRST_SEED + 2)
+    worst = [0.8, 1 - 12 / 108, 1.0]
+    best = [0.8, 1 - 24 / 108, 1 - 24 / 96]
+    found = {one.method: one for one in removals(points)}
+    seer = found["seer"]
+    assert seer.worst_first is not None
+    assert seer.best_first is not None
+    assert seer.gap is not None
+    expected = [(y[0] + 2 * y[1] + y[2]) / 4 for y in (worst, best)]
+    assert seer.worst_first.mean == pytest.approx(expected[0] + noise)
+    assert seer.best_first.mean == pytest.approx(expected[1] + noise)
+    assert seer.gap == pytest.approx((expected[0] - expected[1],) * 3)  # paired by seed
+    assert found[ORACLE].gap == pytest.approx(seer.gap)
+    random = found[RANDOM].gap
+    assert random is not None
+    assert abs(random.mean) < 0.5 * seer.gap.mean
+    text = markdown(points, "", [])
+    assert "## removed, least suspicious first" in text
+    line = next(x for x in text.splitlines() if x.startswith("| seer | 1."))
+    assert f"{seer.gap.mean:.3f}" in line
+    alone = [p for p in points if p.treatment != "remove_best"]
+    assert removals(alone)[0].gap is None
+    assert "areas" not in markdown(alone, "", [])
+    with pytest.raises(ValueError, match="shares must ascend from 0, with an accuracy each"):
+        removal_area([0.1, 0.2], [1.0, 1.0])
 
 
 def test_refused_experiments(job: Job) -> None:

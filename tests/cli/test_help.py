@@ -17,7 +17,7 @@ from fine_bench.report.figures.requirements import in_full
 from fine_bench.report.figures.style import FORMATS
 from fine_bench.retraining.truth import HALVES
 from fine_bench.runner.clean import scores as clean
-from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS
+from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS, USUAL
 from fine_bench.types import TARGETS
 from support.commands import Commands
 
@@ -223,6 +223,7 @@ def test_choices_are_those_of_the_code() -> None:
     assert choices("clean", "--model") == tuple(clean.MODELS)
     assert choices("clean", "--method") == clean.METHODS
     assert choices("cure", "--treatments") == TREATMENTS
+    assert importlib.import_module("fine_bench.commands.cure").USUAL == USUAL
     assert importlib.import_module("fine_bench.commands.cure").MIN_SEEDS == MIN_SEEDS
 
 
