@@ -287,7 +287,7 @@ class ConfidentLearning(_LogitControl):
     def unsupported(self, problem: Problem) -> str | None:
         """Only ``self``, with class logits, and with the package cleanlab."""
         if importlib.util.find_spec("cleanlab") is None:
-            return "needs the package cleanlab: pip install fine_bench[cleanlab]"
+            return "needs the package cleanlab: pip install cleanlab"
         return super().unsupported(problem)
 
     def update(self, checkpoint: Checkpoint) -> None:

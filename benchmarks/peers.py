@@ -1,6 +1,6 @@
 """Our attribution methods against public packages: same model, checkpoint, data and threads.
 
-    pip install "fine_bench[peers]"
+    pip install -c constraints.txt ".[peers]"    # in a checkout
     FINE_BENCH_DATA=… python benchmarks/peers.py [--model mlp|cnn] [--n-train 10000]
         [--n-query 500] [--threads 2] [--repeats 5] [--only tracin-pairwise trak] [--json FILE]
 

@@ -61,6 +61,19 @@ class WatchedRun:
     groups: Mapping[str, Sequence[int] | Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What a method has found before the run is over.
+
+    Attributes:
+        values: scores so far, ``(n_query, n_train)``.
+        n_steps: training steps that they account for.
+    """
+
+    values: Tensor
+    n_steps: int
+
+
 class Resumable(Protocol):
     """What a method knows of the run so far."""
 
@@ -166,6 +179,13 @@ class InRunMethod(Callback):
     def scores(self) -> InfluenceScores:
         """The scores so far, ``(n_query, n_train)``."""
         raise NotImplementedError
+
+    def so_far(self) -> Progress | None:
+        """What there is to see while the model still trains; looking at it changes nothing.
+
+        None where a method has nothing to show before the end.
+        """
+        return None
 
     def metrics(self) -> dict[str, float]:
         """Further numbers for the record of the run, by name."""
@@ -360,4 +380,4 @@ class Timed:
             self.method.seconds += time.perf_counter() - self.start
 
 
-__all__ = ["InRunMethod", "WatchedRun", "built_from"]
+__all__ = ["InRunMethod", "Progress", "WatchedRun", "built_from"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fine_bench.callback.base import InRunMethod, built_from
+from fine_bench.callback.base import InRunMethod, Progress, built_from
 from fine_bench.callback.trainer import (
     Events,
     loss_scale,
@@ -115,6 +115,13 @@ class FINECallback(InRunMethod):
         """The scores so far, ``(n_query, n_train)``; see ``FineAccumulator.scores``."""
         self._require()
         return self._watched.scores(self.name)
+
+    def so_far(self) -> Progress | None:
+        """μ of the steps that have been accounted for; the few that wait in a queue are not."""
+        if self._observed is None or not self._observed.accumulator.n_steps:
+            return None
+        sums = self._observed.accumulator
+        return Progress(sums.mu()[0].float(), sums.n_steps)
 
     @property
     def n_not_finite(self) -> int:

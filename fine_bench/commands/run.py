@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException
@@ -18,8 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from fine_bench.commands.common import at_home
 from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.runner import execution, interruption, sweep
 from fine_bench.runner.config import config_folder, refuse_empty_groups, register
+from fine_bench.store.records import RecordStore
+
+SHOWN = ("detection_and_consistency", "recall_curves")
+"""Figures of a sweep in W&B."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     sys.argv[1:] = multirun_first(at_home(argv))
     register()
     entry = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
-    with interruption.caught(), sweep.command() as swept:
+    with interruption.caught(), sweep.command(figures_of) as swept:
         try:
             refuse_empty_groups(argv)
             with narrow(sys.argv[1:]):
@@ -59,6 +65,22 @@ def multirun_first(arguments: Sequence[str]) -> list[str]:
     given = len(rest) < len(arguments)
     free = not any(a.startswith(("-", "hydra.mode=")) for a in rest)
     return ["-m", *rest] if given or free else rest
+
+
+def figures_of(store: RecordStore, shown: Leaderboard) -> Iterator[tuple[str, Any]]:
+    """Detection beside consistency, and recall curves, of each table: what W&B shows of a sweep.
+
+    Figures whose numbers are not there are left out.
+    """
+    from fine_bench.report.figures.collection import Measures, draw
+    from fine_bench.report.figures.tables import suffixes, table_results
+
+    names = suffixes(shown.tables)
+    found = table_results(store, shown, store.scan())
+    keys = [(one.table.task, one.table.setting, one.table.data) for one in found]
+    for drawn in draw(found, [names[key] for key in keys], Measures(), SHOWN):
+        if drawn.figure is not None:
+            yield drawn.name, drawn.figure
 
 
 def _job(config: DictConfig) -> None:

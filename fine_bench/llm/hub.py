@@ -96,7 +96,7 @@ def require_packages() -> None:
     if missing:
         raise ConfigError(
             f"language models need {', '.join(missing)}, not installed here; type "
-            "pip install 'fine_bench[llm]'"
+            "pip install 'transformers>=5,<6' peft tokenizers"
         )
 
 

@@ -76,7 +76,7 @@ class FINETrainerCallback(TrainerCallback):  # type: ignore[misc]
         if TrainerCallback is object:
             raise ModuleNotFoundError(
                 "FINETrainerCallback goes into a Trainer of Transformers, which is not installed: "
-                "pip install 'fine_bench[llm]'"
+                "pip install 'transformers>=5,<6' peft tokenizers"
             )
         self.options = Options(target, observable, **options)
         self.resume_from = resume_from

@@ -25,6 +25,7 @@ from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.runner.backends.backend import backend_of, ensemble
 from fine_bench.runner.backends.trained import TrainedRun
+from fine_bench.runner.monitor import ProgressMonitor
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.runner.progress import Announcer
 from fine_bench.store.records import RecordStore
@@ -131,7 +132,7 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
             except _FAILURES as error:
                 failed[cell] = f"{type(error).__name__}: {error}"
         try:
-            run = backend.train(job, list(methods.values()), logger)
+            run = backend.train(job, [*methods.values(), *_monitors(methods, logger)], logger)
         except _FAILURES as error:
             # what a method raises concerns its own cells: the others get a training without it
             culprits = _raised_in(error, methods)
@@ -146,6 +147,15 @@ def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[Train
                 raise
         else:
             return run, _Watch(methods, refused, failed)
+
+
+def _monitors(
+    methods: Mapping[Cell, InRunMethod], logger: Logger | None
+) -> Iterator[ProgressMonitor]:
+    """Whoever tells the logger how far the methods are; after them in the list of callbacks."""
+    if logger is not None and methods:
+        names = {f"{cell.estimator}/{cell.target}": one for cell, one in methods.items()}
+        yield ProgressMonitor(names, logger)
 
 
 def _refuse_twins(method: InRunMethod, others: Mapping[Cell, InRunMethod]) -> None:

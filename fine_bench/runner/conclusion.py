@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
@@ -11,21 +12,27 @@ from fine_bench.leaderboard import build as leaderboard
 from fine_bench.leaderboard import render
 from fine_bench.leaderboard import sensitivity_tables as sensitivity_view
 from fine_bench.leaderboard.sensitivity import spreads
-from fine_bench.leaderboard.tables import Planned
+from fine_bench.leaderboard.tables import Leaderboard, Planned
 from fine_bench.retraining.oracles import limits_in
 from fine_bench.runner import wandb_log
 from fine_bench.runner.plan import Job
 from fine_bench.store.records import RecordStore
 from fine_bench.terminal import Terminal, marked, record_bar
 
+Draw: TypeAlias = Callable[[RecordStore, Leaderboard], Iterable[tuple[str, Any]]]
+"""From the records and the tables to show to figures with their names."""
 
-def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int:
+
+def conclude(
+    jobs: Sequence[Job], sweep: str, out: Console | None = None, draw: Draw | None = None
+) -> int:
     """Build, print, write and log the leaderboard.
 
     Args:
         jobs: of the sweep.
         sweep: its name.
         out: where to say what is there and what is not; the error stream without one.
+        draw: draws the figures of the sweep's tables, for W&B; none without it.
 
     Returns:
         0, or 1 if a planned cell failed or is missing, or a number of these tables cannot be had.
@@ -52,9 +59,14 @@ def conclude(jobs: Sequence[Job], sweep: str, out: Console | None = None) -> int
     bad = [cell for cell in states if cell.state in ("failed", "missing")]
     frame = render.frame(shown)
     rows = [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
-    wandb_log.log_summary(jobs, sweep, rows, root / "leaderboard.csv")
+    wandb_log.log_summary(
+        jobs, sweep, rows, root / "leaderboard.csv", lambda: draw(store, shown) if draw else ()
+    )
     out.print(f"\nread: {store.sources}")
     out.print(f"written: {', '.join(map(str, written))}")
+    upload = wandb_log.offline_runs(jobs)
+    if upload:
+        out.print(f"W&B:     logged offline; upload by: {upload}")
     if bad:
         out.print(marked(f"{len(bad)} of {len(states)} cells are not there:", ""))
         for cell in bad:

@@ -8,6 +8,8 @@ therefore needs one Python file and one YAML file, and nothing here.
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import inspect
 import os
 import re
@@ -29,6 +31,8 @@ from fine_bench.store.digest import digest
 from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting
 
 OPTIMIZERS = ("sgd", "adamw")
+
+LOGGERS = ("wandb", "csv", "tensorboard", "none")
 
 # where files lie and whether they may be fetched: no part of what is computed
 PLACES = frozenset({"data_dir", "download", "path", "queries_path", "test_path"})
@@ -76,11 +80,23 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """W&B. ``offline`` (default) needs no account and asks nothing."""
+    """Who is told of the training; records and tables are written whatever it is.
 
+    Attributes:
+        kind: ``"wandb"``, ``"csv"``, ``"tensorboard"`` or ``"none"``.
+        mode: of W&B: ``"online"``, ``"offline"`` (needs no account, asks nothing) or
+            ``"disabled"``.
+        project, entity: of W&B.
+        group: of W&B runs; null for task, model and setting.
+        tags: of W&B runs, beside task, model and sweep.
+    """
+
+    kind: str = "wandb"
     mode: str = "offline"
     project: str = "fine_bench"
     entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -177,11 +193,7 @@ def check(cfg: DictConfig) -> RunConfig:
             f"results_dir={config.results_dir!r} names no folder; write the path out, without ~"
         )
     _check_trainer(config.trainer)
-    if config.logger.mode not in ("online", "offline", "disabled"):
-        raise ConfigError(
-            f"logger.mode={config.logger.mode} is unknown; type logger.mode=offline (or online, "
-            "disabled)"
-        )
+    _check_logger(config.logger)
     weightings = [w for option in get_args(QueryWeighting) for w in (get_args(option) or (None,))]
     if config.query_weighting not in weightings:
         raise ConfigError(
@@ -234,6 +246,25 @@ def varied(config: RunConfig, row: str) -> list[Point]:
     for point in found:
         check_call({**options, **point.changes}, where, "estimators", packages)
     return found
+
+
+def _check_logger(logger: LoggerConfig) -> None:
+    """Refuse, before anything is trained, a logger that cannot be had."""
+    if logger.kind not in LOGGERS:
+        raise ConfigError(
+            f"logger.kind={logger.kind} is unknown; type logger=wandb (or logger=csv, "
+            "logger=tensorboard, logger=none)"
+        )
+    if logger.mode not in ("online", "offline", "disabled"):
+        raise ConfigError(
+            f"logger.mode={logger.mode} is unknown; type logger.mode=offline (or online, disabled)"
+        )
+    packages = ("tensorboard", "tensorboardX")
+    if logger.kind == "tensorboard" and not any(map(importlib.util.find_spec, packages)):
+        raise ConfigError(
+            "logger=tensorboard needs the package tensorboard, which is not installed; type "
+            "`pip install tensorboard`, or logger=csv, which needs nothing"
+        )
 
 
 def _check_trainer(trainer: TrainerConfig) -> None:
@@ -301,8 +332,23 @@ def explain(error: BaseException) -> str:
             first = str(link).splitlines()[0]
             default = parent.get(key) if isinstance(parent, DictConfig) and key in parent else None
             return f"{full}: {first}" + (f"; type {full}={default}" if default is not None else "")
+    for link in chain:
+        missing = re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", str(link))
+        if missing:
+            return _unknown_choice(*missing.groups())
     # what Hydra adds about search paths and providers does not help
     return str(chain[0]).split("Config search path")[0].strip()
+
+
+def _unknown_choice(group: str, name: str) -> str:
+    """What to type instead of an option that a group of the configuration lacks."""
+    folder = config_folder() / group
+    files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    names = sorted(str(path.with_suffix("")) for path in files)
+    plus = "+" if group == "experiment" else ""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    told = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+    return f"{plus}{group}={name} is unknown; {told}"
 
 
 def setting_of(config: RunConfig) -> dict[str, Any]:

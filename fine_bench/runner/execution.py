@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 from rich.text import Text
 
-from fine_bench.runner import launchers, sweep, wandb_log
+from fine_bench.runner import launchers, loggers, sweep
 from fine_bench.runner.cells import outcomes
 from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
@@ -41,10 +41,10 @@ def run_job(config: DictConfig) -> None:
     say(marked(name, f": {len(job.todo)} cells to compute", "bold"))
     if not job.todo:
         return
-    logger = wandb_log.start_run(job, folder.name)
+    logger = loggers.start_run(job, folder.name, list(hydra.overrides.task))
     with hidden(silent), closing(CellBar(len(job.todo), sweep.out)) as cells:
         written = execute(job, folder.name, logger, lambda line: say("  " + line), cells)
-    wandb_log.finish_run(logger, job, written)
+    loggers.finish_run(logger, job, written)
     if command is not None:
         command.note(job, [one.cell for one in written if one.record.status != "failed"])
     sys.stderr.flush()

@@ -50,8 +50,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, MissingConfigException) and name in EXTRAS:
             return (
                 f"launcher={name} needs a Hydra plugin that is not installed; type "
-                f"pip install 'fine_bench[{EXTRAS[name]}]' (in a checkout: pip install -c "
-                f"constraints.txt '.[{EXTRAS[name]}]'), or launcher=basic"
+                f"pip install 'hydra-{EXTRAS[name]}-launcher>=1.2,<2', or launcher=basic"
             )
         link = link.__cause__ or link.__context__
     return None

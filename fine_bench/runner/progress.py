@@ -49,10 +49,18 @@ def describe_groups(record: RunRecord) -> list[str]:
             metrics.get(f"group/{name}/{part}", math.nan)
             for part in ("mu", "lower", "upper", "p_value", "size")
         )
-        lines.append(f"  {name} ({size:g}): μ {mu:+.2f} [{low:+.2f}, {high:+.2f}], p = {p:.2g}")
+        lines.append(f"  {name} ({size:g}): {_tested(mu, low, high, p)}")
     if len(names) > SHOWN_GROUPS:
         lines.append(f"  and {len(names) - SHOWN_GROUPS} more groups, in the record")
     return lines
+
+
+def _tested(mu: float, low: float, high: float, p: float) -> str:
+    """A group's influence; what a run has too few samples for is said to be unknown."""
+    if not math.isfinite(mu):
+        return "μ unknown: too few samples with and without it in this run"
+    between = f" [{low:+.2f}, {high:+.2f}]" if math.isfinite(high - low) else ", interval unknown"
+    return f"μ {mu:+.2f}{between}" + (f", p = {p:.2g}" if math.isfinite(p) else "")
 
 
 class Announcer:

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner import interruption, launchers
-from fine_bench.runner.conclusion import conclude
+from fine_bench.runner.conclusion import Draw, conclude
 from fine_bench.runner.config import check, explain
 from fine_bench.runner.plan import Cell, Job, plan_sweep
 from fine_bench.runner.progress import Follower
@@ -45,6 +45,9 @@ out = Terminal(stderr=True, soft_wrap=True)
 class Sweep:
     """The jobs of one command, planned once, and how they ended.
 
+    Args:
+        draw: draws figures at the end, for W&B; none without it.
+
     Attributes:
         jobs: as they were planned.
         folder: of the sweep; its name is that of the sweep.
@@ -53,8 +56,9 @@ class Sweep:
         status: exit status of what has ended: 0, or 1 if a cell failed or is missing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Draw | None = None) -> None:
         self.jobs: list[Job] = []
+        self._draw = draw
         self.folder = Path()
         self.running = self.concluding = False
         self.status = 0
@@ -108,7 +112,7 @@ class Sweep:
             self._follower.stop()
         # Hydra turns an exception in here into a warning and the exit status 0
         try:
-            self.status = conclude(self.jobs, self.folder.name, out)
+            self.status = conclude(self.jobs, self.folder.name, out, self._draw)
         except Exception as error:
             out.print(marked("error:", f" the leaderboard could not be made: {error}"))
             self.status = INCOMPLETE
@@ -178,9 +182,13 @@ def current() -> Sweep | None:
 
 
 @contextmanager
-def command() -> Iterator[Sweep]:
-    """The sweep that Hydra's callback and jobs find meanwhile."""
-    sweep = Sweep()
+def command(draw: Draw | None = None) -> Iterator[Sweep]:
+    """The sweep that Hydra's callback and jobs find meanwhile.
+
+    Args:
+        draw: see ``Sweep``.
+    """
+    sweep = Sweep(draw)
     token = _COMMAND.set(sweep)
     try:
         yield sweep

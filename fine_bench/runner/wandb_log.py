@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from fine_bench.metrics.detection import detection_curve, suspicion
+from fine_bench.runner import wandb_tables
 from fine_bench.runner.plan import Job
+from fine_bench.runner.run_names import flat_config, group_name, model_of, run_name, tags
+from fine_bench.runner.wandb_logger import OVER_EPOCHS, WatchingLogger, guarded
 from fine_bench.runner.write import Written, finished
 
 FINISH_SECONDS = 120
 """How long the end of a run waits for uploads; ``wandb sync`` can send the rest later."""
-
-
-@contextmanager
-def guarded(what: str) -> Iterator[None]:
-    """Turn a failure of W&B into a warning: records do not depend on it."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(
-            f"W&B failed to {what} ({type(error).__name__}: {error}); the records are complete "
-            "without it. Switch it off with logger.mode=disabled",
-            stacklevel=3,
-        )
-
-
-class _Watching(WandbLogger):
-    """What W&B does wrong while a model trains is a warning; after it nothing more is sent."""
-
-    gone = False
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """As the logger's own, until it fails."""
-        if self.gone:
-            return
-        self.gone = True
-        with guarded("log while training"):
-            super().log_metrics(metrics, step)
-            self.gone = False
-
-    def log_hyperparams(self, params: Any) -> None:
-        """As the logger's own, until it fails."""
-        if not self.gone:
-            with guarded("log the options of the model"):
-                super().log_hyperparams(params)
-
-    def finalize(self, status: str) -> None:
-        """As the logger's own, unless it failed before."""
-        if not self.gone:
-            with guarded("end the training's log"):
-                super().finalize(status)
 
 
 def _settings(results: Path) -> wandb.Settings:
@@ -72,8 +32,14 @@ def _settings(results: Path) -> wandb.Settings:
     return wandb.Settings(silent=True, console="off", x_disable_stats=True, **limits)
 
 
-def start_run(job: Job, sweep: str) -> Logger | None:
-    """A W&B run for one (task, seed), in the group of its sweep; None when switched off."""
+def start_run(job: Job, sweep: str, overrides: Sequence[str] = ()) -> Logger | None:
+    """A W&B run for one (task, seed), in the group of its setting; None when switched off.
+
+    Args:
+        job: the run.
+        sweep: its name: a tag, and part of the configuration.
+        overrides: of the command: those about task, model and trainer are part of the run's name.
+    """
     logger: Logger | None = None
     if job.config.logger.mode == "disabled":
         return None
@@ -81,39 +47,31 @@ def start_run(job: Job, sweep: str) -> Logger | None:
         # the run is opened here and not by the logger, so that a failure shows here
         run = _init(
             job,
-            name=f"{job.data.name}-seed{job.config.seed}",
-            group=sweep,
-            job_type="run",
-            config=_flat_config(job),
+            name=run_name(job, overrides),
+            group=group_name(job),
+            job_type="train",
+            tags=tags(job, sweep),
+            config={**flat_config(job), "sweep": sweep},
         )
-        logger = _Watching(experiment=run)
+        run.define_metric("epoch", hidden=True)
+        for names in OVER_EPOCHS:
+            run.define_metric(names, step_metric="epoch")
+        logger = WatchingLogger(experiment=run)
     return logger
 
 
 def finish_run(logger: Logger | None, job: Job, written: Sequence[Written]) -> None:
-    """Log metrics, detection curves and scores, and close the run."""
+    """Log metrics, detection curves, the most suspicious examples and scores; close the run."""
     if not isinstance(logger, WandbLogger):
         return
     with guarded("log the results"):
         run = logger.experiment
         done = finished(written)
-        for outcome in done:
-            prefix = f"{outcome.cell.estimator}/{outcome.cell.target}"
-            run.summary.update(
-                {
-                    **{f"{prefix}/{k}": v for k, v in outcome.record.metrics.items()},
-                    **{f"{prefix}/cost/{k}": v for k, v in outcome.record.cost.items()},
-                }
-            )
-        curves = {
-            f"detection_curve/{o.cell.estimator}/{o.cell.target}": _curve(job, o)
-            for o in done
-            if "auroc" in o.record.metrics
-        }
-        if curves:
-            run.log(curves)
+        run.summary.update(wandb_tables.headlines(done))
+        run.log(wandb_tables.of_run(job, done))
         if done:
-            artifact = wandb.Artifact(f"scores-{job.data.name}-seed{job.config.seed}", "scores")
+            name = f"scores-{job.data.name}-{job.setting[:8]}-seed{job.config.seed}"
+            artifact = wandb.Artifact(name, "scores")
             for outcome in done:
                 artifact.add_file(
                     str(job.results / "scores" / outcome.record.scores_file),
@@ -126,30 +84,53 @@ def finish_run(logger: Logger | None, job: Job, written: Sequence[Written]) -> N
 
 
 def log_summary(
-    jobs: Sequence[Job], sweep: str, rows: Sequence[Mapping[str, Any]], csv: Path
+    jobs: Sequence[Job],
+    sweep: str,
+    rows: Sequence[Mapping[str, Any]],
+    csv: Path,
+    figures: Callable[[], Iterable[tuple[str, Any]]] = tuple,
 ) -> None:
-    """A run of its own for the sweep's leaderboard, consistency included."""
+    """A run of its own for the sweep's leaderboard: tables, figures, and the sweep's configuration.
+
+    Args:
+        jobs: of the sweep.
+        sweep: its name.
+        rows: of the leaderboard's tidy table.
+        csv: the whole of it.
+        figures: makes the figures to show, with their names; called if W&B is on.
+    """
     job = jobs[0]
-    if job.config.logger.mode == "disabled" or not rows:
+    logger = job.config.logger
+    if logger.kind != "wandb" or logger.mode == "disabled" or not rows:
         return
     with guarded("log the leaderboard"):
+        shared = flat_config(job)
+        shared["seeds"] = list(dict.fromkeys(one.config.seed for one in jobs))
+        del shared["seed"]
         run = _init(
-            job, name=f"leaderboard-{sweep}", group=sweep, job_type="leaderboard", config={}
+            job,
+            name=f"leaderboard {job.data.name} {model_of(job)} {sweep}",
+            group=group_name(job),
+            job_type="leaderboard",
+            tags=tags(job, sweep),
+            config={**shared, "sweep": sweep},
         )
-        columns: list[str | int] = list(rows[0])
-        table = wandb.Table(columns=columns, data=[[row[str(c)] for c in columns] for row in rows])
-        run.log({"leaderboard": table})
-        run.summary.update(
-            {
-                f"{row['task']}/{row['estimator']}/{row['target']}/{row['metric']}": row["mean"]
-                for row in rows
-                if row["mean"] == row["mean"]
-            }
-        )
+        run.log(wandb_tables.of_sweep(rows))
+        drawn = {f"figures/{name}": wandb.Image(figure) for name, figure in figures()}
+        if drawn:
+            run.log(drawn)
         artifact = wandb.Artifact("leaderboard", "leaderboard")
         artifact.add_file(str(csv), skip_cache=True)
         run.log_artifact(artifact)
         wandb.finish()
+
+
+def offline_runs(jobs: Sequence[Job]) -> str:
+    """The command that uploads what was logged offline; empty where there is nothing."""
+    logger = jobs[0].config.logger
+    folder = jobs[0].results / "wandb"
+    offline = logger.kind == "wandb" and logger.mode == "offline"
+    return f"wandb sync {folder}/offline-run-*" if offline and any(folder.glob("offline-*")) else ""
 
 
 def _init(job: Job, **options: Any) -> wandb.Run:
@@ -162,29 +143,4 @@ def _init(job: Job, **options: Any) -> wandb.Run:
         project=logger.project,
         entity=logger.entity,
         **options,
-    )
-
-
-def _flat_config(job: Job) -> dict[str, Any]:
-    config = job.config
-    return {
-        "seed": config.seed,
-        "task": dict(config.task),
-        "model": dict(config.model),
-        "trainer": vars(config.trainer),
-        "estimators": {name: dict(options) for name, options in config.estimators.items()},
-        "targets": list(config.targets),
-    }
-
-
-def _curve(job: Job, one: Written) -> Any:
-    assert one.scores is not None
-    scores, bad = one.scores, job.data.truth.is_bad
-    row = suspicion(scores.watched_values, job.end(one.cell.target))
-    shares, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
-    table = wandb.Table(
-        columns=["inspected", "recall"], data=[list(p) for p in zip(shares, recall, strict=True)]
-    )
-    return wandb.plot.line(
-        table, "inspected", "recall", title=f"{one.cell.estimator} {one.cell.target}"
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from fine_bench.leaderboard.build import build
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import SUSPICIOUS_END
 from support.commands import Commands, small
+from support.wandb_files import read_runs
 
 FEW = "estimator=[fine,tracin,mean_loss,random,constant]"
 
@@ -187,72 +186,86 @@ def test_a_new_estimator_uses_the_checkpoints_of_the_finished_run(
     assert "not trained again" in done.stderr
 
 
-def logged_records(content: bytes) -> Iterator[bytes]:
-    """The records of an offline run file: LevelDB's log format after a header of seven bytes."""
-    position, block, parts = 7, 32768, b""
-    while position < len(content):
-        left = block - position % block
-        if left < 7:  # the rest of a block that cannot hold a header is padding
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        parts += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
+def test_wandb_shows_the_runs_as_a_person_looks_for_them(finished: tuple[Path, Any]) -> None:
+    """Read back from the offline files."""
+    folder, done = finished
+    found = {run.name: run for run in read_runs(folder)}
+    store = RecordStore(folder)
+    kept = {(r.estimator, r.target, r.seed): r for r in store.scan().records}
+    record = kept["fine", "self", 1]
+    name = "digits_mislabel mlp n_train=120 n_query=20 max_epochs=2 batch_size=16 seed 1"
+    assert name in found, list(found)
+    run = found[name]
+    (board,) = (run for run in found.values() if run.job_type == "leaderboard")
+    assert len(found) == 3
+    assert {run.group for run in found.values()} == {f"digits_mislabel mlp {record.setting[:8]}"}
+    for one in found.values():
+        assert one.tags == ["digits_mislabel", "images", "mlp", f"sweep {record.sweep}"]
+        assert one.config["trainer"]["max_epochs"] == 2
+        assert one.config["sweep"] == record.sweep
+    assert (run.job_type, run.config["seed"]) == ("train", 1)
+    assert board.config["seeds"] == [0, 1]
+    assert f"wandb sync {folder}/wandb/offline-run-*" in done.stderr
 
+    # training: over epochs, train and test alike, and what f-INE sees meanwhile
+    assert run.axes == dict.fromkeys(("train/*", "test/*", "observed_steps/*", "mu/*"), "epoch")
+    curves = record.training["curves"]
+    for key, own in (("train/loss", "train_loss"), ("test/accuracy", "test_accuracy")):
+        assert run.column(key) == pytest.approx(curves[own])
+        assert [row["epoch"] for row in run.history if key in row] == [0, 1]
+    steps = run.column("observed_steps/fine/self")
+    assert len(steps) == 2
+    assert 0 < steps[0] < steps[1] <= record.training["n_steps"]
+    assert [sum(h["values"]) for h in run.column("mu/fine/self")] == [120, 120]
 
-def test_wandb_holds_the_numbers(finished: tuple[Path, Any]) -> None:
-    """Read the offline runs back, record by record."""
-    from wandb.proto import wandb_internal_pb2 as pb
+    # results: every number in one table, one chart a target with all methods, pictures
+    columns, rows = run.table("cells")
+    numbers = {tuple(row[:3]): row[3] for row in rows}
+    assert columns == ["estimator", "target", "metric", "value"]
+    assert numbers["fine", "self", "auroc"] == pytest.approx(record.metrics["auroc"], abs=1e-12)
+    assert ("fine", "self", "cost/seconds") in numbers
+    assert run.summary["self/average_precision/fine"] == record.metrics["average_precision"]
+    columns, rows = run.table("detection/self_table")
+    assert {row[columns.index("lineKey")] for row in rows} == {
+        "fine", "tracin", "mean_loss", "random", "constant",
+    }  # fmt: skip
+    columns, rows = run.table("suspicious/self")
+    scores = store.load_scores(record)
+    mine = [dict(zip(columns, row, strict=True)) for row in rows if row[0] == "fine"]
+    values = scores.values[0].double()
+    assert [row["example"] for row in mine] == values.argsort(descending=True)[:16].tolist()
+    first = mine[0]
+    assert first["score"] == pytest.approx(float(values.max()))
+    assert first["known to be bad"] == bool(scores.extras["truth/is_bad"][first["example"]])
+    assert scores.std_error is not None
+    width = 1.96 * float(scores.std_error[0, first["example"]])
+    assert first["± 1.96 standard errors"] == (pytest.approx(width) if width < 1e9 else None)
+    assert first["image"]["_type"] == "image-file"
+    assert (first["image"]["height"], first["image"]["width"]) == (8, 8)
 
-    folder, _ = finished
-    runs: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("wandb/**/*.wandb")):
-        name, summary, history, artifacts = "", {}, [], []
-        for data in logged_records(path.read_bytes()):
-            record = pb.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "run" and record.run.display_name:
-                name = record.run.display_name
-                group = record.run.run_group
-            elif kind == "summary":
-                for item in record.summary.update:
-                    summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-            elif kind == "history":
-                history.append({i.key or ".".join(i.nested_key) for i in record.history.item})
-            elif kind == "artifact":
-                artifacts.append(record.artifact.name)
-            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
-                artifacts.append(record.request.log_artifact.artifact.name)
-        runs[name] = {
-            "summary": summary,
-            "history": history,
-            "group": group,
-            "artifacts": artifacts,
-        }
-    seeds = {f"digits_mislabel-seed{s}" for s in (0, 1)}
-    boards = [name for name in runs if name.startswith("leaderboard-")]
-    assert seeds <= set(runs)
-    assert len(boards) == 1
-    assert len({runs[name]["group"] for name in (*seeds, *boards)}) == 1
-    record = next(
-        r
-        for r in RecordStore(folder).scan().records
-        if (r.estimator, r.target, r.seed) == ("fine", "self", 1)
-    )
-    run = runs["digits_mislabel-seed1"]
-    assert run["summary"]["fine/self/auroc"] == pytest.approx(record.metrics["auroc"], abs=1e-12)
-    logged = set().union(*run["history"])
-    assert {"train_loss", "test_accuracy"} <= logged
-    assert any(key.startswith("detection_curve/fine/self") for key in logged | set(run["summary"]))
+    # the sweep: tables that say what leaderboard.csv says, and the figures themselves
     table = pd.read_csv(folder / "leaderboard.csv").set_index(["estimator", "target", "metric"])
-    board = runs[boards[0]]["summary"]
-    name = "consistency_spearman"
-    expected = table.loc[("fine", "self", name), "mean"]
-    assert board[f"digits_mislabel/fine/self/{name}"] == pytest.approx(expected)
+    columns, rows = board.table("consistency_and_cost")
+    shown = {(row[2], row[1]): dict(zip(columns, row, strict=True)) for row in rows}
+    expected = table.loc[("fine", "self", "consistency_spearman"), "mean"]
+    assert shown["fine", "self"]["Spearman"] == pytest.approx(expected)
+    columns, rows = board.table("detection")
+    assert {"AUROC", "AUROC ±"} <= set(columns)
+    columns, rows = board.table("leaderboard")
+    tidy = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert len(tidy) > 50
+    for row in tidy:
+        if row["metric"] == "auroc":
+            mean = table.loc[(row["estimator"], row["target"], "auroc"), "mean"]
+            assert row["mean"] == pytest.approx(mean)
+    figures = {key for row in board.history for key in row if key.startswith("figures/")}
+    assert figures == {
+        f"figures/{name}--digits_mislabel"
+        for name in ("detection_and_consistency", "recall_curves")
+    }
+    assert not [key for key in board.summary if key.startswith("digits_mislabel/")]
+    assert "leaderboard" in board.artifacts
+    assert f"scores-digits_mislabel-{record.setting[:8]}-seed1" in run.artifacts
 
 
 def test_one_failing_seed_does_not_take_the_others_along(cli: Commands, tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ from fine_bench.llm.trainer_callback import FINETrainerCallback
 try:
     FINETrainerCallback()
 except ModuleNotFoundError as error:
-    assert "pip install 'fine_bench[llm]'" in str(error), error
+    assert "pip install 'transformers>=5,<6' peft tokenizers" in str(error), error
 else:
     raise AssertionError
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,7 +185,8 @@ def test_every_experiment_file(
 
 
 @pytest.mark.parametrize("group", ["trainer", "logger"])
-def test_every_other_file(group: str) -> None:
+def test_every_other_file(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # TensorBoard's package
     for name in names(group):
         assert checked(f"{group}={name}")
 
@@ -228,7 +230,15 @@ def test_every_other_file(group: str) -> None:
         ("+estimators.fine.observible=loss", "did you mean estimators.fine.observable?"),
         ("estimators.fine.schedule=daily", "'in_batch' or 'snapshot'"),
         ("+estimators.fine.noise=model", "use noise=.sample."),
-        ("estimator=unknown", "Could not find 'estimator/unknown'"),
+        ("estimator=trakk", "estimator=trakk is unknown; did you mean trak or"),
+        ("estimator=board/querys", "did you mean board/queries?"),
+        ("estimator=zzz", "estimator=zzz is unknown; there are: arnoldi, aum, "),
+        (
+            "+experiment=mnist_mislable",
+            "experiment=mnist_mislable is unknown; did you mean mnist_",
+        ),
+        ("logger=csvv", "logger=csvv is unknown; did you mean csv?"),
+        ("logger.kind=csvv", "logger.kind=csvv is unknown; type logger=wandb .or logger=csv,"),
         ("targets=[everything]", r"type 'targets=\[self,validation\]'"),
         ("targets=[]", "targets"),
         ("targets=[self,self]", "name each target once"),

@@ -43,6 +43,31 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         )
 
 
+FILES = [
+    (page.stem, *found)
+    for page in PAGES
+    for found in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", page.read_text(), re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "path", "block"), FILES, ids=lambda value: value[:40])
+def test_a_block_that_is_a_file_needs_nothing_of_other_blocks(
+    page: str, path: str, block: str
+) -> None:
+    names: dict[str, object] = {"__name__": page}
+    exec(compile(block, path, "exec"), names)
+    assert (ROOT / path).parent.is_dir()
+
+
+def test_extending_shows_four_files() -> None:
+    assert [path for page, path, _ in FILES if page == "extending"] == [
+        "baselines/surprise.py",
+        "baselines/loss_after.py",
+        "fine_bench/data/two_clouds.py",
+        "fine_bench/metrics/first_ten.py",
+    ]
+
+
 def test_every_page_is_in_the_navigation() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     named = {page for entry in nav for page in entry.values()}
@@ -128,7 +153,7 @@ def paths_in(text: str) -> list[str]:
 # what commands make, what a page tells its reader to write, and files of other programs
 NOT_HERE = (
     "results/records/", "results/scores/", "results/checkpoints/", "results/figures/",
-    "scores/", "checkpoints/",
+    "results/wandb/", "scores/", "checkpoints/",
     "leaderboard.md", "leaderboard.csv", "summary.md", "sensitivity.md", "sensitivity.csv",
     "conf/estimator/surprise.yaml", "conf/task/two_clouds.yaml",
 )  # fmt: skip

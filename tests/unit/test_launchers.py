@@ -131,7 +131,7 @@ def test_a_missing_extra_is_named(
     message = launchers.explain(caught.value)
     assert message is not None
     assert f"launcher={name} needs a Hydra plugin that is not installed" in message
-    assert f"pip install 'fine_bench[{launchers.EXTRAS[name]}]'" in message
+    assert f"pip install 'hydra-{launchers.EXTRAS[name]}-launcher>=1.2,<2'" in message
     monkeypatch.setattr(sweep, "out", Console(stderr=True, soft_wrap=True))
     with pytest.raises(SystemExit) as end:
         sweep.refuse(caught.value)

@@ -356,9 +356,12 @@ def count(found: Sequence[TableResults]) -> int:
 
 
 def draw(
-    found: Sequence[TableResults], names: Sequence[str], measures: Measures
+    found: Sequence[TableResults],
+    names: Sequence[str],
+    measures: Measures,
+    figures: Sequence[str] = FIGURES,
 ) -> Iterator[Drawn]:
-    """All figures of all tables.
+    """All figures of all tables, or some.
 
     ``figure3_equal_means`` needs no records. ``figure4_crossing`` is made of real samples where
     there are any, and otherwise of two textbook influences, which its title then says.
@@ -367,9 +370,10 @@ def draw(
         found: the tables to draw.
         names: a suffix for the files of each.
         measures: measures of ``detection_and_consistency``.
+        figures: which of ``FIGURES``.
     """
     measured = False
-    for figure in FIGURES:
+    for figure in figures:
         if figure == "figure3_equal_means":
             yield Drawn(figure, theory.equal_means())
             continue

@@ -14,6 +14,7 @@ from torch import nn
 from fine_bench.callback.base import InRunMethod
 from fine_bench.runner.backends import images, language
 from fine_bench.runner.backends.trained import TrainedRun
+from fine_bench.runner.monitor import Watcher
 from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, Target
 
@@ -24,9 +25,7 @@ class Backend(Protocol):
     def stored(self, job: Job, say: Callable[[str], None]) -> TrainedRun | None:
         """The finished run of an earlier call, or None; says where one cannot be used."""
 
-    def train(
-        self, job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None
-    ) -> TrainedRun:
+    def train(self, job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
         """Train one model, watched by the callbacks, and keep its checkpoints."""
 
     def train_auxiliary(self, job: Job, callbacks: Sequence[InRunMethod]) -> float:

@@ -25,6 +25,7 @@ from fine_bench.runner import checkpoints
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.calls import build
 from fine_bench.runner.fit import fit
+from fine_bench.runner.monitor import Watcher
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target, TrainingSteps
@@ -145,7 +146,7 @@ def stored(job: Job, say: Callable[[str], None]) -> TrainedRun | None:
     )
 
 
-def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> TrainedRun:
+def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
     """Train one model, watched by ``callbacks``; keep every ``checkpoint_every``-th checkpoint.
 
     The checkpoints appear under their final name only when the run is complete.

@@ -33,6 +33,7 @@ from fine_bench.runner.backends.language_tuning import (
     task_of,
 )
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
+from fine_bench.runner.monitor import Watcher
 from fine_bench.runner.plan import Job
 from fine_bench.types import InfluenceScores, Target
 
@@ -54,7 +55,7 @@ def stored(job: Job, say: Callable[[str], None]) -> TrainedRun | None:
     )
 
 
-def train(job: Job, callbacks: Sequence[InRunMethod], logger: Logger | None) -> TrainedRun:
+def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> TrainedRun:
     """Tune on the poisoned data, watched by ``callbacks``, and keep checkpoints.
 
     Raises:
