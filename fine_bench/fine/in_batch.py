@@ -322,7 +322,7 @@ class InBatchSchedule:
     def _observe(self, batch: GlobalBatch, epoch: int) -> None:
         """Take the statistic of a step, now or with those of the next ones."""
         processes, statistic, queue = self.passes.processes, self._statistic, self._gradients
-        gradients, scale = batch.gradients(processes)
+        gradients, scale = batch.gradients(processes, for_gram=statistic.only_gram)
         gradients = statistic.scaled(gradients)
         if self.passes.queries is not None:
             if statistic.needs_directions:

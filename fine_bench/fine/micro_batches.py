@@ -121,13 +121,21 @@ class GlobalBatch:
             complement = None if complement is None else processes.join(complement)
         return index, complement
 
-    def gradients(self, processes: Processes) -> tuple[PerExampleGradients, float]:
-        """The gradients of this process's examples, and their scale."""
+    def gradients(
+        self, processes: Processes, *, for_gram: bool = False
+    ) -> tuple[PerExampleGradients, float]:
+        """The gradients of this process's examples, and their scale.
+
+        Args:
+            processes: of the run.
+            for_gram: whether nothing but the Gram matrix is taken of them.
+        """
         parts = [(b.gradients, b.scale) for b in self.parts if b.gradients is not None]
         if len(parts) == 1 and processes.count == 1:
             return parts[0]
         return stack_examples(
-            [scaled_gradients(gradients, scale) for gradients, scale in parts]
+            [scaled_gradients(gradients, scale) for gradients, scale in parts],
+            for_gram=for_gram and processes.count == 1,
         ), 1.0
 
 

@@ -63,6 +63,11 @@ class Statistic:
         return self.scaling(gradients, 0.5 if self.passes.queries is None else 1.0)
 
     @property
+    def only_gram(self) -> bool:
+        """Whether nothing but the Gram matrix is taken of gradients, as they are."""
+        return self.kind == "gram" and self.passes.metric.plain and not self.scaling
+
+    @property
     def needs_directions(self) -> bool:
         """Whether the queries' directions are to be computed anew before the next step."""
         if self.passes.queries is None:

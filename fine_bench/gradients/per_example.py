@@ -99,7 +99,9 @@ class PerExampleGradients:
         return [block.weighted_sum(weights) for block in self.blocks]
 
 
-def stack_examples(parts: Sequence[PerExampleGradients]) -> PerExampleGradients:
+def stack_examples(
+    parts: Sequence[PerExampleGradients], *, for_gram: bool = False
+) -> PerExampleGradients:
     """The gradients of all parts as those of one batch, in the order of the parts.
 
     Passes at the same parameters may differ in the number of positions T (sentences padded to
@@ -107,6 +109,8 @@ def stack_examples(parts: Sequence[PerExampleGradients]) -> PerExampleGradients:
 
     Args:
         parts: at least one, of the same model and layers; ``(B_k, …)`` each.
+        for_gram: whether nothing but the Gram matrix is taken of the result, which may then be
+            kept in another form.
 
     Returns:
         ``(Σ B_k, …)``; the part itself if there is only one.
@@ -117,15 +121,17 @@ def stack_examples(parts: Sequence[PerExampleGradients]) -> PerExampleGradients:
     if len(parts) == 1:
         return parts[0]
     return PerExampleGradients(
-        stack_blocks(parts),
+        stack_blocks(parts, for_gram=for_gram),
         _stack_known([part.loss for part in parts]),
         _stack_known([part.one_minus_p for part in parts]),
     )
 
 
-def stack_blocks(parts: Sequence[PerExampleGradients]) -> list[Block]:
+def stack_blocks(parts: Sequence[PerExampleGradients], *, for_gram: bool = False) -> list[Block]:
     """The blocks of several batches, each layer's as those of one batch."""
     layers = zip(*(part.blocks for part in parts), strict=True)
+    if for_gram:
+        return [first.stacked_for_gram(others) for first, *others in layers]
     return [first.stacked(others) for first, *others in layers]
 
 

@@ -122,18 +122,20 @@ def divisor(
     if isinstance(loss, ModelLoss) and not y.is_floating_point():
         z, labels = loss.aligned(logits, y)
         g, _ = loss.aligned(grad, y)
-        z, g, labels = z.flatten(0, -2), g.flatten(0, -2), labels.flatten()
-        there = (labels != IGNORED).nonzero()[:, 0]
+        # logits are the largest tensors of a pass: no copy of all of them
+        there = (labels != IGNORED).nonzero()
         if not len(there):
             return None
         if thorough:
             _refuse_elsewhere(grad, loss, y)
         # where the label is least known the gradient says most
-        surprise = g[there, labels[there]].abs()
+        at = there.unbind(1)
+        surprise = g[(*at, labels[at])].abs()
         some = there[surprise.topk(min(FEW, len(there))).indices]
         if thorough:
             some = torch.cat([some, there[:: max(1, len(there) // MANY)]])
-        g, expected = g[some], loss.gradient(z[some], labels[some])
+        at = some.unbind(1)
+        g, expected = g[at], loss.gradient(z[at], labels[at])
     else:
         g, expected = grad, _gradient(loss, logits, y)
     g, expected = g.double(), expected.double()

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.blocks.dense import in_full
+from fine_bench.gradients.blocks.dense import DenseBlock, in_full
 from fine_bench.gradients.blocks.direction import BlockDirection, matrix_weights
 from fine_bench.gradients.blocks.protocol import (
     COLUMNS,
@@ -38,6 +38,7 @@ from fine_bench.gradients.blocks.protocol import (
     OuterProducts,
     combined,
     group_rows,
+    multiplied_alike,
     positions_side_by_side,
 )
 
@@ -140,6 +141,20 @@ class FactorBlock(Block):
     @staticmethod
     def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
         return positions_side_by_side(tensors)
+
+    def stacked_for_gram(self, others: Sequence[Block]) -> Block:
+        """Formed first where the Gram matrix takes them formed, the same bit for bit, and these
+        are fewer numbers."""
+        blocks: list[FactorBlock] = [self, *map(self.same, others)]
+        n, (_, t, n_in, n_out) = sum(map(len, blocks)), self.sizes
+        plain = type(self) is FactorBlock and self.weight and not self.bias
+        alike = plain and all(block.sizes[1:] == self.sizes[1:] for block in blocks)
+        alike = alike and multiplied_alike([x for g in blocks for x in g.tensors], n_in * n_out)
+        cheaper = (n * t + n * n) * n_in * n_out <= n * n * t * t * (n_in + n_out)
+        smaller = n_in * n_out <= t * (n_in + n_out)
+        if not (alike and cheaper and smaller) or len(self.some_units(n)) > 1:
+            return self.stacked(others)
+        return DenseBlock(self.name, torch.cat([g.weight_gradients().flatten(1) for g in blocks]))
 
     def compact(self) -> Block:
         """The gradients in full where these are fewer numbers than the factors."""
@@ -282,9 +297,10 @@ class FactorBlock(Block):
         """The weight's gradients of some output units, ``(B, units, I)``."""
         return torch.bmm(self.b[:, :, units].transpose(1, 2), self.a)
 
-    def some_units(self) -> list[slice]:
-        """All output units, about ``HELD_FLOATS`` of their gradients at a time."""
-        n, _, n_in, size = self.sizes
+    def some_units(self, n: int | None = None) -> list[slice]:
+        """All output units, about ``HELD_FLOATS`` of n examples' gradients at a time."""
+        own, _, n_in, size = self.sizes
+        n = own if n is None else n
         step = max(64, HELD_FLOATS // (n * n_in))
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 

@@ -161,6 +161,10 @@ class Block(ABC):
         parts = zip(*(block.tensors for block in blocks), strict=True)
         return self.with_tensors(*(self._side_by_side(part) for part in parts))
 
+    def stacked_for_gram(self, others: Sequence[Block]) -> Block:
+        """As ``stacked``, where nothing but the Gram matrix is taken of the result."""
+        return self.stacked(others)
+
     @staticmethod
     def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
         """``(B_k, …)`` → ``(Σ B_k, …)``."""
@@ -300,6 +304,27 @@ def positions_side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """
     longest = max(t.shape[1] for t in tensors)
     return torch.cat([_filled(t, longest) for t in tensors])
+
+
+def multiplied_alike(tensors: Sequence[Tensor], n_result: int) -> bool:
+    """Whether an example's matrix product has the same bits in any batch.
+
+    On a CPU it has where memory is laid out alike: a library's kernels may take the ends of rows
+    apart that do not begin at a cache line. On other devices the batch may choose the kernel.
+
+    Args:
+        tensors: the factors, ``(B, …)``.
+        n_result: numbers in one product.
+    """
+    line = 64
+    return all(
+        x.device.type == "cpu"
+        and x.is_contiguous()
+        and x.data_ptr() % line == 0
+        and x.stride(0) * x.itemsize % line == 0
+        and n_result * x.itemsize % line == 0
+        for x in tensors
+    )
 
 
 def _filled(x: Tensor, length: int) -> Tensor:
