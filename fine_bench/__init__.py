@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fine_bench.data.positions import with_index
     from fine_bench.estimator import InfluenceEstimator, Schedule, replay
     from fine_bench.fine.watch import watch
+    from fine_bench.runner.clean.cleaning import clean
     from fine_bench.types import (
         Checkpoint,
         GroundTruth,
@@ -32,12 +33,14 @@ __all__ = [
     "Schedule",
     "TrainingSteps",
     "__version__",
+    "clean",
     "replay",
     "watch",
     "with_index",
 ]
 
 _HOMES = {
+    "clean": "fine_bench.runner.clean.cleaning",
     **dict.fromkeys(("InfluenceEstimator", "Schedule", "replay"), "fine_bench.estimator"),
     "watch": "fine_bench.fine.watch",
     "with_index": "fine_bench.data.positions",

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fine_bench.runner.clean.scores import Scored
 
 MODELS = ("mlp", "cnn")
+KINDS = ("images", "table", "text", "arrays")
+SCORES = ("doubt", "p_label", "margin", "mu")
 METHODS = ("fine", "mean_loss", "aum")
 SHOWN = 10
 
@@ -25,52 +27,81 @@ def parser() -> argparse.ArgumentParser:
     """The arguments."""
     made = common.parser(
         "clean",
-        "Find wrong labels in your own data, at an error rate.\n\n"
-        "Verify a few hundred rows drawn at random (look at each, keep those that are right) and "
-        "name them with --trusted. A model is trained on all rows; rows that went through training "
-        "unlike the trusted ones are flagged. Of those flagged, at most the share --level is right "
-        "after all, on average. Rows are counted from 0. Nothing is deleted or changed.",
-        notes="The csv that is written has a row for each flagged row, the most suspicious first: "
-        "index, given_label, score, p_value, adjusted_p (the smallest level that flags it) and "
-        "suggested_label, the model's most probable other label: a suggestion, which no error rate "
-        "covers.\n\n"
-        "Choose method and level before looking at the result: the error rate does not cover "
+        "Find wrong labels in your own data: images, texts, tables, arrays.\n\n"
+        "DATA is a folder of images by class, a .csv, .parquet or .jsonl table (numbers and "
+        "categories, or a column of text), .npz or .npy arrays, or a folder saved by the library "
+        "datasets. Models are trained in several runs, every row is scored by one that has not "
+        "seen it, and a folder is written: a ranking with how often the runs agree, a page to "
+        "review it on, duplicates, outliers and confused classes, and rows to verify first. With "
+        "these, named by --trusted, a second call says which rows can be flagged so that at most "
+        "the share --level of them is right after all, on average; it trains nothing again. Your "
+        "data are not changed.",
+        notes="Files in the folder: ranking.csv (row, name, label, suggested, score, rank, "
+        "runs_found of runs, p_label, mu with its interval, with --trusted p_value and covered), "
+        "review.html, verify_first.csv and .html, issues.csv, left_out.csv (rows that could not be "
+        "used, each with its reason), summary.md. Rows count from 0; images by the order of their "
+        "paths. Finished parts of runs are kept in runs/: a call that was interrupted goes on "
+        "there.\n\n"
+        "With --data FILE in the place of DATA: one run on all rows of a .npz with x and y or of "
+        "a .csv of numbers, with --trusted, and one file with a row for each flagged row, the most "
+        "suspicious first: index, given_label, score, p_value, adjusted_p (the smallest level that "
+        "flags it) and suggested_label, which no error rate covers.\n\n"
+        "Choose score and level before looking at the result: the error rate does not cover "
         "trying several and keeping the one that flags the most.",
         statuses={0: "done, whether anything was flagged or not", 2: "bad input"},
         examples=[
+            "photos/",
+            "reviews.csv --label stars",
+            "photos/ --trusted clean-photos/trusted.txt --force",
+            "photos/ --decisions decisions.csv",
+            "table.parquet --label species --check",
+            "data.npz --probabilities run0.npy run1.npy",
             "--data digits.npz --trusted checked.txt",
-            "--data table.csv --label species --trusted verified --level 0.05",
         ],
     )
     add = made.add_argument
+    add("folder_data", metavar="DATA", nargs="?", help="file or folder; see above")
     add(
         "--data",
         metavar="FILE",
         type=Path,
-        required=True,
-        help=".npz with x (n, …) numbers and y (n,) whole numbers, or .csv with numeric columns",
+        help="one run, one file; see below: .npz with x (n, …) numbers and y (n,) whole numbers, "
+        "or .csv with numeric columns",
+    )
+    reading = made.add_argument_group("how DATA is read")
+    reading.add_argument(
+        "--kind", choices=KINDS, help="what the rows are (default: recognised, and said)"
+    )
+    add_reading = reading.add_argument
+    add_reading(
+        "--label",
+        metavar="COLUMN",
+        help="label column of a table (default: the one called label, target, class or y); for "
+        ".npy the file of the labels",
+    )
+    add_reading("--text", metavar="COLUMN", help="text column (default: the one of sentences)")
+    add_reading("--id", metavar="COLUMN", help="column that names the rows (default: their number)")
+    add_reading(
+        "--drop", metavar="COLUMN", nargs="+", default=[], help="columns the model must not see"
+    )
+    add_reading("--split", metavar="NAME", help="of a saved data set (default: train)")
+    add_reading(
+        "--image-size",
+        metavar="N",
+        type=int,
+        help="side that images are scaled to for the model (default: 32, smaller ones as they are)",
+    )
+    add_reading(
+        "--encoder",
+        metavar="FOLDER|NAME",
+        help="for texts: a network in the hub's format, or a name of sentence-transformers "
+        "(default: TF-IDF)",
     )
     add(
         "--trusted",
         metavar="FILE|COLUMN",
-        required=True,
-        help="text file of row positions, one a line, or a true/false column of the csv",
-    )
-    add("--label", metavar="COLUMN", help="label column of the csv")
-    add(
-        "--model",
-        choices=MODELS,
-        default="mlp",
-        help="mlp: one hidden layer of 256 (default); cnn: two convolutions, for images",
-    )
-    add(
-        "--method",
-        choices=METHODS,
-        default="fine",
-        help="fine: f-INE, how strongly training on the row moved its own prediction (default); "
-        "mean_loss: mean loss over the epochs; aum: how far another class led, over the epochs. "
-        "On uniformly flipped labels mean_loss and aum find more at the same rate "
-        "(results/error_rate.md)",
+        help="verified rows, drawn at random and right: a text file of row positions (for DATA "
+        "also names), one a line, or a true/false column of the table",
     )
     add(
         "--level",
@@ -79,19 +110,105 @@ def parser() -> argparse.ArgumentParser:
         default=0.1,
         help="share of wrong flags to accept, on average (default: 0.1)",
     )
-    add("--epochs", metavar="N", type=int, default=30, help="default: 30")
-    add("--batch-size", metavar="N", type=int, default=64, help="default: 64")
-    add("--lr", metavar="ETA", type=float, default=0.05, help="step size of SGD (default: 0.05)")
-    add(
+    training = made.add_argument_group("training")
+    training.add_argument(
+        "--model",
+        metavar="NAME|MODULE:NAME",
+        help="linear, mlp (one hidden layer of 256; default with --data, and for tables and "
+        "arrays), cnn (two convolutions), gn_cnn (three, with group normalisation; default for "
+        "images), or your own: an import path package.module:name to a function of (in_shape, "
+        "n_classes) that returns a torch.nn.Module or a LightningModule. Its code is run",
+    )
+    training.add_argument(
+        "--probabilities",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="of models trained elsewhere, out of sample, one file a run: .npy (rows, classes) or "
+        ".csv with a column a class; nothing is trained then",
+    )
+    training.add_argument("--runs", metavar="R", type=int, default=3, help="default: 3")
+    training.add_argument(
+        "--score",
+        choices=SCORES,
+        default=SCORES[0],
+        help="what ranks DATA's rows (default: doubt, which finds the most: results/clean.md)",
+    )
+    training.add_argument("--no-mu", action="store_true", help="without f-INE: faster")
+    training.add_argument(
+        "--method",
+        choices=METHODS,
+        default="fine",
+        help="with --data: fine: f-INE, how strongly training on the row moved its own prediction "
+        "(default); mean_loss: mean loss over the epochs; aum: how far another class led, over the "
+        "epochs. On uniformly flipped labels mean_loss and aum find more at the same rate "
+        "(results/error_rate.md)",
+    )
+    training.add_argument(
+        "--epochs", metavar="N", type=int, help="with --data default: 30; otherwise at most 40"
+    )
+    training.add_argument("--batch-size", metavar="N", type=int, help="default: 64")
+    training.add_argument(
+        "--lr", metavar="ETA", type=float, help="step size of SGD (default: 0.05)"
+    )
+    training.add_argument(
         "--seed",
         metavar="N",
         type=int,
         default=0,
-        help="of initialisation and order (default: 0); the same seed gives the same file",
+        help="of initialisation, order and all draws (default: 0); the same seed gives the same "
+        "files",
     )
-    common.add_output(made, "where to write (default: flagged.csv)", Path("flagged.csv"))
-    add("--all", action="store_true", help="write every row, with the columns flagged and trusted")
+    add(
+        "--check",
+        action="store_true",
+        help="retrain with and without the flagged rows, five seeds: does leaving them out help?",
+    )
+    add(
+        "--decisions",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="decisions that the review pages saved: write a cleaned copy of DATA and a trusted "
+        "list; nothing is trained",
+    )
+    common.add_output(
+        made,
+        "where to write: for DATA a folder (default: clean-NAME), with --data a file "
+        "(default: flagged.csv)",
+    )
+    add("--no-page", action="store_true", help="without the review pages")
+    add(
+        "--all",
+        action="store_true",
+        help="with --data: write every row, with the columns flagged and trusted",
+    )
     return made
+
+
+def _defaults(arguments: argparse.Namespace) -> None:
+    """Of the form with ``--data``; what belongs to the other form is refused."""
+    for name in ("kind", "text", "id", "drop", "split", "image_size", "encoder", "probabilities",
+                 "no_mu", "check", "decisions", "no_page"):  # fmt: skip
+        if getattr(arguments, name):
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} does not go with --data; type fine-bench clean {arguments.data} …"
+            )
+    if arguments.trusted is None:
+        raise ConfigError(
+            f"--data needs --trusted; without a trusted list type fine-bench clean {arguments.data}"
+        )
+    for name, value in (
+        ("model", "mlp"), ("epochs", 30), ("batch_size", 64), ("lr", 0.05),
+        ("out", Path("flagged.csv")),
+    ):  # fmt: skip
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.model not in MODELS:
+        raise ConfigError(
+            f"--model {arguments.model} does not go with --data, which takes {' or '.join(MODELS)}"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -113,6 +230,23 @@ def _check(arguments: argparse.Namespace) -> None:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Train, flag, write and report."""
+    if arguments.data is None:
+        from fine_bench.commands import clean_folder
+
+        if arguments.folder_data is None:
+            raise ConfigError("name the data: fine-bench clean DATA; --help says what it can be")
+        if arguments.all:
+            raise ConfigError("--all goes with --data; ranking.csv holds every row")
+        return clean_folder.run(arguments)
+    if arguments.folder_data is not None:
+        raise ConfigError(
+            f"both {arguments.folder_data} and --data {arguments.data}; name one of them"
+        )
+    _defaults(arguments)
+    return _one_run(arguments)
+
+
+def _one_run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from fine_bench.metrics.error_rate import flag

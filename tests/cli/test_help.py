@@ -17,6 +17,8 @@ from fine_bench.report.figures.requirements import in_full
 from fine_bench.report.figures.style import FORMATS
 from fine_bench.retraining.truth import HALVES
 from fine_bench.runner.clean import scores as clean
+from fine_bench.runner.clean.inputs.items import KINDS as CLEAN_KINDS
+from fine_bench.runner.clean.scoring import SCORES as CLEAN_SCORES
 from fine_bench.runner.cure import MIN_SEEDS, TREATMENTS, USUAL
 from fine_bench.types import TARGETS
 from support.commands import Commands
@@ -220,7 +222,9 @@ def test_choices_are_those_of_the_code() -> None:
     assert all(in_full("metrics", name) for name in choices("figures", "--detection"))
     assert all(in_full("consistency", name) for name in choices("figures", "--consistency"))
     assert importlib.import_module("fine_bench.commands.figures").FORMATS == FORMATS
-    assert choices("clean", "--model") == tuple(clean.MODELS)
+    assert tuple(clean.MODELS) == importlib.import_module("fine_bench.commands.clean").MODELS
+    assert choices("clean", "--kind") == CLEAN_KINDS
+    assert choices("clean", "--score") == CLEAN_SCORES
     assert choices("clean", "--method") == clean.METHODS
     assert choices("cure", "--treatments") == TREATMENTS
     assert importlib.import_module("fine_bench.commands.cure").USUAL == USUAL

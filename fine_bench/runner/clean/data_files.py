@@ -198,7 +198,7 @@ def _read_csv(path: Path, trusted: str, label: str | None) -> tuple[NDArray[Any]
                 f"--trusted {trusted} is both a column of {path} and a file; write ./{trusted} "
                 "for the file, or rename the column"
             )
-        mask = _trusted_from_column(table[trusted], path)
+        mask = _checked(trusted_column(table[trusted], path), len(table), trusted)
         drop.append(trusted)
     else:
         mask = _trusted_from_file(trusted, len(table), f"no column of {path}")
@@ -226,15 +226,20 @@ def _read_csv(path: Path, trusted: str, label: str | None) -> tuple[NDArray[Any]
 # ------------------------------------------------------------------------------------- trusted
 
 
-def _trusted_from_column(column: pd.Series[Any], path: Path) -> Mask:
+def trusted_column(column: pd.Series[Any], where: object) -> Mask:
+    """A true/false column as a mask, one entry a row.
+
+    Raises:
+        DataError: something else stands in it.
+    """
     words = column.astype(str).str.strip().str.lower()
     unknown = ~words.isin(_TRUE | _FALSE)
     if unknown.any():
         raise DataError(
-            f"the column {column.name!r} of {path} must be true or false everywhere, got "
+            f"the column {column.name!r} of {where} must be true or false everywhere, got "
             f"{words[unknown].iloc[0]!r} in row {int(unknown.argmax())} (rows count from 0)"
         )
-    return _checked(words.isin(_TRUE).to_numpy(dtype=np.bool_), len(words), str(column.name))
+    return np.asarray(words.isin(_TRUE).to_numpy(dtype=np.bool_), dtype=np.bool_)
 
 
 def _trusted_from_file(name: str, n: int, otherwise: str) -> Mask:

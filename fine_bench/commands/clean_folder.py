@@ -1,0 +1,325 @@
+"""``fine-bench clean DATA``: the files of a cleaning, and what the terminal is told."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_bench.commands import common
+from fine_bench.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fine_bench.runner.clean.cleaning import Cleaning
+    from fine_bench.runner.clean.inputs.items import Items
+
+RANKING, ISSUES, LEFT_OUT, SUMMARY = "ranking.csv", "issues.csv", "left_out.csv", "summary.md"
+VERIFY, PAGE, VERIFY_PAGE = "verify_first.csv", "review.html", "verify_first.html"
+RUNS = "runs"
+TRUSTED, TRUSTED_CLEANED = "trusted.txt", "trusted_cleaned.txt"
+SHOWN = 10
+LISTED = 100_000
+"""Rows on the review page."""
+
+
+def default_folder(data: str) -> Path:
+    """``clean-NAME`` beside where the command is called."""
+    return Path(f"clean-{Path(data).expanduser().resolve().stem}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Clean, write and report; or apply decisions."""
+    data = str(arguments.folder_data)
+    folder: Path = arguments.out or default_folder(data)
+    _refuse_inside(Path(data), folder)
+    if arguments.decisions is not None:
+        return _decide(arguments, data, folder)
+    names = [RANKING, ISSUES, LEFT_OUT, SUMMARY, *([] if arguments.no_page else [PAGE])]
+    if arguments.trusted is None:
+        names += [VERIFY, *([] if arguments.no_page else [VERIFY_PAGE])]
+    _check_folder(folder, names, arguments.force)
+    found = _clean(arguments, data, folder)
+    _write(arguments, data, folder, found)
+    return common.DONE
+
+
+def _refuse_inside(data: Path, folder: Path) -> None:
+    inside = data.expanduser().resolve()
+    if inside.is_dir() and folder.resolve().is_relative_to(inside):
+        raise ConfigError(f"--out {folder} lies in the data; name a folder outside of {data}")
+
+
+def _check_folder(folder: Path, names: list[str], force: bool) -> None:
+    from fine_bench.store.files import check_output
+
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    for name in names:
+        check_output(folder / name, force)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the data are read."""
+    return {
+        "kind": arguments.kind,
+        "label": arguments.label,
+        "text": arguments.text,
+        "name": arguments.id,
+        "drop": arguments.drop,
+        "split": arguments.split,
+        "image_size": arguments.image_size,
+    }
+
+
+def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
+    from fine_bench.runner.clean.cleaning import clean
+    from fine_bench.terminal import bar_on
+
+    with bar_on() as progress:
+        bar = progress.add_task("reading", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            progress.update(bar, description=f"{what}, epochs", completed=done, total=total)
+
+        def read(items: Items) -> None:
+            common.say(f"read: {data}: {items.kind}, {items.what}", error=True)
+
+        return clean(
+            data,
+            **_options(arguments),
+            encoder=arguments.encoder,
+            trusted=arguments.trusted,
+            level=arguments.level,
+            model=arguments.model,
+            probabilities=arguments.probabilities,
+            runs=arguments.runs,
+            score=arguments.score,
+            influence=not arguments.no_mu,
+            check=arguments.check,
+            seed=arguments.seed,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            folder=folder / RUNS,
+            read=read,
+            advance=advance,
+        )
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def _write(arguments: argparse.Namespace, data: str, folder: Path, found: Cleaning) -> None:
+    import pandas as pd
+    from rich.table import Table
+
+    from fine_bench.store.files import make_folder, write_output
+    from fine_bench.store.spreadsheet import to_csv
+    from fine_bench.terminal import Terminal, visible
+
+    make_folder(folder)
+    left = pd.DataFrame(
+        [(one.row, one.name, one.reason) for one in found.items.left_out],
+        columns=["row", "name", "reason"],
+    )
+    tables = {RANKING: found.table, ISSUES: found.issues, LEFT_OUT: left}
+    if found.verify is not None:
+        tables[VERIFY] = found.verify.table
+    for name, table in tables.items():
+        text = to_csv(table, float_format="%.6g")
+        write_output(folder / name, text.encode(), arguments.force)
+    facts, lines = _facts(arguments, data, found), _lines(arguments, data, folder, found)
+    summary = ["# What `fine-bench clean` found", ""]
+    summary += [f"- {name}: {visible(value)}" for name, value in facts]
+    summary += ["", *(f"{visible(line)}\n" for line in lines)]
+    write_output(folder / SUMMARY, "\n".join(summary).encode(), arguments.force)
+    pages = [] if arguments.no_page else _pages(data, folder, found, arguments.force)
+
+    out = Terminal()
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts:
+        grid.add_row(name, visible(value))
+    out.print(grid)
+    shown = found.table[[*_SHOWN, *(c for c in ("p_value",) if c in found.table.columns)]]
+    rows = Table(title=f"the first {min(SHOWN, len(shown))} rows")
+    for column in shown.columns:
+        rows.add_column(column.replace("_", " "), justify="right")
+    for row in shown.head(SHOWN).itertuples(index=False):
+        rows.add_row(*(f"{v:.3g}" if isinstance(v, float) else visible(v) for v in tuple(row)))
+    out.print(rows)
+    for line in lines:
+        out.print(line)
+    files = ", ".join([*tables, SUMMARY, *pages])
+    out.print(f"written to {folder}: {files}", soft_wrap=True)
+
+
+_SHOWN = ("row", "name", "label", "suggested", "score", "runs_found", "p_label", "mu")
+
+
+def _facts(arguments: argparse.Namespace, data: str, found: Cleaning) -> list[tuple[str, str]]:
+    from fine_bench.runner.clean.scoring import MEANING
+
+    items = found.items
+    facts = [("data", f"{data}: {items.kind}, {items.what}")]
+    facts.append(("used", f"{len(items)} of {items.n_source} rows, {len(items.classes)} classes"))
+    if found.recipe is None:
+        facts.append(("model", f"none: probabilities of {len(found.runs)} run(s) were given"))
+    else:
+        epochs = ", ".join("+".join(map(str, run.epochs)) for run in found.runs)
+        worth = sum(run.examples for run in found.runs) / len(items)
+        facts.append(
+            (
+                "model",
+                f"{found.recipe.name}, {len(found.runs)} run(s) of two halves; epochs {epochs}: as "
+                f"much work as {worth:.0f} epochs on all rows",
+            )
+        )
+    facts.append(("score", f"{arguments.score}: {MEANING[arguments.score]}"))
+    n = len(found.suspects)
+    stable = "" if found.stable != found.stable else (
+        f"; of the rows that any run suspects, {found.stable:.0%} are suspects in all"
+    )  # fmt: skip
+    facts.append(("suspects", f"{n} rows ({n / len(items):.1%}) in most runs{stable}"))
+    if found.flags is not None:
+        facts.append(
+            ("covered", f"{found.flags.n_flagged} rows at level {arguments.level:g}, with "
+                        f"{found.flags.n_trusted} trusted")
+        )  # fmt: skip
+    return facts
+
+
+def _lines(arguments: argparse.Namespace, data: str, folder: Path, found: Cleaning) -> list[str]:
+    """What the user should know, in sentences."""
+    from fine_bench.runner.clean.inputs.items import some
+    from fine_bench.runner.clean.issues import summary
+    from fine_bench.runner.clean.scores import explain
+
+    items = found.items
+    said = [f"note: {note}." for note in items.notes]
+    reasons: dict[str, list[str]] = {}
+    for one in items.left_out:
+        reasons.setdefault(one.reason, []).append(f"{one.name} (row {one.row})")
+    for reason, names in list(reasons.items())[:5]:
+        said.append(f"left out: {len(names)} row(s), {reason}: {some(names)}.")
+    if len(reasons) > 5:
+        said.append(f"left out for other reasons: see {LEFT_OUT}.")
+    said += [f"{line}." for line in summary(found.issues)]
+    if found.cleanlab is not None:
+        said.append(f"{found.cleanlab}.")
+    trouble = next((run.trouble for run in found.runs if run.trouble), "")
+    if trouble:
+        said.append(f"no μ: {trouble}")
+    if found.flags is not None:
+        said += explain(found.flags)
+    if found.verify is not None:
+        draw = found.verify
+        call = f"fine-bench clean {data} --out {folder} --decisions decisions.csv"
+        if draw.enough:
+            said.append(
+                f"For an error rate of {arguments.level:g}: verify the {len(draw.table)} rows of "
+                f"{VERIFY}, drawn at random. With {draw.needed} right ones among them, as few as "
+                f"{draw.expected} rows can be flagged at that rate. Decide about them on "
+                f"{VERIFY_PAGE}, then: {call}"
+            )
+        else:
+            said.append(
+                f"For an error rate of {arguments.level:g}, {draw.needed} right rows would be "
+                f"needed to flag {draw.expected}; the data have too few for that, so {VERIFY} "
+                f"holds half of them. A larger --level needs fewer."
+            )
+    if found.check is not None:
+        what = "covered" if found.flags is not None else "suspected"
+        said.append(f"check, leaving out {found.check.removed:.0f} {what} rows on average:")
+        said += [f"  {line}." for line in found.check.lines()]
+    return said
+
+
+def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
+    """The page of the ranking, and one of the rows to verify, in random order."""
+    from fine_bench.report.review.page import write_review_page
+
+    items = found.items
+
+    def views(rows: Any) -> list[Any]:
+        shown: list[Any] = []
+        for row in rows:
+            try:
+                shown.append(items.origin.view(int(row)))
+            except (OSError, ValueError, SyntaxError):  # gone or damaged since it was read
+                shown.append(None)
+        return shown
+
+    note = (
+        "score: how far the models prefer another label; μ: what training on the row does to the "
+        "model's own prediction of it."
+    )
+    title = Path(data).name or data
+    write_review_page(
+        folder / PAGE, found.table.head(LISTED), views, title=title,
+        class_names=items.classes, notes=[note], force=force,
+    )  # fmt: skip
+    if found.verify is None:
+        return [PAGE]
+    drawn = found.table.set_index("row").loc[found.verify.table["row"]].reset_index()
+    drawn["rank"] = range(1, len(drawn) + 1)
+    write_review_page(
+        folder / VERIFY_PAGE, drawn, views, title=f"{title}, rows to verify",
+        class_names=items.classes, force=force,
+        notes=[
+            note,
+            "These rows were drawn at random and stand in random order. Decide about each of them, "
+            "hard ones too: accepted ones become the trusted list.",
+        ],
+    )  # fmt: skip
+    return [PAGE, VERIFY_PAGE]
+
+
+# --------------------------------------------------------------------------------- decisions
+
+
+def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> int:
+    import shutil
+
+    import pandas as pd
+
+    from fine_bench.runner.clean.decisions import apply, counts, decisions_of
+    from fine_bench.runner.clean.inputs.recognise import load
+    from fine_bench.store.files import make_folder, write_output
+
+    items = load(data, **_options(arguments))
+    decisions = decisions_of(arguments.decisions, items)
+    drawn = None
+    if (folder / VERIFY).is_file():
+        try:
+            drawn = pd.read_csv(folder / VERIFY)
+            drawn["row"].astype(int)
+        except Exception as error:
+            raise DataError(
+                f"{folder / VERIFY} cannot be read ({type(error).__name__}: {error}); run "
+                f"`fine-bench clean {data} --out {folder} --force` again"
+            ) from error
+    make_folder(folder)
+    there = [path for path in folder.glob("cleaned*") if path.name != TRUSTED_CLEANED]
+    if there and not arguments.force:
+        raise ConfigError(f"{there[0]} is already there and would be replaced; name another "
+                          "folder with --out, or add --force")  # fmt: skip
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = apply(items, decisions, drawn, folder)
+    n = counts(decisions)
+    common.say(
+        f"{len(decisions)} decisions: {n['accepted']} accepted, {n['rejected']} rejected, "
+        f"{n['relabelled']} relabelled"
+    )
+    common.say(f"written: {done.copy}, {done.kept} of {items.n_source} rows")
+    if drawn is not None:
+        for name, rows in ((TRUSTED, done.trusted), (TRUSTED_CLEANED, done.trusted_cleaned)):
+            text = "".join(f"{row}\n" for row in rows)
+            write_output(folder / name, text.encode(), force=True)
+        common.say(
+            f"written: {folder / TRUSTED}, {len(done.trusted)} verified rows of {data}, for "
+            f"--trusted; {folder / TRUSTED_CLEANED}, the same rows in the copy"
+        )
+    for note in done.notes:
+        common.say(f"note: {note}", error=True)
+    return common.DONE

@@ -1,0 +1,106 @@
+"""Finished halves of runs as files, so that an interrupted call goes on where it was.
+
+A half is kept below ``FOLDER/runs/`` under a digest of all that decides it: inputs, labels, model,
+optimiser, seed. So a second call with a trusted list, another level or score trains nothing anew,
+and other data or options never meet an old file. Plain arrays, nothing pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fine_bench.runner.clean.recipe import Recipe
+from fine_bench.runner.clean.training import Run
+from fine_bench.store.files import write_atomic
+
+VERSION = 1
+"""Raised when what a half holds for the same digest changes."""
+_ARRAYS = ("probabilities", "during", "mu", "std_error")
+
+
+@dataclass(frozen=True)
+class HalvesStore:
+    """Where halves of runs are kept.
+
+    Attributes:
+        folder: of the files.
+        key: digest of data and options.
+    """
+
+    folder: Path
+    key: str
+
+    def path(self, seed: int, number: int) -> Path:
+        """Of one half of one run."""
+        return self.folder / f"{self.key}-run{seed}-half{number}.npz"
+
+    def keeper(self, seed: int) -> Callable[[int, Callable[[], Run]], Run]:
+        """What ``train_run`` takes as ``half``: reads a half that is there, makes and keeps others.
+
+        A file that cannot be read is made anew.
+        """
+
+        def half(number: int, make: Callable[[], Run]) -> Run:
+            path = self.path(seed, number)
+            found = read_half(path)
+            if found is None:
+                found = make()
+                write_atomic(path, as_bytes(found))
+            return found
+
+        return half
+
+    def finished(self, seeds: list[int], halves: int) -> int:
+        """How many halves are there already."""
+        return sum(self.path(s, k).is_file() for s in seeds for k in range(halves))
+
+
+def key_of(x: Tensor, y: Tensor, recipe: Recipe, influence: bool) -> str:
+    """Digest of what decides a run but for its seed, 16 hexadecimal digits."""
+    said = hashlib.sha256()
+    about: dict[str, Any] = {k: v for k, v in asdict(recipe).items() if k != "make"}
+    made = f"{getattr(recipe.make, '__module__', '')}.{getattr(recipe.make, '__qualname__', '')}"
+    about |= {"made": made, "influence": influence, "version": VERSION, "shape": list(x.shape)}
+    said.update(json.dumps(about, sort_keys=True).encode())
+    for array in (x.numpy(), y.numpy()):
+        said.update(np.ascontiguousarray(array).tobytes())
+    return said.hexdigest()[:16]
+
+
+def as_bytes(run: Run) -> bytes:
+    """A half as an archive of plain arrays."""
+    out = io.BytesIO()
+    np.savez_compressed(
+        out,
+        **{name: getattr(run, name) for name in _ARRAYS},
+        epochs=np.array(run.epochs, dtype=np.int64),
+        examples=np.array(run.examples),
+        trouble=np.array(run.trouble),
+    )
+    return out.getvalue()
+
+
+def read_half(path: Path) -> Run | None:
+    """A half that is there and whole, else None."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return Run(
+                found["probabilities"],
+                found["during"],
+                found["mu"],
+                found["std_error"],
+                tuple(int(n) for n in found["epochs"]),
+                int(found["examples"]),
+                str(found["trouble"]),
+            )
+    except Exception:  # absent or damaged, in NumPy's and zipfile's many ways: made anew
+        return None

@@ -1,0 +1,166 @@
+"""Data sets of the hub's library ``datasets``: objects, and folders of ``save_to_disk``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fine_bench.data.views import View
+from fine_bench.errors import ConfigError, DataError
+from fine_bench.runner.clean.inputs import tables
+from fine_bench.runner.clean.inputs.arrays import array_items
+from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, finish, reason_of
+
+MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether ``datasets`` wrote this folder."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+class _Saved:
+    """Shows rows as another origin does, and writes a copy as a folder of the same library."""
+
+    def __init__(self, dataset: Any, label: str, shown: Any) -> None:
+        self.dataset, self.label, self.shown = dataset, label, shown
+
+    def view(self, row: int) -> View:
+        view: View = self.shown.view(row)
+        return view
+
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
+        feature = self.dataset.features[self.label]
+        number = feature.str2int if hasattr(feature, "str2int") else lambda value: value
+        given = list(self.dataset[self.label])
+        for row, value in labels.items():
+            given[row] = number(value)
+        copy = folder / "cleaned"
+        fresh = self.dataset.remove_columns(self.label).add_column(
+            self.label, [given[row] for row in range(len(given))], feature=feature
+        )
+        fresh.select(list(keep)).save_to_disk(str(copy))
+        return copy
+
+
+def read_saved_dataset(folder: Path, split: str | None, **options: Any) -> Items:
+    """A folder that ``datasets`` wrote; see ``dataset_items`` for the options.
+
+    Raises:
+        ConfigError: the library is missing, or several splits without a choice.
+        DataError: a damaged folder.
+    """
+    library = tables.require(
+        "datasets", f"{folder} is a data set of the hub's library", "fine_bench[clean]"
+    )
+    try:
+        found = library.load_from_disk(str(folder))
+    except Exception as error:  # whatever a damaged folder sets off in it
+        raise DataError(f"{folder} cannot be read ({reason_of(error)}); save it anew") from error
+    return dataset_items(found, where=str(folder), split=split, **options)
+
+
+def dataset_items(
+    dataset: Any,
+    *,
+    where: str,
+    split: str | None = None,
+    kind: Kind | None = None,
+    label: str | None = None,
+    text: str | None = None,
+    name: str | None = None,
+    drop: Sequence[str] = (),
+) -> Items:
+    """A ``Dataset``, or one split of a ``DatasetDict``, as items.
+
+    A column of images makes images, one of text texts, others a table; numbers of a ``ClassLabel``
+    become its names.
+
+    Args:
+        dataset: of the library.
+        where: for messages.
+        split: of a ``DatasetDict``; ``train`` without, if it has one.
+        kind, label, text, name, drop: as ``tables.table_items``.
+
+    Raises:
+        ConfigError: an unknown split or column.
+        DataError: nothing that can be used.
+    """
+    if isinstance(dataset, dict):
+        chosen = split or ("train" if "train" in dataset else next(iter(dataset), None))
+        if chosen not in dataset:
+            raise ConfigError(f"{where} has no split {chosen!r}; it has {', '.join(dataset)}")
+        dataset = dataset[chosen]
+    elif split is not None:
+        raise ConfigError(f"{where} has no splits; leave --split out")
+    head = tables.named(pd.DataFrame(columns=dataset.column_names, index=[0]), where)
+    label = tables.label_column(head, label, where)
+    feature = dataset.features[label]
+    if hasattr(feature, "int2str"):
+        labels = [
+            None if value is None or value < 0 else feature.int2str(value)
+            for value in dataset[label]
+        ]
+    else:
+        labels = list(dataset[label])
+    pictures = [c for c in dataset.column_names if type(dataset.features[c]).__name__ == "Image"]
+    if pictures and kind in (None, "images"):
+        items, shown = _images(dataset, pictures[0], labels, where), None
+    else:
+        frame = dataset.remove_columns([*pictures, label]).to_pandas()
+        frame[label] = labels
+        items, shown = (
+            tables.table_items(
+                tables.named(frame, where), where=where, kind=kind, label=label, text=text,
+                name=name, drop=drop,
+            ),
+            None,
+        )  # fmt: skip
+    del shown
+    return Items(
+        items.kind, items.what, items.content, items.rows, items.names, items.y, items.classes,
+        _Saved(dataset, label, items.origin), items.n_source, items.left_out, items.notes,
+        items.table,
+    )  # fmt: skip
+
+
+def _images(dataset: Any, column: str, labels: Sequence[Any], where: str) -> Items:
+    from fine_bench.runner.clean.inputs.images import LARGEST_SIDE
+
+    left_out, rows, arrays = [], [], []
+    pictures = []
+    for row in range(len(dataset)):
+        try:
+            image = dataset[row][column]
+            if image is None or labels[row] is None:
+                raise ValueError("no image" if image is None else "no label")
+            pictures.append(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            rows.append(row)
+        except Exception as error:  # Pillow's many
+            left_out.append(LeftOut(row, str(row), f"cannot be used: {reason_of(error)}"))
+    sizes = {image.size for image in pictures}
+    small = len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_SIDE
+    mode = "L" if all(image.mode == "L" for image in pictures) else "RGB"
+    for image in pictures:
+        fit = image if small else image.resize((LARGEST_SIDE, LARGEST_SIDE))
+        array = np.asarray(fit.convert(mode))
+        arrays.append(array[..., None] if mode == "L" else array)
+    if not arrays:
+        raise DataError(f"no image of {where} can be read; the first: {left_out[0].reason}")
+    stacked = np.stack(arrays)
+    given = [str(labels[row]) for row in rows]
+    whole = array_items(stacked, np.array(given), where=where, kind="images")
+
+    class Shown:
+        def view(self, row: int) -> View:
+            return whole.origin.view(rows.index(row))
+
+    return finish(
+        "images", f"{len(dataset)} images, column {column}", stacked, given,
+        [str(row) for row in rows], Shown(),  # type: ignore[arg-type]  # _Saved writes
+        where=where, rows=rows, n_source=len(dataset), left_out=left_out,
+    )  # fmt: skip

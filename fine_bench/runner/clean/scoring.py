@@ -1,0 +1,177 @@
+"""From runs to a line for each row: score, rank, agreement of the runs, μ with interval, p-value.
+
+*Doubt*, the default score of a row with label y, from the probabilities p̄ = ½ (out of sample +
+during training), each averaged over the runs:
+
+    doubt = (2 + max_{k≠y} p̄_k − 2 p̄_y) / 3,       in [0, 1], high is suspicious.
+
+It is the mean of two known scores, up to scale: self-confidence, 1 − p_y (Northcutt, Jiang, Chuang
+2021), best where labels are flipped to any class alike, and the margin by which another class
+leads, p_k − p_y, best where they are flipped to the class that looks alike. Averaging what a model
+says of a row that it has not seen with what it said while it was being trained on it adds to both.
+``benchmarks/clean_against_cleanlab.py`` measures them all.
+
+How many rows of a run are *suspects* follows from the run's own probabilities, by the rule of
+confident learning: class k is confident in a row when p_k reaches the mean of p_k over the rows
+that are labelled k, and a row counts whose most probable confident class is not its label. The
+run's suspects are so many rows, those with the highest scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+from fine_bench.errors import ConfigError
+from fine_bench.metrics.error_rate import Flags
+from fine_bench.runner.clean.inputs.items import Items
+from fine_bench.runner.clean.training import Floats, Run, joined
+
+Score: TypeAlias = Literal["doubt", "p_label", "margin", "mu"]
+SCORES: tuple[Score, ...] = get_args(Score)
+MEANING: dict[Score, str] = {
+    "doubt": "how far the models prefer another label, unseen and while they were being trained",
+    "p_label": "1 − probability of the given label, out of sample",
+    "margin": "by how much another label is more probable, out of sample",
+    "mu": "f-INE: how strongly training on the row moved its own prediction",
+}
+CONFIDENCE = 0.95
+
+
+def blended(run: Run) -> Floats:
+    """½ (out of sample + during training), or the first where there is no second, ``(n, K)``."""
+    return np.where(np.isnan(run.during), run.probabilities, (run.probabilities + run.during) / 2)
+
+
+def best_other(p: Floats, y: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The most probable class besides the given one, ``(n,)``."""
+    others = p.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.asarray(others.argmax(axis=1), dtype=np.int64)
+
+
+def score_of(run: Run, y: NDArray[np.int64], score: Score) -> Floats:
+    """Scores ``(n,)`` of one run, or of several that are ``joined``; high is suspicious.
+
+    Rows without μ get the median of the others for ``"mu"``: nothing is known of them.
+
+    Raises:
+        ConfigError: μ was not measured.
+    """
+    rows = np.arange(len(y))
+    if score == "mu":
+        if np.isnan(run.mu).all():
+            raise ConfigError(
+                "--score mu needs f-INE, which was not measured"
+                + (f": {run.trouble}" if run.trouble else "")
+                + "; use --score doubt"
+            )
+        return np.where(np.isnan(run.mu), np.nanmedian(run.mu), run.mu)
+    p = blended(run) if score == "doubt" else run.probabilities
+    own, other = p[rows, y], p[rows, best_other(p, y)]
+    if score == "doubt":
+        return np.asarray((2.0 + other - 2.0 * own) / 3.0)
+    return np.asarray(1.0 - own if score == "p_label" else other - own)
+
+
+def n_suspects(p: Floats, y: NDArray[np.int64]) -> int:
+    """Rows whose most probable confident class is not their label; see the module."""
+    n_classes = p.shape[1]
+    known = np.bincount(y, minlength=n_classes)
+    own = p[np.arange(len(y)), y]
+    total = np.bincount(y, weights=own, minlength=n_classes)
+    threshold = np.where(known > 0, total / np.maximum(known, 1), np.inf)
+    confident = np.where(p >= threshold, p, -1.0)
+    return int(((confident.max(axis=1) > 0) & (confident.argmax(axis=1) != y)).sum())
+
+
+def suspects(run: Run, y: NDArray[np.int64], score: Score) -> NDArray[np.bool_]:
+    """The suspects of one run, ``(n,)``."""
+    mask = np.zeros(len(y), dtype=np.bool_)
+    values = score_of(run, y, score)
+    k = n_suspects(run.probabilities, y)
+    mask[np.lexsort((np.arange(len(y)), -values))[:k]] = True
+    return mask
+
+
+def mu_interval(runs: Sequence[Run]) -> tuple[Floats, Floats, Floats]:
+    """Mean μ over the runs with the ends of its 95 % interval, each ``(n,)``.
+
+    A run's own standard errors say how uncertain rows are beside each other. How far runs differ in
+    all is seen between them: with s_i² the variance of row i's μ over its runs and e_i² the mean of
+    its squared standard errors, all are scaled by c² = Σ s_i² / Σ e_i², over rows with two runs, so
+    that they agree on average. The interval is μ̄_i ± 1.96 c e_i / √(runs of row i). With one run
+    c = 1. NaN for a row that was held out in every run.
+    """
+    mu = np.stack([run.mu for run in runs])
+    error = np.stack([run.std_error for run in runs])
+    known = ~np.isnan(mu)
+    count = known.sum(axis=0)
+    safe = np.maximum(count, 1)
+    mean = np.where(known, mu, 0.0).sum(axis=0) / safe
+    square = np.where(known, error, 0.0) ** 2
+    within = square.sum(axis=0) / safe
+    several = count >= 2
+    spread = np.where(known, (mu - mean) ** 2, 0.0).sum(axis=0) / np.maximum(count - 1, 1)
+    scale = 1.0
+    if several.any() and within[several].sum() > 0:
+        scale = float(spread[several].sum() / within[several].sum())
+    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(scale * within / safe)
+    nothing = count == 0
+    half = np.where(np.isnan(half) | (within == 0), np.nan, half)
+    return tuple(np.where(nothing, np.nan, a) for a in (mean, mean - half, mean + half))  # type: ignore[return-value]
+
+
+def ranking(items: Items, runs: Sequence[Run], score: Score, flags: Flags | None) -> pd.DataFrame:
+    """A line for each item, the most suspicious first.
+
+    Columns: ``row`` (of the source, from 0), ``name``, ``label``, ``suggested`` (the most probable
+    other label), ``score``, ``rank`` (from 1), ``runs_found`` of ``runs``, ``p_label`` (out of
+    sample, mean over the runs), ``mu``, ``mu_low``, ``mu_high``; with ``flags`` also ``trusted``,
+    ``p_value`` and ``covered``: whether the error rate covers flagging the row.
+    """
+    y = items.y
+    whole = joined(list(runs))
+    values = score_of(whole, y, score)
+    mean, low, high = mu_interval(runs)
+    found = np.sum([suspects(run, y, score) for run in runs], axis=0)
+    table = pd.DataFrame(
+        {
+            "row": items.rows,
+            "name": list(items.names),
+            "label": items.labels,
+            "suggested": [items.classes[k] for k in best_other(blended(whole), y)],
+            "score": values,
+            "rank": 0,
+            "runs_found": found,
+            "runs": len(runs),
+            "p_label": whole.probabilities[np.arange(len(y)), y],
+            "mu": mean,
+            "mu_low": low,
+            "mu_high": high,
+        }
+    )
+    if flags is not None:
+        table["trusted"] = flags.trusted
+        table["p_value"] = flags.p_values
+        table["covered"] = flags.flagged
+    table = table.iloc[np.lexsort((items.rows, -values))].reset_index(drop=True)
+    table["rank"] = np.arange(1, len(table) + 1)
+    return table
+
+
+def suspected(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a ranking that most of its runs suspect."""
+    return table[2 * table["runs_found"] > table["runs"]]
+
+
+def stable_share(runs: Sequence[Run], y: NDArray[np.int64], score: Score) -> float:
+    """Of the rows that any run suspects, the share that all of them do; NaN with one run."""
+    masks = np.stack([suspects(run, y, score) for run in runs])
+    union = int(masks.any(axis=0).sum())
+    return int(masks.all(axis=0).sum()) / union if len(runs) > 1 and union else float("nan")

@@ -1,0 +1,277 @@
+"""One run: the rows in two halves, a model on each, every row scored by the one that has not seen
+it.
+
+A run trains as many rows as one training on all of them. The halves are drawn anew for each run,
+class by class. A tenth of each half is held out: training stops when the loss there has not fallen
+for some epochs, and the parameters of its lowest point count. Meanwhile f-INE watches, so that a
+row has μ from the half that it was trained in, and probabilities from the other. The held-out tenth
+has probabilities from both, and no μ in this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fine_bench.callback import FINECallback
+from fine_bench.data.batches import loader
+from fine_bench.errors import ConfigError
+from fine_bench.models.classifier import DivergedError
+from fine_bench.runner.clean.recipe import Recipe, build
+from fine_bench.runner.fit import fit
+from fine_bench.seeds import derive, stream
+from fine_bench.types import UnsupportedProblemError
+
+HALVES = 2
+HELD_OUT = 0.1
+_ROWS = 1024
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run says of ``n`` rows.
+
+    Attributes:
+        probabilities: ``(n, n_classes)``, of models that have not been trained on the row.
+        during: ``(n, n_classes)``, of the model that was being trained on it, mean over the epochs
+            up to the best one; NaN for held-out rows.
+        mu, std_error: ``(n,)`` f-INE on itself; NaN for held-out rows, or for all.
+        epochs: of each half, as trained.
+        examples: rows that went through training steps, all epochs together.
+        trouble: why there is no μ, or "".
+    """
+
+    probabilities: Floats
+    during: Floats
+    mu: Floats
+    std_error: Floats
+    epochs: tuple[int, ...]
+    examples: int
+    trouble: str = ""
+
+
+def halves(y: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """0 or 1 for each row, ``(n,)``, half of each class each, drawn from ``clean/halves``."""
+    rng = np.random.default_rng(derive(seed, "clean/halves"))
+    half = np.zeros(len(y), dtype=np.int64)
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        half[rows] = (np.arange(len(rows)) + rng.integers(HALVES)) % HALVES
+    return half
+
+
+class _Watch(pl.Callback):
+    """Stops early, keeps the best parameters and what the model said of its own rows meanwhile."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, said: Tensor, patience: int, advance: Callable[[], None]
+    ) -> None:
+        self.x, self.y, self.patience, self.advance = x, y, patience, advance
+        self.said = said
+        self.epochs = self.waited = 0
+        self.lowest = float("inf")
+        self.best: dict[str, Tensor] = {}
+        self.during = self.said
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the held-out rows."""
+        self.epochs += 1
+        loss = float(F.cross_entropy(logits_of(pl_module, self.x), self.y))
+        if not np.isfinite(loss) and not self.best:
+            raise DivergedError(f"the held-out loss became {loss} in epoch {self.epochs}")
+        if loss < self.lowest:
+            self.lowest, self.waited = loss, 0
+            self.best = {k: v.detach().clone() for k, v in pl_module.state_dict().items()}
+            self.during = self.said / self.epochs
+        else:
+            self.waited += 1
+            trainer.should_stop = self.waited >= self.patience
+        self.advance()
+
+
+class _Hear:
+    """A forward hook: the logits of training batches, which cost nothing."""
+
+    def __init__(self) -> None:
+        self.heard: Tensor | None = None
+
+    def __call__(self, module: Any, inputs: Any, output: Any) -> None:
+        if module.training and isinstance(output, Tensor):
+            self.heard = output.detach()
+
+
+class _Collect(pl.Callback):
+    """Adds the probabilities of each training batch to its rows."""
+
+    def __init__(self, hear: _Hear, said: Tensor) -> None:
+        self.hear, self.said = hear, said
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take what was heard."""
+        if self.hear.heard is not None and len(self.hear.heard) == len(batch[2]):
+            self.said[batch[2].cpu()] += torch.softmax(self.hear.heard.double().cpu(), 1)
+        self.hear.heard = None
+
+
+def logits_of(module: pl.LightningModule, x: Tensor) -> Tensor:
+    """Logits ``(n, n_classes)`` in evaluation mode, on the CPU; the mode stays as it was."""
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        parts = [module(part.to(module.device)).float().cpu() for part in torch.split(x, _ROWS)]
+    module.train(training)
+    return torch.cat(parts)
+
+
+def train_half(
+    x: Tensor,
+    y: Tensor,
+    n_classes: int,
+    trained: NDArray[np.int64],
+    recipe: Recipe,
+    *,
+    seed: int,
+    influence: bool = True,
+    advance: Callable[[], None] = lambda: None,
+) -> Run:
+    """Train on the rows ``trained`` and score all; see ``Run``.
+
+    Rows outside of ``trained``, and its held-out tenth, get probabilities; the others get NaN
+    there, and what was said during training.
+
+    Raises:
+        ConfigError: training diverges.
+    """
+    n = len(x)
+    rng = np.random.default_rng(derive(seed, "clean/held_out"))
+    order = rng.permutation(trained)
+    n_held = min(max(round(HELD_OUT * len(order)), min(20, len(order) // 4), 1), len(order) - 3)
+    held, seen = order[:n_held], np.sort(order[n_held:])
+    said = torch.zeros(len(seen), n_classes, dtype=torch.float64)
+    watch = _Watch(x[held], y[held], said, recipe.patience, advance)
+    hear = _Hear()
+    module = build(recipe, tuple(x.shape[1:]), n_classes, seed)
+    module.register_forward_hook(hear)
+    fine = FINECallback(target="self", step_weight="uncertainty", sketch=recipe.sketch)
+    batches = loader(
+        x[seen],
+        y[seen],
+        batch_size=min(recipe.batch_size, len(seen)),
+        generator=stream(seed, "order"),
+        shuffle=True,
+    )
+    callbacks = [_Collect(hear, said), watch, *([fine] if influence else [])]
+    try:
+        fit(module, batches, epochs=recipe.epochs, seed=seed, callbacks=callbacks)
+    except DivergedError as error:
+        raise ConfigError(
+            f"training diverged with --lr {recipe.lr:g}; use a smaller step, for instance --lr "
+            f"{recipe.lr / 10:g}"
+        ) from error
+    module.load_state_dict(watch.best)
+    unseen = np.setdiff1d(np.arange(n), seen)
+    probabilities = np.full((n, n_classes), np.nan)
+    probabilities[unseen] = torch.softmax(logits_of(module.cpu(), x[unseen]).double(), 1).numpy()
+    during = np.full((n, n_classes), np.nan)
+    during[seen] = watch.during.numpy()
+    mu, uncertain = np.full(n, np.nan), np.full(n, np.nan)
+    if influence:
+        scores = fine.scores()
+        mu[seen] = scores.values[0].double().numpy()
+        if scores.std_error is not None:
+            uncertain[seen] = scores.std_error[0].double().numpy()
+    return Run(probabilities, during, mu, uncertain, (watch.epochs,), watch.epochs * len(seen))
+
+
+def train_run(
+    x: Tensor,
+    y: Tensor,
+    n_classes: int,
+    recipe: Recipe,
+    *,
+    seed: int,
+    influence: bool = True,
+    half: Callable[[int, Callable[[], Run]], Run] = lambda number, make: make(),
+    advance: Callable[[], None] = lambda: None,
+) -> Run:
+    """One run on all rows; deterministic in ``seed``.
+
+    Args:
+        x, y: ``(n, ...)`` inputs and ``(n,)`` labels.
+        n_classes: number of classes.
+        recipe: what is trained.
+        seed: of the run; each half draws from streams of its own.
+        influence: whether f-INE watches.
+        half: ``half(number, make)`` gives what ``make()`` would: a place to keep finished halves.
+        advance: called at the end of each epoch.
+    """
+    side = halves(y.numpy(), seed)
+    found = []
+    for number in range(HALVES):
+        trained = np.flatnonzero(side == number)
+
+        def make(number: int = number, trained: NDArray[np.int64] = trained) -> Run:
+            own = derive(seed, f"clean/half/{number}")
+            return _without_mu_if_need_be(x, y, n_classes, trained, recipe, own, influence, advance)
+
+        found.append(half(number, make))
+    return joined(found)
+
+
+def _without_mu_if_need_be(
+    x: Tensor,
+    y: Tensor,
+    n_classes: int,
+    trained: NDArray[np.int64],
+    recipe: Recipe,
+    seed: int,
+    influence: bool,
+    advance: Callable[[], None],
+) -> Run:
+    """A model of the user's may have no per-example gradients: then all but μ is measured."""
+    try:
+        return train_half(
+            x, y, n_classes, trained, recipe, seed=seed, influence=influence, advance=advance
+        )
+    except UnsupportedProblemError as error:
+        if not influence:
+            raise
+        run = train_half(
+            x, y, n_classes, trained, recipe, seed=seed, influence=False, advance=advance
+        )
+        return Run(
+            run.probabilities, run.during, run.mu, run.std_error, run.epochs, run.examples,
+            str(error),
+        )  # fmt: skip
+
+
+def joined(parts: list[Run]) -> Run:
+    """The halves as one run: where several have something to say of a row, their mean."""
+
+    def mean(arrays: list[Floats]) -> Floats:
+        stacked = np.stack(arrays)
+        known = ~np.isnan(stacked)
+        count = known.sum(axis=0)
+        total = np.where(known, stacked, 0.0).sum(axis=0)
+        return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+
+    return Run(
+        mean([part.probabilities for part in parts]),
+        mean([part.during for part in parts]),
+        mean([part.mu for part in parts]),
+        mean([part.std_error for part in parts]),
+        tuple(n for part in parts for n in part.epochs),
+        sum(part.examples for part in parts),
+        next((part.trouble for part in parts if part.trouble), ""),
+    )
