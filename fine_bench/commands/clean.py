@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fine_bench.commands import common
 from fine_bench.errors import ConfigError, UserError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fine_bench.metrics.error_rate import Flags
+    from fine_bench.runner.clean.cleaning import Cleaning
     from fine_bench.runner.clean.data_files import LabelledData
     from fine_bench.runner.clean.scores import Scored
 
@@ -21,6 +22,8 @@ KINDS = ("images", "table", "text", "arrays")
 SCORES = ("doubt", "p_label", "margin", "mu")
 METHODS = ("fine", "mean_loss", "aum")
 SHOWN = 10
+LISTED = 100_000
+"""Rows on the review page."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,19 +234,61 @@ def _check(arguments: argparse.Namespace) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train, flag, write and report."""
     if arguments.data is None:
-        from fine_bench.commands import clean_folder
+        from fine_bench.runner.clean import folder
 
         if arguments.folder_data is None:
             raise ConfigError("name the data: fine-bench clean DATA; --help says what it can be")
         if arguments.all:
             raise ConfigError("--all goes with --data; ranking.csv holds every row")
-        return clean_folder.run(arguments)
+        folder.run(arguments, _pages)
+        return common.DONE
     if arguments.folder_data is not None:
         raise ConfigError(
             f"both {arguments.folder_data} and --data {arguments.data}; name one of them"
         )
     _defaults(arguments)
     return _one_run(arguments)
+
+
+def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
+    """The page of the ranking, and one of the rows to verify, in random order."""
+    from fine_bench.report.review.page import write_review_page
+    from fine_bench.runner.clean.folder import PAGE, VERIFY_PAGE
+
+    items = found.items
+
+    def views(rows: Any) -> list[Any]:
+        shown: list[Any] = []
+        for row in rows:
+            try:
+                shown.append(items.origin.view(int(row)))
+            except (OSError, ValueError, SyntaxError):  # gone or damaged since it was read
+                shown.append(None)
+        return shown
+
+    note = (
+        "score: how far the models prefer another label; μ: what training on the row does to the "
+        "model's own prediction of it."
+    )
+    title = Path(data).name or data
+    write_review_page(
+        folder / PAGE, found.table.head(LISTED), views, title=title,
+        class_names=items.classes, notes=[note], force=force,
+    )  # fmt: skip
+    if found.verify is None:
+        return [PAGE]
+    drawn = found.table.set_index("row").loc[found.verify.table["row"]].reset_index()
+    drawn["rank"] = range(1, len(drawn) + 1)
+    write_review_page(
+        folder / VERIFY_PAGE, drawn, views, title=f"{title}, rows to verify",
+        class_names=items.classes, force=force,
+        notes=[
+            note,
+            "These rows were drawn at random and stand in random order. Decide about each of them, "
+            "hard ones too: accepted ones become the trusted list.",
+        ],
+    )  # fmt: skip
+    return [PAGE, VERIFY_PAGE]
 
 
 def _one_run(arguments: argparse.Namespace) -> int:

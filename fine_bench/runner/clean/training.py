@@ -69,6 +69,15 @@ def halves(y: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return half
 
 
+def whole_batches(n: int, asked: int) -> int:
+    """The largest batch size up to ``asked`` that leaves no last batch of one or two rows.
+
+    f-INE compares a row with two others of its batch at least. ``asked`` itself where there is none.
+    """
+    sizes = (size for size in range(min(asked, n), 2, -1) if n % size not in (1, 2))
+    return next(sizes, min(asked, n))
+
+
 class _Watch(pl.Callback):
     """Stops early, keeps the best parameters and what the model said of its own rows meanwhile."""
 
@@ -167,7 +176,7 @@ def train_half(
     batches = loader(
         x[seen],
         y[seen],
-        batch_size=min(recipe.batch_size, len(seen)),
+        batch_size=whole_batches(len(seen), recipe.batch_size),
         generator=stream(seed, "order"),
         shuffle=True,
     )

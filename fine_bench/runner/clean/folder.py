@@ -1,13 +1,18 @@
-"""``fine-bench clean DATA``: the files of a cleaning, and what the terminal is told."""
+"""The folder of a cleaning: its files, what the terminal is told, and decisions applied to it.
+
+Options are those of ``fine-bench clean``, as it parsed them. Review pages are the caller's, since a
+runner renders nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fine_bench.commands import common
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.terminal import say
 
 if TYPE_CHECKING:
     from fine_bench.runner.clean.cleaning import Cleaning
@@ -18,8 +23,6 @@ VERIFY, PAGE, VERIFY_PAGE = "verify_first.csv", "review.html", "verify_first.htm
 RUNS = "runs"
 TRUSTED, TRUSTED_CLEANED = "trusted.txt", "trusted_cleaned.txt"
 SHOWN = 10
-LISTED = 100_000
-"""Rows on the review page."""
 
 
 def default_folder(data: str) -> Path:
@@ -27,20 +30,28 @@ def default_folder(data: str) -> Path:
     return Path(f"clean-{Path(data).expanduser().resolve().stem}")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Clean, write and report; or apply decisions."""
+Pages: TypeAlias = Callable[[str, Path, "Cleaning", bool], list[str]]
+"""``pages(data, folder, found, force)`` writes the review pages and returns their names."""
+
+
+def run(arguments: argparse.Namespace, pages: Pages) -> None:
+    """Clean, write and report; or apply decisions.
+
+    Raises:
+        UserError: whatever does not fit, before anything is trained where that can be known.
+    """
     data = str(arguments.folder_data)
     folder: Path = arguments.out or default_folder(data)
     _refuse_inside(Path(data), folder)
     if arguments.decisions is not None:
-        return _decide(arguments, data, folder)
+        _decide(arguments, data, folder)
+        return
     names = [RANKING, ISSUES, LEFT_OUT, SUMMARY, *([] if arguments.no_page else [PAGE])]
     if arguments.trusted is None:
         names += [VERIFY, *([] if arguments.no_page else [VERIFY_PAGE])]
     _check_folder(folder, names, arguments.force)
     found = _clean(arguments, data, folder)
-    _write(arguments, data, folder, found)
-    return common.DONE
+    _write(arguments, data, folder, found, pages)
 
 
 def _refuse_inside(data: Path, folder: Path) -> None:
@@ -54,6 +65,12 @@ def _check_folder(folder: Path, names: list[str], force: bool) -> None:
 
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file; name a folder")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not force:
+        raise ConfigError(
+            f"{folder / there[0]} is already there and would be replaced; name another folder with "
+            "--out, or add --force (finished runs in it are used again)"
+        )
     for name in names:
         check_output(folder / name, force)
 
@@ -82,7 +99,7 @@ def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
             progress.update(bar, description=f"{what}, epochs", completed=done, total=total)
 
         def read(items: Items) -> None:
-            common.say(f"read: {data}: {items.kind}, {items.what}", error=True)
+            say(f"read: {data}: {items.kind}, {items.what}", error=True)
 
         return clean(
             data,
@@ -109,7 +126,9 @@ def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
 # ------------------------------------------------------------------------------------- files
 
 
-def _write(arguments: argparse.Namespace, data: str, folder: Path, found: Cleaning) -> None:
+def _write(
+    arguments: argparse.Namespace, data: str, folder: Path, found: Cleaning, pages: Pages
+) -> None:
     import pandas as pd
     from rich.table import Table
 
@@ -133,7 +152,7 @@ def _write(arguments: argparse.Namespace, data: str, folder: Path, found: Cleani
     summary += [f"- {name}: {visible(value)}" for name, value in facts]
     summary += ["", *(f"{visible(line)}\n" for line in lines)]
     write_output(folder / SUMMARY, "\n".join(summary).encode(), arguments.force)
-    pages = [] if arguments.no_page else _pages(data, folder, found, arguments.force)
+    written = [] if arguments.no_page else pages(data, folder, found, arguments.force)
 
     out = Terminal()
     grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -149,7 +168,7 @@ def _write(arguments: argparse.Namespace, data: str, folder: Path, found: Cleani
     out.print(rows)
     for line in lines:
         out.print(line)
-    files = ", ".join([*tables, SUMMARY, *pages])
+    files = ", ".join([*tables, SUMMARY, *written])
     out.print(f"written to {folder}: {files}", soft_wrap=True)
 
 
@@ -234,50 +253,10 @@ def _lines(arguments: argparse.Namespace, data: str, folder: Path, found: Cleani
     return said
 
 
-def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
-    """The page of the ranking, and one of the rows to verify, in random order."""
-    from fine_bench.report.review.page import write_review_page
-
-    items = found.items
-
-    def views(rows: Any) -> list[Any]:
-        shown: list[Any] = []
-        for row in rows:
-            try:
-                shown.append(items.origin.view(int(row)))
-            except (OSError, ValueError, SyntaxError):  # gone or damaged since it was read
-                shown.append(None)
-        return shown
-
-    note = (
-        "score: how far the models prefer another label; μ: what training on the row does to the "
-        "model's own prediction of it."
-    )
-    title = Path(data).name or data
-    write_review_page(
-        folder / PAGE, found.table.head(LISTED), views, title=title,
-        class_names=items.classes, notes=[note], force=force,
-    )  # fmt: skip
-    if found.verify is None:
-        return [PAGE]
-    drawn = found.table.set_index("row").loc[found.verify.table["row"]].reset_index()
-    drawn["rank"] = range(1, len(drawn) + 1)
-    write_review_page(
-        folder / VERIFY_PAGE, drawn, views, title=f"{title}, rows to verify",
-        class_names=items.classes, force=force,
-        notes=[
-            note,
-            "These rows were drawn at random and stand in random order. Decide about each of them, "
-            "hard ones too: accepted ones become the trusted list.",
-        ],
-    )  # fmt: skip
-    return [PAGE, VERIFY_PAGE]
-
-
 # --------------------------------------------------------------------------------- decisions
 
 
-def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> int:
+def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
     import shutil
 
     import pandas as pd
@@ -307,19 +286,18 @@ def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> int:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = apply(items, decisions, drawn, folder)
     n = counts(decisions)
-    common.say(
+    say(
         f"{len(decisions)} decisions: {n['accepted']} accepted, {n['rejected']} rejected, "
         f"{n['relabelled']} relabelled"
     )
-    common.say(f"written: {done.copy}, {done.kept} of {items.n_source} rows")
+    say(f"written: {done.copy}, {done.kept} of {items.n_source} rows")
     if drawn is not None:
         for name, rows in ((TRUSTED, done.trusted), (TRUSTED_CLEANED, done.trusted_cleaned)):
             text = "".join(f"{row}\n" for row in rows)
             write_output(folder / name, text.encode(), force=True)
-        common.say(
+        say(
             f"written: {folder / TRUSTED}, {len(done.trusted)} verified rows of {data}, for "
             f"--trusted; {folder / TRUSTED_CLEANED}, the same rows in the copy"
         )
     for note in done.notes:
-        common.say(f"note: {note}", error=True)
-    return common.DONE
+        say(f"note: {note}", error=True)
