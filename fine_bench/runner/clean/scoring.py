@@ -11,7 +11,7 @@ log p̄_k/p̄_y of the best other class, the margin of the logits, best where la
 class that looks alike. Averaging what a model says of a row that it has not seen with what it said
 while it was being trained on it adds to both: on development data (other draws and rows than those
 of the table) this had the highest average precision on average, and nowhere less than
-self-confidence of five-fold cross-validation. ``benchmarks/clean_against_cleanlab.py`` has the table.
+self-confidence of five-fold cross-validation. ``benchmarks/clean_against_cleanlab.py`` makes it.
 
 How many rows of a run are *suspects* follows from the run's own probabilities, by the rule of
 confident learning: class k is confident in a row when p_k reaches the mean of p_k over the rows

@@ -72,7 +72,7 @@ def halves(y: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 def whole_batches(n: int, asked: int) -> int:
     """The largest batch size up to ``asked`` that leaves no last batch of one or two rows.
 
-    f-INE compares a row with two others of its batch at least. ``asked`` itself where there is none.
+    f-INE compares a row with two others of its batch at least. Without such a size, ``asked``.
     """
     sizes = (size for size in range(min(asked, n), 2, -1) if n % size not in (1, 2))
     return next(sizes, min(asked, n))
