@@ -35,9 +35,10 @@ from fine_bench.leaderboard.tables import (
 )
 from fine_bench.leaderboard.ties import PairValues, with_ties
 from fine_bench.metrics.fidelity import VERSION
-from fine_bench.metrics.intervals import mean_interval
 from fine_bench.metrics.limits import Limit
+from fine_bench.metrics.many_intervals import mean_intervals
 from fine_bench.metrics.registry import Metric, columns, stat_key, together
+from fine_bench.store.comparisons import Consistency
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, RunRecord
 
@@ -100,9 +101,11 @@ def build_from(
     groups, old = superseded(groups)
     progress = _Progress(sum(len(_by_row(found)) for found in groups.values()), on_row)
     tables = []
+    blocks, options = together(), options_of(groups)
     for key, found in sorted(groups.items()):
-        options = options_of(groups, key)
-        table, more = _table(key, found, options, old[key], comparisons, progress, shown)
+        table, more = _table(
+            key, found, options[key], old[key], comparisons, progress, shown, blocks
+        )
         table = replace(table, limits=_limits(limits(key[2], key[1]), table))
         tables.append(table)
         complaints += [f"{key[0]}/{key[1][:8]}: {line}" for line in more]
@@ -149,15 +152,17 @@ def _table(
     comparisons: Comparisons,
     progress: _Progress,
     shown: Sequence[Metric],
+    blocks: Sequence[frozenset[str]],
 ) -> tuple[Table, list[str]]:
     """One table, and complaints about numbers that it lacks."""
     task, setting, _ = key
     rows: list[Row] = []
-    pairs: dict[RowKey, PairValues] = {}
+    finished_of: list[dict[int, RunRecord]] = []
+    compared_of: list[Consistency | None] = []
     unfinished: list[CellState] = []
     seeds = sorted({record.seed for record in records})
     variants = variants_of(records)
-    problems = _truths(records) + incomplete(records, together())
+    problems = _truths(records) + incomplete(records, blocks)
     # rows that score a sample of the examples have a k of their own
     k, complaint = _k([r for r in records if "n_watched" not in r.metrics])
     if complaint:
@@ -176,13 +181,12 @@ def _table(
                 reason = f"recorded by an older method version only; this is version {version}"
             name = (task, setting, estimator, estimator_hash, target, seed)
             unfinished.append(CellState(*name, state=state, reason=reason, variant=variant))
-        stats = _stats(finished)
         watched, own_k, complaint = _watched(finished.values(), k)
         if complaint:
             problems.append(f"{estimator} {target}: {complaint}")
         compared, complaint = comparisons.of(finished, own_k)
-        stats |= consistency_stats(compared)
-        pairs[estimator, estimator_hash, target] = compared.pairs if compared else {}
+        finished_of.append(finished)
+        compared_of.append(compared)
         if complaint:
             complaint = complaint.replace(f"{comparisons.store.root}{os.sep}", "")
             problems.append(f"{estimator} {target}: {complaint}")
@@ -195,13 +199,18 @@ def _table(
                 target,
                 version,
                 tuple(sorted(finished)),
-                stats,
+                {},
                 dirty=any(e.get("dirty") is True for e in git),
                 commits=tuple(sorted({str(e.get("commit", "unknown")) for e in git})),
                 watched=watched,
                 k=own_k,
             )
         )
+    numbers = zip(rows, _stats(finished_of), consistency_stats(compared_of), strict=True)
+    rows = [replace(row, stats=own | between) for row, own, between in numbers]
+    pairs: dict[RowKey, PairValues] = {
+        key_of(row): one.pairs if one else {} for row, one in zip(rows, compared_of, strict=True)
+    }
     table = Table(
         *key,
         options,
@@ -360,20 +369,27 @@ def _truths(records: Sequence[RunRecord]) -> list[str]:
     return lines
 
 
-def _stats(finished: Mapping[int, RunRecord]) -> dict[str, Stat]:
-    """Mean and interval of every metric and cost, each over the seeds that report it."""
-    by_key: dict[str, dict[int, float]] = {}
-    for seed, record in finished.items():
-        numbers = {stat_key("metrics", name): x for name, x in record.metrics.items()}
-        numbers |= {stat_key("cost", name): x for name, x in record.cost.items()}
-        for key, value in numbers.items():
-            by_key.setdefault(key, {})[seed] = value
-    return {key: Stat(*mean_interval(v, LEVEL), n=len(v)) for key, v in by_key.items()}
+def _stats(rows: Sequence[Mapping[int, RunRecord]]) -> list[dict[str, Stat]]:
+    """Mean and interval of every metric and cost of each row, over the seeds that report it."""
+    asked: list[tuple[int, str, dict[int, float]]] = []
+    for row, finished in enumerate(rows):
+        by_key: dict[str, dict[int, float]] = {}
+        for seed, record in finished.items():
+            numbers = {stat_key("metrics", name): x for name, x in record.metrics.items()}
+            numbers |= {stat_key("cost", name): x for name, x in record.cost.items()}
+            for key, value in numbers.items():
+                by_key.setdefault(key, {})[seed] = value
+        asked += [(row, key, values) for key, values in by_key.items()]
+    stats: list[dict[str, Stat]] = [{} for _ in rows]
+    intervals = mean_intervals([values for *_, values in asked], LEVEL)
+    for (row, key, values), interval in zip(asked, intervals, strict=True):
+        stats[row][key] = Stat(*interval, n=len(values))
+    return stats
 
 
 def _training(records: Sequence[RunRecord]) -> dict[str, Stat]:
     """Facts about plain training over the seeds; rows that share a training run count once."""
-    facts = {}
+    found: dict[str, dict[int, float]] = {}
     for name, _, _ in TRAINING_FACTS:
         by_seed: dict[int, set[float]] = {}
         for record in records:
@@ -382,5 +398,9 @@ def _training(records: Sequence[RunRecord]) -> dict[str, Stat]:
                 by_seed.setdefault(record.seed, set()).add(float(value))
         means = {seed: math.fsum(values) / len(values) for seed, values in by_seed.items()}
         if means:
-            facts[name] = Stat(*mean_interval(means, LEVEL), n=len(means))
-    return facts
+            found[name] = means
+    intervals = mean_intervals(list(found.values()), LEVEL)
+    return {
+        name: Stat(*interval, n=len(found[name]))
+        for name, interval in zip(found, intervals, strict=True)
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,8 +61,10 @@ def variants_of(records: Sequence[RunRecord]) -> dict[tuple[str, str], str]:
             options = (f"{key.rpartition('.')[2]}={config.get(key, '-')}" for key in keys)
             labels[name, sha] = (", ".join(options) or sha[:8]) if len(configs) > 1 else ""
     # options may look alike while their hashes differ
+    alike = Counter((name, text) for (name, _), text in labels.items())
     for (name, sha), text in list(labels.items()):
-        if sum(other == text and n == name for (n, _), other in labels.items()) > 1:
+        if alike[name, text] > 1:  # the last of them keeps its name
+            alike[name, text] -= 1
             labels[name, sha] = f"{text}, {sha[:8]}".removeprefix(", ")
     return labels
 
@@ -77,26 +80,37 @@ DESCRIBING = (
 )
 
 
-def options_of(groups: Mapping[TableKey, Sequence[RunRecord]], key: TableKey) -> dict[str, Any]:
-    """What describes a setting: the usual options, and those that tell it from its siblings."""
+def options_of(
+    groups: Mapping[TableKey, Sequence[RunRecord]],
+) -> dict[TableKey, dict[str, Any]]:
+    """What describes each setting: the usual options, and those that tell it from its siblings."""
 
     def setting_of(record: RunRecord) -> dict[str, Any]:
         return _flat({name: record.config.get(name, {}) for name in ("task", "model", "trainer")})
 
     # a record that failed early may have no configuration
-    first = {k: next((r for r in group if r.config), group[0]) for k, group in groups.items()}
-    config = setting_of(first[key])
-    usual = [f".{section}.{name}" for section, name in DESCRIBING]
-    others = _differences([setting_of(r) for other, r in first.items() if other[0] == key[0]])
-    options = {
-        ("model" if name == ".model.name" else name.rpartition(".")[2]): config[name]
-        for name in usual
-        if name in config
+    settings = {
+        key: setting_of(next((r for r in group if r.config), group[0]))
+        for key, group in groups.items()
     }
-    options |= {name[1:]: config.get(name) for name in others if name not in usual}
-    if sum(other[:2] == key[:2] for other in groups) > 1:
-        options["data"] = key[2][:8]
-    return options
+    of_task: dict[str, list[dict[str, Any]]] = {}
+    data = Counter(key[:2] for key in groups)
+    for key, config in settings.items():
+        of_task.setdefault(key[0], []).append(config)
+    others = {task: _differences(configs) for task, configs in of_task.items()}
+    usual = [f".{section}.{name}" for section, name in DESCRIBING]
+    found: dict[TableKey, dict[str, Any]] = {}
+    for key, config in settings.items():
+        options = {
+            ("model" if name == ".model.name" else name.rpartition(".")[2]): config[name]
+            for name in usual
+            if name in config
+        }
+        options |= {name[1:]: config.get(name) for name in others[key[0]] if name not in usual}
+        if data[key[:2]] > 1:
+            options["data"] = key[2][:8]
+        found[key] = options
+    return found
 
 
 # ------------------------------------------------------------------------- captions and notes

@@ -10,7 +10,8 @@ are at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import TypeAlias
 
@@ -19,16 +20,15 @@ from numpy.typing import NDArray
 
 from fine_bench.leaderboard.tables import Stat
 from fine_bench.metrics.consistency import (
-    Run,
-    agreement_of_runs,
+    agreements,
     coefficient_of_variation,
     ranked,
 )
 from fine_bench.metrics.detection import suspicion
-from fine_bench.metrics.intervals import pair_mean_interval
+from fine_bench.metrics.many_intervals import pair_mean_intervals
 from fine_bench.metrics.registry import stat_key
 from fine_bench.metrics.stable import stable_metrics
-from fine_bench.store.comparisons import Consistency, consistency_digest
+from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
@@ -51,6 +51,9 @@ Pair: TypeAlias = tuple[str, str]
 
 class Comparisons:
     """Comparisons of seeds: those that are kept, and new ones, which it keeps.
+
+    Each pair of scores is kept once, in the comparison that first needed it: a row whose seeds are
+    added one by one keeps as many pairs as it has, and not all of them again at every seed.
 
     Args:
         store: where scores are read and comparisons are kept.
@@ -83,7 +86,9 @@ class Comparisons:
         wanted = {(a, b): _pair(scores, a, b) for a, b in combinations(scores, 2)}
         pairs: dict[Pair, Mapping[str, float]] = {}
         at_hand: bool | None = None
+        same: Consistency | None = None
         earlier: Consistency | None = None
+        kept: set[Pair] = set()  # by this version
         for old in sorted(self.kept.get(row, ()), key=lambda found: -found.metric_version):
             if old.k != k or old.metric_version not in READ:
                 continue
@@ -92,29 +97,34 @@ class Comparisons:
                     at_hand = all(self.store.has_scores(r) for r in finished.values())
                 if at_hand:  # nothing says that its numbers are those that were written
                     continue
-            if old.pairs.keys() == wanted.keys():
-                name = consistency_digest(scores, k, old.metric_version)
-                if old.digest == name and old.metric_version == METRIC_VERSION:
-                    return old, ""
-                earlier = old if old.digest == name else earlier
             # seeds were added: their old pairs still hold
-            pairs |= {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
-        if earlier is not None and not all(self.store.has_scores(r) for r in finished.values()):
-            return earlier, ""
+            found = {_pair(old.scores, a, b): values for (a, b), values in old.pairs.items()}
+            pairs |= found
+            if old.metric_version == METRIC_VERSION:
+                kept |= found.keys()
+                same = old if old.scores == scores else same
+            elif old.scores == scores:
+                earlier = old
+        known = {s: pairs[pair] for s, pair in wanted.items() if pair in pairs}
+        whole = len(known) == len(wanted)
+        if whole and same is not None:
+            return replace(same, pairs=known), ""
+        fallback = replace(earlier, pairs=known) if whole and earlier is not None else None
+        if fallback and not all(self.store.has_scores(r) for r in finished.values()):
+            return fallback, ""
         try:
             variation = self._compare(finished, wanted, k, pairs)
         except (StoreError, ValueError) as error:
-            if earlier is not None:
-                return earlier, ""
-            if any(pair not in pairs for pair in wanted.values()):
+            if not whole:
                 return None, f"no consistency: {error}"
-            variation = {}
+            return fallback or Consistency(*row, k, METRIC_VERSION, scores, known), ""
         known = {seeds: pairs[pair] for seeds, pair in wanted.items()}
         result = Consistency(*row, k, METRIC_VERSION, scores, known, variation)
-        if not variation:
-            return result, ""
+        # what the file of its name has already stays in it
+        own = set() if same is None else same.pairs.keys()
+        new = {s: known[s] for s, pair in wanted.items() if pair not in kept or s in own}
         try:
-            self.store.save_consistency(result)
+            self.store.save_consistency(replace(result, pairs=new))
         except StoreError as error:
             return result, str(error)
         return result, ""
@@ -138,12 +148,14 @@ class Comparisons:
         if len(truths) > 1:
             raise ValueError("its seeds do not agree on which examples are bad")
         vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
-        missing = {seeds: pair for seeds, pair in wanted.items() if pair not in pairs}
-        new = {seed for pair in missing for seed in pair}
-        runs = {seed: ranked(vectors[seed], max(k, 1), "high") for seed in new}
-        for (a, b), pair in missing.items():
-            if pair not in pairs:  # two runs may have the same scores
-                pairs[pair] = _agreement(runs[a], runs[b], k)
+        # two runs may have the same scores: the first pair of seeds stands for all that have them
+        every = reversed(list(wanted.items()))
+        missing = {pair: seeds for seeds, pair in every if pair not in pairs}
+        new = sorted({seed for seeds in missing.values() for seed in seeds})
+        runs = [ranked(vectors[seed], max(k, 1), "high") for seed in new]
+        places = [(new.index(a), new.index(b)) for a, b in missing.values()]
+        for pair, values in zip(missing, agreements(runs, places), strict=True):
+            pairs[pair] = values if k else _without_k(values)
         together = np.stack(list(vectors.values()))
         found = {"cv_median": coefficient_of_variation(together)[1]}
         if k and bad[0] is not None and bad[0].any():
@@ -168,22 +180,25 @@ def _pair(scores: Mapping[int, str], a: int, b: int) -> Pair:
     return min(scores[a], scores[b]), max(scores[a], scores[b])
 
 
-def _agreement(a: Run, b: Run, k: int) -> dict[str, float]:
-    values = agreement_of_runs(a, b)
-    if k == 0:  # nobody knows the bad examples, so there is no k
-        return {name: x for name, x in values.items() if not name.startswith("jaccard")}
-    return values
+def _without_k(values: Mapping[str, float]) -> dict[str, float]:
+    """What is left where nobody knows the bad examples."""
+    return {name: x for name, x in values.items() if not name.startswith("jaccard")}
 
 
-def consistency_stats(consistency: Consistency | None) -> dict[str, Stat]:
-    """Mean and interval over pairs of seeds of every number of a comparison, by key."""
-    if consistency is None:
-        return {}
-    n = len(consistency.scores)
-    stats = {}
-    for name in sorted({name for values in consistency.pairs.values() for name in values}):
-        values = {pair: found.get(name, math.nan) for pair, found in consistency.pairs.items()}
-        stats[stat_key("consistency", name)] = Stat(*pair_mean_interval(values, LEVEL), n=n)
-    for name, value in consistency.variation.items():
-        stats[stat_key("consistency", name)] = Stat(value, math.nan, math.nan, n)
+def consistency_stats(compared: Sequence[Consistency | None]) -> list[dict[str, Stat]]:
+    """Mean and interval over pairs of seeds of every number of each comparison, by key."""
+    asked = [
+        (i, one, name, {pair: found.get(name, math.nan) for pair, found in one.pairs.items()})
+        for i, one in enumerate(compared)
+        if one is not None
+        for name in sorted({name for values in one.pairs.values() for name in values})
+    ]
+    intervals = pair_mean_intervals([values for *_, values in asked], LEVEL)
+    stats: list[dict[str, Stat]] = [{} for _ in compared]
+    for (i, one, name, _), interval in zip(asked, intervals, strict=True):
+        stats[i][stat_key("consistency", name)] = Stat(*interval, n=len(one.scores))
+    for found, comparison in zip(stats, compared, strict=True):
+        for name, value in comparison.variation.items() if comparison else ():
+            stat = Stat(value, math.nan, math.nan, len(comparison.scores) if comparison else 0)
+            found[stat_key("consistency", name)] = stat
     return stats

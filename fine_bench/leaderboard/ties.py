@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fine_bench.leaderboard.tables import Row, RowKey, key_of
-from fine_bench.metrics.intervals import pair_mean_interval, paired_difference
+from fine_bench.metrics.many_intervals import pair_mean_intervals
+from fine_bench.metrics.many_intervals import ties as seeds_tie
 from fine_bench.metrics.registry import Metric
 from fine_bench.types import RunRecord
 
@@ -51,23 +52,31 @@ def with_ties(
             if seed in found and found[seed].version == row.version and name in found[seed].metrics
         }
 
-    ties: dict[int, set[str]] = {i: set() for i in range(len(rows))}
+    of_seeds: dict[tuple[int, str], tuple[dict[int, float], dict[int, float]]] = {}
+    of_pairs: dict[tuple[int, str], dict[tuple[int, int], float]] = {}
     for column in columns:
         if column.source == "cost" or not column.better:
             continue
         for group in _groups(rows, column):
             best = _best(rows, group, column)
+            first = metric(rows[best], column.name)
             for i in group:
                 if i == best:
                     continue
                 if column.source == "metrics":
-                    one, other = metric(rows[best], column.name), metric(rows[i], column.name)
-                    same = _seeds_tie(one, other, level)
+                    of_seeds[i, column.key] = first, metric(rows[i], column.name)
                 else:
                     a, b = (pairs.get(key_of(rows[x]), {}) for x in (best, i))
-                    same = _pairs_tie(a, b, column.name, level)
-                if same:
-                    ties[i].add(column.key)
+                    of_pairs[i, column.key] = _pair_differences(a, b, column.name)
+    of_pairs = {where: found for where, found in of_pairs.items() if found}
+    intervals = pair_mean_intervals(list(of_pairs.values()), level)
+    tied = dict(zip(of_seeds, seeds_tie(list(of_seeds.values()), level), strict=True))
+    for where, (_, lower, upper) in zip(of_pairs, intervals, strict=True):
+        tied[where] = lower <= 0.0 <= upper
+    ties: dict[int, set[str]] = {i: set() for i in range(len(rows))}
+    for (i, key), same in tied.items():
+        if same:
+            ties[i].add(key)
     return [replace(row, ties=frozenset(ties[i])) for i, row in enumerate(rows)]
 
 
@@ -86,16 +95,8 @@ def _best(rows: Sequence[Row], group: Sequence[int], column: Metric) -> int:
     return min(group, key=lambda i: (sign * rows[i].stats[column.key].mean, *key_of(rows[i])))
 
 
-def _seeds_tie(a: Mapping[int, float], b: Mapping[int, float], level: float) -> bool:
-    if len(a.keys() & b.keys()) < 2:
-        return False
-    difference = paired_difference(a, b, level)
-    if difference.significant is not None:
-        return not difference.significant
-    return difference.lower <= 0.0 <= difference.upper
-
-
-def _pairs_tie(a: PairValues, b: PairValues, name: str, level: float) -> bool:
+def _pair_differences(a: PairValues, b: PairValues, name: str) -> dict[tuple[int, int], float]:
+    """Differences pair by pair; none where they would show no spread, or pairs are missing."""
     seeds = _seeds(a, name) & _seeds(b, name)
     differences = {
         pair: a[pair][name] - b[pair][name]
@@ -103,9 +104,8 @@ def _pairs_tie(a: PairValues, b: PairValues, name: str, level: float) -> bool:
         if set(pair) <= seeds and name in a[pair] and name in b[pair]
     }
     if len(seeds) < 3 or len(differences) != len(seeds) * (len(seeds) - 1) // 2:
-        return False  # two seeds are one pair, which shows no spread
-    _, lower, upper = pair_mean_interval(differences, level)
-    return lower <= 0.0 <= upper
+        return {}  # two seeds are one pair, which shows no spread
+    return differences
 
 
 def _seeds(values: PairValues, name: str) -> set[int]:

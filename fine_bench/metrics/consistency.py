@@ -7,6 +7,7 @@ says nothing, so wherever it appears the result is NaN: undefined, not perfect.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fine_bench.metrics._arrays import ArrayLike, End, Vector, as_array, as_vector, oriented
+from fine_bench.metrics.kendall import kendall_taus
 from fine_bench.metrics.registry import BETWEEN_RUNS, Metric
 from fine_bench.metrics.top import TOP
 
@@ -133,24 +135,67 @@ def agreement_of_runs(a: Run, b: Run) -> dict[str, float]:
     Raises:
         ValueError: different lengths, or different k.
     """
-    n, k = len(a.values), a.k
-    if len(b.values) != n or b.k != k:
-        raise ValueError(
-            f"a has {n} examples and k = {k}, b {len(b.values)} and {b.k}; consistency compares "
-            "runs of one task"
-        )
-    if np.ptp(a.values) == 0 or np.ptp(b.values) == 0:
-        return dict.fromkeys(KEYS, float("nan"))
-    overlap = float(a.inclusion @ b.inclusion)
-    jaccard = overlap / (2 * k - overlap)
+    (found,) = agreements([a, b], [(0, 1)])
+    return found
+
+
+def agreements(runs: Sequence[Run], pairs: Sequence[tuple[int, int]]) -> list[dict[str, float]]:
+    """``agreement_of_runs`` of many pairs, which does not depend on what else is compared.
+
+    Args:
+        runs: of one task.
+        pairs: which two are compared, by their positions in ``runs``.
+
+    Raises:
+        ValueError: different lengths, or different k.
+    """
+    if not pairs:
+        return []
+    n, k = len(runs[0].values), runs[0].k
+    for run in runs:
+        if len(run.values) != n or run.k != k:
+            raise ValueError(
+                f"a has {n} examples and k = {k}, b {len(run.values)} and {run.k}; consistency "
+                "compares runs of one task"
+            )
+    constant = [bool(np.ptp(run.values) == 0) for run in runs]
+    compared = [pair for pair in pairs if not (constant[pair[0]] or constant[pair[1]])]
+    spearman = _rank_correlations([run.ranks for run in runs], compared)
+    kendall = kendall_taus([run.values for run in runs], compared)
     chance = expected_jaccard(n, k)
-    return {
-        # scipy's spearmanr to the last bit, without ranking each run anew for every other
-        "spearman": float(np.asarray(np.corrcoef(np.stack([a.ranks, b.ranks])))[1, 0]),
-        "kendall": float(stats.kendalltau(a.values, b.values).statistic),
-        "jaccard": jaccard,
-        "jaccard_corrected": (jaccard - chance) / (1 - chance) if k < n else float("nan"),
-    }
+    result = [dict.fromkeys(KEYS, float("nan")) for _ in pairs]
+    at = (
+        found
+        for found, (a, b) in zip(result, pairs, strict=True)
+        if not (constant[a] or constant[b])
+    )
+    for found, (a, b), rho, tau in zip(at, compared, spearman, kendall, strict=True):
+        overlap = float(runs[a].inclusion @ runs[b].inclusion)
+        jaccard = overlap / (2 * k - overlap)
+        corrected = (jaccard - chance) / (1 - chance) if k < n else float("nan")
+        found |= dict(zip(KEYS, (rho, tau, jaccard, corrected), strict=True))
+    return result
+
+
+_EXACT_RANKS = 200_000
+"""So many ranks have products that are whole quarters below 2^53: their sums are exact."""
+
+
+def _rank_correlations(ranks: Sequence[Vector], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """scipy's spearmanr to the last bit, without ranking each run anew for every other.
+
+    One matrix product gives all sums of products. They are exact, so it does not matter which
+    other ranks it holds.
+    """
+    if not pairs:
+        return []
+    if len(ranks[0]) > _EXACT_RANKS:
+        return [
+            float(np.asarray(np.corrcoef(np.stack([ranks[a], ranks[b]])))[1, 0]) for a, b in pairs
+        ]
+    places = {run: place for place, run in enumerate(sorted({i for pair in pairs for i in pair}))}
+    matrix = np.asarray(np.corrcoef(np.stack([ranks[run] for run in places])))
+    return [float(matrix[places[b], places[a]]) for a, b in pairs]
 
 
 def pairwise_consistency(a: ArrayLike, b: ArrayLike, k: int, end: End) -> dict[str, float]:

@@ -46,7 +46,7 @@ UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
 @lru_cache(maxsize=32)
-def _resamples(n: int) -> tuple[Vector, Vector]:
+def resamples(n: int) -> tuple[Vector, Vector]:
     """All resamples of n seeds with their probabilities, or a Monte-Carlo sample of them.
 
     Returns ``counts (n_resamples, n)``, how often each seed was drawn, and ``weights`` summing
@@ -65,23 +65,23 @@ def _resamples(n: int) -> tuple[Vector, Vector]:
 
 
 @lru_cache(maxsize=32)
-def _pair_resamples(n: int) -> tuple[Vector, Vector, Vector]:
+def pair_resamples(n: int) -> tuple[Vector, Vector, Vector]:
     """The resamples of n seeds that hold a pair, their weights, and their numbers of pairs.
 
     Ordered pairs of draws that hit distinct seeds; the factor of two cancels.
     """
-    counts, weights = _resamples(n)
+    counts, weights = resamples(n)
     n_pairs = n**2 - (counts**2).sum(axis=1)
     kept = n_pairs > 0
     return counts[kept], weights[kept], n_pairs[kept]
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}; 0.95 is usual")
 
 
-def _percentiles(values: Vector, weights: Vector, level: float) -> tuple[float, float]:
+def percentiles(values: Vector, weights: Vector, level: float) -> tuple[float, float]:
     """Central interval of a weighted sample: at most (1 − level)/2 lies strictly outside each end.
 
     The same rule from both sides, so that the interval of −x mirrors that of x.
@@ -112,7 +112,7 @@ def mean_interval(values_by_seed: Mapping[int, float], level: float = 0.95) -> I
     Raises:
         ValueError: no seeds, or a level outside (0, 1).
     """
-    _check_level(level)
+    check_level(level)
     if not values_by_seed:
         raise ValueError("values_by_seed is empty; pass the value of at least one seed")
     # by seed, so that the result does not depend on the order in which runs finished
@@ -123,8 +123,39 @@ def mean_interval(values_by_seed: Mapping[int, float], level: float = 0.95) -> I
     mean = float(values.mean())
     if n == 1:
         return Interval(mean, float("nan"), float("nan"))
-    counts, weights = _resamples(n)
-    return Interval(mean, *_percentiles(counts @ values / n, weights, level))
+    counts, weights = resamples(n)
+    return Interval(mean, *percentiles(counts @ values / n, weights, level))
+
+
+def pair_matrix(pair_values: Mapping[tuple[int, int], float]) -> Vector:
+    """The symmetric matrix ``(n, n)`` of values of pairs, zero on its diagonal.
+
+    Raises:
+        ValueError: see ``pair_mean_interval``.
+    """
+    if not pair_values:
+        raise ValueError("pair_values is empty; consistency needs at least two seeds")
+    seeds = sorted({seed for pair in pair_values for seed in pair})
+    n = len(seeds)
+    position = {seed: i for i, seed in enumerate(seeds)}
+    matrix = np.zeros((n, n))
+    seen = np.eye(n, dtype=bool)
+    for (a, b), value in pair_values.items():
+        i, j = position[a], position[b]
+        if seen[i, j]:
+            raise ValueError(
+                f"the pair of seeds ({a}, {b}) "
+                + ("pairs a seed with itself" if a == b else "is given twice")
+                + "; give each pair of distinct seeds once"
+            )
+        seen[i, j] = seen[j, i] = True
+        matrix[i, j] = matrix[j, i] = value
+    if not seen.all():
+        i, j = np.argwhere(~seen)[0]
+        raise ValueError(
+            f"the pair of seeds ({seeds[i]}, {seeds[j]}) is missing; every two seeds need a value"
+        )
+    return matrix
 
 
 def pair_mean_interval(
@@ -153,37 +184,17 @@ def pair_mean_interval(
         ValueError: no pairs, a seed paired with itself, a pair given twice or missing, or a
             level outside (0, 1).
     """
-    _check_level(level)
-    if not pair_values:
-        raise ValueError("pair_values is empty; consistency needs at least two seeds")
-    seeds = sorted({seed for pair in pair_values for seed in pair})
-    n = len(seeds)
-    position = {seed: i for i, seed in enumerate(seeds)}
-    matrix = np.zeros((n, n))
-    seen = np.eye(n, dtype=bool)
-    for (a, b), value in pair_values.items():
-        i, j = position[a], position[b]
-        if seen[i, j]:
-            raise ValueError(
-                f"the pair of seeds ({a}, {b}) "
-                + ("pairs a seed with itself" if a == b else "is given twice")
-                + "; give each pair of distinct seeds once"
-            )
-        seen[i, j] = seen[j, i] = True
-        matrix[i, j] = matrix[j, i] = value
-    if not seen.all():
-        i, j = np.argwhere(~seen)[0]
-        raise ValueError(
-            f"the pair of seeds ({seeds[i]}, {seeds[j]}) is missing; every two seeds need a value"
-        )
+    check_level(level)
+    matrix = pair_matrix(pair_values)
+    n = len(matrix)
     if not np.isfinite(matrix).all():
         return UNDEFINED
     mean = float(matrix.sum() / (n * (n - 1)))
     if n == 2:
         return Interval(mean, float("nan"), float("nan"))
-    counts, weights, n_pairs = _pair_resamples(n)
+    counts, weights, n_pairs = pair_resamples(n)
     values = ((counts @ matrix) * counts).sum(axis=1) / n_pairs
-    return Interval(mean, *_percentiles(values, weights, level))
+    return Interval(mean, *percentiles(values, weights, level))
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,7 @@ class PairedDifference:
 
 
 @lru_cache(maxsize=32)
-def _signs(n: int, exact: bool) -> Vector:
+def sign_patterns(n: int, exact: bool) -> Vector:
     """All patterns of n signs, or the observed one and a Monte-Carlo sample, one a row."""
     if exact:
         return np.array(list(product((-1.0, 1.0), repeat=n)))
@@ -229,7 +240,7 @@ def sign_flip_p_value(differences: Vector) -> float:
     Args:
         differences: ``(n_seeds,)``, finite.
     """
-    signs = _signs(len(differences), len(differences) <= MAX_EXACT_SIGNS)
+    signs = sign_patterns(len(differences), len(differences) <= MAX_EXACT_SIGNS)
     # sums that are equal on paper must not differ by rounding
     slack = 1e-12 * float(np.abs(differences).sum())
     extreme = np.abs(signs @ differences) >= abs(float(differences.sum())) - slack
@@ -251,7 +262,7 @@ def paired_difference(
     Raises:
         ValueError: no common seed, or a level outside (0, 1).
     """
-    _check_level(level)
+    check_level(level)
     common = sorted(a_by_seed.keys() & b_by_seed.keys())
     if not common:
         raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fine_bench.store.digest import FORMAT, decode, digest, encode, number, to_json
+from fine_bench.store.digest import FORMAT, decode, digest, encode, json_digest, number, to_json
 from fine_bench.store.plausibility import check_numbers
 
 
@@ -59,6 +59,9 @@ def consistency_json(consistency: Consistency) -> bytes:
 def consistency_from(payload: Mapping[str, Any]) -> Consistency:
     """The comparison that a JSON object describes.
 
+    Args:
+        payload: as ``guarded.parse_json`` gives it.
+
     Raises:
         ValueError: it is none, it was edited (the digest in it is that of other numbers), or its
             numbers cannot be.
@@ -79,7 +82,7 @@ def consistency_from(payload: Mapping[str, Any]) -> Consistency:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"not a consistency file: {type(error).__name__} {error}") from None
     seal = {key: value for key, value in payload.items() if key != "sha256"}
-    if found.sealed and payload["sha256"] != digest(decode(seal)):
+    if found.sealed and payload["sha256"] != json_digest(seal):
         raise ValueError("was edited: its digest is that of other numbers; remove the file")
     if any(a >= b or {a, b} - found.scores.keys() for a, b in found.pairs):
         raise ValueError("compares seeds whose scores it does not name")

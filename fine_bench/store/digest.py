@@ -77,6 +77,14 @@ def digest(obj: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """``digest(decode(value))`` of what strict JSON said, which ``encode`` would not change."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def number(value: Any) -> float:
     """A metric or a cost: a number, where ``null`` too means NaN."""
     if value is None:

@@ -19,6 +19,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,7 @@ def _runs(process: int) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
 def slug(name: str) -> str:
     """``name`` as part of a file name. Names that differ may share one; the digest tells apart."""
     return re.sub(r"[^A-Za-z0-9_.+=,@-]", "_", name).lstrip(".")[:80] or "_"

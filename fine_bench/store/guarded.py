@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,12 @@ MAX_DEPTH = 64
 """Levels of lists and mappings in a JSON text; a record's configuration has about six."""
 MAX_INTEGER = 2**64
 """Whole numbers are at most this large (seeds are); larger ones overflow when used as floats."""
+
+# What only a walk through the value can judge: numbers of twenty digits, or with an exponent of
+# three, that may be too large. Digests hold few such runs of digits, and nothing ends after them.
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_LONG = b"0" * 20
+_LARGE = re.compile(r"[eE]\+?\d{3,}(?:[\s,\]}]|$)")
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -79,17 +86,37 @@ def parse_json(text: bytes | str) -> Any:
             float can hold, or half a character.
     """
     try:
-        value = json.loads(
-            text.decode() if isinstance(text, bytes) else text, parse_constant=_constant
-        )
+        words = text.decode() if isinstance(text, bytes) else text
+        value = json.loads(words, parse_constant=_constant)
     except RecursionError:
         raise ValueError(f"is nested more than {MAX_DEPTH} levels deep") from None
     except json.JSONDecodeError as error:
         raise NoJSONError(error) from None
     except ValueError as error:  # no UTF-8, or a number of more digits than Python converts
         raise ValueError(f"is not whole JSON ({error})") from None
-    _check(value)
+    if isinstance(text, str) or _is_doubtful(text, words):
+        _check(value)
+    elif words.count("[") + words.count("{") >= MAX_DEPTH:
+        _check_depth(value)
     return value
+
+
+def _is_doubtful(text: bytes, words: str) -> bool:
+    return "\\u" in words or _LONG in text.translate(_ZEROS) or _LARGE.search(words) is not None
+
+
+def _check_depth(value: Any) -> None:
+    """The depth alone: only lists and mappings are entered."""
+    level = [value]
+    for depth in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            inside = item.values() if type(item) is dict else item
+            below += [one for one in inside if type(one) is dict or type(one) is list]
+        if not below and (depth < MAX_DEPTH - 1 or not any(level)):
+            return
+        level = below
+    raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
 
 
 def _constant(name: str) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 _SLACK = 1e-9
@@ -39,6 +40,12 @@ _SIZED = "fine_bench.data."
 """Tasks below it have as many examples as their option ``n_train`` says, where it says a number."""
 
 
+@lru_cache(maxsize=4096)
+def _range(name: str) -> tuple[float, float] | None:
+    """What a number of this name may be; None for names that are not ours."""
+    return next((span for pattern, span in _RANGES if pattern.fullmatch(name)), None)
+
+
 def check_numbers(numbers: Mapping[str, float]) -> None:
     """Refuse numbers outside of what their names allow; names that are not ours allow anything.
 
@@ -48,11 +55,11 @@ def check_numbers(numbers: Mapping[str, float]) -> None:
     for name, value in numbers.items():
         if math.isnan(value):
             continue
-        for pattern, (low, high) in _RANGES:
-            if pattern.fullmatch(name) and not low - _SLACK <= value <= high + _SLACK:
-                span = f"between {low:g} and {high:g}" if low > -math.inf else f"at most {high:g}"
-                span = span if high < math.inf else f"at least {low:g}"
-                raise ValueError(f"says {name} = {value:g}, which is {span} by its definition")
+        low, high = _range(name) or (-math.inf, math.inf)
+        if not low - _SLACK <= value <= high + _SLACK:
+            span = f"between {low:g} and {high:g}" if low > -math.inf else f"at most {high:g}"
+            span = span if high < math.inf else f"at least {low:g}"
+            raise ValueError(f"says {name} = {value:g}, which is {span} by its definition")
         if name in _COUNTS and not (value >= 0 and value.is_integer()):
             raise ValueError(f"says {name} = {value:g}, which counts examples")
 

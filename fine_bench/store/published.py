@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import slug
 from fine_bench.store.guarded import files_below, read_bytes, reason_of
-from fine_bench.store.record_json import comparison_file, key_of, parse, record_file
+from fine_bench.store.record_json import address_of, key_of, parse
 from fine_bench.types import RunRecord
 
 Key: TypeAlias = tuple[Any, ...]
@@ -33,13 +34,20 @@ class Entry:
 
     Attributes:
         found: what it says.
-        line: its JSON on one line.
+        text: its JSON as it was read.
         where: the file below the results folder; for a packed one with the number of the line.
+        packed: whether its text is the packed line.
     """
 
     found: RunRecord | Consistency
-    line: str
+    text: bytes
     where: str
+    packed: bool = True
+
+    @property
+    def line(self) -> str:
+        """Its JSON on one line."""
+        return self.text.decode() if self.packed else one_line(self.text)
 
     @property
     def key(self) -> Key:
@@ -61,8 +69,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The file below ``records/`` that says the same."""
-        f = self.found
-        return (record_file(f) if isinstance(f, RunRecord) else comparison_file(f)).as_posix()
+        return address_of(self.found)
 
     @property
     def table(self) -> str:
@@ -76,6 +83,15 @@ class PackedTable:
 
     entries: tuple[Entry, ...]
     problems: tuple[str, ...]
+
+    @cached_property
+    def by_identity(self) -> dict[Key, list[RunRecord]]:
+        """All revisions of each record."""
+        found: dict[Key, list[RunRecord]] = {}
+        for entry in self.entries:
+            if isinstance(entry.found, RunRecord):
+                found.setdefault(key_of(entry.found), []).append(entry.found)
+        return found
 
 
 def table_name(task: str, setting: str) -> str:
@@ -110,7 +126,7 @@ def read_table(path: Path) -> PackedTable:
             continue
         where = f"published/{path.name}:{number}"
         try:
-            entry = Entry(parse(line), line.decode(), where)
+            entry = Entry(parse(line), line, where)
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
@@ -124,6 +140,11 @@ def read_table(path: Path) -> PackedTable:
     return PackedTable(tuple(entries), tuple(problems))
 
 
+_TABLES = 64
+_READ: dict[Path, tuple[tuple[int, int, int], PackedTable]] = {}
+"""What this process has read, so that each job of a sweep need not read it again."""
+
+
 class Published:
     """The packed tables of one results folder, each read again only when its file has changed.
 
@@ -133,7 +154,6 @@ class Published:
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "published"
-        self._read: dict[str, tuple[tuple[int, int, int], PackedTable]] = {}
 
     def table(self, name: str) -> PackedTable:
         """The table of this file name; an empty one when there is no such file."""
@@ -145,9 +165,13 @@ class Published:
         except (OSError, ValueError) as error:
             return PackedTable((), (f"published/{name}: cannot be read ({reason_of(error)})",))
         stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if name not in self._read or self._read[name][0] != stamp:
-            self._read[name] = (stamp, read_table(path))
-        return self._read[name][1]
+        key = path.absolute()
+        found = _READ.get(key)
+        if found is None or found[0] != stamp:
+            if len(_READ) >= _TABLES:
+                _READ.clear()
+            _READ[key] = found = (stamp, read_table(path))
+        return found[1]
 
     def tables(self) -> Iterator[PackedTable]:
         """All of them, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ IDENTITY = (
 )
 CELL = ("task", "setting", "estimator", "target", "seed", "estimator_hash")
 _GROUPS = ("task", "model", "trainer", "estimator")
+# by the annotations of RunRecord; the rest are mappings
+_KINDS: dict[str, type] = {
+    f.name: {"str": str, "Status": str, "int": int}.get(str(f.type), dict)
+    for f in fields(RunRecord)
+}
+# without these bytes a text says none of the words for numbers that are not finite
+_WORDS = (b'"NaN"', b'Infinity"', b"\\")
 PENDING = "pending"
 """May stand for ``scores_sha256`` in a finished record that ``RecordStore.save`` will fill."""
 
@@ -37,19 +45,22 @@ def record_json(record: RunRecord) -> bytes:
     return to_json({k: v if isinstance(v, str) else encode(v, k) for k, v in payload.items()})
 
 
-def record_from(payload: Mapping[str, Any]) -> RunRecord:
-    """The record that a JSON object describes; ``ValueError`` says what is wrong with it."""
-    kinds = {"str": str, "Status": str, "int": int}  # annotations of RunRecord; the rest: mappings
-    known = {f.name: kinds.get(str(f.type), dict) for f in fields(RunRecord)}
-    unknown = sorted(set(payload) - set(known))
+def record_from(payload: Mapping[str, Any], finite: bool = False) -> RunRecord:
+    """The record that a JSON object describes; ``ValueError`` says what is wrong with it.
+
+    Args:
+        payload: the object.
+        finite: that it holds none of the words that stand for NaN and infinities is known.
+    """
+    unknown = sorted(set(payload) - set(_KINDS))
     if unknown:
         raise ValueError(f"unknown fields {', '.join(unknown)}")
     values: dict[str, Any] = {}
     for name, value in payload.items():
-        kind = known[name]
+        kind = _KINDS[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{name} must be {kind.__name__}, got {value!r:.60}")
-        values[name] = decode(value) if kind is dict else value
+        values[name] = decode(value) if kind is dict and not finite else value
     for name in _GROUPS:  # tables and figures look into them
         if not isinstance(values.get("config", {}).get(name, {}), dict):
             raise ValueError(f"config.{name} must be a mapping")
@@ -80,7 +91,7 @@ def parse(text: bytes) -> RunRecord | Consistency:
         )
     if payload.get("kind") == "consistency":
         return consistency_from(payload)
-    return record_from(payload)
+    return record_from(payload, finite=not any(word in text for word in _WORDS))
 
 
 def read(path: Path) -> RunRecord | Consistency:
@@ -104,20 +115,40 @@ def table_folder(task: str, setting: str) -> Path:
 
 def file_stem(record: RunRecord) -> str:
     """The name of a record's file up to its revision."""
-    short = digest([getattr(record, name) for name in IDENTITY])[:8]
-    row = f"{slug(record.estimator)}--{slug(record.target)}"
-    return f"{row}--seed{record.seed}--{short}"
+    return _address(*key_of(record))[1]
+
+
+@lru_cache(maxsize=1024, typed=True)  # reading a record asks twice
+def _address(
+    task: str, setting: str, estimator: str, estimator_hash: str,
+    version: int, target: str, seed: int, data_sha256: str,
+) -> tuple[str, str]:  # fmt: skip
+    """Folder and stem; the arguments are ``IDENTITY``."""
+    identity = [task, setting, estimator, estimator_hash, version, target, seed, data_sha256]
+    stem = f"{slug(estimator)}--{slug(target)}--seed{seed}--{digest(identity)[:8]}"
+    return table_folder(task, setting).as_posix(), stem
+
+
+def _name(record: RunRecord, ending: str) -> str:
+    folder, stem = _address(*key_of(record))
+    return f"{folder}/{stem}--r{record.revision}.{ending}"
 
 
 def record_file(record: RunRecord) -> Path:
     """Where a record's file lies below ``records/``."""
-    name = f"{file_stem(record)}--r{record.revision}.json"
-    return table_folder(record.task, record.setting) / name
+    return Path(_name(record, "json"))
 
 
 def score_file(record: RunRecord) -> str:
     """Where the scores of a record lie below ``scores/``."""
-    return record_file(record).with_suffix(".safetensors").as_posix()
+    return _name(record, "safetensors")
+
+
+def address_of(found: RunRecord | Consistency) -> str:
+    """Where its file lies below ``records/``, with slashes."""
+    if isinstance(found, RunRecord):
+        return _name(found, "json")
+    return comparison_file(found).as_posix()
 
 
 def check_address(name: str, found: RunRecord | Consistency) -> None:
@@ -126,10 +157,10 @@ def check_address(name: str, found: RunRecord | Consistency) -> None:
     Raises:
         ValueError: the content belongs to another address: one of the two was changed.
     """
-    own = record_file(found) if isinstance(found, RunRecord) else comparison_file(found)
-    if name != own.as_posix():
+    own = address_of(found)
+    if name != own:
         raise ValueError(
-            f"does not say what its name says; such content would lie at records/{own.as_posix()}. "
+            f"does not say what its name says; such content would lie at records/{own}. "
             "It was edited or copied: move it away, and recompute with force=true"
         )
 

@@ -46,8 +46,9 @@ from fine_bench.store.files import (
     write_new,
 )
 from fine_bench.store.guarded import files_below, is_file, read_bytes, reason_of
+from fine_bench.store.listing import files_of
 from fine_bench.store.plausibility import check_size
-from fine_bench.store.published import Entry, Published, one_line, published_entry, table_name
+from fine_bench.store.published import Entry, Published, published_entry, table_name
 from fine_bench.store.record_json import (
     CELL,
     check_address,
@@ -186,15 +187,14 @@ class RecordStore:
 
     def _is_published(self, record: RunRecord) -> bool:
         table = self.published.table(table_name(record.task, record.setting))
-        packed = (entry.found for entry in table.entries)
-        same = (r for r in packed if isinstance(r, RunRecord) and key_of(r) == key_of(record))
+        same = table.by_identity.get(key_of(record), ())
         return any(r.revision == record.revision for r in same)
 
     def _published_revision(self, record: RunRecord) -> int:
         """Highest published revision of the record's identity; 0 without one."""
         table = self.published.table(table_name(record.task, record.setting))
-        found = (e.found for e in table.entries if isinstance(e.found, RunRecord))
-        return max((r.revision for r in found if key_of(r) == key_of(record)), default=0)
+        same = table.by_identity.get(key_of(record), ())
+        return max((r.revision for r in same), default=0)
 
     def entries(self) -> tuple[list[Entry], list[Entry], list[str]]:
         """What is published, what the working store has besides, and what cannot be read.
@@ -208,7 +208,7 @@ class RecordStore:
         for table in self.published.tables():
             published += table.entries
             problems += table.problems
-        known = {entry.key: entry.line for entry in published}
+        known = {entry.key: entry for entry in published}
         files: list[Path] = []
         if not self.published_only:
             files, hidden = files_below(self.records, ".json")
@@ -220,15 +220,16 @@ class RecordStore:
             where = path.relative_to(self.root).as_posix()
             try:
                 text = read_bytes(path)
-                entry = Entry(parse(text), one_line(text), where)
-                check_address(path.relative_to(self.records).as_posix(), entry.found)
+                entry = Entry(parse(text), text, where, packed=False)
+                check_address(where.removeprefix("records/"), entry.found)
             except OSError as error:
                 problems.append(f"{where}: cannot be read ({reason_of(error)})")
                 continue
             except ValueError as error:
                 problems.append(f"{where}: {error}")
                 continue
-            if known.get(entry.key) != entry.line:
+            same = known.get(entry.key) if known else None
+            if same is None or same.line != entry.line:
                 own.append(entry)
         return published, own, problems
 
@@ -266,14 +267,13 @@ class RecordStore:
         passed over here (and named by ``scan``), so that its cell is computed again.
         """
         wanted = RunRecord(
-            task, setting, estimator, estimator_hash, version, target, seed, "failed", "-"
-        )
-        wanted = replace(wanted, data_sha256=data_sha256)
+            task, setting, estimator, estimator_hash, version, target, seed, "failed", "-",
+            data_sha256=data_sha256,
+        )  # fmt: skip
         table = self.published.table(table_name(task, setting))
-        packed = (entry.found for entry in table.entries)
-        found = [r for r in packed if isinstance(r, RunRecord) and key_of(r) == key_of(wanted)]
+        found = list(table.by_identity.get(key_of(wanted), ()))
         folder = self.records / table_folder(task, setting)
-        for path in () if self.published_only else folder.glob(f"{file_stem(wanted)}--r*"):
+        for path in () if self.published_only else files_of(folder, file_stem(wanted)):
             with contextlib.suppress(ValueError):
                 record = read(path)
                 if isinstance(record, RunRecord) and key_of(record) == key_of(wanted):
@@ -340,7 +340,10 @@ class RecordStore:
         k: int,
         metric_version: int,
     ) -> Consistency | None:
-        """The cached comparison of exactly these scores (seed → digest); ``None`` if unreadable."""
+        """The cached comparison of exactly these scores (seed → digest); ``None`` if unreadable.
+
+        Its pairs may be some of them only: the others are kept with fewer seeds.
+        """
         wanted = Consistency(task, setting, estimator, target, k, metric_version, scores, {})
         table = self.published.table(table_name(task, setting))
         found: list[RunRecord | Consistency] = [entry.found for entry in table.entries]

@@ -387,6 +387,29 @@ def test_json_of_ours_is_read() -> None:
     assert parse_json(text) == json.loads(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1e999}', '{"a":-1E0999}', "[1e+400 ]", "1e400", "[1, 2e999\n]", '{"a": [3e308]}',
+        '{"a": 100000000000000000000}', "[-99999999999999999999]", '["1e999", "e999"]',
+        '{"a": 18446744073709551616}', '{"a": 1.00000000000000000000001}', "100000000000000000000",
+        '["\\ud800"]', '["\\uD83D\\uDE00"]', "[" * 64 + "]" * 64, "[" * 64 + "1" + "]" * 64,
+        "[" * 65 + "]" * 65, '{"a":' * 63 + "[[]]" + "}" * 63, '{"a":' * 64 + "1" + "}" * 64,
+        "[" + "[1]," * 99 + "[[]]]", '"' + "[" * 99 + '"', "[NaN]",
+    ],
+)  # fmt: skip
+def test_bytes_that_are_not_walked_are_judged_as_if_they_were(text: str) -> None:
+    """A text is always walked through; bytes only where something in them may be refused."""
+
+    def judged(given: str | bytes) -> str:
+        try:
+            return repr(parse_json(given))
+        except ValueError as error:
+            return f"refused: {error}"
+
+    assert judged(text.encode()) == judged(text)
+
+
 def test_a_record_of_a_long_name_is_saved(tmp_path: Path) -> None:
     record: RunRecord = make_record(task="t" * 300, estimator="e" * 300)
     store = RecordStore(tmp_path)

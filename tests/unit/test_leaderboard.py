@@ -9,7 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,11 +25,12 @@ from fine_bench.leaderboard import render as view
 from fine_bench.leaderboard.build import build, build_from, cells
 from fine_bench.leaderboard.consistency import Comparisons
 from fine_bench.leaderboard.tables import Leaderboard, Row
-from fine_bench.metrics.consistency import agreement_of_runs, pairwise_consistency
+from fine_bench.metrics.consistency import agreements, pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import mean_interval, pair_mean_interval, paired_difference
 from fine_bench.store import files as files_module
 from fine_bench.store.files import StoreError
+from fine_bench.store.record_json import comparison_file
 from fine_bench.store.records import RecordStore, Scan, newest
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
 from support.records import make_record
@@ -483,13 +484,13 @@ def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[int] = []
-    compare = agreement_of_runs
+    compare = agreements
 
-    def counting(*arguments: Any) -> Mapping[str, float]:
-        compared.append(1)
-        return compare(*arguments)
+    def counting(runs: Any, pairs: Any) -> list[dict[str, float]]:
+        compared.extend([1] * len(pairs))
+        return compare(runs, pairs)
 
-    monkeypatch.setattr("fine_bench.leaderboard.consistency.agreement_of_runs", counting)
+    monkeypatch.setattr("fine_bench.leaderboard.consistency.agreements", counting)
     store = fill(tmp_path)
     full = build(store)
     once = 4 * 3 + 2  # the three constants are one and the same score
@@ -506,6 +507,38 @@ def test_added_seeds_reuse_the_pairs_and_fewer_seeds_need_no_scores(
     assert board.problems == ()
     assert row_of(board, "tracin").stats["consistency_spearman"].n == 2
     assert row_of(full, "tracin").stats["consistency_spearman"].n == 3
+
+
+def test_seeds_added_one_by_one_keep_each_pair_once(tmp_path: Path) -> None:
+    whole = build(fill(tmp_path / "whole", seeds=tuple(range(6))))
+    store = RecordStore(tmp_path / "one by one")
+    for seed in range(6):
+        save(store, finished("fine", "self", seed))
+        board = build(store)
+        assert not board.problems
+    kept = [c for c in store.scan().consistency if c.estimator == "fine"]
+    assert sorted(len(c.scores) for c in kept) == [2, 3, 4, 5, 6]
+    assert sorted(pair for c in kept for pair in c.pairs) == list(combinations(range(6), 2))
+    known = {k: s for k, s in row_of(whole, "fine").stats.items() if k.startswith("consistency")}
+    # without scores: from what is kept alone
+    shutil.rmtree(store.scores)
+    rebuilt = build(store)
+    assert not rebuilt.problems
+    assert repr({k: row_of(rebuilt, "fine").stats[k] for k in known}) == repr(known)
+
+
+def test_a_lost_comparison_is_made_again_and_loses_no_other(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for seed in range(3):
+        save(store, finished("fine", "self", seed))
+        first = build(store)
+    by_size = {len(c.scores): c for c in store.scan().consistency}
+    lost = store.records / comparison_file(by_size[2])
+    lost.unlink()
+    again = build(store)
+    assert view.to_json(again) == view.to_json(first)
+    (kept,) = store.scan().consistency
+    assert sorted(kept.pairs) == [(0, 1), (0, 2), (1, 2)]
 
 
 def test_a_full_disk_while_caching_keeps_the_numbers_and_is_named(

@@ -76,7 +76,7 @@ def test_a_tail_that_is_met_exactly_is_inside() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 8])
 def test_resamples_are_all_multisets_with_multinomial_weights(n: int) -> None:
-    counts, weights = intervals._resamples(n)
+    counts, weights = intervals.resamples(n)
     assert len(counts) == math.comb(2 * n - 1, n)
     assert len({tuple(row) for row in counts.tolist()}) == len(counts)
     assert (counts.sum(axis=1) == n).all()
@@ -109,10 +109,10 @@ def test_monte_carlo_joins_the_exact_interval(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(3)
     values = by_seed(rng.standard_normal(8))
     exact = mean_interval(values)
-    intervals._resamples.cache_clear()
+    intervals.resamples.cache_clear()
     monkeypatch.setattr(intervals, "MAX_EXACT_SEEDS", 7)
     sampled = mean_interval(values)
-    intervals._resamples.cache_clear()
+    intervals.resamples.cache_clear()
     assert sampled != exact
     assert sampled == pytest.approx(exact, abs=0.03)
 
@@ -121,7 +121,7 @@ def test_many_seeds_are_repeatable_and_close_to_normal_theory() -> None:
     rng = np.random.default_rng(4)
     values = by_seed(rng.standard_normal(60))
     first = mean_interval(values)
-    intervals._resamples.cache_clear()
+    intervals.resamples.cache_clear()
     assert mean_interval(values) == first
     spread = 1.96 * np.std(list(values.values())) / math.sqrt(60)
     assert first.upper - first.mean == pytest.approx(spread, rel=0.08)

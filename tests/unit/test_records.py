@@ -549,6 +549,39 @@ def make_consistency(**changes: Any) -> Consistency:
     return replace(base, **changes)
 
 
+def test_a_record_is_found_in_a_folder_that_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names in a folder are read once while it stays as it is, and never believed too long."""
+    store = RecordStore(tmp_path)
+    first = store.save(make_record(seed=0), make_scores(0))
+    identity = {name: getattr(first, name) for name in IDENTITY}
+    reads: list[str] = []
+    listdir = os.listdir
+    monkeypatch.setattr(
+        "fine_bench.store.listing.os.listdir", lambda p: reads.append(str(p)) or listdir(p)
+    )
+    (folder,) = {path.parent for path in store.records.rglob("*.json")}
+    long_ago = time.time() - 60
+    os.utime(folder, (long_ago, long_ago))
+    for _ in range(5):
+        assert store.find(**identity) == first
+        assert store.find(**{**identity, "seed": 9}) is None
+        assert RecordStore(tmp_path).find(**identity) == first
+    assert len(reads) == 1
+    second = store.save(make_record(seed=0), make_scores(1))
+    assert store.find(**identity) == second
+    assert len(reads) == 2
+    # just changed: whoever writes in the same tick would not show, so it is read every time
+    third = store.save(make_record(seed=0), make_scores(2))
+    stamp = folder.stat()
+    assert store.find(**identity) == third
+    (path,) = folder.glob("*--r3.json")
+    path.rename(folder / "gone")
+    os.utime(folder, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert store.find(**identity) == second
+
+
 def test_consistency_cache_roundtrip(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     saved = make_consistency()
