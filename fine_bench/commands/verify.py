@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from fine_bench.commands import common
 from fine_bench.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from fine_bench.runner.machine_difference import Explanation
     from fine_bench.runner.verify import Verdict
 
 
@@ -23,10 +25,12 @@ def parser() -> argparse.ArgumentParser:
         "bit), metrics and training facts, which decide; commit, versions and hardware, which "
         "explain. One model is trained, in a temporary folder; nothing that is stored is touched.",
         notes="Bit-equal scores can be expected on the same versions and kind of processor alone. "
-        "Where they differ, the printed distance says whether it is rounding or another result.",
+        "Elsewhere a record is equal within what the difference of machine explains when no number "
+        "moved farther than two recorded seeds of its row may differ, and the scores agree at "
+        "least as well as those of any two seeds; docs/verify.md has the rule and measurements.",
         statuses={
-            0: "equal",
-            1: "something differs (each thing is named)",
+            0: "equal, or equal within what the difference of machine explains",
+            1: "different (each thing is named)",
             2: "it cannot be computed again",
         },
         examples=[
@@ -88,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     for line in lines_of(verdict):
         out.print(line)
-    return common.DONE if verdict.equal else common.INCOMPLETE
+    return common.INCOMPLETE if verdict.outcome == "different" else common.DONE
 
 
 def lines_of(verdict: Verdict) -> list[str]:
@@ -103,11 +107,36 @@ def lines_of(verdict: Verdict) -> list[str]:
             "and facts of training"
         )
     else:
-        lines.append("differs:")
-        lines += [f"  {difference}" for difference in verdict.differences]
+        within = verdict.outcome == "within"
+        head = "equal within what this difference of machine explains:" if within else "different:"
+        lines += [head, *(f"  {difference}" for difference in verdict.differences)]
+    if verdict.explanation is not None:
+        lines += explanation_lines(verdict.explanation)
     if verdict.circumstances:
         lines.append("made under other circumstances:")
         lines += [f"  {difference}" for difference in verdict.circumstances]
     elif verdict.again is not None:
         lines.append("commit, versions and hardware are the same")
     return [*lines, *verdict.notes]
+
+
+def explanation_lines(explanation: Explanation) -> list[str]:
+    """What the machine may explain, what each number did, and what speaks against it."""
+    from fine_bench.runner.machine_difference import MIN_SEEDS
+
+    lines = []
+    if explanation.causes:
+        lines += ["what moves bits:", *(f"  {cause}" for cause in explanation.causes)]
+    if explanation.seeds >= MIN_SEEDS and explanation.changes:
+        lines.append(f"against the {explanation.seeds} recorded seeds of the row:")
+        lines += [f"  {change}" for change in explanation.changes]
+    if math.isfinite(explanation.correlation):
+        least = explanation.least
+        known = math.isfinite(least)
+        seeds = f"two seeds of the row {least:.4f} or more" if known else "no seeds were compared"
+        lines.append(
+            f"scores: Spearman {explanation.correlation:.6f} with the stored ones ({seeds})"
+        )
+    if not explanation.holds:
+        lines += ["not explained:", *(f"  {reason}" for reason in explanation.against)]
+    return lines

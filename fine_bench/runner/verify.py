@@ -2,8 +2,10 @@
 
 A record holds the full configuration of one cell, so it can be computed again: the data are made
 and compared by digest, one model is trained with the record's seed, and the estimator is asked
-once more. The scores must come out bit for bit, and metrics and training facts with them. Commit,
-versions and hardware are compared too, but do not decide: they explain.
+once more. *Equal* means: the scores bit for bit, and metrics and training facts with them. On
+another machine that cannot be expected, and ``runner.machine_difference`` says whether what differs
+is *within* what the machine explains; if it is not, the record is *different*. Commit, versions and
+hardware are compared too, but do not decide: they explain.
 
 What is never compared: seconds and memory, which no two runs share; agreement with other
 estimators of the same run, which are not computed here; fidelity by another version of the ground
@@ -17,13 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fine_bench.metrics.reliability import spearman
 from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.execution import execute
+from fine_bench.runner.machine_difference import Explanation, explain, row_of
 from fine_bench.runner.recorded import cell_of
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError, temporary_folder
@@ -58,6 +61,8 @@ class Verdict:
         circumstances: commit, versions and hardware that differ.
         notes: what was not compared, and why.
         compared: how many metrics and training facts are equal.
+        explanation: whether the machine explains what differs; None where nothing does, or where
+            nothing was computed.
     """
 
     record: RunRecord
@@ -66,11 +71,20 @@ class Verdict:
     circumstances: tuple[Difference, ...]
     notes: tuple[str, ...] = ()
     compared: int = 0
+    explanation: Explanation | None = None
 
     @property
     def equal(self) -> bool:
         """Whether the record came out as it is."""
         return self.again is not None and not self.differences
+
+    @property
+    def outcome(self) -> Literal["equal", "within", "different"]:
+        """The verdict in one word."""
+        if self.equal:
+            return "equal"
+        holds = self.explanation is not None and self.explanation.holds
+        return "within" if holds else "different"
 
 
 @dataclass
@@ -78,12 +92,23 @@ class _Findings:
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compared: int = 0
+    moved: list[tuple[str, float, float]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    scores: tuple[InfluenceScores, InfluenceScores] | None = None
 
     def compare(self, name: str, then: Any, now: Any) -> None:
         if then == now or (_nan(then) and _nan(now)):
             self.compared += 1
-        else:
-            self.differences.append(Difference(name, repr(then), repr(now)))
+            return
+        rounded = isinstance(then, float) and isinstance(now, float)
+        self.differ(name, repr(then), repr(now), number=rounded)
+        if rounded:
+            self.moved.append((name, then, now))
+
+    def differ(self, name: str, then: str, now: str, *, number: bool = False) -> None:
+        self.differences.append(Difference(name, then, now))
+        if not number:
+            self.others.append(name)
 
 
 def _nan(value: Any) -> bool:
@@ -147,6 +172,12 @@ def verify(
         findings.compared = 0
         _compare_metrics(findings, record, again)
         _compare_scores(findings, record, again, results, outcome.scores)
+        explanation = None
+        if findings.differences:
+            row = row_of(record, None if results is None else RecordStore(results))
+            explanation = explain(
+                record, again, findings.moved, findings.others, row, findings.scores
+            )
         return Verdict(
             record,
             again,
@@ -154,6 +185,7 @@ def verify(
             here,
             tuple(findings.notes),
             findings.compared,
+            explanation,
         )
 
 
@@ -175,7 +207,7 @@ def _compare_metrics(findings: _Findings, record: RunRecord, again: RunRecord) -
         if other_truth and name.startswith(TRUTH_METRICS):
             continue
         if name not in again.metrics:
-            findings.differences.append(Difference(name, repr(then), "absent"))
+            findings.differ(name, repr(then), "absent")
         else:
             findings.compare(name, then, again.metrics[name])
     if any(name.startswith(OF_OTHERS) for name in record.metrics):
@@ -208,13 +240,17 @@ def _compare_scores(
         try:
             stored = RecordStore(results).load_scores(record)
         except StoreError as error:
-            findings.differences.append(Difference("score file", str(error), "whole"))
+            findings.differ("score file", str(error), "whole")
     if record.scores_sha256 == again.scores_sha256:
         return
     digests = (f"{r.scores_sha256[:12]}…" for r in (record, again))
-    findings.differences.append(Difference("scores", *digests))
+    findings.differ("scores", *digests, number=True)
     if stored is not None:
         findings.notes.append(distance(stored, now))
+        if stored.watched_values.shape == now.watched_values.shape:
+            findings.scores = (stored, now)
+        else:
+            findings.others.append("the scores' shape")
 
 
 def distance(then: InfluenceScores, now: InfluenceScores) -> str:

@@ -6,23 +6,30 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from fine_bench.commands.verify import main
 from fine_bench.errors import ConfigError
+from fine_bench.runner import machine_difference
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
+from fine_bench.runner.machine_difference import Row
 from fine_bench.runner.plan import plan
 from fine_bench.runner.recorded import cell_of
 from fine_bench.runner.verify import distance, results_of, verify
+from fine_bench.store.comparisons import Consistency
+from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
 from fine_bench.store.record_json import PENDING, record_from, score_file
 from fine_bench.store.records import RecordStore, read_record
+from fine_bench.store.scores import scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
 from support.records import digits_run
 
@@ -186,6 +193,143 @@ def test_what_cannot_be_computed_is_refused(
     (tmp_path / "half.json").write_text("{")
     assert main([str(tmp_path / "half.json")]) == 2
     assert "is not whole JSON" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ another machine
+
+
+def row_of_seeds(
+    results: Path,
+    folder: Path,
+    *,
+    seeds: int = 4,
+    moved: float = 0.002,
+    noise: float = 0.01,
+    agreement: float = 0.6,
+    edit: Edit = lambda _: None,
+) -> Path:
+    """A record of another machine among other seeds: its numbers and scores are not those of here.
+
+    Args:
+        results: where the true record is.
+        folder: a new results folder.
+        seeds: how many there are; they differ by 0.05 from one to the next in every number.
+        moved: by how much the record's numbers are moved.
+        noise: of its scores, relative to their spread.
+        agreement: lowest Spearman between two seeds, as their kept comparison says.
+        edit: of the record, before its digests.
+    """
+    true = read_record(path_of(results, "fine--self"))
+    scores = RecordStore(results).load_scores(true)
+    store, shas = RecordStore(folder), {}
+    for seed in range(3, 3 + seeds):
+        mine = seed == 3
+        step = moved if mine else 0.05 * (seed - 3)
+        draw = torch.Generator().manual_seed(seed)
+        spread = (noise if mine else 1.0) * scores.values.std()
+        values = scores.values + spread * torch.randn(scores.values.shape, generator=draw)
+        own = replace(scores, values=values)
+        numbers = ("auroc", "average_precision", "recall_at_rate", "recall_curve_area")
+        payload = json.loads(path_of(results, "fine--self").read_text())
+        payload |= {"seed": seed, "scores_file": "", "scores_sha256": scores_digest(own)}
+        for name in numbers:
+            payload["metrics"][name] = abs(payload["metrics"][name] - step)
+        payload["training"]["test_loss"] += step
+        payload["environment"]["cpu"] = "Abacus"
+        if mine:
+            edit(payload)
+        saved = store.save(record_from(payload), own)
+        shas[seed] = saved.scores_sha256
+    pairs = {
+        pair: {"spearman": agreement + 0.1 * (pair != (3, 4))} for pair in combinations(shas, 2)
+    }
+    row = (true.task, true.setting, true.estimator, true.target)
+    store.save_consistency(Consistency(*row, 24, 1, shas, pairs, {"cv_median": 0.1}))
+    (path,) = folder.rglob("fine--self--seed3--*.json")
+    return path
+
+
+def test_another_machine_explains_what_seeds_do_too(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def forget(payload: dict[str, Any]) -> None:
+        del payload["environment"]["blas"]
+
+    path = row_of_seeds(results, tmp_path, edit=forget)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert main([str(path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "equal within what this difference of machine explains:" in text
+    assert "cpu: Abacus in the record" in text
+    assert "not in the record: blas" in text
+    assert "against the 4 recorded seeds of the row: auroc: 0." in text
+    assert "moved by 0.002 (interval over seeds [" in text
+    assert "scores: Spearman 0.9" in text
+    assert "(two seeds of the row 0.6000 or more)" in text
+    assert "not explained" not in text
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"moved": 0.4}, "auroc moved farther than seeds do"),
+        ({"seeds": 2}, "only 2 recorded seeds of this row are at hand, and 3 are needed"),
+        ({"noise": 3.0}, "the scores agree less (Spearman"),
+        (
+            {"edit": lambda p: p["environment"].update(cpu=environment()["cpu"])},
+            "the machine is the same: nothing that moves bits differs",
+        ),
+        (
+            {"edit": lambda p: p["metrics"].update(unheard_of=1.0)},
+            "unheard_of is nothing that a machine rounds",
+        ),
+        (
+            {"edit": lambda p: p["training"].update(n_steps=p["training"]["n_steps"] + 40)},
+            "training: n_steps is nothing that a machine rounds",
+        ),
+    ],
+)
+def test_what_a_machine_does_not_explain_is_different(
+    results: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([str(row_of_seeds(results, tmp_path, **changes))]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "different:" in text
+    assert "not explained: " in text
+    assert words in text
+
+
+def test_the_limit_is_what_two_seeds_may_differ_by() -> None:
+    """Of pairs of normal seeds one in twenty differs by more, whatever their number."""
+    rng = np.random.default_rng(0)
+    for n in (3, 10):
+        beyond = 0
+        for _ in range(1500):
+            values = rng.normal(0.8, 0.02, n).tolist()
+            row = [
+                RunRecord("t", "s", "e", "h", 1, "self", seed, "finished", scores_sha256="x",
+                          metrics={"auroc": value})
+                for seed, value in enumerate(values)
+            ]  # fmt: skip
+            then = float(rng.normal(0.8, 0.02))
+            change = machine_difference.change("auroc", then, values[0], row, seed=0)
+            assert change.limit == machine_difference.two_seeds_differ_by(values)
+            limits = abs(rng.normal(0.8, 0.02) - then)  # two seeds that the row does not have
+            beyond += bool(limits > change.limit)
+        assert 0.035 < beyond / 1500 < 0.065
+
+
+def test_without_numbers_and_scores_nothing_says_how_large_a_difference_is() -> None:
+    record = RunRecord("t", "s", "e", "h", 1, "self", 0, "finished", scores_sha256="x")
+    again = replace(record, scores_sha256="y", environment={"cpu": "Abacus"})
+    found = machine_difference.explain(record, again, [], [], Row((record,), ()), None)
+    assert not found.holds
+    assert "unpack the archive of scores" in found.against[0]
 
 
 # --------------------------------------------------------------------------------------- pieces

@@ -23,7 +23,7 @@ from fine_bench.store import environment as environment_module
 from fine_bench.store import files as files_module
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.digest import digest
-from fine_bench.store.environment import environment
+from fine_bench.store.environment import BITS, environment
 from fine_bench.store.files import StoreError
 from fine_bench.store.record_json import IDENTITY
 from fine_bench.store.records import RecordStore, newest
@@ -614,9 +614,32 @@ def test_environment_says_what_ran_and_nothing_private() -> None:
     assert {"fine_bench", "hydra", "cpu", "cores", "threads", "memory_gib", "platform", "gpu"} <= (
         set(facts)
     )
+    # what decides bits, each with something to say on this machine
+    assert set(BITS) <= set(facts)
+    assert all(facts[name] not in ("", "unknown") for name in BITS if name != "kernel_options")
     text = json.dumps(facts, allow_nan=False)
     assert str(Path.home()) not in text
     assert os.uname().nodename not in text.replace("unknown", "")
+
+
+def test_what_decides_bits_is_no_part_of_the_identity(tmp_path: Path) -> None:
+    """A record of before the fields existed, and one of another machine, are the same cell."""
+    store = RecordStore(tmp_path)
+    old = store.save(make_record(environment={"cpu": "Abacus"}), make_scores(0))
+    new = store.save(make_record(environment=environment()), make_scores(1))
+    assert (old.revision, new.revision) == (1, 2)
+    (kept,) = newest(store.scan().records)
+    assert kept == new
+    assert {"cpu_kernels", "blas", "threads"} <= set(kept.environment)
+
+
+def test_kernels_that_the_user_chose_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert environment()["threads"] == 7
+    facts = environment_module._fixed_environment.__wrapped__()
+    assert "MKL_CBWR=COMPATIBLE" in facts["kernel_options"]
+    assert facts["cpu_kernels"] == torch.backends.cpu.get_cpu_capability()
 
 
 def git(folder: Path, *arguments: str) -> None:
