@@ -39,7 +39,9 @@ def test_the_table_and_the_commands_are_made_by_the_script(script: ModuleType) -
     table = script.table(script.read(script.LEADERBOARD.read_text()))
     assert script.filled(README, {"table": table, "commands": script.commands()}) == README
     rows = table.splitlines()[2:]
-    assert 10 <= len(rows) <= 14
+    assert 10 <= len(rows) <= 15
+    limits = [row for row in rows if row.startswith("| *by retraining:*")]
+    assert rows[-len(script.LIMITS) :] == limits  # below every method
     assert not any("=" in row for row in rows)  # no row is named after the value of an option
     published = script.LEADERBOARD.read_text()
     for row in rows:
@@ -51,6 +53,8 @@ def test_a_row_that_the_leaderboard_lacks_is_named(script: ModuleType) -> None:
     text = script.LEADERBOARD.read_text()
     with pytest.raises(ValueError, match=r"not in .*: fine_ekfac"):
         script.table(script.read(text.replace("fine_ekfac", "other")))
+    with pytest.raises(ValueError, match=r"not in .*: retraining_mu"):
+        script.table(script.read(text.replace("retraining_mu", "other")))
     with pytest.raises(ValueError, match="several settings of mnist_mlp"):
         script.read(text + "\n## mnist_mlp · setting 0000\n")
 
