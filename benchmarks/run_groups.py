@@ -107,16 +107,14 @@ def runs_within(budget: float, cost: float, n: int) -> int:
     return min(max(1, math.floor(budget / cost + 1e-9)), n)
 
 
-def curves(
-    rows: Sequence[Row], margin: Array
-) -> tuple[pd.DataFrame, dict[str, dict[int, Measured]]]:
-    """A line for every method and number of runs, and what it rests on."""
-    lines, found = [], dict[str, dict[int, Measured]]()
+def curves(rows: Sequence[Row], margin: Array) -> pd.DataFrame:
+    """A line for every method and number of runs, each method on all of its own runs."""
+    lines = []
     for row in rows:
         n = len(row.seeds)
         wanted = {r for r in RUNS if r <= n} | {runs_within(b, row.cost, n) for b in BUDGETS}
-        found[row.name] = {r: measured(row.predict, n, r, margin) for r in sorted(wanted)}
-        for r, one in found[row.name].items():
+        for r in sorted(wanted):
+            one = measured(row.predict, n, r, margin)
             low, high = jackknife(one.lds, one.without)
             over = interval_over_queries(one.per_query)
             lines.append(
@@ -126,14 +124,12 @@ def curves(
                     "queries_upper": over[1],
                 }
             )  # fmt: skip
-    return pd.DataFrame(lines), found
+    return pd.DataFrame(lines)
 
 
-def differences(
-    rows: Sequence[Row], found: Mapping[str, Mapping[int, Measured]], runs: Mapping[str, int]
-) -> pd.DataFrame:
-    """The best method less each other, at the given number of runs of each."""
-    at = {row.name: found[row.name][runs[row.name]] for row in rows}
+def differences(rows: Sequence[Row], runs: Mapping[str, int], margin: Array) -> pd.DataFrame:
+    """The best method less each other, on the same runs, at the given number of them of each."""
+    at = {row.name: measured(row.predict, len(row.seeds), runs[row.name], margin) for row in rows}
     best = max(at, key=lambda name: at[name].lds)
     lines = []
     for name in sorted(at, key=lambda name: -at[name].lds):

@@ -178,40 +178,42 @@ def shown(value: float, low: float, high: float) -> str:
 def page(
     experiment: str,
     rows: Sequence[Row],
+    shared: Sequence[Row],
     frame: pd.DataFrame,
     compared: Sequence[tuple[str, pd.DataFrame]],
     ceiling: float,
 ) -> str:
     """The tables, with what is to be known about them."""
     runs = [r for r in RUNS if r in set(frame.runs)]
-    n, q = len(rows[0].seeds), rows[0].predict([0]).shape[0]
+    q, seeds = rows[0].predict([0]).shape[0], ", ".join(map(str, shared[0].seeds))
     text = [
         "# Averages over runs",
         "",
         f"Made by `python benchmarks/runs_at_equal_compute.py table` from stored scores; "
-        f"{experiment}, {q} queries, seeds {', '.join(map(str, rows[0].seeds))}, published half of "
-        f"the truth, whose noise allows {ceiling:.3f}.",
+        f"{experiment}, {q} queries, published half of the truth, whose noise allows "
+        f"{ceiling:.3f}.",
         "",
-        "LDS of the mean of R runs' scores: mean over the groups of R of the "
-        f"{n} runs, with its 95 % jackknife interval over the runs where R ≤ {n // 2}. *Cost*: "
-        "one run with its scores, in trainings' time.",
+        "LDS of the mean of R runs' scores: mean over the groups of R of a method's runs, with its "
+        "95 % jackknife interval over the runs where R is at most half of them. *Cost*: one run "
+        "with its scores, in trainings' time.",
         "",
-        f"| method | cost | {' | '.join(f'R = {r}' for r in runs)} |",
-        f"| --- | ---: | {' | '.join('---:' for _ in runs)} |",
+        f"| method | runs | cost | {' | '.join(f'R = {r}' for r in runs)} |",
+        f"| --- | ---: | ---: | {' | '.join('---:' for _ in runs)} |",
     ]
     place = {(line.method, line.runs): line for line in frame.itertuples()}
     order = sorted(rows, key=lambda row: -place[row.name, 1].lds)
     for row in order:
         cells = [place.get((row.name, r)) for r in runs]
         texts = ["–" if c is None else shown(c.lds, c.lower, c.upper) for c in cells]
-        text.append(f"| {row.name} | {row.cost:.2f} | {' | '.join(texts)} |")
+        row_text = f"| {row.name} | {len(row.seeds)} | {row.cost:.2f} | {' | '.join(texts)} |"
+        text.append(row_text)
     for title, part in compared:
         text += [
             "",
             f"## {title}",
             "",
-            "LDS of the best less that of the others, paired; 95 % intervals over the runs "
-            "(jackknife) and over the queries (bootstrap).",
+            f"LDS of the best less that of the others on the runs of seeds {seeds}, paired; 95 % "
+            "intervals over the runs (jackknife) and over the queries (bootstrap).",
             "",
             "| best (runs) | other (runs) | difference, over runs | over queries |",
             "| --- | --- | ---: | ---: |",
@@ -265,26 +267,25 @@ def table(arguments: argparse.Namespace) -> None:
     rows = rows_of(RecordStore(arguments.results), truth, half, arguments.rows)
     models = models_row(arguments.work, truth, half)
     rows += [] if models is None else [models]
-    rows = common(rows, arguments.least)
+    rows, shared = common(rows, arguments.least)
     margin = truth.subsets.margin[truth.subsets.of(half)].astype(np.float64)
-    frame, found = curves(rows, margin)
-    n, ceiling = len(rows[0].seeds), truth.half(half).lds_ceiling
-    compared = []
-    for r in (1, 5):
-        if r <= n:
-            same = dict.fromkeys((row.name for row in rows), r)
-            title = "One run each" if r == 1 else f"{r} runs each"
-            compared.append((title, differences(rows, found, same)))
-    within = {row.name: runs_within(5, row.cost, n) for row in rows}
-    compared.append(("Within the time of 5 trainings", differences(rows, found, within)))
-    files.write(paths[0], page(arguments.experiment, rows, frame, compared, ceiling))
+    frame, ceiling = curves(rows, margin), truth.half(half).lds_ceiling
+    n = len(shared[0].seeds)
+    within = {row.name: runs_within(5, row.cost, n) for row in shared}
+    choices = {
+        "One run each": dict.fromkeys(within, 1),
+        "Five runs each": dict.fromkeys(within, min(5, n)),
+        "Within the time of 5 trainings": within,
+    }
+    compared = [(title, differences(shared, runs, margin)) for title, runs in choices.items()]
+    files.write(paths[0], page(arguments.experiment, rows, shared, frame, compared, ceiling))
     files.write(paths[1], frame)
     files.write(paths[2], to_bytes(draw(arguments.experiment, frame, ceiling), "png"))
     print(f"written: {', '.join(map(str, paths))}")
 
 
-def common(rows: Sequence[Row], least: int) -> list[Row]:
-    """The rows with at least so many seeds, on the seeds that all of them have.
+def common(rows: Sequence[Row], least: int) -> tuple[list[Row], list[Row]]:
+    """The rows with at least so many seeds; and the same on the seeds that all of them have.
 
     Raises:
         SystemExit: no row, or fewer seeds in common; says what to run.
@@ -308,7 +309,7 @@ def common(rows: Sequence[Row], least: int) -> list[Row]:
             row.name, tuple(shared), lambda group: row.predict([where[i] for i in group]), row.cost
         )
 
-    return [on_shared(row) for row in enough]
+    return enough, [on_shared(row) for row in enough]
 
 
 def main() -> None:

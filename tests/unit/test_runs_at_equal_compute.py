@@ -120,10 +120,10 @@ def test_a_difference_is_paired(script: ModuleType, groups: ModuleType) -> None:
         groups.Row("other", tuple(range(8)), script.mean_of(each), 1.5),
         groups.Row("best", tuple(range(8)), better, 1.0),
     ]
-    frame, found = groups.curves(rows, margin)
+    frame = groups.curves(rows, margin)
     assert set(frame[frame.method == "other"].runs) == {1, 2, 3, 5, 6, 8}
     assert frame.trainings.max() == 12.0
-    one = groups.differences(rows, found, {"best": 2, "other": 2}).iloc[0]
+    one = groups.differences(rows, {"best": 2, "other": 2}, margin).iloc[0]
     assert (one.best, one.other) == ("best", "other")
     alone = frame[(frame.runs == 2)].set_index("method")
     assert one.difference == pytest.approx(alone.lds["best"] - alone.lds["other"])
@@ -191,7 +191,7 @@ def test_tables_from_files(
     assert frame.loc[(script.MODELS, 2), "trainings"] == 2.5
     assert frame.loc[("bad", 3), "lds"] > frame.loc[("bad", 1), "lds"]
     page = (tmp_path / f"{name}.md").read_text()
-    assert "| good | 1.50 | 0." in page
+    assert "| good | 4 | 1.50 | 0." in page
     assert "## Within the time of 5 trainings" in page
     assert f"| {script.MODELS} (4) | good (3) | " in page
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
