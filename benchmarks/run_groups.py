@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from fine_bench.metrics.lds import interval_over_queries
+from fine_bench.metrics.lds_interval import interval_over_queries
 from fine_bench.metrics.reliability import spearman_rows
 from fine_bench.seeds import derive
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
 from fine_bench.metrics._arrays import ArrayLike, Vector, as_array
 from fine_bench.metrics.fidelity import FIDELITY, VERSION
@@ -33,15 +32,10 @@ METRICS = (
     Metric("lds", "LDS", "higher", table=FIDELITY, beside=VERSION, rank=25,
            title="LDS: rank correlation with models trained on subsets"),
     Metric("lds_of_ceiling", "LDS of ceiling", "higher", table=FIDELITY, beside=VERSION, rank=26),
-    Metric("lds_error", "LDS ± over queries", "", table=FIDELITY, beside=VERSION, rank=27,
-           title="LDS: half of its 95 % interval over the queries",
-           note="LDS ± over queries: half of one run's 95 % bootstrap interval over the queries, "
-                "how far other queries would move it; brackets say how far other runs would."),
 )  # fmt: skip
 """Computed by the ground truth (``retraining.truth``)."""
 
 LEAST_SEEDS = 5
-RESAMPLES = 2000
 LEAST_SUBSETS = 10
 
 
@@ -182,32 +176,6 @@ def lds(scores: ArrayLike, members: NDArray[Any], margin: NDArray[Any]) -> LDS:
     n_constant = int(constant.sum())
     mean = nan if n_constant == len(values) else float(found.mean())
     return LDS(mean, found, n_constant)
-
-
-def interval_over_queries(per_query: NDArray[Any], level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over the queries: how far would others move the LDS?
-
-    Args:
-        per_query: ``(q,)``, at least two.
-        level: of the interval, in (0, 1).
-
-    Raises:
-        ValueError: fewer than two queries, or values that are not finite.
-    """
-    values = as_array(per_query, "per_query")
-    if values.ndim != 1 or len(values) < 2:
-        raise ValueError(
-            f"an interval over queries needs at least two of them, got shape {values.shape}"
-        )
-    found = bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(derive(0, "metrics/lds queries")),
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def lds_ceiling(subsets: SubsetMargins, *, n_splits: int = 20, seed: int = 0) -> Ceiling:

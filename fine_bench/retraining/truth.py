@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fine_bench.metrics._arrays import as_array
 from fine_bench.metrics.fidelity import fidelity
-from fine_bench.metrics.lds import interval_over_queries, lds
+from fine_bench.metrics.lds import lds
+from fine_bench.metrics.lds_interval import interval_over_queries
 from fine_bench.metrics.out_of_sample import out_of_sample_fidelity
 from fine_bench.metrics.outcome_spread import measured_spread, outcome_spread, spread_ceiling
 from fine_bench.metrics.reliability import LEAST_FOR_CORRELATION, ceiling_of, spearman

@@ -9,7 +9,10 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from fine_bench.metrics.lds import interval_over_queries, lds
+from fine_bench.leaderboard.completeness import incomplete
+from fine_bench.metrics import registry
+from fine_bench.metrics.lds import lds
+from fine_bench.metrics.lds_interval import interval_over_queries
 from fine_bench.metrics.outcome_spread import (
     mean_share,
     measured_spread,
@@ -18,6 +21,7 @@ from fine_bench.metrics.outcome_spread import (
     spread_ceiling,
 )
 from fine_bench.retraining.truth_files import folders, named
+from support.records import make_record
 
 Matrix = NDArray[np.float64]
 
@@ -126,6 +130,20 @@ def test_the_interval_over_queries() -> None:
     assert narrow[1] - narrow[0] < 0.5 * (found[1] - found[0])
     with pytest.raises(ValueError, match="at least two of them, got shape"):
         interval_over_queries(np.ones(1))
+
+
+def test_seeds_may_be_added_to_records_of_before() -> None:
+    """They hold neither number, and nobody cut them."""
+    before = {"lds": 0.3, "lds_of_ceiling": 0.4, "n_bad": 2.0}
+    now = {"lds_error": 0.02, "outcome_spread": 0.1, "outcome_spread_of_ceiling": 0.11}
+    records = [
+        make_record(seed=seed, target="queries", metrics=before | more)
+        for seed, more in ((0, {}), (1, now))
+    ]
+    assert incomplete(records, registry.together()) == []
+    cut = make_record(seed=2, target="queries", metrics=before | {"outcome_spread": 0.1})
+    (line,) = incomplete([*records, cut], registry.together())
+    assert "seed 2 lacks metrics.outcome_spread_of_ceiling" in line
 
 
 def test_refusals() -> None:
