@@ -7,7 +7,7 @@ What is computed:
 - ``effects``: an example's effect on one step's statistic, and the noise it stands out from.
 - ``accumulator``: effects of all steps summed to μ; ``snapshot_accumulator``: the same for
   snapshots.
-- ``standard_error``: the error of μ that a run shows of itself.
+- ``standard_error``: the error of μ that a run shows of itself; ``group_parts``: that of a group's.
 - ``geometry``: in which product gradients are compared; ``geometry_optimiser``: in the optimiser's
   own.
 

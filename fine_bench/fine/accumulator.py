@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.effects import Composition, choose
+from fine_bench.fine.group_parts import GroupParts
 from fine_bench.fine.standard_error import INFLATION, ratio_error
 from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.types import InfluenceScores, Target
@@ -63,6 +64,7 @@ class FineAccumulator:
         n_train: number of training examples.
         n_rows: number of query rows R.
         composition: which μ ``scores`` reports.
+        group_errors: whether to keep what errors of groups are measured by (``fine.group_parts``).
 
     Attributes:
         n_observations: steps in which each example was observed, ``(n_train,)``.
@@ -73,7 +75,13 @@ class FineAccumulator:
             an example's first in its batch (``fine.draws``).
     """
 
-    def __init__(self, n_train: int, n_rows: int, composition: Composition = "accumulated") -> None:
+    def __init__(
+        self,
+        n_train: int,
+        n_rows: int,
+        composition: Composition = "accumulated",
+        group_errors: bool = False,
+    ) -> None:
         choose(composition, Composition, "composition")
         if n_train < 1 or n_rows < 1:
             raise ValueError(f"n_train and n_rows must be at least 1, got {n_train}, {n_rows}")
@@ -88,6 +96,7 @@ class FineAccumulator:
         self.n_without_noise = 0
         self.with_replacement = False
         self.n_repeats = 0
+        self.group_parts = GroupParts(n_rows, n_train) if group_errors else None
 
     def observe(
         self, index: Tensor, effect: Tensor, sigma: Tensor, lr: float, n_rows: int | None = None
@@ -129,6 +138,8 @@ class FineAccumulator:
         shift = eta * effect
         mu = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) * length**-0.5
         noise = (eta * sigma).square_()
+        if self.group_parts is not None:
+            self.group_parts.observe(index, shift, noise, self._times_in_batch())
         steps = torch.stack(
             [shift, shift * shift, noise, mu, mu * mu, shift * noise, noise * noise]
         )
@@ -207,9 +218,17 @@ class FineAccumulator:
         spread over epochs times ``inflation`` (``standard_error.inflation`` says how often it did).
         An example with fewer than two observations has an infinite one; without any observation its
         value is 0. ``extras["bound"]`` ``(n_query, n_train)`` is sqrt(Σ μ_i,t²), whatever the
-        weights.
+        weights. ``extras["group_parts"]`` ``(epochs, n_query, n_train)``, where they are kept, are
+        the parts of μ's error by epoch (``fine.group_parts``), ``inflation`` included; not where
+        examples were drawn with replacement, whose draws are no epochs.
         """
         values, error = self.mu()
+        extras = {"bound": self._whole_run()[0]["mu2"].sqrt().float()}
+        if self.group_parts is not None and not self.with_replacement:
+            variance = self.sums["variance"]
+            inverse = inverse_or_zero((self._n_draws() * variance).sqrt())
+            parts = self.group_parts.parts(values, inverse, variance, self._open_block())
+            extras["group_parts"] = (inflation * parts).float()
         return InfluenceScores(
             values=values.float(),
             std_error=(inflation * error).float(),
@@ -217,7 +236,7 @@ class FineAccumulator:
             method=method,
             target=target,
             version=VERSION,
-            extras={"bound": self._whole_run()[0]["mu2"].sqrt().float()},
+            extras=extras,
         )
 
     def _n_draws(self) -> Tensor | int:
@@ -252,6 +271,10 @@ class FineAccumulator:
         s = self.sums
         return s["shift2"], s["cross"], s["variance2"], self.n_observations.double()
 
+    def _open_block(self) -> Tensor | None:
+        """Σ u and Σ v of an epoch that is going on, ``(2, R, n)``, where they are kept apart."""
+        return None
+
     @property
     def sums(self) -> dict[str, Tensor]:
         """The sums by name, ``(n_rows, n_train)`` each, in float64."""
@@ -259,7 +282,8 @@ class FineAccumulator:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""
-        return {
+        kept = self.group_parts
+        return ({} if kept is None else {"group_parts": kept.state_dict()}) | {
             "sums": self._sums.clone(),
             "n_observations": self.n_observations.clone(),
             "n_passed_over": None if self.n_passed_over is None else self.n_passed_over.clone(),
@@ -286,3 +310,5 @@ class FineAccumulator:
         self.n_steps, self.n_short_batches, self.n_without_noise = state["counts"]
         # states of earlier versions are of runs without replacement
         self.with_replacement, self.n_repeats = state.get("draws", (False, 0))
+        if self.group_parts is not None:
+            self.group_parts.load_state_dict(state["group_parts"])

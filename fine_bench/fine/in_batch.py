@@ -73,7 +73,9 @@ class InBatchSchedule:
     ) -> None:
         self.passes = passes
         self.recorder = recorder
-        self.accumulator = FineAccumulator(passes.data.n, passes.n_rows, options.composition)
+        self.accumulator = FineAccumulator(
+            passes.data.n, passes.n_rows, options.composition, options.group_errors
+        )
         self._scaling = StepScaling(recorder, whole_layers=options.geometry == "ekfac")
         self._statistic = Statistic(options, passes, self._scaling)
         self._steps = StepQueue(self.accumulator, options.contrast, kind=self._statistic.kind)

@@ -92,6 +92,9 @@ class Options:
             example's gradient what its row contributes to the step
             (``fine_bench.gradients.batch_norm``), and says so when the run starts. Queries,
             curvature and snapshots use the running statistics. ``"refuse"`` refuses such a run.
+        group_errors: keep each epoch's part in the error of every μ (16 bytes an epoch, row and
+            example), from which the error of a group is measured (``fine_bench.metrics.groups``).
+            For targets with queries and the accumulated μ of all steps.
         seed: of the draws of reference and fit examples; it touches no other random stream.
         layers: names of modules to watch; None for all.
         forward: ``forward(module, x) -> logits`` for passes of the callback's own; ``module(x)`` by
@@ -131,6 +134,7 @@ class Options:
     fit_examples: int = 2000
     relative_damping: float = 0.1
     batch_norm: BatchNorm = "rows"
+    group_errors: bool = False
     seed: int = 0
     layers: Sequence[str] | None = None
     forward: Callable[[Any, Tensor], Tensor] | None = None
@@ -172,6 +176,7 @@ class Options:
                 'composition="accumulated" or step_weight="lr"'
             )
         check_queries(self.target, self.queries)
+        self._check_group_errors()
         self._check_adapter()
         self._check_schedule()
         refuse_small(
@@ -190,6 +195,19 @@ class Options:
         )
         if not 0 < self.relative_damping < float("inf"):
             raise ValueError(f"relative_damping must be a number > 0, got {self.relative_damping}")
+
+    def _check_group_errors(self) -> None:
+        wrong = None
+        if self.target == "self":
+            wrong = 'on target="self" members have observables of their own; use "validation"'
+        elif self.composition != "accumulated":
+            wrong = f"composition={self.composition!r} has no parts; use the accumulated one"
+        elif self.observe_every != 1:
+            wrong = (
+                "observe_every > 1 sees the members of a group in different epochs; leave it at 1"
+            )
+        if self.group_errors and wrong is not None:
+            raise ValueError(f"group_errors=True measures the error of a group's sum, but {wrong}")
 
     def _check_adapter(self) -> None:
         if self.adapter is None or self.adapter.losses is None:

@@ -88,7 +88,9 @@ class SnapshotSchedule:
         watched = options.positions(n)
         self.index = torch.arange(n) if watched is None else watched
         self.n_reference = min(options.n_reference, n)
-        self.accumulator = SnapshotAccumulator(n, passes.n_rows, options.composition, watched)
+        self.accumulator = SnapshotAccumulator(
+            n, passes.n_rows, options.composition, watched, options.group_errors
+        )
         self.n_not_finite = 0
         self._interval = SnapshotInterval()
         recorder, whole = passes.engine.recorder, options.geometry == "ekfac"

@@ -155,6 +155,7 @@ class SnapshotAccumulator(FineAccumulator):
     Args:
         n_train, n_rows, composition: see ``FineAccumulator``.
         watched: positions of the examples that are scored, ascending; None for all.
+        group_errors: see ``FineAccumulator``.
     """
 
     def __init__(
@@ -163,8 +164,9 @@ class SnapshotAccumulator(FineAccumulator):
         n_rows: int,
         composition: Composition = "accumulated",
         watched: Tensor | None = None,
+        group_errors: bool = False,
     ) -> None:
-        super().__init__(n_train, n_rows, composition)
+        super().__init__(n_train, n_rows, composition, group_errors)
         self.watched = watched
         self._epochs = 0.0
         # Σ u and Σ v of the epoch that is going on, and how many have ended
@@ -219,6 +221,8 @@ class SnapshotAccumulator(FineAccumulator):
         u, v = self._open
         for name, product in (("shift2", u * u), ("cross", u * v), ("variance2", v * v)):
             self.sums[name].add_(product)
+        if self.group_parts is not None:
+            self.group_parts.close(self._open)
         self._open.zero_()
         self._open_epoch = None
         self._n_closed += 1
@@ -229,6 +233,9 @@ class SnapshotAccumulator(FineAccumulator):
         count = self._n_closed + (self._open_epoch is not None)
         number = torch.where(self.n_observations > 0, count, 0).double()
         return s["shift2"] + u * u, s["cross"] + u * v, s["variance2"] + v * v, number
+
+    def _open_block(self) -> Tensor | None:
+        return None if self._open_epoch is None else self._open
 
     def _times_in_batch(self) -> Tensor:
         return torch.where(self.n_observations > 0, self._epochs, 0.0).double()

@@ -13,13 +13,21 @@ is left out, as it is for a single example. Each stored μ_i has a V_i of its ow
 which i was in the batch. V_i is V up to sampling noise, which the errors hold.
 
 *Interval.* The errors of μ_i within a run go together: copies of an image err alike, and a run's
-initialisation moves a whole class. So none is taken to be independent of another. For *any*
-dependence the standard deviation of a sum is at most the sum of the standard deviations,
+initialisation moves a whole class, while those of examples drawn at random hardly do. Scores that
+hold each epoch's part z_b,i in them (``FINECallback(group_errors=True)``) show how much, since
+what members have in common they have in each epoch: with Z_b = Σ_{i ∈ S} z_b,i,
+
+    se_S² = k/(k − 1) · Σ_b (Z_b − Z̄)²,    correlation = (se_S² − Σ se_i²) / ((Σ se_i)² − Σ se_i²)
+
+On ten seeds of two tasks 95 % intervals of it covered the mean over the other runs in 93 to 97 % of
+the cases, for groups of 8, 30 and 300, of random members, of one class, of flipped labels
+(``results/group_coverage.md``). Without the parts only a bound is known. For *any* dependence the
+standard deviation of a sum is at most the sum of the standard deviations,
 
     se_S = Σ_{i ∈ S} se_i
 
-which is what is used: too long by up to sqrt(|S|) where errors are independent, right for copies.
-With several runs their own spread (``between_runs``) needs no such bound.
+too long by up to sqrt(|S|) where errors are independent, right for copies. With several runs their
+own spread (``between_runs``) needs neither.
 
 For *self* this does not hold: there every example has an observable of its own, and what one member
 does to another's is in no stored score.
@@ -49,9 +57,13 @@ class GroupInfluence:
 
     Attributes:
         mu: μ_S, dimensionless; positive where the group helps the target.
-        std_error: bound on its standard error, whatever the members' errors have in common.
+        std_error: its standard error, measured over epochs; or, where ``measured`` is False, a
+            bound on it that holds whatever the members' errors have in common.
         lower, upper: interval of the asked level, μ_S ± z · ``std_error``.
         size: |S|.
+        measured: whether the dependence between the members' errors was measured.
+        correlation: mean correlation between the errors of two members, as ``std_error`` implies
+            it; None where it is not measured, or with one member.
     """
 
     mu: float
@@ -59,6 +71,8 @@ class GroupInfluence:
     lower: float
     upper: float
     size: int
+    measured: bool = False
+    correlation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +170,25 @@ def group_influence(
         )
     rows = members_of(members, scores.values.shape[1])
     mu = float(scores.values[0, rows].double().sum())
-    error = float(scores.std_error[0, rows].double().sum())
+    single = scores.std_error[0, rows].double()
+    error, correlation = float(single.sum()), None
+    parts = scores.extras.get("group_parts")
+    measured = parts is not None and len(parts) > 1
+    if parts is not None and measured:
+        error = _jackknife(parts[:, 0, rows].double())
+        squares = float(single.square().sum())
+        crossed = float(single.sum()) ** 2 - squares
+        if crossed > 0.0:
+            correlation = (error**2 - squares) / crossed
     reach = float(ndtri((1.0 + level) / 2.0)) * error
-    return GroupInfluence(mu, error, mu - reach, mu + reach, len(rows))
+    return GroupInfluence(mu, error, mu - reach, mu + reach, len(rows), measured, correlation)
+
+
+def _jackknife(parts: Tensor) -> float:
+    """se_S from the members' parts ``(k, |S|)``."""
+    whole = parts.sum(1)
+    k = len(whole)
+    return float(((whole - whole.mean()).square().sum() * k / (k - 1)).sqrt())
 
 
 def between_runs(values: Sequence[float], level: float = 0.95) -> Interval:

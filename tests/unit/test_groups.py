@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from fine_bench import InfluenceScores
+from fine_bench import InfluenceScores, watch
 from fine_bench.data.backdoor import backdoor
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.effects import direction_effects
+from fine_bench.fine.options import Options
+from fine_bench.fine.snapshot_accumulator import SnapshotAccumulator, SnapshotInterval
 from fine_bench.metrics.groups import (
     between_runs,
     group_influence,
@@ -200,3 +203,193 @@ def test_the_table(command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert command.main(["--results", str(tmp_path), "--task", "absent"]) == 2
     assert "no finished records of absent" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- errors measured over epochs
+
+
+def parts_of(epochs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """z of the docstring in plain loops, from u and v of each epoch, ``(k, n)``."""
+    u, v = (torch.stack(kind) for kind in zip(*epochs, strict=True))
+    n = u.shape[1]
+    z = torch.zeros_like(u)
+    for i in range(n):
+        total = v[:, i].sum()
+        mu = u[:, i].sum() / (n * total).sqrt()
+        for b in range(len(u)):
+            z[b, i] = u[b, i] / (n * total).sqrt() - mu * v[b, i] / (2 * total)
+    return z
+
+
+def epochs_of(n: int, k: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(n, generator=generator, dtype=torch.float64),
+            0.5 + torch.rand(n, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(k)
+    ]
+
+
+def observed(
+    epochs: list[tuple[torch.Tensor, torch.Tensor]], together: bool, size: int = 4
+) -> FineAccumulator:
+    """The same epochs in batches, one by one or several steps at once."""
+    n = len(epochs[0][0])
+    accumulator = FineAccumulator(n, 1, group_errors=True)
+    index, effect, sigma = [], [], []
+    for number, (u, v) in enumerate(epochs):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(number))
+        for rows in order.split(size):
+            index.append(rows)
+            effect.append(u[rows][None])
+            sigma.append(v[rows].sqrt()[None])
+    one = torch.ones(len(index), dtype=torch.float64)
+    if together:  # a queue that does not end with the epoch
+        accumulator.observe_steps(torch.stack(index), torch.stack(effect), torch.stack(sigma), one)
+    else:
+        for rows, e, s in zip(index, effect, sigma, strict=True):
+            accumulator.observe(rows, e, s, 1.0)
+    return accumulator
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_parts_are_those_of_the_epochs(together: bool) -> None:
+    epochs = epochs_of(12, 5)
+    scores = observed(epochs, together).scores("fine", "validation", inflation=1.5)
+    z = 1.5 * parts_of(epochs)
+    torch.testing.assert_close(scores.extras["group_parts"][:, 0].double(), z, rtol=1e-5, atol=1e-6)
+    members = [1, 4, 7]
+    found = group_influence(scores, members)
+    whole = z[:, members].sum(1)
+    assert found.measured
+    assert found.std_error == pytest.approx(float(whole.std() * 5**0.5), rel=1e-5)
+    # a group of one has the example's own error, and copies of an example are their sum
+    assert group_influence(scores, [3]).std_error == pytest.approx(
+        float(scores.std_error[0, 3]),
+        rel=1e-5,  # type: ignore[index]
+    )
+    assert group_influence(scores, [3]).correlation is None
+    single = scores.std_error[0, members].double()  # type: ignore[index]
+    covariance = found.correlation * (single.sum() ** 2 - (single**2).sum())  # type: ignore[operator]
+    assert float(covariance + (single**2).sum()) == pytest.approx(found.std_error**2, rel=1e-4)
+
+
+def test_copies_err_together_and_opposites_cancel() -> None:
+    epochs = [(torch.cat([u, u, -u]), torch.cat([v, v, v])) for u, v in epochs_of(4, 6, seed=1)]
+    scores = observed(epochs, together=False).scores("fine", "validation")
+    copies = group_influence(scores, [0, 4])
+    bound = float(scores.std_error[0, [0, 4]].sum())  # type: ignore[index]
+    assert copies.std_error == pytest.approx(bound, rel=1e-5)
+    assert copies.correlation == pytest.approx(1.0, abs=1e-4)
+    assert group_influence(scores, [0, 8]).std_error < 1e-4 * bound
+
+
+def test_parts_of_snapshots_and_of_a_run_that_goes_on() -> None:
+    epochs = epochs_of(8, 4, seed=2)
+    interval = SnapshotInterval()
+    interval.add(1.0, 8)
+    every = torch.arange(8)
+
+    def fresh() -> SnapshotAccumulator:
+        return SnapshotAccumulator(8, 1, group_errors=True)
+
+    def watched(accumulator: SnapshotAccumulator, first: int, last: int) -> SnapshotAccumulator:
+        for number in range(first, last):
+            u, v = epochs[number]
+            accumulator.observe_snapshot(
+                every, u[None], v.sqrt()[None], interval, epoch=number // 2
+            )
+        return accumulator
+
+    scores = watched(fresh(), 0, 4).scores("fine", "validation", inflation=1.0)
+    # an interval of one step with the whole set adds u and v as they are; two snapshots an epoch
+    pairs = [tuple(epochs[i][k] + epochs[i + 1][k] for k in (0, 1)) for i in (0, 2)]
+    torch.testing.assert_close(
+        scores.extras["group_parts"][:, 0].double(),
+        parts_of(pairs),
+        rtol=1e-5,
+        atol=1e-6,  # type: ignore[arg-type]
+    )
+    resumed = fresh()
+    resumed.load_state_dict(watched(fresh(), 0, 3).state_dict())
+    again = watched(resumed, 3, 4).scores("fine", "validation", inflation=1.0)
+    assert torch.equal(again.extras["group_parts"], scores.extras["group_parts"])
+    in_batch = FineAccumulator(12, 1, group_errors=True)
+    in_batch.load_state_dict(observed(epochs_of(12, 5), together=False).state_dict())
+    assert len(in_batch.scores("fine", "validation").extras["group_parts"]) == 5
+
+
+def test_what_has_no_parts_keeps_the_bound() -> None:
+    accumulator = observed(epochs_of(12, 5), together=False)
+    accumulator.with_replacement = True
+    scores = accumulator.scores("fine", "validation")
+    found = group_influence(scores, [0, 1])
+    assert not found.measured
+    assert found.correlation is None
+    assert found.std_error == pytest.approx(float(scores.std_error[0, :2].sum()))  # type: ignore[index]
+    once = observed(epochs_of(12, 1), together=False).scores("fine", "validation")
+    assert not group_influence(once, [0, 1]).measured
+    assert "group_parts" not in FineAccumulator(4, 1).scores("fine", "validation").extras
+
+
+def test_options_that_have_no_group_errors() -> None:
+    queries = torch.utils.data.TensorDataset(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    cases: tuple[tuple[dict[str, object], str], ...] = (
+        ({"target": "self"}, "observables of their own"),
+        ({"target": "validation", "queries": queries, "composition": "standardised"}, "no parts"),
+        ({"target": "validation", "queries": queries, "observe_every": 2}, "different epochs"),
+    )
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            Options(group_errors=True, **options)  # type: ignore[arg-type]
+
+
+def test_group_errors_of_a_run_cover_the_other_runs() -> None:
+    """Members that share a factor drawn anew in each epoch, as a class does."""
+    generator = torch.Generator().manual_seed(3)
+    k, n, runs = 10, 60, 300
+    covered = {"measured": 0, "independent": 0}
+    for _ in range(runs):
+        shared = torch.randn(k, generator=generator, dtype=torch.float64)
+        own = torch.randn(k, n, generator=generator, dtype=torch.float64)
+        u = 0.3 + 0.6 * shared[:, None] + own
+        epochs = [(row, torch.ones(n, dtype=torch.float64)) for row in u]
+        scores = observed(epochs, True, size=n).scores("fine", "validation", inflation=1.0)
+        found = group_influence(scores, torch.arange(30))
+        true = 30 * k * 0.3 / (n * k) ** 0.5
+        covered["measured"] += found.lower <= true <= found.upper
+        independent = float(scores.std_error[0, :30].square().sum().sqrt())  # type: ignore[index]
+        covered["independent"] += abs(found.mu - true) <= 1.96 * independent
+    assert 0.88 <= covered["measured"] / runs <= 0.97  # normal quantile with ten epochs
+    assert covered["independent"] / runs < 0.6
+
+
+def test_the_callback_keeps_parts_on_request() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, generator=generator)
+    y = torch.randint(0, 2, (24,), generator=generator)
+    queries = torch.utils.data.TensorDataset(x[:6], y[:6])
+    for schedule in ("in_batch", "snapshot"):
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(x, y, torch.arange(24)), batch_size=6, shuffle=True
+        )
+        options: dict[str, Any] = {"target": "validation", "queries": queries, "schedule": schedule}
+        train = torch.utils.data.TensorDataset(x, y)
+        with watch(
+            model, optimizer=optimizer, train_set=train, group_errors=True, **options
+        ) as fine:
+            for _ in range(3):
+                for bx, by, index in loader:
+                    fine.batch(index)
+                    optimizer.zero_grad()
+                    fine.loss(torch.nn.functional.cross_entropy(model(bx), by)).backward()
+                    optimizer.step()
+                fine.epoch_ends()
+        found = fine.scores()
+        assert found.extras["group_parts"].shape == (3, 1, 24)
+        single = group_influence(found, [5]).std_error
+        assert single == pytest.approx(float(found.std_error[0, 5]), rel=1e-4)  # type: ignore[index]
