@@ -23,9 +23,6 @@ from scipy.special import ndtr
 from fine_bench.theory.arrays import check_probability
 from fine_bench.theory.families import GaussianTradeOff
 
-SATURATED = 38.0
-"""|μ| from which δ(ε) is 1 to double precision at every ε ≤ 8: such a bound says nothing."""
-
 
 @dataclass(frozen=True)
 class Told:

@@ -127,7 +127,8 @@ def privacy_curve(
     `source`: "statistic" for the μ̂ of one statistic (signed values allowed; the sign says who is
     helped, the curve depends on |μ| alone): a lower bound on what can be told, and only as sure
     as μ̂ itself, so pass the end of its interval nearer 0 for a bound at the interval's level.
-    "composition" for a μ composed over steps (≥ 0): an upper bound for a reader of everything.
+    "composition" for a μ composed over steps (≥ 0): an upper bound for a reader of the statistic at
+    every step, if the per-step values are themselves upper bounds.
     """
     eps = _check_table_epsilon(epsilon)
     if not np.isfinite(mu):
@@ -149,8 +150,8 @@ def privacy_curve(
             )
         bound = "upper"
         statement = (
-            f"Upper bound: mu = {size:.4g} is composed over the steps. Not even a reader of the "
-            "whole trajectory can tell more, if the per-step values hold."
+            f"Upper bound: mu = {size:.4g} is composed over the steps. Whoever reads the statistic "
+            "at every step can tell no more, if the per-step values hold."
         )
     else:
         raise ValueError(f"source must be 'statistic' or 'composition', got {source!r}")
