@@ -8,10 +8,11 @@
 
 ``compute`` trains each seed once, watched by f-INE on *self* and on *validation*, the latter with
 ``group_errors=True``. ``groups`` asks of groups of several kinds and sizes how often the interval
-of one run holds the mean μ_S of the other runs (``results/group_coverage.md``, ``.csv``); no truth is
-used but for naming a kind of group *flipped*. ``repeats`` flags the most suspicious examples of
-each run, keeps those of which at most α should not repeat (``fine_bench.theory.repeats``), and
-counts in each other run how many did not (``results/decisions.md`` and ``.csv``).
+of one run holds the mean μ_S of the other runs (``results/group_coverage.md``, ``.csv``); no
+truth is used but for naming a kind of group *flipped*. ``repeats`` flags the most suspicious
+examples of each run, keeps those of which at most α should not repeat
+(``fine_bench.theory.repeats``), and counts in each other run how many did not
+(``results/decisions.md``, ``.csv``).
 """
 
 from __future__ import annotations
@@ -339,11 +340,11 @@ def repeats(arguments: argparse.Namespace) -> None:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in frame.to_dict("records"):
-        wrong = [f"{r[f'{k}_wrong_labels']:.2f}" for k in ("all", "prior")]
+        wrong = [f"{r[f'{k}_wrong_labels']:.2f}".replace("nan", "–") for k in ("all", "prior")]
         text.append(
             f"| {r['task']} | {r['target']} | {r['flagged_share']:.0%} | {r['alpha']:.2f} | "
             f"{r['all_lost']:.3f} | {r['all_flagged']:.0f} | {wrong[0]} | "
-            f"**{r['prior_lost']:.3f}** | {r['prior_flagged']:.1f} | {wrong[1].replace('nan', '–')} | "
+            f"**{r['prior_lost']:.3f}** | {r['prior_flagged']:.1f} | {wrong[1]} | "
             f"{r['none_lost']:.3f} | {r['none_flagged']:.1f} |"
         )
     text += [
