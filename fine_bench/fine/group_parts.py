@@ -46,7 +46,7 @@ class GroupParts:
             while len(self._blocks) <= int(before.max()):
                 self._blocks.append(torch.zeros(self.shape, dtype=torch.float64))
             both = torch.stack([u, v])
-            for block in before.unique().tolist():
+            for block in sorted(set(before.tolist())):
                 some = before == block
                 self._blocks[block].index_add_(2, rows[some], both[:, :, some])
             times = times.index_add(0, rows, torch.ones_like(rows))
@@ -69,7 +69,8 @@ class GroupParts:
             return mu.new_zeros(0, *mu.shape)
         u, v = torch.stack(blocks, 1)
         half = 0.5 * mu / variance.clamp_min(torch.finfo(variance.dtype).tiny)
-        return u * inverse - half * v
+        parts: Tensor = u * inverse - half * v
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""

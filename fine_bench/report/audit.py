@@ -28,7 +28,7 @@ from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 from fine_bench.terminal import visible
 from fine_bench.theory.decision import Told, farther_end, nearer_end, told
-from fine_bench.theory.estimation import estimate_mu
+from fine_bench.theory.estimation import Method, estimate_mu
 from fine_bench.theory.families import GaussianTradeOff
 from fine_bench.types import InfluenceScores, RunRecord
 
@@ -312,7 +312,7 @@ def _group_interval(
     except StoreError:
         arms = None
     if arms is not None:
-        method = "max" if options.get("selection", "split") == "max" else "two_stage"
+        method: Method = "max" if options.get("selection", "split") == "max" else "two_stage"
         estimate = estimate_mu(*arms, method, confidence, correlated=True)
         return float(estimate.lower), float(estimate.upper), str(estimate.reason)
     lower, upper = (float(record.metrics[f"group/{group}/{end}"]) for end in ("lower", "upper"))

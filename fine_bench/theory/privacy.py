@@ -11,8 +11,9 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import brentq
+from scipy.stats import binom
 
-from fine_bench.theory.arrays import ArrayLike, FloatArray, check_probability
+from fine_bench.theory.arrays import ArrayLike, FloatArray, check_level, check_probability
 from fine_bench.theory.families import GaussianTradeOff
 from fine_bench.theory.piecewise_linear import PiecewiseLinear, convexify
 from fine_bench.theory.tradeoff import MAX_LOSS
@@ -94,6 +95,42 @@ def trade_off_from_delta(
     alpha = np.clip(-np.diff(dlt) / np.diff(t), 0.0, 1.0)
     beta = np.clip(1.0 - dlt[1:] - t[1:] * alpha, 0.0, 1.0)
     return convexify(np.append(alpha, 0.0), np.append(beta, 1.0 - dlt[-1]))
+
+
+def one_run_epsilon(
+    correct: int, guesses: int, canaries: int, delta: float, confidence: float = 0.95
+) -> float:
+    """Lower bound on ε from one run with canaries; 0 where nothing is shown.
+
+    Each of `canaries` examples is put into the run by a fair coin; `guesses` of the coins are
+    guessed from the outcome, the others left out, and `correct` guesses are right. Under
+    (ε, δ)-differential privacy, with q = e^ε/(1 + e^ε) and B ~ Binomial(guesses, q),
+
+        P(correct ≥ v) ≤ P(B ≥ v) + 2 · canaries · δ · max_{1 ≤ i ≤ v} P(v − i ≤ B < v)/i
+
+    (Steinke, Nasr and Jagielski 2023, *Privacy auditing with one (1) training run*). The largest ε
+    at which that is below 1 − `confidence` is refuted, and so is every smaller one.
+    """
+    check_level(confidence)
+    check_probability(delta, "delta")
+    if not 0 <= correct <= guesses <= canaries or canaries < 1:
+        raise ValueError(
+            f"need 0 <= correct <= guesses <= canaries, got {correct!r}, {guesses!r}, {canaries!r}"
+        )
+
+    def excess(epsilon: float) -> float:
+        q = 1.0 / (1.0 + np.exp(-epsilon))
+        below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, q))
+        worst = float((below / np.arange(1, correct + 1)).max()) if correct else 0.0
+        bound = float(binom.sf(correct - 1, guesses, q)) + 2.0 * canaries * delta * worst
+        return bound - (1.0 - confidence)
+
+    high = 1.0
+    if excess(0.0) >= 0.0:
+        return 0.0
+    while excess(high) < 0.0:
+        high *= 2.0
+    return float(brentq(excess, 0.0, high, xtol=1e-10))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +22,7 @@ from fine_bench.theory.piecewise_linear import from_pmf
 from fine_bench.theory.privacy import (
     epsilon_delta_trade_off,
     mu_from_epsilon_delta,
+    one_run_epsilon,
     privacy_curve,
     trade_off_from_delta,
 )
@@ -342,10 +344,51 @@ def test_privacy_curve_says_which_bound_it_is() -> None:
     assert f"{expected[1]:.4e}" in str(upper)
 
 
+def test_one_run_epsilon_is_the_binomial_bound_without_delta() -> None:
+    for correct, guesses in ((18, 20), (60, 100), (10, 20)):
+        found = one_run_epsilon(correct, guesses, 200, 0.0, 0.95)
+        # the largest q of which so many right guesses are still refuted at 5 %
+        low = binom_quantile(correct, guesses)
+        expected = max(np.log(low / (1 - low)), 0.0)
+        assert found == pytest.approx(expected, abs=1e-6)
+    sure = one_run_epsilon(100, 100, 200, 1e-5)
+    assert 0.0 < one_run_epsilon(100, 100, 200, 1e-4) < sure < one_run_epsilon(100, 100, 200, 0.0)
+
+
+def binom_quantile(correct: int, guesses: int) -> float:
+    """The q at which P(Binomial(guesses, q) ≥ correct) is 0.05, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        q = (low + high) / 2
+        tail = sum(
+            math.comb(guesses, k) * q**k * (1 - q) ** (guesses - k)
+            for k in range(correct, guesses + 1)
+        )
+        low, high = (q, high) if tail < 0.05 else (low, q)
+    return low
+
+
+def test_one_run_epsilon_holds_for_randomised_response() -> None:
+    """Each guess right with probability e^ε/(1 + e^ε), or known for sure with probability δ."""
+    rng = np.random.default_rng(0)
+    epsilon, delta, canaries = 1.0, 0.002, 120
+    right = np.where(
+        rng.uniform(size=(400, canaries)) < delta,
+        True,
+        rng.uniform(size=(400, canaries)) < 1.0 / (1.0 + np.exp(-epsilon)),
+    ).sum(1)
+    bounds = [one_run_epsilon(int(r), canaries, canaries, delta) for r in right]
+    assert np.mean(np.array(bounds) > epsilon) <= 0.05
+    assert np.mean(bounds) > 0.4
+
+
 # Refusals -------------------------------------------------------------------------------------
 
 G = GaussianTradeOff(1.0)
 REFUSALS: list[tuple[str, Callable[[], object]]] = [
+    ("0 <= correct <= guesses <= canaries", lambda: one_run_epsilon(5, 4, 10, 1e-5)),
+    ("delta must lie in", lambda: one_run_epsilon(4, 4, 10, 2.0)),
+    ("level must lie", lambda: one_run_epsilon(4, 4, 10, 0.0, confidence=1.0)),
     ("mu must be finite with shape", lambda: compose_mu([0.1, np.nan])),
     ("at least one function and a count", lambda: compose([])),
     ("at least one function and a count", lambda: compose([G], [1, 2])),
