@@ -11,7 +11,7 @@ has probabilities from both, and no μ in this run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -235,7 +235,11 @@ def train_run(
             return _without_mu_if_need_be(x, y, n_classes, trained, recipe, own, influence, advance)
 
         found.append(half(number, make))
-    return joined(found)
+    whole = joined(found)
+    if whole.trouble:  # in one half, so the other's μ would be of the same model
+        nothing = np.full(len(x), np.nan)
+        return replace(whole, mu=nothing, std_error=nothing)
+    return whole
 
 
 def _without_mu_if_need_be(
@@ -259,10 +263,7 @@ def _without_mu_if_need_be(
         run = train_half(
             x, y, n_classes, trained, recipe, seed=seed, influence=False, advance=advance
         )
-        return Run(
-            run.probabilities, run.during, run.mu, run.std_error, run.epochs, run.examples,
-            str(error),
-        )  # fmt: skip
+        return replace(run, trouble=str(error))
 
 
 def joined(parts: list[Run]) -> Run:
