@@ -13,7 +13,8 @@ suspicious: the score is 1 − ψ_i.
 Choices: scikit-learn's bagging of decision trees, as in the paper, on the *inputs* (flattened,
 projected on their leading principal components), so that nothing of the network is in it; the
 authors take features of a pretrained network. The trees follow the run seed. A tree sorts each
-component of n examples, so the cost grows as B n log n: about 2 ms a tree and 1,000 examples.
+component of n examples, so the cost grows as B n log n: with 32 components and a fifth of the
+labels flipped 0.12 s of CPU a tree at 4,000 examples and 0.67 s at 16,000.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DataOOB(_SelfControl):
         n_trees: B, at least 1. An example is out of a bag with probability 0.37.
         components: principal components of the inputs that the trees see, ≥ 1; all of them where
             there are fewer.
-        max_train: refused beyond this number of examples, which takes hours.
+        max_train: refused beyond this number of examples, which takes most of an hour.
         seed: of the bags, ≥ 0; the run seed in the benchmark.
     """
 
@@ -61,7 +62,7 @@ class DataOOB(_SelfControl):
         if problem.n_train > self.max_train:
             return (
                 f"{problem.n_train:,} examples are more than max_train={self.max_train:,}; "
-                f"{self.n_trees} trees on them take hours. Raise max_train to wait for them"
+                f"{self.n_trees} trees on them take long. Raise max_train to wait for them"
             )
         _, x, _ = next(iter(problem.batches("train", batch_size=1)))
         if not (isinstance(x, Tensor) and x.is_floating_point()):

@@ -1,0 +1,48 @@
+"""Whatever ``conf/estimator`` offers has been run, and its numbers are published.
+
+A method without a number in a published table is untested where it matters, and a reader cannot
+choose it. Exceptions are named with what stands against them; the list may only shrink.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[2]
+LEADERBOARD = ROOT / "results" / "published" / "leaderboard.csv"
+
+WITHOUT_RESULTS = {
+    "arnoldi": "200 products with the curvature a seed; numbers for one checkpoint only",
+    "lissa": "a series of 100 steps for every example of self",
+    "mean_over_runs": "five trainings a seed",
+    "seed_ensemble": "five trainings a seed",
+    "trak_runs": "ten trainings a seed",
+}
+
+
+def names() -> set[str]:
+    return {path.stem for path in (ROOT / "conf" / "estimator").glob("*.yaml")}
+
+
+def published() -> set[str]:
+    """Rows of the leaderboard with a number, and of the tables that scripts have made."""
+    rows = pd.read_csv(LEADERBOARD, low_memory=False)
+    rows = rows[~rows["limit"] & rows["mean"].notna()]
+    tables = [*(ROOT / "results").glob("*.md"), *(ROOT / "results" / "gain").glob("*.md")]
+    lines = [x for path in tables for x in path.read_text().splitlines() if x.startswith("|")]
+    cells = {re.sub(r" \(.*|[`*]", "", cell).strip() for x in lines for cell in x.split("|")}
+    return set(rows["estimator"]) | cells
+
+
+def test_every_method_has_a_row_in_a_published_table() -> None:
+    missing = names() - published()
+    assert sorted(missing - set(WITHOUT_RESULTS)) == [], "run it and publish, or say why not"
+
+
+def test_exceptions_are_methods_without_results() -> None:
+    assert sorted(set(WITHOUT_RESULTS) - names()) == []
+    assert sorted(set(WITHOUT_RESULTS) & published()) == [], "it has results: take it off the list"
+    assert all(len(reason) > 20 for reason in WITHOUT_RESULTS.values())
