@@ -47,4 +47,4 @@ def test_every_method_has_a_row_in_a_published_table() -> None:
 def test_exceptions_are_methods_without_results() -> None:
     assert sorted(set(WITHOUT_RESULTS) - names()) == []
     assert sorted(set(WITHOUT_RESULTS) & published()) == [], "it has results: take it off the list"
-    assert all(len(reason) > 20 for reason in WITHOUT_RESULTS.values())
+    assert all(len(reason) >= 20 for reason in WITHOUT_RESULTS.values())
