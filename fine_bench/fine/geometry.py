@@ -2,6 +2,7 @@
 
     euclidean   ⟨g, g'⟩
     ekfac       ⟨g, (F + λ)⁻¹ g'⟩
+    kernel      the average run's: a regression on all examples at once (``fine.kernel_scores``)
 
 F is an EK-FAC estimate of the model's own Fisher matrix, the second moment of its gradients under
 the labels that it predicts itself (``fine_bench.gradients.curvature.ekfac``), and λ a share of each
@@ -35,7 +36,7 @@ from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.seeds import stream
 from fine_bench.types import Loss, QueryWeighting, UnsupportedProblemError
 
-Geometry: TypeAlias = Literal["euclidean", "ekfac"]
+Geometry: TypeAlias = Literal["euclidean", "ekfac", "kernel"]
 
 FIT_BATCH = 256
 """Examples read at a time when F is fitted. It changes memory, and results in rounding only."""

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.in_batch import InBatchSchedule
+from fine_bench.fine.kernel_snapshot import KernelSchedule
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Aside
 from fine_bench.fine.setup import make_first_batch, make_passes, refuse_compiled
@@ -93,7 +94,8 @@ class Observation:
             self.schedule = InBatchSchedule(options, passes, recorder, Window(parameters))
         else:
             recorder.close()
-            self.schedule = SnapshotSchedule(options, passes, total_steps, Window(parameters))
+            kind = KernelSchedule if options.geometry == "kernel" else SnapshotSchedule
+            self.schedule = kind(options, passes, total_steps, Window(parameters))
 
     @property
     def asks_for_loss(self) -> bool:

@@ -53,7 +53,10 @@ class Options:
         schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
             all are scored at the same parameters, now and then
             (``fine_bench.fine.snapshot_accumulator``).
-        geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.fine.geometry``).
+        geometry: ``"euclidean"`` or ``"ekfac"`` (``fine_bench.fine.geometry``); ``"kernel"``, the
+            recommended one for queries, with ``schedule="snapshot"``: what a regression that
+            stands for the average run says (``fine_bench.fine.kernel_scores``), for every target
+            but ``self``. It weighs steps as ``step_weight="uncertainty"`` does, whatever that says.
         preconditioner: ``"optimiser"`` takes all products in the geometry in which the optimiser
             moves (``fine_bench.fine.geometry_optimiser``): Adam's and AdamW's second moments; none
             for SGD. None: the gradients as they are.
@@ -88,6 +91,10 @@ class Options:
             None for one an epoch (before its first step; in snapshots at the epoch's first).
         fit_examples: training examples in a fit, ≥ 2, drawn anew each time; all if there are fewer.
         relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
+        n_initialisations: fresh initialisations whose kernels stand for other runs', ≥ 0, in
+            ``geometry="kernel"``; 0 for weights that were trained before.
+        ridge: λ of ``geometry="kernel"`` in units of the kernel's mean diagonal, > 0; None matches
+            it to how well the run fitted its labels.
         batch_norm: where layers normalise by their batch, ``"rows"`` takes in-batch for an
             example's gradient what its row contributes to the step
             (``fine_bench.gradients.batch_norm``), and says so when the run starts. Queries,
@@ -133,6 +140,8 @@ class Options:
     refit_every: int | None = None
     fit_examples: int = 2000
     relative_damping: float = 0.1
+    n_initialisations: int = 16
+    ridge: float | None = None
     batch_norm: BatchNorm = "rows"
     group_errors: bool = False
     seed: int = 0
@@ -179,6 +188,7 @@ class Options:
         self._check_group_errors()
         self._check_adapter()
         self._check_schedule()
+        self._check_kernel()
         refuse_small(
             self,
             refresh_every=1,
@@ -191,6 +201,7 @@ class Options:
             refit_every=1,
             fit_examples=2,
             train_size=1,
+            n_initialisations=0,
             seed=0,
         )
         if not 0 < self.relative_damping < float("inf"):
@@ -222,10 +233,11 @@ class Options:
                 'observable="margin" needs class logits, but the adapter gives losses only; use '
                 'observable="loss", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
             )
-        if self.geometry == "ekfac":
+        if self.geometry != "euclidean":
             raise ValueError(
-                'geometry="ekfac" needs class logits, but the adapter gives losses only; use '
-                'geometry="euclidean", or BatchAdapter(x=…, y=…) with forward=… and loss=…'
+                f'geometry="{self.geometry}" needs class logits, but the adapter gives losses '
+                'only; use geometry="euclidean", or BatchAdapter(x=…, y=…) with forward=… and '
+                "loss=…"
             )
         if self.target == "validation_per_class" and self.adapter.y is None:
             raise ValueError(
@@ -254,6 +266,31 @@ class Options:
             raise ValueError("every_n_steps and n_snapshots both say when: give one of them")
         if self.watched is not None:
             positions_of(self.watched)
+
+    def _check_kernel(self) -> None:
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise ValueError(f"ridge must be a finite number > 0 or None, got {self.ridge}")
+        if self.geometry != "kernel":
+            if self.ridge is not None:
+                raise ValueError(
+                    f'ridge={self.ridge} is that of geometry="kernel", but geometry='
+                    f"{self.geometry!r}; leave it out"
+                )
+            return
+        if self.target == "self":
+            raise UnsupportedProblemError(
+                'geometry="kernel" says what trained a prediction, and target="self" asks about no '
+                'query; use geometry="euclidean" or "ekfac" for self'
+            )
+        wrong = None
+        if self.schedule != "snapshot":
+            wrong = f'schedule={self.schedule!r}; use schedule="snapshot"'
+        elif self.composition != "accumulated":
+            wrong = f'composition={self.composition!r}; use composition="accumulated"'
+        elif self.watched is not None:
+            wrong = "watched=…, and its regression is on all examples; leave that out"
+        if wrong is not None:
+            raise ValueError(f'geometry="kernel" reads the run at snapshots, but got {wrong}')
 
     def _check_columns(self) -> None:
         wrong = None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fine_bench.fine.distributed import Processes
 from fine_bench.fine.geometry import Metric
@@ -56,6 +57,14 @@ class QueryDirections:
     def n_rows(self) -> int:
         """Rows R of the scores."""
         return len(self.groups)
+
+    def part(self, rows: slice) -> tuple[Any, Tensor]:
+        """Some of the queries, ``x, y``."""
+
+        def some(leaf: Any) -> Any:
+            return leaf[rows] if isinstance(leaf, Tensor) else leaf
+
+        return tree_map(some, self.x), self.y[rows]
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on with what the run's beginning has chosen; earlier versions took the margin."""

@@ -84,7 +84,7 @@ def make_metric(
     """
     if options.preconditioner is not None:
         return Preconditioned(optimizers[0], recorder.parameters())
-    if options.geometry == "euclidean":
+    if options.geometry in ("euclidean", "kernel"):  # the kernel has products of its own
         return Euclidean()
     return Whitened(
         options.loss,

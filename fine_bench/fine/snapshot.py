@@ -88,9 +88,7 @@ class SnapshotSchedule:
         watched = options.positions(n)
         self.index = torch.arange(n) if watched is None else watched
         self.n_reference = min(options.n_reference, n)
-        self.accumulator = SnapshotAccumulator(
-            n, passes.n_rows, options.composition, watched, options.group_errors
-        )
+        self.accumulator = self._new_accumulator(n, watched)
         self.n_not_finite = 0
         self._interval = SnapshotInterval()
         recorder, whole = passes.engine.recorder, options.geometry == "ekfac"
@@ -104,6 +102,13 @@ class SnapshotSchedule:
         self.n_without_backward = 0
         self._epoch = 0
         self._before_end: dict[str, Any] | None = None
+
+    def _new_accumulator(self, n: int, watched: Tensor | None) -> SnapshotAccumulator:
+        """The sums; those of another geometry are its own."""
+        options = self.options
+        return SnapshotAccumulator(
+            n, self.passes.n_rows, options.composition, watched, options.group_errors
+        )
 
     def batch_starts(self, batch: Any, step: int, epoch: int) -> None:
         """Note the size of the batch."""

@@ -175,6 +175,11 @@ class KernelRidge:
         found: Tensor = torch.cholesky_solve(cross.T.contiguous(), self._factor).T
         return found
 
+    def solve(self, targets: Tensor) -> Tensor:
+        """α = (K + λI)⁻¹ y, ``(n, k)`` as ``targets``; the residuals of the fit are λα."""
+        found: Tensor = torch.cholesky_solve(targets, self._factor)
+        return found
+
     def inverse_diagonal(self) -> Tensor:
         """[(K + λI)⁻¹]_ii, ``(n,)``; the smoother's own diagonal is 1 − λ times that."""
         found: Tensor = torch.cholesky_inverse(self._factor).diagonal().clone()
@@ -182,5 +187,4 @@ class KernelRidge:
 
     def left_out_residuals(self, targets: Tensor) -> Tensor:
         """y_i − f₋ᵢ(x_i) of every example, the regression without it; ``(n, k)`` as ``targets``."""
-        alpha: Tensor = torch.cholesky_solve(targets, self._factor)
-        return alpha / self.inverse_diagonal()[:, None]
+        return self.solve(targets) / self.inverse_diagonal()[:, None]

@@ -1,0 +1,142 @@
+"""f-INE for queries from the checkpoints of a run that is over: ``geometry="kernel"`` post hoc.
+
+    μ_qi = Δ_qi / σ_q                      formulas: ``fine_bench.fine.kernel_scores``
+
+What ``FINECallback("queries", schedule="snapshot", geometry="kernel")`` reads at its snapshots is
+read off the checkpoints here, and the values are the same where a checkpoint is a snapshot and
+η does not change in between: a checkpoint counts η_c · mean(1 − p), η_c its ``lr``. The state
+before the first step is ``problem.steps.initial``; where the problem has none, the first checkpoint
+stands for it, whose shuffled entries are an initialisation only if it is one: pass the initial
+state first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fine_bench.estimator import InfluenceEstimator
+from fine_bench.fine import accumulator
+from fine_bench.fine.effects import Contrast, choose
+from fine_bench.fine.kernel_scores import KernelAccumulator
+from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
+from fine_bench.fine.standard_error import inflation
+from fine_bench.gradients.curvature.products import output_gradient
+from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.margin import (
+    classification_reason,
+    negative_margin,
+    one_minus_probability,
+)
+from fine_bench.gradients.per_example import PerExampleGradients
+from fine_bench.gradients.query_weighting import check_weighting, query_groups
+from fine_bench.gradients.tangent_kernel import Probe
+from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
+
+
+class FINEKernel(InfluenceEstimator):
+    """f-INE for queries, from checkpoints.
+
+    Args:
+        n_initialisations: fresh initialisations whose kernels stand for other runs', ≥ 0.
+        ridge: λ, > 0, in units of the kernel's mean diagonal; None: matched to the run's fit.
+        contrast: ``"substitution"`` or ``"removal"``.
+        query_weighting: weights of the queries in a mean: None, ``"norm"`` or ``"noise"``.
+        seed: of initialisations and probes, ≥ 0.
+        layers: names of modules whose parameters count; None for all.
+
+    Values are μ, dimensionless; ``std_error`` and ``extras["spread"]`` are those of the callback.
+    """
+
+    name = "fine_kernel"
+    version = accumulator.VERSION
+
+    def __init__(
+        self,
+        n_initialisations: int = 16,
+        ridge: float | None = None,
+        contrast: Contrast = "substitution",
+        query_weighting: QueryWeighting = "noise",
+        seed: int = 0,
+        layers: Sequence[str] | None = None,
+    ) -> None:
+        check_weighting(query_weighting)
+        choose(contrast, Contrast, "contrast")
+        if n_initialisations < 0:
+            raise ValueError(f"n_initialisations must be at least 0, got {n_initialisations}")
+        if ridge is not None and not 0 < ridge < float("inf"):
+            raise ValueError(f"ridge must be a finite number > 0 or None, got {ridge}")
+        self.n_initialisations, self.ridge, self.contrast = n_initialisations, ridge, contrast
+        self.query_weighting: QueryWeighting = query_weighting
+        self.seed, self.layers = seed, layers
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """The target ``self``, no class probabilities, or more examples than a kernel may have."""
+        if isinstance(problem.queries, str):
+            return "says what trained a prediction, and self asks about none; pass queries"
+        return too_many(problem.n_train, problem.n_query) or classification_reason(problem)
+
+    def setup(self, problem: Problem) -> None:
+        """Prepare the copy of the model and the sums."""
+        super().setup(problem)
+        groups = query_groups(problem.labels("queries"), problem.reduce)
+        weighting = None if problem.reduce is None else self.query_weighting
+        self._sums = KernelAccumulator(
+            problem.n_train, groups, weighting, self.contrast, self.ridge
+        )
+        self._kept: list[State] = []
+
+    def update(self, checkpoint: Checkpoint) -> None:
+        """Read one checkpoint's residuals and slopes."""
+        if not self._kept:
+            steps = self.problem.steps
+            self._kept.append(dict(checkpoint.params if steps is None else steps.initial))
+        self.load(checkpoint)
+        logits, y = self._outputs("train")
+        asked, labels = self._outputs("queries")
+        residual = -output_gradient(self.problem.loss, logits, y)
+        slope = -output_gradient(negative_margin, asked, labels)
+        weight = checkpoint.lr * float(one_minus_probability(logits, y).double().mean())
+        self._sums.observe(weight, residual, slope, logits, y)
+        if is_due(self._sums.n_snapshots):
+            self._kept.append(state_of(self.model))
+
+    @torch.no_grad()
+    def _outputs(self, which: str) -> tuple[Tensor, Tensor]:
+        found = [(self.model(x), y) for _, x, y in self.problem.batches(which)]  # type: ignore[arg-type]
+        logits, y = zip(*found, strict=True)
+        return torch.cat(logits), torch.cat(y)
+
+    def compute(self) -> InfluenceScores:
+        """Take the kernels and solve the regression."""
+        self.require_update()
+        sums, problem, probe = self._sums, self.problem, Probe()
+        engine = GradientEngine(self.model, probe, self.layers)
+
+        def gradients(start: int) -> Iterator[tuple[slice, PerExampleGradients]]:
+            first = 0
+            for which in ("train", "queries"):
+                for rows, x, y in problem.batches(which):  # type: ignore[arg-type]
+                    if first + rows.stop > start:
+                        self.gradient_evaluations += len(y)
+                        yield slice(first + rows.start, first + rows.stop), engine(x, y)
+                first = problem.n_train
+
+        assert sums.residual is not None
+        kernels = take_kernels(
+            self.model,
+            self._kept,
+            [name for name, p in self.model.named_parameters() if p.requires_grad],
+            probe,
+            gradients,
+            n_train=problem.n_train,
+            n_query=problem.n_query,
+            n_classes=sums.residual.shape[2],
+            n_initialisations=self.n_initialisations,
+            seed=self.seed,
+        )
+        engine.close()
+        sums.solve(kernels)
+        return sums.scores(self.name, problem.target, inflation(problem.target, "kernel"))

@@ -1,0 +1,369 @@
+"""f-INE for queries, from a regression that stands for the average run: ``geometry="kernel"``.
+
+    μ_qi = Δ_qi / σ_q
+
+Δ_qi is what seeing example i does to the margin of query q in the *average* run, σ_q the spread of
+that margin over runs. One run's own derivative says little of either: what is peculiar to the run
+drowns it. A Gaussian process with a kernel K̄ that is an average over initialisations and over the
+run says both in closed form. With f the centred logits, y = onehot − 1/k their targets, prior
+f ~ N(0, s²K̄) and noise λs²,
+
+    mean over runs     f(q) = Z y,           Z = K̄_q (K̄ + λI)⁻¹
+    spread over runs   Cov(q, q') = s² (K̄_qq' − Z_q K̄_q'ᵀ) ⟨ḡ_q, ḡ_q'⟩
+    effect of i        Δ_qi = Z_qi ⟨ḡ_q, r̄_i⟩
+
+Leaving out i moves the regression's value at q by −Z_qi times a residual of i, exactly
+(``gradients.tangent_kernel``); ḡ_q are the slopes ∂margin/∂logits and r̄_i the residuals
+−∂ℓ_i/∂logits, averaged over the run's snapshots with the weights w_t = η_t · mean(1 − p), so that
+what a network knew before it had fitted everything counts. Nothing here is fitted to a truth:
+
+- K̄: half the mean over the run's kernels, half that over fresh initialisations
+  (``fine.kernel_states``), each kernel divided by its mean diagonal, K̄ once more.
+- λ: the regression fits the labels as well as the run did on average, mean_i ‖λα_i‖² =
+  mean_i ‖r̄_i‖² with α = (K̄ + λI)⁻¹ y, for λ between 0.01 and 1000.
+- s²: the prior variance under which the labels are most likely, Σ y ∘ α / (n(k − 1)).
+
+In logits the regression is too small by one factor, a = ⟨z, f⟩/⟨f, f⟩ over training examples
+(z the run's last logits). It is in Δ and in σ, so μ does without; ``extras["spread"]`` is a σ_q.
+
+A row over several queries, weights v: Σ v_q Δ_q over sqrt(vᵀ Cov v). ``contrast="substitution"``
+subtracts from Δ_qi the mean over the other examples.
+
+*Error.* Snapshots and kernels fall into four blocks in turn; each block is left out once, and the
+jackknife's deviation over what is left, times ``standard_error.KERNEL_INFLATION``, is
+``std_error``: it is meant to cover the mean of μ over further runs of the same training.
+
+Gaussian processes for networks of any initialisation: Jacot et al. 2018 (arXiv:1806.07572), Lee et
+al. 2019 (arXiv:1902.06720). Ours: to read f-influence off one.
+
+Shapes: n training examples, V queries, N = n + V, k classes, R rows, G blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fine_bench.fine.accumulator import VERSION
+from fine_bench.fine.effects import Contrast
+from fine_bench.gradients.reciprocal import inverse_or_zero
+from fine_bench.gradients.tangent_kernel import KernelRidge
+from fine_bench.types import InfluenceScores, QueryWeighting, Target
+
+BLOCKS = 4
+"""G, blocks of the jackknife."""
+
+LEAST_RIDGE, MOST_RIDGE = 0.01, 1000.0
+_TOLERANCE, _MOST_TRIALS = 1e-3, 12
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """What one regression says.
+
+    Attributes:
+        mu: ``(R, n)``.
+        sigma: spread of each row's margin, in the regression's units, ``(R,)``.
+        ridge: λ.
+        fitted: f at the training examples, ``(n, k)``.
+    """
+
+    mu: Tensor
+    sigma: Tensor
+    ridge: float
+    fitted: Tensor
+
+
+Rows = Callable[[Tensor, Tensor], Tensor]
+"""Weights of the queries in each row ``(R, V)``, of their covariance ``(V, V)`` and the norms of
+their kernel features ``(V,)``."""
+
+
+def regression(
+    kernel: Tensor,
+    residual: Tensor,
+    slope: Tensor,
+    targets: Tensor,
+    rows: Rows,
+    ridge: float | None = None,
+    contrast: Contrast = "removal",
+) -> Regression:
+    """μ of every row and training example.
+
+    Args:
+        kernel: ``(N, N)``, training examples before queries, of any scale > 0.
+        residual: r̄, ``(n, k)``.
+        slope: ḡ, ``(V, k)``.
+        targets: y, ``(n, k)``.
+        rows: see ``Rows``.
+        ridge: λ, > 0; None: matched to ``residual``.
+        contrast: see the module's text.
+
+    Raises:
+        UnsupportedProblemError: K̄ + λI is numerically singular.
+    """
+    n, k = targets.shape
+    kernel = kernel / kernel.diagonal()[:n].mean()
+    train, cross, asked = kernel[:n, :n], kernel[n:, :n], kernel[n:, n:]
+    if ridge is None:
+        ridge = matched_ridge(train, targets, float(residual.square().sum()) / n)
+    solver = KernelRidge(train.clone(), ridge)
+    smoother, alpha = solver.smoother(cross), solver.solve(targets)
+    prior = (targets * alpha).sum() / (n * (k - 1))
+    covariance = prior * (asked - smoother @ cross.T) * (slope @ slope.T)
+    norms = asked.diagonal().sqrt() * torch.linalg.vector_norm(slope, dim=1)
+    weights = rows(covariance, norms).to(covariance)
+    effect = weights @ (smoother * (slope @ residual.T))
+    if contrast == "substitution":
+        effect = (effect - effect.mean(1, keepdim=True)) * (n / (n - 1))
+    sigma = ((weights @ covariance) * weights).sum(1).clamp_min(0.0).sqrt()
+    return Regression(
+        effect * inverse_or_zero(sigma)[:, None], sigma, ridge, targets - ridge * alpha
+    )
+
+
+def matched_ridge(kernel: Tensor, targets: Tensor, level: float) -> float:
+    """λ at which the mean squared residual mean_i ‖y_i − f(x_i)‖² is ``level``.
+
+    It rises with λ from 0 to mean_i ‖y_i‖²; found by secants of its log-odds over log λ, in which
+    it is nearly straight.
+
+    Args:
+        kernel: ``(n, n)`` of mean diagonal 1.
+        targets: y, ``(n, k)``.
+        level: ≥ 0.
+
+    Returns:
+        λ between ``LEAST_RIDGE`` and ``MOST_RIDGE``, the nearest of them where none will do.
+    """
+    n = len(targets)
+    most = float(targets.square().sum()) / n
+
+    def log_odds(value: float) -> float:
+        share = min(max(value / most, 1e-12), 1 - 1e-12)
+        return math.log(share / (1 - share))
+
+    def excess(x: float) -> float:
+        alpha = KernelRidge(kernel.clone(), math.exp(x)).solve(targets)
+        return log_odds(math.exp(2 * x) * float(alpha.square().sum()) / n) - log_odds(level)
+
+    least, largest = math.log(LEAST_RIDGE), math.log(MOST_RIDGE)
+    before, at_before = 0.0, excess(0.0)
+    x = min(max(-2 * at_before, least), largest)  # the log-odds rise about half as fast as log λ
+    for _ in range(_MOST_TRIALS):
+        at_x = excess(x)
+        if abs(at_x) < _TOLERANCE or x == before:
+            break
+        rise = (at_x - at_before) / (x - before)
+        before, at_before = x, at_x
+        x = min(max(x - at_x / rise if rise > 0 else x, least), largest)
+    return math.exp(x)
+
+
+def rows_of(groups: Tensor, weighting: QueryWeighting) -> Rows:
+    """How queries are averaged into rows.
+
+    Args:
+        groups: ``(R, V)``; see ``query_weighting.query_groups``.
+        weighting: ``"noise"``: 1/σ_q; ``"norm"``: one over the norm of the query's gradient; None.
+    """
+
+    def rows(covariance: Tensor, norms: Tensor) -> Tensor:
+        if weighting is None:
+            return groups
+        scale = covariance.diagonal().clamp_min(0.0).sqrt() if weighting == "noise" else norms
+        return groups.to(scale) * inverse_or_zero(scale)
+
+    return rows
+
+
+def jackknife(estimates: Sequence[Tensor], full: Tensor) -> Tensor:
+    """sqrt((G − 1)/G Σ (μ_(g) − mean)²) over G ≥ 2 estimates with one block left out; else ∞."""
+    count = len(estimates)
+    if count < 2:
+        return torch.full_like(full, float("inf"))
+    each = torch.stack(list(estimates)).double()
+    return ((count - 1) * each.var(0, unbiased=False)).sqrt().to(full)
+
+
+@dataclass
+class KernelAccumulator:
+    """What a run leaves for the regression: weighted sums of residuals and slopes, block by block.
+
+    Args:
+        n_train: n.
+        groups: ``(R, V)``.
+        weighting: see ``rows_of``; no row of a single query is weighted.
+        contrast: see the module's text.
+        ridge: λ, or None to match it.
+
+    Attributes:
+        residual, slope: Σ w r ``(G, n, k)`` and Σ w ḡ ``(G, V, k)`` of each block's snapshots.
+        weight: Σ w of each block.
+        logits: of the training examples at the last snapshot, ``(n, k)``.
+        labels: ``(n,)``.
+        n_snapshots: so far.
+        found: the regression and its error, once they are computed.
+    """
+
+    n_train: int
+    groups: Tensor
+    weighting: QueryWeighting = None
+    contrast: Contrast = "substitution"
+    ridge: float | None = None
+    residual: Tensor | None = None
+    slope: Tensor | None = None
+    weight: list[float] = field(default_factory=lambda: [0.0] * BLOCKS)
+    logits: Tensor | None = None
+    labels: Tensor | None = None
+    n_snapshots: int = 0
+    n_steps: int = 0
+    found: tuple[Regression, Tensor] | None = None
+
+    def observe(
+        self, weight: float, residual: Tensor, slope: Tensor, logits: Tensor, labels: Tensor
+    ) -> None:
+        """Take in one snapshot.
+
+        Args:
+            weight: w_t, ≥ 0.
+            residual: r, ``(n, k)``.
+            slope: ḡ, ``(V, k)``.
+            logits: ``(n, k)``, of the training examples.
+            labels: theirs, ``(n,)``.
+        """
+        if self.residual is None or self.slope is None:
+            self.residual = residual.new_zeros(BLOCKS, *residual.shape)
+            self.slope = slope.new_zeros(BLOCKS, *slope.shape)
+        block = self.n_snapshots % BLOCKS
+        self.residual[block] += weight * residual
+        self.slope[block] += weight * slope
+        self.weight[block] += weight
+        self.logits, self.labels = logits, labels
+        self.n_snapshots += 1
+        self.found = None
+
+    def solve(self, kernels: Sequence[Tensor]) -> None:
+        """Compute μ and its error.
+
+        Args:
+            kernels: of each block, what its kernels add to K̄, ``(N, N)``; all G.
+
+        Raises:
+            UnsupportedProblemError: see ``regression``.
+        """
+        assert self.residual is not None
+        assert self.slope is not None
+        assert self.labels is not None
+        residual, slope = self.residual, self.slope
+        k = residual.shape[2]
+        kernel, weight = sum_of(kernels), sum(self.weight)
+        targets = F.one_hot(self.labels, k).to(kernel) - 1 / k
+        rows = rows_of(self.groups, self.weighting)
+
+        def estimate(
+            without: Tensor | float, residual: Tensor, slope: Tensor, w: float, ridge: float | None
+        ) -> Regression:
+            averages = (residual / w).to(kernel), (slope / w).to(kernel)
+            return regression(
+                kernel - without, *averages, targets, rows, ridge, contrast=self.contrast
+            )
+
+        all_of, all_slopes = residual.sum(0), slope.sum(0)
+        full = estimate(0.0, all_of, all_slopes, weight, self.ridge)
+        parts = []
+        for block in range(BLOCKS):
+            left = weight - self.weight[block]
+            if left > 0 and bool((kernel - kernels[block]).diagonal()[: self.n_train].any()):
+                part = estimate(
+                    kernels[block],
+                    all_of - residual[block],
+                    all_slopes - slope[block],
+                    left,
+                    full.ridge,
+                )
+                parts.append(part.mu)
+        self.found = full, jackknife(parts, full.mu)
+
+    def scale(self) -> float:
+        """a, by which the run's logits exceed the regression's."""
+        assert self.found is not None
+        assert self.logits is not None
+        fitted = self.found[0].fitted.double()
+        z = self.logits.to(fitted)
+        z = z - z.mean(1, keepdim=True)
+        return float((z * fitted).sum() / fitted.square().sum())
+
+    def scores(self, method: str, target: Target, inflation: float) -> InfluenceScores:
+        """The scores; zeros with an infinite error where nothing was observed.
+
+        ``extras["spread"]``, ``(R,)``: a σ of each row, the spread of its margin over runs in
+        logits (for a mean of queries, of the weighted mean); times ``values`` the change of the
+        margin in logits.
+        """
+        shape = (len(self.groups), self.n_train)
+        seen = torch.full((self.n_train,), self.n_snapshots, dtype=torch.int64)
+        values, error = torch.zeros(shape), torch.full(shape, float("inf"))
+        extras: dict[str, Tensor] = {}
+        if self.found is not None:
+            full, spread = self.found
+            values, error = full.mu.float().cpu(), (inflation * spread).float().cpu()
+            extras = {"spread": (self.scale() * full.sigma).float().cpu()}
+        return InfluenceScores(
+            values=values,
+            std_error=error,
+            n_observations=seen,
+            method=method,
+            target=target,
+            version=VERSION,
+            extras=extras,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after an interruption."""
+        names = ("residual", "slope", "logits", "labels")
+        tensors = {name: getattr(self, name) for name in names}
+        kept = {name: None if x is None else x.clone().cpu() for name, x in tensors.items()}
+        counts = (self.n_snapshots, self.n_steps)
+        return {"kernel": True, **kept, "weight": list(self.weight), "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``.
+
+        Raises:
+            ValueError: the state is of another geometry, or of other data.
+        """
+        if "kernel" not in state:
+            raise ValueError(
+                "the saved f-INE state is of another geometry than the kernel; resume with the "
+                "geometry=… that it was saved with"
+            )
+        labels = state["labels"]
+        if labels is not None and len(labels) != self.n_train:
+            raise ValueError(
+                f"the saved f-INE state is for {len(labels)} training examples, this run has "
+                f"{self.n_train}; resume with the same data"
+            )
+        for name in ("residual", "slope", "logits", "labels"):
+            value = state[name]
+            setattr(self, name, None if value is None else value.clone())
+        self.weight = list(state["weight"])
+        self.n_snapshots, self.n_steps = state["counts"]
+        self.found = None
+
+
+def sum_of(kernels: Sequence[Tensor]) -> Tensor:
+    """Σ_g of the blocks' kernels, ``(N, N)``."""
+    total = kernels[0].clone()
+    for kernel in kernels[1:]:
+        total += kernel
+    return total
+
+
+__all__ = ["BLOCKS", "KernelAccumulator", "Regression", "jackknife", "matched_ridge", "regression"]
