@@ -31,7 +31,13 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
-from fine_bench.fine.standard_error import INFLATION, WIDE_INFLATION, inflation, learn_inflation
+from fine_bench.fine.standard_error import (
+    INFLATION,
+    KERNEL_INFLATION,
+    WIDE_INFLATION,
+    inflation,
+    learn_inflation,
+)
 from fine_bench.runner.backends import images
 
 COMPUTE = "python benchmarks/interval_coverage.py compute --experiment TASK --seeds 0 1 … 9"
@@ -43,9 +49,14 @@ RECIPES: dict[str, dict[str, str | int]] = {
     "fine_snapshot": {"schedule": "snapshot"},
     "fine_standardised": {"composition": "standardised"},
     "fine_ekfac": {"geometry": "ekfac", "noise": "model", "step_weight": "uncertainty"},
+    "fine_queries": {"schedule": "snapshot", "geometry": "kernel"},
     "fine_sketch": {"step_weight": "uncertainty", "sketch": 16},
 }
-TARGETS = {"fine": ("self", "validation", "queries"), "fine_sketch": ("self",)}
+TARGETS = {
+    "fine": ("self", "validation", "queries"),
+    "fine_queries": ("queries",),
+    "fine_sketch": ("self",),
+}
 """Targets of a recipe; *self* and *validation* where it is not named."""
 PAIRS = [(r, t) for r in RECIPES for t in TARGETS.get(r, ("self", "validation"))]
 N_QUERIES = 10
@@ -209,7 +220,7 @@ def table(arguments: argparse.Namespace) -> None:
         "as independent. "
         "*jackknife*: over the run's epochs, of the whole ratio. *ours*: `std_error`, the "
         f"jackknife times {INFLATION} ({WIDE_INFLATION} for *queries*, and for *validation* in the "
-        "EK-FAC geometry), learnt from seeds "
+        f"EK-FAC geometry; {KERNEL_INFLATION} in the kernel geometry), learnt from seeds "
         f"{', '.join(map(str, arguments.learn_seeds))} of {arguments.learn_from}, which are not "
         "among the seeds below; no truth and no flag of a bad example was used. *factor*: what "
         "the task would have asked for at that level. Fifths: of the examples by mean |μ|. "

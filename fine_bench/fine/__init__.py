@@ -8,6 +8,8 @@ What is computed:
 - ``accumulator``: effects of all steps summed to μ; ``snapshot_accumulator``: the same for
   snapshots.
 - ``standard_error``: the error of μ that a run shows of itself; ``group_parts``: that of a group's.
+- ``kernel_scores``: for queries, from a regression that stands for the average run;
+  ``kernel_states``: at which parameters its kernels are taken.
 - ``geometry``: in which product gradients are compared; ``geometry_optimiser``: in the optimiser's
   own.
 
@@ -33,6 +35,7 @@ A run that is watched:
   of it; ``gradient_queue``, ``step_queue``: small
   steps handled together; ``distributed``: the examples of other processes.
 - ``snapshot``: all examples are scored at the same parameters, now and then.
+  ``kernel_snapshot``: the same for the regression.
 
 The paper's own estimator, for single examples and groups:
 

@@ -291,6 +291,17 @@ class KernelAccumulator:
                 parts.append(part.mu)
         self.found = full, jackknife(parts, full.mu)
 
+    def mu(self) -> tuple[Tensor, Tensor]:
+        """μ and the jackknife's error, before it is inflated, each ``(R, n)`` in float64.
+
+        Zeros with an infinite error where nothing was observed.
+        """
+        if self.found is None:
+            values = torch.zeros(len(self.groups), self.n_train, dtype=torch.float64)
+            return values, torch.full_like(values, float("inf"))
+        full, error = self.found
+        return full.mu.double().cpu(), error.double().cpu()
+
     def scale(self) -> float:
         """a, by which the run's logits exceed the regression's."""
         assert self.found is not None
@@ -307,17 +318,14 @@ class KernelAccumulator:
         logits (for a mean of queries, of the weighted mean); times ``values`` the change of the
         margin in logits.
         """
-        shape = (len(self.groups), self.n_train)
         seen = torch.full((self.n_train,), self.n_snapshots, dtype=torch.int64)
-        values, error = torch.zeros(shape), torch.full(shape, float("inf"))
+        values, error = self.mu()
         extras: dict[str, Tensor] = {}
         if self.found is not None:
-            full, spread = self.found
-            values, error = full.mu.float().cpu(), (inflation * spread).float().cpu()
-            extras = {"spread": (self.scale() * full.sigma).float().cpu()}
+            extras = {"spread": (self.scale() * self.found[0].sigma).float().cpu()}
         return InfluenceScores(
-            values=values,
-            std_error=error,
+            values=values.float(),
+            std_error=(inflation * error).float(),
             n_observations=seen,
             method=method,
             target=target,

@@ -39,8 +39,8 @@ KERNEL_INFLATION = 2.4
 """The same in ``geometry="kernel"``, on another jackknife (``kernel_scores.jackknife``).
 
 ``learn_inflation`` gave 2.37 at 95 % on two runs of mnist_mlp (seeds 101 and 102, 200 queries).
-Four blocks have heavy tails: at 80 % the same runs asked for 1.72, so that narrower intervals cover more
-than they say."""
+Four blocks have heavy tails: at 80 % the same runs asked for 1.72, so that narrower intervals cover
+more than they say."""
 
 
 def inflation(target: Target, geometry: str) -> float:
