@@ -13,6 +13,7 @@ state first.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import check_weighting, query_groups
 from fine_bench.gradients.tangent_kernel import Probe
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
+
+Part: TypeAlias = Literal["train", "queries"]
+_PARTS: tuple[Part, ...] = ("train", "queries")
 
 
 class FINEKernel(InfluenceEstimator):
@@ -104,8 +108,8 @@ class FINEKernel(InfluenceEstimator):
             self._kept.append(state_of(self.model))
 
     @torch.no_grad()
-    def _outputs(self, which: str) -> tuple[Tensor, Tensor]:
-        found = [(self.model(x), y) for _, x, y in self.problem.batches(which)]  # type: ignore[arg-type]
+    def _outputs(self, which: Part) -> tuple[Tensor, Tensor]:
+        found = [(self.model(x), y) for _, x, y in self.problem.batches(which)]
         logits, y = zip(*found, strict=True)
         return torch.cat(logits), torch.cat(y)
 
@@ -117,8 +121,8 @@ class FINEKernel(InfluenceEstimator):
 
         def gradients(start: int) -> Iterator[tuple[slice, PerExampleGradients]]:
             first = 0
-            for which in ("train", "queries"):
-                for rows, x, y in problem.batches(which):  # type: ignore[arg-type]
+            for which in _PARTS:
+                for rows, x, y in problem.batches(which):
                     if first + rows.stop > start:
                         self.gradient_evaluations += len(y)
                         yield slice(first + rows.start, first + rows.stop), engine(x, y)

@@ -86,7 +86,8 @@ def main() -> None:
     if len(newest) < 2:
         raise SystemExit(
             f"found {len(newest)} seeds of fine_queries on {arguments.task} in "
-            f"{arguments.results}; at least 2 are needed: python -m fine_bench +experiment={arguments.task} "
+            f"{arguments.results}; at least 2 are needed: "
+            f"python -m fine_bench +experiment={arguments.task} "
             "'targets=[queries]' 'estimator=[fine_queries]' -m seed=0,1,2,3,4,5"
         )
     runs = [store.load_scores(newest[seed]) for seed in sorted(newest)]
