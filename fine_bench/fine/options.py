@@ -213,6 +213,8 @@ class Options:
             wrong = 'on target="self" members have observables of their own; use "validation"'
         elif self.composition != "accumulated":
             wrong = f"composition={self.composition!r} has no parts; use the accumulated one"
+        elif self.geometry == "kernel":
+            wrong = 'geometry="kernel" keeps no parts of epochs; leave it out there'
         elif self.observe_every != 1:
             wrong = (
                 "observe_every > 1 sees the members of a group in different epochs; leave it at 1"

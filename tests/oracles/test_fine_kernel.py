@@ -407,6 +407,7 @@ def test_a_loop_in_plain_pytorch() -> None:
     [
         ({"schedule": "in_batch"}, 'use schedule="snapshot"'),
         ({"composition": "standardised"}, 'use composition="accumulated"'),
+        ({"group_errors": True}, "keeps no parts of epochs"),
         ({"watched": [1, 2]}, "leave that out"),
         ({"ridge": 0.0}, "ridge must be a finite number > 0"),
         ({"ridge": 1.0, "geometry": "ekfac"}, 'ridge=1.0 is that of geometry="kernel"'),
