@@ -6,8 +6,6 @@ tests are skipped where one is missing.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,31 +15,16 @@ import pytest
 
 from fine_bench.commands.report import main
 from fine_bench.retraining.truth_files import save
+from support.browser import CHROMIUM, DRIVER, MISSING, asked_for, scheme, start, too_wide, width
 from support.report_results import fill, record_of, scores_of, truth
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
+pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
-                None)  # fmt: skip
-DRIVER = shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:
-    pytest.skip("no chromium and chromedriver on the path", allow_module_level=True)
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
+    pytest.skip(MISSING, allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +46,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
-    driver.set_window_size(1280, 900)
-    driver.get("about:blank")
-    driver.get_log("performance")  # what the browser's own first page asked for
-    driver.get(page.as_uri())
+    driver = start(tmp_path_factory.mktemp("profile"), page)
     yield driver
     driver.quit()
 
@@ -172,42 +146,28 @@ def test_images_are_there(browser: Any) -> None:
     assert all(width > 0 for width in widths)
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_nothing_is_wider_than_the_window(browser: Any, width: int) -> None:
-    # a window narrower than 500 pixels needs the emulation of a phone
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    try:
+@pytest.mark.parametrize("pixels", [1280, 390])
+def test_nothing_is_wider_than_the_window(browser: Any, pixels: int) -> None:
+    with width(browser, pixels):
         for name in ("Overview", "digits_mislabel"):
             visit(browser, name)
-            root = "document.documentElement"
-            wide, shown = browser.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
-            assert wide <= shown, name
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            assert not too_wide(browser), name
 
 
 def test_the_dark_scheme_is_followed(browser: Any) -> None:
     colours = set()
-    for scheme in ("light", "dark"):
-        feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
-        colours.add(
-            browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-        )
+    for name in ("light", "dark"):
+        with scheme(browser, name):
+            script = "return getComputedStyle(document.body).backgroundColor"
+            colours.add(browser.execute_script(script))
     assert len(colours) == 2
 
 
 def test_no_errors_and_no_requests(browser: Any, page: Path) -> None:
     """Last: the logs hold everything that the tests above did."""
     assert browser.get_log("browser") == []
-    asked = [
-        message["params"]["request"]["url"]
-        for entry in browser.get_log("performance")
-        for message in [json.loads(entry["message"])["message"]]
-        if message["method"] == "Network.requestWillBeSent"
-    ]
+    asked = asked_for(browser)
     assert page.as_uri() in asked
-    others = {url for url in asked if not url.startswith("data:")} - {page.as_uri()}
     # going to a page of the report only changes the fragment
+    others = asked - {page.as_uri()}
     assert all(url.startswith(page.as_uri() + "#") for url in others), others

@@ -340,7 +340,10 @@
     const before = first();
     current = Math.min(Math.max(place, 0), chosen.length - 1);
     if (first() === before) mark(focus);
-    else { showPage(focus); if (current === first()) list.scrollIntoView({ block: "start" }); }
+    else {
+      showPage(focus);
+      if (current === first()) byId("rows").scrollIntoView({ block: "start" });
+    }
   };
   const turn = (where) => {
     const last = PAGE * Math.floor((chosen.length - 1) / PAGE);
