@@ -12,7 +12,8 @@ that of the plain one beside it (the median of several pairs where it is small),
 that of scoring. ``figure`` writes ``pareto.csv`` and draws
 consistency (mean Spearman correlation between the scores of two seeds) and fidelity (Spearman
 correlation with the true μ by retraining, ``results/ground_truth``) against it. All points of one
-seed come from one process, one after the other; the median over seeds is drawn.
+seed come from one process, one after the other. The median of the cost and the mean of the other
+two are drawn, with 95 % intervals over seeds, and the ceiling that the truth's own noise sets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,9 @@ from baselines.tracin import TracIn
 from baselines.trak import TRAK
 from fine_bench.callback import FINECallback
 from fine_bench.estimator import InfluenceEstimator, replay
+from fine_bench.metrics.intervals import UNDEFINED, mean_interval, pair_mean_interval
+from fine_bench.report.figures.benchmark import title_of
+from fine_bench.report.figures.labels import Name, place
 from fine_bench.report.figures.style import (
     BLACK,
     BLUE,
@@ -46,6 +51,7 @@ from fine_bench.report.figures.style import (
     GREY,
     VERMILLION,
     canvas,
+    settle,
     styled,
     to_bytes,
 )
@@ -174,55 +180,101 @@ def measured(
     for name in scores[seeds[0]]:
         family, budget = name.split("|")
         values = {seed: scores[seed][name][0] for seed in seeds}
-        faithful = [
-            truth.metrics(value[None], "self", "published")["fidelity"]
-            for value in values.values()
+        faithful = {
+            seed: truth.metrics(value[None], "self", "published")["fidelity"]
+            for seed, value in values.items()
             if truth is not None
-        ]
-        spearman = [
-            float(pd.Series(values[a].numpy()).corr(pd.Series(values[b].numpy()), "spearman"))
+        }
+        ranked = {seed: pd.Series(value.numpy()).rank() for seed, value in values.items()}
+        spearman = {
+            (a, b): float(ranked[a].corr(ranked[b]))
             for i, a in enumerate(seeds)
             for b in seeds[i + 1 :]
-        ]
-        lines.append(
-            {
-                "family": family, "budget": int(budget), "seeds": len(seeds),
-                "extra_cost": float(np.median([costs[seed][name] for seed in seeds])),
-                "consistency": float(np.mean(spearman)) if spearman else float("nan"),
-                "fidelity": float(np.mean(faithful)) if faithful else float("nan"),
-            }
-        )  # fmt: skip
+        }
+        found = {
+            "consistency": pair_mean_interval(spearman) if spearman else UNDEFINED,
+            "fidelity": mean_interval(faithful) if faithful else UNDEFINED,
+        }
+        line: dict[str, object] = {
+            "family": family, "budget": int(budget), "seeds": len(seeds),
+            "extra_cost": float(np.median([costs[seed][name] for seed in seeds])),
+        }  # fmt: skip
+        for measure, interval in found.items():
+            line[measure] = interval.mean
+            line[f"{measure}_lower"], line[f"{measure}_upper"] = interval.lower, interval.upper
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
 @styled
-def draw(frame: pd.DataFrame, title: str) -> Figure:
-    """Both measures against extra cost; a point's budget stands beside it."""
-    figure = canvas(7.2, 3.1)
+def draw(frame: pd.DataFrame, title: str, ceiling: float = float("nan")) -> Figure:
+    """Both measures against extra cost with 95 % intervals over seeds; beside a point its budget.
+
+    Args:
+        frame: as ``measured`` returns it; without intervals none are drawn.
+        title: experiment and number of seeds.
+        ceiling: highest fidelity that the noise of the truth allows.
+    """
+    figure = canvas(9.6, 4.4)
     axes = figure.subplots(1, len(MEASURES), sharex=True)
+    title_of(
+        figure,
+        "What consistency and fidelity cost",
+        f"{title}: mean and 95 % interval over seeds; beside a point, checkpoints read or steps "
+        "between two observations",
+    )
     for axis, (measure, label) in zip(axes, MEASURES.items(), strict=True):
         for family, (colour, marker) in FAMILIES.items():
-            some = frame[frame.family == family].sort_values("budget")
-            # a free method may come out faster than plain training: shown at the axis' left end
-            cost = some.extra_cost.clip(lower=0.01)
-            axis.plot(cost, some[measure], color=colour, marker=marker, label=family)
-            for x, y, budget in zip(cost, some[measure], some.budget, strict=True):
-                if budget and np.isfinite(y):
-                    axis.annotate(
-                        str(budget), (x, y), xytext=(3, 4), textcoords="offset points",
-                        fontsize=6.5, color=GREY,
-                    )  # fmt: skip
+            some = _points(frame, family, measure)
+            reach = np.stack([some.y - some.lower, some.upper - some.y]).clip(min=0)
+            axis.errorbar(
+                some.x, some.y, yerr=np.nan_to_num(reach), color=colour, marker=marker,
+                markersize=5, elinewidth=0.9, capsize=2.0, label=family,
+            )  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlabel("extra time / time of plain training")
         axis.set_ylabel(label)
+        if measure == "fidelity" and np.isfinite(ceiling):
+            axis.axhline(ceiling, color=GREY, linestyle="--", linewidth=1.0,
+                         label="ceiling of the truth")  # fmt: skip
         if not np.isfinite(frame[measure]).any():
             axis.text(
                 0.5, 0.5, "unknown: too few seeds,\nor no ground truth of this setting",
                 transform=axis.transAxes, ha="center", va="center", color=GREY,
             )  # fmt: skip
-    axes[0].legend(loc="best")
-    figure.suptitle(f"{title}: beside a point, checkpoints read, or steps between two observations")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
+    settle(figure)  # the budgets are placed for this layout
+    for axis, measure in zip(axes, MEASURES, strict=True):
+        names, bars = [], []
+        for family, (colour, _) in FAMILIES.items():
+            some = _points(frame, family, measure)
+            for x, y, low, high, budget in some.itertuples(index=False):
+                if np.isfinite(low):
+                    bars.append(np.array([(x, low), (x, high)]))
+                if budget:
+                    names.append(Name(str(int(budget)), x, y, colour))
+            xy = some[["x", "y"]].to_numpy()
+            bars += [np.stack(pair) for pair in pairwise(xy)]
+        place(axis, names, bars)
     return figure
+
+
+def _points(frame: pd.DataFrame, family: str, measure: str) -> pd.DataFrame:
+    """Place, interval and budget of a family's defined points, by budget."""
+    some = frame[(frame.family == family) & np.isfinite(frame[measure])]
+    missing = pd.Series(np.nan, index=some.index)
+    found = pd.DataFrame(
+        {
+            # a free method may come out faster than plain training: shown at the axis' left end
+            "x": some.extra_cost.clip(lower=0.01),
+            "y": some[measure],
+            "lower": some.get(f"{measure}_lower", missing),
+            "upper": some.get(f"{measure}_upper", missing),
+            "budget": some.budget,
+        }
+    )
+    return found.sort_values("budget", kind="stable")
 
 
 def figure(arguments: argparse.Namespace) -> None:
@@ -242,7 +294,8 @@ def figure(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"no runs of {arguments.experiment} in {arguments.work}; compute first")
     frame = measured(scores, costs, truth)
     files.write(csv, frame)
-    drawn = draw(frame, f"{arguments.experiment}, {len(scores)} seeds")
+    ceiling = float("nan") if truth is None else truth.published.ceiling
+    drawn = draw(frame, f"{arguments.experiment}, {len(scores)} seeds", ceiling)
     for kind, path in pictures.items():
         files.write(path, to_bytes(drawn, kind))
     print(frame.to_string(index=False))

@@ -15,9 +15,9 @@ def parser() -> argparse.ArgumentParser:
         "report",
         "Write one self-contained page, DIR/report.html: sortable leaderboards with intervals, a "
         "page a task with its figures, and a gallery of the examples with the largest scores. It "
-        "opens from the disk and asks the network for nothing. Figures are written to DIR/figures "
-        "as PNG and SVG too. Nothing is trained: records, scores, ground truths and data sets are "
-        "read.",
+        "opens from the disk and asks the network for nothing. Nothing is trained: records, "
+        "scores, ground truths and data sets are read. fine-bench figures writes the figures as "
+        "files.",
         notes="Images and texts of the examples are shown where their data set is on this disk "
         "(digits and the generated texts always are; MNIST and CIFAR-10 where FINE_BENCH_DATA "
         "points). Nothing is downloaded.",
@@ -102,7 +102,6 @@ def main(arguments: argparse.Namespace) -> int:
         else:
             write_output(path, report.html, arguments.force)
         common.say(f"written: {path} ({len(report.html) / 2**20:.1f} MiB)")
-        common.say(f"written: {store.root / 'figures'} (PNG and SVG)")
     except StoreError as error:
         problems.append(str(error))
     for problem in dict.fromkeys(problems):

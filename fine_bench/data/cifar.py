@@ -30,6 +30,9 @@ from fine_bench.data.source import Source
 from fine_bench.errors import DataError
 
 N_CLASSES = 10
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
 WHITE = 255
 SHAPE = (3, 32, 32)
 RECORD = 1 + 3 * 32 * 32

@@ -22,14 +22,17 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from scipy.stats import spearmanr
 
 from fine_bench.commands.figures import main
 from fine_bench.leaderboard.build import build
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.metrics.gaussianity import curve_fit
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures import agreement as agreements
-from fine_bench.report.figures import benchmark, labels, runs, theory
+from fine_bench.report.figures import benchmark, labels, retraining, runs, theory
+from fine_bench.report.figures import recall as recall_figure
 from fine_bench.report.figures.collection import Measures, draw, run_samples
 from fine_bench.report.figures.style import FORMATS, Kind, canvas, looks, to_bytes
 from fine_bench.report.figures.tables import TRUTH, kind_of, table_results
@@ -37,6 +40,7 @@ from fine_bench.store.records import RecordStore
 from fine_bench.theory.composition import compose
 from fine_bench.theory.ordering import compare
 from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord, Target
+from support.benchmarks import BENCHMARKS, loaded
 from support.records import make_record
 
 N = 80
@@ -482,16 +486,111 @@ def test_controls_and_chance_are_told_apart() -> None:
 def test_recall_curves_show_mean_band_and_references() -> None:
     share = np.linspace(0, 1, 11)
     recall = np.stack([np.minimum(1, 4 * share), np.minimum(1, 2 * share)])
-    figure = benchmark.recall_curves(
-        {"self": [benchmark.Recall("fine", share, recall)]}, LOOKS, rate=0.2, size="n = 2"
-    )
+    curve = recall_figure.Recall("fine", share, recall)
+    figure = recall_figure.recall_curves({"self": [curve]}, LOOKS, rate=0.2, size="n = 2")
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert {"optimal", "random order"} <= lines.keys()
-    np.testing.assert_allclose(np.asarray(lines["optimal"].get_xdata()), [0, 0.2, 1])
+    np.testing.assert_allclose(np.asarray(lines["optimal"].get_xdata()), [0, 0.2, 0.6])
     (mine,) = [line for label, line in lines.items() if str(label).startswith("fine")]
-    np.testing.assert_allclose(np.asarray(mine.get_ydata()), recall.mean(axis=0))
+    # up to three times the noise rate, and the area is that of the whole curve
+    np.testing.assert_allclose(np.asarray(mine.get_ydata()), recall.mean(axis=0)[:8])
+    assert mine.get_label() == "fine  0.810"
+    assert axes.get_xlim() == (0, 0.6)
     assert len(axes.collections) == 1
+
+
+def test_many_recall_curves_stand_in_groups() -> None:
+    share = np.linspace(0, 1, 11)
+    labels = ["fine", "fine_paper", "tracin", "trak", "grad_cos", "random", "mean_loss"]
+    kinds = [Kind("f-INE", False), Kind("f-INE (paper)", False), Kind("tracin", False),
+             Kind("trak", False), Kind("gradient_similarity", False), Kind("control", True),
+             Kind("control", True)]  # fmt: skip
+    found = looks(dict(zip(labels, kinds, strict=True)))
+    curves = [
+        recall_figure.Recall(label, share, np.minimum(1, (1 + i) * share)[None])
+        for i, label in enumerate(labels)
+    ]
+    groups = recall_figure.grouped(curves, found)
+    assert {name: [c.label for c in some] for name, some in groups.items()} == {
+        "f-INE": ["fine_paper", "fine"],
+        "other methods": ["grad_cos", "trak", "tracin"],
+        "controls": ["mean_loss", "random"],
+    }
+    assert list(recall_figure.grouped(curves[:6], found)) == [""]
+    figure = recall_figure.recall_curves({"self": curves}, found, rate=0.2, size="n = 1")
+    # two references and all seven curves in each panel, its own with a name
+    assert [len(axes.lines) for axes in figure.axes] == [9, 9, 9]
+    named = [[t.get_text() for t in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert [len(names) for names in named] == [4, 5, 4]
+    assert recall_figure.shown_up_to(0.01) == 0.1
+    assert recall_figure.shown_up_to(0.5) == 1.0
+    assert recall_figure.points_for(0.5) == recall_figure.POINTS + 1
+
+
+def test_no_panel_of_the_retraining_curves_is_empty() -> None:
+    """Also where the two groups of models do not overlap: curve and fit lie inside the axes."""
+    draw = np.random.default_rng(0)
+    members = draw.random((200, 3)) < 0.5
+    margin = draw.normal(size=(200, 3)) + members * np.array([12.0, 2.0, -0.3])
+    seen = []
+    for i in range(3):
+        fit = curve_fit(members, margin, i, n_simulations=20)
+        inside = members[:, i]
+        seen.append(retraining.Seen(f"e{i}", margin[inside, i], margin[~inside, i], fit))
+    figure = retraining.retraining_curves(seen, size="made up")
+    for axes, one in zip(figure.axes[3:], seen, strict=True):
+        low, high = axes.get_xlim()
+        lines = {str(line.get_label()): line for line in axes.lines}
+        for name in ("models", "Gaussian fit"):
+            x, y = (np.asarray(v) for v in lines[name].get_data())
+            if name == "Gaussian fit":  # a straight line whose distance from y = −x is μ
+                np.testing.assert_allclose(x + y, -one.fit.mu)
+                x, y = np.full(1, -one.fit.mu / 2), np.full(1, -one.fit.mu / 2)
+            assert ((low < x) & (x < high) & (low < y) & (y < high)).any(), (one.name, name)
+    assert "no overlap" in figure.axes[3].get_title(loc="left")
+    assert "no overlap" not in figure.axes[4].get_title(loc="left")
+
+
+def test_budgets_in_the_figure_of_costs_stand_clear_of_the_markers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)  # its scripts import each other
+    pareto = loaded("pareto")
+    draw = np.random.default_rng(0)
+    truth = draw.normal(size=300)
+    names = ["TracIn|1", "TracIn|3", "TRAK|1", "f-INE in-batch|1", "f-INE in-batch|2"]
+    scores = {
+        seed: {
+            name: torch.from_numpy(truth + (1 + i) * draw.normal(size=300))[None]
+            for i, name in enumerate(names)
+        }
+        for seed in range(3)
+    }
+    costs = {seed: {name: 0.1 * (1 + i) for i, name in enumerate(names)} for seed in range(3)}
+    frame = pareto.measured(scores, costs, None)
+    pair = [spearmanr(scores[a]["TRAK|1"][0], scores[b]["TRAK|1"][0])[0]
+            for a, b in ((0, 1), (0, 2), (1, 2))]  # fmt: skip
+    line = frame.set_index(["family", "budget"]).loc[("TRAK", 1)]
+    assert line.consistency == pytest.approx(np.mean(pair))
+    assert line.consistency_lower < line.consistency < line.consistency_upper
+    assert frame.fidelity.isna().all()
+    known = frame.assign(fidelity=frame.consistency, fidelity_lower=frame.consistency - 0.01,
+                         fidelity_upper=frame.consistency + 0.02)  # fmt: skip
+    figure = pareto.draw(known, "made up", 0.98)
+    renderer = figure.canvas.get_renderer()
+    for axes in figure.axes:
+        budgets = [t for t in axes.texts if t.get_text().isdigit()]
+        assert len(budgets) == len(names)
+        for text in budgets:
+            box = text.get_window_extent(renderer)
+            points = axes.transData.transform(known[["extra_cost", "fidelity"]].to_numpy())
+            assert not any(box.contains(*point) for point in points)
+        assert any(len(c.get_segments()) for c in axes.collections)  # intervals
+    lines = [a for a in figure.axes[1].lines if a.get_label() == "ceiling of the truth"]
+    assert [np.asarray(a.get_ydata()).tolist() for a in lines] == [[0.98, 0.98]]
+    without = pareto.draw(frame, "made up")
+    assert any("no ground truth" in t.get_text() for t in without.axes[1].texts)
 
 
 def test_the_shown_example_is_the_median_mover() -> None:

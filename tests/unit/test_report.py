@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import html as html_module
+import json
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib import image
+from PIL import Image
 
 from fine_bench.commands.report import main
+from fine_bench.data.cifar import CLASS_NAMES
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.build import build
 from fine_bench.metrics.intervals import mean_interval
+from fine_bench.metrics.registry import columns
+from fine_bench.report.figures.style import canvas
 from fine_bench.report.figures.tables import TableResults, table_results
+from fine_bench.report.figures.titles import caption_of, titles_of
+from fine_bench.report.html.build import _drawing
 from fine_bench.report.html.examples import Gallery, galleries_block
-from fine_bench.report.html.figures import LARGEST_SVG, PageFigure, figure_block, slim
+from fine_bench.report.html.figures import PageFigure, figure_block, packed, size_of, slim
 from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
-from fine_bench.report.html.images import PngEncoder, task_examples
+from fine_bench.report.html.headlines import Headline, headlines
+from fine_bench.report.html.images import PngEncoder, TaskExamples, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
-from fine_bench.report.html.tables import target_tables
+from fine_bench.report.html.tables import breaking, target_tables
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import RecordStore
+from fine_bench.types import End
 from support.report_results import (
     BAD,
     DATA,
@@ -74,7 +86,7 @@ def results_of(root: Path) -> TableResults:
 class Tree(HTMLParser):
     """Every element that is opened must be closed; what the page refers to is kept."""
 
-    VOID = frozenset({"meta", "link", "img"})
+    VOID = frozenset({"meta", "link", "img", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +135,9 @@ def test_tables_can_be_sorted_and_read_aloud(html: str) -> None:
     parsed = tree(html)
     heads = [a for t, a in parsed.tags if t == "th" and "aria-sort" in a]
     assert heads
-    assert all(a["scope"] == "col" and a["aria-sort"] == "none" for a in heads)
+    assert all(a["scope"] == "col" for a in heads)
+    # the column by which a table is sorted is marked: AUROC in both
+    assert [a["aria-sort"] for a in heads if a["aria-sort"] != "none"] == ["descending"] * 2
     assert {a["data-first"] for a in heads} == {"ascending", "descending"}
     regions = [a for t, a in parsed.tags if t == "div" and a.get("role") == "region"]
     assert all(a.get("tabindex") == "0" for a in regions)
@@ -186,19 +200,22 @@ def test_the_same_records_give_the_same_bytes(complete: Path, tmp_path: Path) ->
     copy = tmp_path / "results"
     shutil.copytree(complete, copy)
     (copy / "report.html").unlink()
-    shutil.rmtree(copy / "figures")
     assert main(["--results", str(copy), "--examples", "6"]) == 0
     assert (copy / "report.html").read_bytes() == (complete / "report.html").read_bytes()
-    for path in (complete / "figures").iterdir():
-        assert (copy / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_figures_are_written_and_those_that_cannot_be_say_why(complete: Path, html: str) -> None:
-    names = {path.name for path in (complete / "figures").iterdir()}
-    for name in ("recall_curves", "fidelity_and_ceiling", "cost_and_quality", "tradeoff_curves",
-                 "figure5_p_and_q"):  # fmt: skip
-        assert f"{name}--digits_mislabel.png" in names
-        assert f"{name}--digits_mislabel.svg" in names
+def test_figures_are_drawn_and_those_that_cannot_be_say_why(complete: Path, html: str) -> None:
+    packed = re.findall(r'data-gz="([^"]+)" alt="([^"]+)" loading="lazy" width="\d+" height', html)
+    assert len(packed) == html.count("data-gz=") > 6
+    for content, alt in packed:
+        svg = gzip.decompress(base64.b64decode(content))
+        assert svg.startswith(b"<?xml"), alt
+        assert b"</svg>" in svg
+        assert b"<text" in svg  # letters are letters
+    for name in ("Detection curves", "Fidelity against its ceiling", "Quality against cost",
+                 "Trade-off curves", "P and Q along a run"):  # fmt: skip
+        assert any(alt.startswith(name) for _, alt in packed), name
+    assert not (complete / "figures").exists()
     assert "Consistency by source</strong>: the runs differ in initialisation and order" in html
     assert "Detection curves" in html
 
@@ -296,11 +313,83 @@ def test_images_are_those_of_the_data() -> None:
     from sklearn.datasets import load_digits
 
     original = load_digits().images[int(DATA.train_ids[7])]
-    assert np.array_equal(encoder.pixels(7)[:, :, 0], np.round(original / 16 * 255))
-    from io import BytesIO
+    assert np.array_equal(encoder.pixels(7), np.round(original / 16 * 255))
+    assert np.array_equal(np.asarray(Image.open(BytesIO(encoder.png(7)))), encoder.pixels(7))
+    # three channels stay three
+    colours = replace(DATA, x=torch.rand(DATA.n_train, 3, 5, 4), query_x=torch.rand(2, 3, 5, 4),
+                      query_y=DATA.query_y[:2], test_x=torch.rand(2, 3, 5, 4),
+                      test_y=DATA.test_y[:2])  # fmt: skip
+    encoder = PngEncoder(colours)
+    expected = (255 * (colours.x[3] - encoder.low) / (encoder.high - encoder.low)).round()
+    read = np.asarray(Image.open(BytesIO(encoder.png(3))))
+    assert np.array_equal(read, expected.permute(1, 2, 0).numpy())
 
-    read = image.imread(BytesIO(encoder.png(7)), format="png")
-    assert np.array_equal((read[:, :, 1] * 255).round(), encoder.pixels(7)[:, :, 1])
+
+def test_an_image_is_in_the_page_once_and_labels_are_words() -> None:
+    found = TaskExamples(replace(DATA, name="cifar10_mislabel"))
+    examples = [ShownExample(i, mean_interval({0: 1.0, 1: 2.0}), 2, True) for i in (7, 9)]
+    galleries = [Gallery(name, "self", examples) for name in ("fine", "fine_paper")]
+    shown = galleries_block(galleries, found, None)
+    (block,) = re.findall(r'<script type="application/json" class="images">(.*?)</script>', shown)
+    images = json.loads(block)
+    assert sorted(images) == ["7", "9"]
+    assert base64.b64decode(images["9"]) == PngEncoder(DATA).png(9)
+    assert shown.count('data-image="9"') == 2
+    word = CLASS_NAMES[int(DATA.y[7])]
+    assert f"<dt>given label</dt><dd><strong>{word}</strong></dd>" in shown
+    # digits are their own names
+    numbers = galleries_block(galleries, TaskExamples(DATA), None)
+    assert f"<dt>given label</dt><dd><strong>{int(DATA.y[7])}</strong></dd>" in numbers
+
+
+def test_the_gallery_begins_with_the_target_that_finds_something() -> None:
+    examples = [ShownExample(7, mean_interval({0: 1.0, 1: 2.0}), 2, True)]
+    poor = Gallery("fine_llm", "self", examples, auroc=0.55)
+    good = Gallery("fine_llm", "validation", examples, title="asks this", auroc=0.97)
+    shown = galleries_block([poor, good], TaskExamples(None, "why"), None)
+    assert shown.index("asks this") < shown.index("<details>") < shown.index("AUROC is 0.55")
+    assert "AUROC is 0.97" in shown
+    # where nothing is known, or nothing finds anything, nothing is folded away
+    unknown = [replace(gallery, auroc=float("nan")) for gallery in (poor, good)]
+    for galleries in ([poor], unknown):
+        assert "<details>" not in galleries_block(galleries, TaskExamples(None, "why"), None)
+
+
+def test_a_target_is_titled_as_the_task_declares_its_end(complete: Path) -> None:
+    assert caption_of("validation", {}) == (
+        "target validation: influence on clean queries; low is suspicious"
+    )
+    turned: dict[str, End] = {"self": "high", "validation": "high"}
+    title = "target validation: influence on this task's queries (high is suspicious)"
+    assert caption_of("validation", turned) == title
+    assert titles_of(turned)["self"] == "target self: influence on its own prediction"
+    assert caption_of("self", turned).endswith("own prediction; high is suspicious")
+    assert caption_of("mine", {}) == "target mine"
+    (table,) = build(RecordStore(complete)).tables
+    assert title in html_module.unescape(target_tables(table, columns(), turned))
+
+
+def test_the_headline_numbers_set_f_ine_beside_the_best(complete: Path, html: str) -> None:
+    (table,) = build(RecordStore(complete)).tables
+    block = "".join(headlines([Headline("a_task", "there", table)]))
+    parsed = tree(block)
+    assert [a["href"] for t, a in parsed.tags if t == "a"] == ["#there"] * 2
+    assert "a_<wbr>task" in block
+    rows = [row for row in table.rows if row.target == "self" and row.watched is None]
+    best = max(rows, key=lambda row: row.stats["auroc"].mean)
+    (fine,) = [row for row in rows if row.estimator == "fine"]
+    line = block.split("<tbody>")[1].split("</tr>")[0]
+    means = re.findall(r'class="mean">([^<]+)<', line)
+    assert means[:2] == [number(row.stats["auroc"].mean, 3) for row in (best, fine)]
+    assert "Headline numbers" in html
+    nothing = replace(table, rows=tuple(replace(row, stats={}) for row in table.rows))
+    assert headlines([Headline("a_task", "there", nothing)]) == []
+
+
+def test_names_break_where_words_end() -> None:
+    assert breaking("influence_function") == "influence_<wbr>function"
+    assert breaking("dim=512, <b>") == "dim=<wbr>512, &lt;b&gt;"
+    assert breaking("aum") == "aum"
 
 
 @pytest.mark.parametrize(
@@ -395,15 +484,27 @@ def test_slim_drawings_keep_their_transforms_and_heavy_ones_become_png() -> None
         b'<g><!-- a\n -->\n <path d="M 1.23456 7\nL 2.5 3.999999" transform="scale(0.015625)"/></g>'
     )
     assert slim(svg) == b'<g><path d="M 1.23 7 L 2.5 3.99" transform="scale(0.015625)"/></g>'
-    heavy = b"<svg>" + b"x" * LARGEST_SVG + b"</svg>"
-    assert "data:image/png" in figure_block(PageFigure("agreement", "agreement--t", heavy, b"png"))
-    assert "data:image/svg+xml" in figure_block(
-        PageFigure("agreement", "agreement--t", svg, b"png")
-    )
     assert "why" in figure_block(PageFigure("other", "other--t", reason="why"))
+    assert "data:image/png" in figure_block(PageFigure("agreement", "agreement--t", png=b"png"))
     # letters keep their size: a drawing is as wide in the page as it was made
-    wide = b'<svg height="90pt" width="500.5pt" viewBox="0 0 500 90"><g/></svg>'
-    assert ' width="801"' in figure_block(PageFigure("agreement", "agreement--t", wide, b"png"))
+    wide = b'<svg height="90pt" version="1" width="500.5pt" height="90pt"><g/></svg>'
+    assert size_of(wide) == (801, 144)
+    assert size_of(b"<svg></svg>") == (None, None)
+    shown = figure_block(PageFigure("agreement", "agreement--t", packed(wide), width=801))
+    assert ' width="801"' in shown
+
+
+def test_heavy_drawings_become_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = canvas(2, 1)
+    figure.subplots().plot([0, 1], [0, 1])
+    light = _drawing(PageFigure("agreement", "a"), figure)
+    assert (light.png, light.width, light.height) == (b"", 230, 115)
+    assert b"<svg" in gzip.decompress(light.svg)
+    monkeypatch.setattr("fine_bench.report.html.build.LARGEST_SVG", 10)
+    heavy = _drawing(PageFigure("agreement", "a"), figure)
+    assert heavy.svg == b""
+    assert heavy.png.startswith(b"\x89PNG")
+    assert heavy.drawn
 
 
 # ------------------------------------------------------------------------------------- command

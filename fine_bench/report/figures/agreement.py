@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from fine_bench.metrics.agreement import N_STRATA
-from fine_bench.report.figures.benchmark import TARGET_TITLES, Array, panels_of, title_of
+from fine_bench.report.figures.benchmark import Array, panels_of, title_of
 from fine_bench.report.figures.style import BLACK, BLUE, GREY, VERMILLION, canvas, styled
+from fine_bench.report.figures.titles import TARGET_TITLES
 
 CLEAN = ("clean", BLUE, "o")
 BAD = ("bad", VERMILLION, "^")
@@ -47,7 +48,14 @@ class ScorePair:
 
 
 @styled
-def agreement(panels: Mapping[str, ScorePair], *, x_label: str, y_label: str, size: str) -> Figure:
+def agreement(
+    panels: Mapping[str, ScorePair],
+    *,
+    x_label: str,
+    y_label: str,
+    size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
+) -> Figure:
     """Scatter of two estimators of μ, one panel a target.
 
     The two measure different tests (a whole run, one step), so the diagonal means nothing: the
@@ -59,6 +67,7 @@ def agreement(panels: Mapping[str, ScorePair], *, x_label: str, y_label: str, si
         panels: the compared scores by target.
         x_label, y_label: names of the all-example and of the paper's estimator.
         size: task, seed and what is compared, for the title.
+        titles: of the targets.
     """
     figure = canvas(4.9 * len(panels) + 0.3, 4.9)
     title_of(figure, "The paper's estimator and the all-example one", size)
@@ -67,7 +76,7 @@ def agreement(panels: Mapping[str, ScorePair], *, x_label: str, y_label: str, si
         _scatter(axes, both)
         numbers = both.numbers
         axes.set_title(
-            f"{TARGET_TITLES.get(target, f'target {target}')}\n"
+            f"{titles.get(target, f'target {target}')}\n"
             f"Spearman {_rank(numbers['spearman'])}, slope {_number(numbers['slope'])} "
             f"(through the origin {_number(numbers['slope_through_origin'])}), "
             f"n = {len(both.x):,}\n{_strata(both)}",

@@ -15,17 +15,11 @@ from numpy.typing import NDArray
 
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.labels import Name, place
-from fine_bench.report.figures.style import BLACK, GREY, PALE, Look, canvas, settle, styled
+from fine_bench.report.figures.style import BLACK, GREY, Look, canvas, settle, styled
+from fine_bench.report.figures.titles import TARGET_TITLES
 from fine_bench.terminal import visible_lines
 
 Array = NDArray[np.float64]
-
-TARGET_TITLES: Mapping[str, str] = {
-    "self": "target self: influence on its own prediction",
-    "validation": "target validation: influence on clean queries",
-    "queries": "target queries: influence on single queries",
-    "validation_per_class": "target validation, by class",
-}
 
 
 @dataclass(frozen=True)
@@ -37,15 +31,6 @@ class MethodPoint:
     y: Interval
     n_seeds: int
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Recall:
-    """Recall curves of a method: ``share`` (n_points,), ``recall`` (n_seeds, n_points)."""
-
-    label: str
-    share: Array
-    recall: Array
 
 
 def title_of(figure: Figure, text: str, size: str = "") -> None:
@@ -104,6 +89,7 @@ def detection_and_consistency(
     x_label: str,
     y_label: str,
     size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
 ) -> Figure:
     """Detection against cross-seed consistency, one panel a target, a name at every point.
 
@@ -116,6 +102,7 @@ def detection_and_consistency(
         looks: by label.
         x_label, y_label: what consistency and detection are measured by.
         size: task and n, for the title.
+        titles: of the targets.
     """
     figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, "Finding bad examples, and finding the same ones again", size)
@@ -135,7 +122,7 @@ def detection_and_consistency(
             axes.set_xlabel(f"{x_label}\n" + "\n".join(notes))
         else:
             axes.set_xlabel(x_label)
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        axes.set_title(titles.get(target, f"target {target}"), loc="left")
         axes.set_ylabel(y_label)
     legend_of_kinds(figure)
     settle(figure)  # the labels are placed for this layout
@@ -210,70 +197,3 @@ def _off_scale(point: MethodPoint) -> str:
     # + 0.0 takes the minus from a zero
     x = f"{round(point.x.mean, 2) + 0.0:.2f}" if math.isfinite(point.x.mean) else "undefined"
     return f"off the scale: {point.label}, consistency {x}, detection {point.y.mean:.2f}"
-
-
-@styled
-def recall_curves(
-    panels: Mapping[str, Sequence[Recall]], looks: Mapping[str, Look], *, rate: float, size: str
-) -> Figure:
-    """Recall of the bad examples against the share inspected, one panel a target.
-
-    Mean over seeds; the band reaches from the lowest to the highest seed. The best possible order
-    (a line to recall 1 at the noise rate) and a random one are drawn.
-
-    Args:
-        panels: curves by target.
-        looks: by label.
-        rate: share of bad examples, in (0, 1).
-        size: task and n, for the title.
-    """
-    rows = max((len(curves) for curves in panels.values()), default=0) + 2
-    figure = canvas(max(6.8, 4.8 * len(panels) + 0.3), 4.2 + 0.17 * math.ceil(rows / 2))
-    title_of(figure, "Bad examples found by inspecting the most suspicious first", size)
-    for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
-        axes.plot([0, rate, 1], [0, 1, 1], color=BLACK, linewidth=1.0, label="optimal", zorder=1)
-        axes.plot([0, 1], [0, 1], color=PALE, linewidth=1.0, label="random order", zorder=1)
-        curves = sorted(panels[target], key=lambda c: (-_area(c), c.label))
-        most = max((len(c.recall) for c in curves), default=0)
-        for curve in curves:
-            look = looks[curve.label]
-            mean = curve.recall.mean(axis=0)
-            axes.fill_between(
-                curve.share,
-                curve.recall.min(axis=0),
-                curve.recall.max(axis=0),
-                color=look.colour,
-                alpha=0.14,
-                linewidth=0,
-            )
-            axes.plot(
-                curve.share,
-                mean,
-                color=look.colour,
-                linestyle=look.line,
-                marker=look.marker,
-                markerfacecolor=look.face,
-                markersize=4.5,
-                markevery=(0.04, 0.14),
-                linewidth=1.2 if look.control else 1.7,
-                label=f"{named(curve.label, len(curve.recall), most)}  {_area(curve):.3f}",
-                zorder=2 if look.control else 3,
-            )
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
-        axes.set_xlabel("share of the training examples inspected")
-        axes.set_ylabel("recall: share of the bad examples found")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16),
-            ncols=2,
-            title="method, area under the curve (mean over seeds)",
-            title_fontsize=8,
-        )
-    return figure
-
-
-def _area(curve: Recall) -> float:
-    mean = curve.recall.mean(axis=0)
-    return float((np.diff(curve.share) * (mean[1:] + mean[:-1]) / 2).sum())

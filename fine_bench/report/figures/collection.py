@@ -24,6 +24,7 @@ from fine_bench.report.figures import (
     fidelity,
     option_ranges,
     randomness,
+    recall,
     runs,
     theory,
     tradeoff,
@@ -99,13 +100,14 @@ def _detection_and_consistency(results: TableResults, measures: Measures) -> Fig
         x_label=f"consistency: {in_full('consistency', measures.consistency)}",
         y_label=f"detection: {in_full('metrics', measures.detection)}",
         size=f"{results.size}; mean and 95 % interval over seeds",
+        titles=results.titles,
     )
 
 
 def _recall_curves(results: TableResults, measures: Measures) -> Figure:
     del measures
     require_rows(results)
-    panels: dict[str, list[benchmark.Recall]] = {}
+    panels: dict[str, list[recall.Recall]] = {}
     rate = 0.0
     for row in results.rows():
         curves = []
@@ -115,22 +117,23 @@ def _recall_curves(results: TableResults, measures: Measures) -> Figure:
             if values is None or bad is None or not 0 < bad.sum() < len(bad):
                 continue
             rate = float(bad.mean())
-            share, recall = detection_curve(values, bad)
-            curves.append(recall)
+            share, found = detection_curve(values, bad, recall.points_for(rate))
+            curves.append(found)
         if share is not None:
             panels.setdefault(row.target, []).append(
-                benchmark.Recall(row.label, share, np.stack(curves))
+                recall.Recall(row.label, share, np.stack(curves))
             )
     if not panels:
         raise LeftOutError(
             f"no scores say which examples are bad (extra {TRUTH!r}), so recall cannot be drawn; "
             "recompute with force=true where the records are older than that"
         )
-    return benchmark.recall_curves(
+    return recall.recall_curves(
         panels,
         results.looks,
         rate=rate,
         size=f"{results.size}; mean over seeds, band: lowest to highest seed",
+        titles=results.titles,
     )
 
 
@@ -186,6 +189,7 @@ def _consistency(results: TableResults, measures: Measures) -> Figure:
         results.looks,
         k=results.table.k,
         size=f"{results.size}; 95 % intervals over seeds",
+        titles=results.titles,
     )
 
 
@@ -298,6 +302,7 @@ def _agreement(results: TableResults, measures: Measures) -> Figure:
         x_label=one.label,
         y_label=other.label,
         size=f"{results.table.task}: {one.label} against {other.label}, seed {seed}",
+        titles=results.titles,
     )
 
 

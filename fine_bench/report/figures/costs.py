@@ -12,7 +12,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from fine_bench.metrics.registry import Source
 from fine_bench.report.figures.benchmark import (
-    TARGET_TITLES,
     MethodPoint,
     draw_points,
     legend_of_kinds,
@@ -24,6 +23,7 @@ from fine_bench.report.figures.benchmark import (
 from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import Look, canvas, settle, styled
 from fine_bench.report.figures.tables import TableResults
+from fine_bench.report.figures.titles import TARGET_TITLES
 
 QUALITY: Mapping[str, float] = {"fidelity": 0.0, "lds": 0.0, "auroc": 0.5}
 """Measures by name, the most telling first, and what guessing reaches."""
@@ -50,6 +50,7 @@ def cost_and_quality(
     *,
     size: str,
     title: str = "What a better answer costs",
+    titles: Mapping[str, str] = TARGET_TITLES,
 ) -> Figure:
     """Quality against extra seconds (logarithmic), one panel a target, a name at every point.
 
@@ -58,6 +59,7 @@ def cost_and_quality(
         looks: by label.
         size: task and n, for the title.
         title: what is shown.
+        titles: of the targets.
     """
     figure = canvas(max(6.8, 5.0 * len(panels) + 0.3), 4.7)
     title_of(figure, title, size)
@@ -65,7 +67,7 @@ def cost_and_quality(
     inside: dict[str, list[MethodPoint]] = {}
     for target, axes in axes_of.items():
         inside[target] = _draw(axes, panels[target], looks)
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        axes.set_title(titles.get(target, f"target {target}"), loc="left")
     legend_of_kinds(figure)
     settle(figure)  # the labels are placed for this layout
     most = max((p.n_seeds for panel in panels.values() for p in panel.points), default=0)
@@ -129,7 +131,10 @@ def draw(results: TableResults) -> Figure:
             "retraining truth or known bad examples"
         )
     return cost_and_quality(
-        panels, results.looks, size=f"{results.size}; mean and 95 % interval over seeds"
+        panels,
+        results.looks,
+        size=f"{results.size}; mean and 95 % interval over seeds",
+        titles=results.titles,
     )
 
 
@@ -146,7 +151,11 @@ def draw_stable(results: TableResults) -> Figure:
             "known bad examples, and the scores of at least two seeds"
         )
     return cost_and_quality(
-        panels, results.looks, size=results.size, title="What is found in every run, and its cost"
+        panels,
+        results.looks,
+        size=results.size,
+        title="What is found in every run, and its cost",
+        titles=results.titles,
     )
 
 

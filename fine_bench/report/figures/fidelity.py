@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fine_bench.metrics.intervals import Interval
-from fine_bench.report.figures.benchmark import TARGET_TITLES, named, panels_of, reach, title_of
+from fine_bench.report.figures.benchmark import named, panels_of, reach, title_of
 from fine_bench.report.figures.requirements import LeftOutError, in_full, interval_of
 from fine_bench.report.figures.style import BLACK, GREY, Look, canvas, styled
 from fine_bench.report.figures.tables import TableResults
+from fine_bench.report.figures.titles import TARGET_TITLES
 
 MEASURES: Mapping[str, str] = {
     "fidelity": "all examples",
@@ -53,7 +54,11 @@ _LINES: tuple[Any, ...] = ("-", "--", ":")
 
 @styled
 def fidelity_and_ceiling(
-    panels: Mapping[str, FidelityPanel], looks: Mapping[str, Look], *, size: str
+    panels: Mapping[str, FidelityPanel],
+    looks: Mapping[str, Look],
+    *,
+    size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
 ) -> Figure:
     """A line a method, best first; the ceilings are vertical lines.
 
@@ -63,13 +68,14 @@ def fidelity_and_ceiling(
         panels: by target.
         looks: by label.
         size: task and n, for the title.
+        titles: of the targets.
     """
     most = max(len(panel.methods) for panel in panels.values())
     figure = canvas(max(8.8, 6.4 * len(panels) + 0.3), 1.9 + 0.27 * most)
     title_of(figure, "How far scores agree with what retraining shows", size)
     for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
         _draw(axes, panels[target], looks)
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        axes.set_title(titles.get(target, f"target {target}"), loc="left")
     measures = list(dict.fromkeys(m for panel in panels.values() for m in panel.measures))
     handles = [
         Line2D([], [], linestyle="none", marker="o" if i == 0 else "|", color=BLACK,
@@ -158,5 +164,8 @@ def draw(results: TableResults) -> Figure:
             "(fine-bench bank, fine-bench truth), then run with force=true"
         )
     return fidelity_and_ceiling(
-        panels, results.looks, size=f"{results.size}; mean and 95 % interval over seeds"
+        panels,
+        results.looks,
+        size=f"{results.size}; mean and 95 % interval over seeds",
+        titles=results.titles,
     )

@@ -12,10 +12,11 @@ from matplotlib.ticker import MaxNLocator
 
 from fine_bench.leaderboard.sensitivity import Spread, columns_of
 from fine_bench.metrics.registry import Metric
-from fine_bench.report.figures.benchmark import TARGET_TITLES, title_of
+from fine_bench.report.figures.benchmark import title_of
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.style import GREY, Look, canvas, span, styled
 from fine_bench.report.figures.tables import TableResults
+from fine_bench.report.figures.titles import TARGET_TITLES
 
 MEASURES = (
     "auroc",
@@ -38,6 +39,7 @@ def bands(
     looks: Mapping[str, Look],
     *,
     size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
 ) -> Figure:
     """A row of panels a target, a panel a number, a bar a method.
 
@@ -46,6 +48,7 @@ def bands(
         columns: what is drawn.
         looks: of the methods, by name.
         size: task and n, for the title.
+        titles: of the targets.
     """
     heights = [0.75 + 0.34 * len(group) for group in found.values()]
     figure = canvas(max(6.8, 1.9 + 2.35 * len(columns)), 1.15 + sum(heights))
@@ -60,7 +63,7 @@ def bands(
             _draw(axes, ordered, column, looks)
             if number:
                 axes.set_yticklabels([])
-        row[0].set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        row[0].set_title(titles.get(target, f"target {target}"), loc="left")
     figure.legend(
         handles=[
             Line2D([], [], linestyle="none", marker="o", color=GREY, label="its own options"),
@@ -118,6 +121,7 @@ def draw(results: TableResults) -> Figure:
         columns,
         {row.label: results.looks[row.label] for row in results.rows()} | _by_name(results),
         size=f"{results.table.task}: means over {seeds} seeds; bars are no intervals over seeds",
+        titles=results.titles,
     )
 
 

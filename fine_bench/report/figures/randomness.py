@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fine_bench.metrics.intervals import Interval
-from fine_bench.report.figures.benchmark import TARGET_TITLES, panels_of, reach, title_of
+from fine_bench.report.figures.benchmark import panels_of, reach, title_of
 from fine_bench.report.figures.requirements import interval_of
 from fine_bench.report.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, canvas, span, styled
 from fine_bench.report.figures.tables import TableResults
+from fine_bench.report.figures.titles import TARGET_TITLES
 from fine_bench.store.digest import digest
 
 SOURCES: Mapping[str, tuple[str, str]] = {
@@ -82,13 +83,20 @@ def families(table_results: Sequence[TableResults]) -> list[Family]:
 
 
 @styled
-def by_source(panels: Mapping[str, Sequence[MethodLine]], *, measure: str, size: str) -> Figure:
+def by_source(
+    panels: Mapping[str, Sequence[MethodLine]],
+    *,
+    measure: str,
+    size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
+) -> Figure:
     """Bars of consistency by what differs between the runs, one panel a target.
 
     Args:
         panels: methods by target.
         measure: what consistency is, for the axis.
         size: task and n, for the title.
+        titles: of the targets.
     """
     most = max(len(lines) for lines in panels.values())
     figure = canvas(max(6.8, 5.1 * len(panels) + 0.3), 1.9 + 0.48 * most)
@@ -124,7 +132,7 @@ def by_source(panels: Mapping[str, Sequence[MethodLine]], *, measure: str, size:
         ends = [v.mean for line in lines for v in line.by_source.values() if math.isfinite(v.mean)]
         axes.set_xlim(min([0.0, *ends]), 1.0)
         axes.grid(axis="y", visible=False)
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        axes.set_title(titles.get(target, f"target {target}"), loc="left")
         seeds = span(n for line in lines for n in line.n_seeds.values())
         axes.set_xlabel(f"{measure}, mean over pairs of {seeds} seeds")
     figure.legend(
@@ -178,4 +186,5 @@ def draw(family: Family, consistency: str, label: str) -> Figure:
         {target: some for target, some in lines.items() if some},
         measure=label,
         size=f"{family.task}; 95 % intervals over seeds",
+        titles=next(iter(family.tables.values())).titles,
     )

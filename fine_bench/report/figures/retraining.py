@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from fine_bench.metrics.gaussianity import CurveFit
 from fine_bench.report.figures.benchmark import title_of
@@ -32,13 +33,15 @@ class Seen:
 def retraining_curves(examples: Sequence[Seen], *, size: str) -> Figure:
     """Margins with and without chosen examples, and the error curves with their Gaussian fits.
 
+    The curves have normal-deviate axes (``_curve``), on which none is empty.
+
     Args:
         examples: one column each, at least one.
         size: of what and how many models, for the title.
     """
     if not examples:
         raise ValueError("examples is empty; choose at least one training example")
-    figure = canvas(2.45 * len(examples) + 0.5, 5.3)
+    figure = canvas(2.45 * len(examples) + 0.5, 5.8)
     title_of(figure, "Trained with an example and without it: margins and error curves", size)
     grid = figure.subplots(2, len(examples), squeeze=False)
     for column, one in enumerate(examples):
@@ -48,7 +51,8 @@ def retraining_curves(examples: Sequence[Seen], *, size: str) -> Figure:
             grid[1, column].set_ylabel("")
     grid[0, 0].set_ylabel("models")
     grid[0, 0].legend(loc="upper left", handlelength=1.2)
-    grid[1, 0].legend(loc="upper right", handlelength=1.6)
+    handles, labels = grid[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), handlelength=1.8)
     return figure
 
 
@@ -77,18 +81,43 @@ def _rgb(colour: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
+TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+"""Errors that are marked along the axes of a curve."""
+
+
 def _curve(axes: Axes, one: Seen) -> None:
-    axes.plot([0, 1], [1, 0], color=PALE, linewidth=1.0)
-    axes.step(one.fit.alpha, one.fit.beta, where="post", color=BLACK, linewidth=1.3, label="models")
-    axes.plot(one.fit.alpha, one.fit.gaussian, color=BLUE, linestyle="--", label="Gaussian fit")
+    """The errors on normal-deviate axes: the curve of a Gaussian μ is a straight line there.
+
+    Φ⁻¹(β) = −Φ⁻¹(α) − μ, so curves that would lie on the very edges of linear axes stay apart. An
+    error of no model, or of all, has no deviate: it is drawn at half a model.
+    """
+    least_p, least_q = 0.5 / len(one.p), 0.5 / len(one.q)
+    alpha = ndtri(np.clip(one.fit.alpha, least_p, 1 - least_p))
+    beta = ndtri(np.clip(one.fit.beta, least_q, 1 - least_q))
+    # far enough for half a model and for the middle of the fitted line
+    reach = max(-float(ndtri(min(least_p, least_q))), abs(one.fit.mu) / 2) + 0.5
+    ends = np.array([-reach, reach])
+    axes.axvspan(-reach, float(ndtri(least_p)), color=PALE, alpha=0.3, linewidth=0)
+    axes.axhspan(-reach, float(ndtri(least_q)), color=PALE, alpha=0.3, linewidth=0,
+                 label="less than one model")  # fmt: skip
+    axes.plot(ends, -ends, color=PALE, linewidth=1.0, label="no influence")
+    axes.step(alpha, beta, where="post", color=BLACK, linewidth=1.3, label="models", zorder=3)
+    axes.plot(ends, -ends - one.fit.mu, color=BLUE, linestyle="--", label="Gaussian fit")
+    apart = bool(((one.fit.alpha == 0) & (one.fit.beta == 0)).any())
+    words = "fit not rejected at 5 %" if one.fit.is_gaussian else "fit rejected at 5 %"
     axes.set_title(
-        "fit not rejected at 5 %" if one.fit.is_gaussian else "fit rejected at 5 %",
+        f"{words}\n{'no overlap of the two' if apart else ''}".rstrip(),
         loc="left",
         fontsize=8,
         color=GREY if one.fit.is_gaussian else BLACK,
     )
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    # marks that would run into each other are left out
+    shown = [t for t in (TICKS if reach < 4.5 else TICKS[::3]) if abs(ndtri(t)) < reach]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ndtri(shown).tolist(), [f"{t:g}" for t in shown])
+    axes.tick_params(axis="x", labelrotation=60)
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")
     axes.set_xlabel("type-I error α")
     axes.set_ylabel("type-II error β")

@@ -12,7 +12,6 @@ from matplotlib.patches import Patch
 
 from fine_bench.metrics.intervals import Interval
 from fine_bench.report.figures.benchmark import (
-    TARGET_TITLES,
     Array,
     named,
     panels_of,
@@ -20,6 +19,7 @@ from fine_bench.report.figures.benchmark import (
     title_of,
 )
 from fine_bench.report.figures.style import BLACK, GREY, LINES, Look, canvas, span, styled
+from fine_bench.report.figures.titles import TARGET_TITLES
 
 SEED_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -145,7 +145,12 @@ def median_mover(percents: Sequence[Array]) -> int:
 
 @styled
 def consistency_bars(
-    panels: Mapping[str, Sequence[Bar]], looks: Mapping[str, Look], *, k: int, size: str
+    panels: Mapping[str, Sequence[Bar]],
+    looks: Mapping[str, Look],
+    *,
+    k: int,
+    size: str,
+    titles: Mapping[str, str] = TARGET_TITLES,
 ) -> Figure:
     """The paper's Figure 2: Jaccard@k between runs, beside the same corrected for chance.
 
@@ -154,6 +159,7 @@ def consistency_bars(
         looks: by label.
         k: size of the compared sets.
         size: task and n, for the title.
+        titles: of the targets.
     """
     most = max((len(bars) for bars in panels.values()), default=1)
     figure = canvas(max(6.8, 5.1 * len(panels) + 0.3), 1.9 + 0.36 * most)
@@ -196,7 +202,7 @@ def consistency_bars(
         lowest = min([0.0, *ends])
         axes.set_xlim(lowest - 0.01 if lowest < 0 else 0.0, 1.0)
         axes.grid(axis="y", visible=False)
-        axes.set_title(TARGET_TITLES.get(target, f"target {target}"), loc="left")
+        axes.set_title(titles.get(target, f"target {target}"), loc="left")
         axes.set_xlabel(f"Jaccard@{k:,}, mean over pairs of {span(b.n_seeds for b in bars)} seeds")
     figure.legend(
         handles=[

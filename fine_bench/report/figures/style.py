@@ -26,6 +26,8 @@ STYLE: Mapping[str, Any] = {
     "figure.dpi": 160,
     "savefig.dpi": "figure",
     "svg.hashsalt": "fine_bench",
+    # letters as text: a third of the bytes of outlines, found by a search, read aloud
+    "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
@@ -82,6 +84,7 @@ class Look:
     marker: str
     line: Any
     control: bool
+    family: str = ""
 
     @property
     def ink(self) -> str:
@@ -114,9 +117,10 @@ def looks(methods: Mapping[str, Kind]) -> dict[str, Look]:
         marker = MARKERS[(i + 2 * first.get(family, 0)) % len(MARKERS)]
         if kind.control:
             line = (0, (1, 1.5 + i))
-            found[label] = Look(GREY, MARKERS[i % len(MARKERS)], line, True)
+            found[label] = Look(GREY, MARKERS[i % len(MARKERS)], line, True, "control")
         else:
-            found[label] = Look(colours[family], marker, LINES[i % len(LINES)], False)
+            line = LINES[i % len(LINES)]
+            found[label] = Look(colours[family], marker, line, False, family)
     return found
 
 

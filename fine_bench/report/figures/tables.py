@@ -13,9 +13,10 @@ from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
 from fine_bench.report.figures.style import Kind, Look, looks
+from fine_bench.report.figures.titles import titles_of
 from fine_bench.store.files import AbsentScoresError, StoreError
 from fine_bench.store.records import RecordStore, Scan, newest
-from fine_bench.types import InfluenceScores, RunRecord
+from fine_bench.types import End, InfluenceScores, RunRecord
 
 Array = NDArray[np.float64]
 
@@ -90,6 +91,20 @@ class TableResults:
     def targets(self) -> list[str]:
         """Targets with a finished row, in the leaderboard's order."""
         return list(dict.fromkeys(row.target for row in self.rows()))
+
+    @property
+    def ends(self) -> dict[str, End]:
+        """The suspicious end of each target's scores, as its records declare it."""
+        return {
+            target: self.record(row, row.seeds[0]).end
+            for target in self.targets
+            for row in self.rows(target)[:1]
+        }
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What each target asks in this table's task."""
+        return titles_of(self.ends)
 
     @property
     def size(self) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.report.figures.collection import Measures, count, draw
-from fine_bench.report.figures.output import write
-from fine_bench.report.figures.style import FORMATS
+from fine_bench.report.figures.style import to_bytes
 from fine_bench.report.figures.tables import TableResults, suffixes
+from fine_bench.report.figures.titles import caption_of
 from fine_bench.report.html.examples import Gallery
-from fine_bench.report.html.figures import DESCRIPTIONS, PageFigure
+from fine_bench.report.html.figures import DESCRIPTIONS, LARGEST_SVG, PageFigure, packed, size_of
 from fine_bench.report.html.gallery import group_lines, largest_examples, rows_shown
 from fine_bench.report.html.images import TaskExamples, task_examples
 from fine_bench.report.html.page import TableSection, page
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import TruthError, find, folders
-from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 
 Step = Callable[[str], None]
@@ -50,7 +52,7 @@ def make(
     images: bool = True,
     step: Step = lambda _: None,
 ) -> Report:
-    """Draw the figures of all tables into ``figures/`` and put the page together.
+    """Draw the figures of all tables and put the page together.
 
     Args:
         store: the results folder.
@@ -64,7 +66,7 @@ def make(
     names = suffixes(board.tables)
     suffix = [names[s.table.task, s.table.setting, s.table.data] for s in found]
     problems: list[str] = []
-    figures = _figures(store, found, suffix, problems, step)
+    figures = _figures(found, suffix, step)
     sections = []
     for results, name in zip(found, suffix, strict=True):
         step(f"gallery of {results.table.task}")
@@ -81,20 +83,17 @@ def make(
                 truth,
                 _made_by(results),
                 results.spreads,
+                results.ends,
             )
         )
-    general = [p for rest in figures.values() for p in rest if p.svg]
+    general = [p for rest in figures.values() for p in rest if p.drawn]
     problems += [line for results in found for line in results.problems]
     unique = tuple(dict.fromkeys(problems))
     return Report(page(board, sections, general, unique), unique)
 
 
 def _figures(
-    store: RecordStore,
-    found: Sequence[TableResults],
-    suffix: Sequence[str],
-    problems: list[str],
-    step: Step,
+    found: Sequence[TableResults], suffix: Sequence[str], step: Step
 ) -> dict[str, list[PageFigure]]:
     """Figures by the suffix of their table; those of no table under the empty suffix."""
     figures: dict[str, list[PageFigure]] = {}
@@ -102,16 +101,20 @@ def _figures(
         step(drawn.name)
         kind = next((name for name in DESCRIPTIONS if drawn.name.startswith(name)), drawn.name)
         item = PageFigure(kind, drawn.name, reason=drawn.reason)
-        try:
-            files = write(drawn, store.root / "figures", FORMATS)
-            bytes_of = {path.suffix: content for path, content in files.items()}
-            if files:
-                item = replace(item, svg=bytes_of[".svg"], png=bytes_of[".png"])
-        except StoreError as error:
-            problems.append(str(error))
-            item = replace(item, reason=str(error))
+        if drawn.figure is not None:
+            item = _drawing(item, drawn.figure)
         figures.setdefault(drawn.name.removeprefix(kind), []).append(item)
     return figures
+
+
+def _drawing(item: PageFigure, figure: Figure) -> PageFigure:
+    """The figure as the page holds it: drawn once, a vector drawing unless that is too heavy."""
+    svg = to_bytes(figure, "svg")
+    width, height = size_of(svg)
+    small = packed(svg)
+    if len(small) > LARGEST_SVG:
+        return replace(item, png=to_bytes(figure, "png"), width=width, height=height)
+    return replace(item, svg=small, width=width, height=height)
 
 
 def _galleries(
@@ -123,7 +126,11 @@ def _galleries(
             # what retraining shows of an example is its influence on itself
             known = truth if target == "self" else None
             shown = largest_examples(results, row, count, known)
-            galleries.append(Gallery(row.label, target, shown, group_lines(results, row)))
+            title = caption_of(target, results.ends)
+            auroc = row.stats["auroc"].mean if "auroc" in row.stats else math.nan
+            galleries.append(
+                Gallery(row.label, target, shown, group_lines(results, row), title, auroc)
+            )
     return galleries
 
 

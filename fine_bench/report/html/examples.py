@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fine_bench.report.figures.benchmark import TARGET_TITLES
+from fine_bench.report.figures.titles import caption_of
 from fine_bench.report.html.gallery import GroupLine, ShownExample
 from fine_bench.report.html.images import PngEncoder, TaskExamples
-from fine_bench.report.html.markup import Safe, data_uri, join, number, p_value, tag, void
+from fine_bench.report.html.markup import Safe, join, number, p_value, tag, void
 from fine_bench.retraining.truth import Truth
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """A row of the leaderboard with its largest examples, and its groups."""
+    """A row of the leaderboard with its largest examples, and its groups.
+
+    Attributes:
+        label, target: which row.
+        examples: the largest first.
+        groups: what it says of groups.
+        title: what the target asks; without one the target's usual words.
+        auroc: how well the row finds the bad examples; NaN where that is not known.
+    """
 
     label: str
     target: str
     examples: Sequence[ShownExample]
     groups: Sequence[GroupLine] = ()
+    title: str = ""
+    auroc: float = math.nan
+
+    @property
+    def asks(self) -> str:
+        """What its target asks, in words."""
+        return self.title or caption_of(self.target, {})
+
+
+FINDS = 0.6
+"""AUROC from which a row is said to find something."""
 
 
 def galleries_block(
@@ -49,37 +71,65 @@ def galleries_block(
         if task_examples.data is not None and task_examples.has_images
         else None
     )
-    shown = [_gallery(gallery, task_examples, encoder) for gallery in galleries if gallery.examples]
-    if not shown:
+    there = sorted(
+        (gallery for gallery in galleries if gallery.examples),
+        key=lambda gallery: -gallery.auroc if math.isfinite(gallery.auroc) else 0.0,
+    )
+    if not there:
         return tag("p", "No scores of single examples are at hand.", class_="hint")
+    # beside a row that finds the bad examples, one that does not is folded away
+    finding = [not gallery.auroc < FINDS for gallery in there]
+    shown = [
+        block
+        if finds or not any(finding)
+        else tag("details", tag("summary", f"{gallery.label}: finds nothing"), block)
+        for gallery, finds in zip(there, finding, strict=True)
+        for block in [_gallery(gallery, task_examples, encoder is not None)]
+    ]
+    if encoder is not None:
+        each = sorted({example.index for gallery in there for example in gallery.examples})
+        shown.append(_image_block(encoder, each))
     return join([*notes, *shown])
 
 
-def _gallery(gallery: Gallery, task_examples: TaskExamples, encoder: PngEncoder | None) -> Safe:
+def _image_block(encoder: PngEncoder, examples: Sequence[int]) -> Safe:
+    """The images of a task, each once, for the page's script: position → base64 of a PNG."""
+    images = {i: base64.b64encode(encoder.png(i)).decode() for i in examples}
+    return tag(
+        "script",
+        Safe(json.dumps(images, separators=(",", ":"))),
+        type="application/json",
+        class_="images",
+    )
+
+
+def _gallery(gallery: Gallery, task_examples: TaskExamples, images: bool) -> Safe:
     known = [e.planted for e in gallery.examples if e.planted is not None]
     words = f"the {len(gallery.examples)} examples with the largest |score|"
     if known:
         words += f", {sum(known)} of {len(known)} planted as bad"
-    title = TARGET_TITLES.get(gallery.target, f"target {gallery.target}")
+    if math.isfinite(gallery.auroc):
+        words += f"; over all examples this row's AUROC is {number(gallery.auroc, 2)}"
     return join(
         [
-            tag("h4", tag("code", gallery.label), f" · {title}"),
+            tag("h4", tag("code", gallery.label), f" · {gallery.asks}"),
             tag("p", f"{words[0].upper()}{words[1:]}."),
             tag(
                 "ol",
-                *(_card(e, task_examples, encoder) for e in gallery.examples),
+                *(_card(e, task_examples, images) for e in gallery.examples),
                 class_="gallery" if task_examples.texts is None else "gallery texts",
             ),
         ]
     )
 
 
-def _card(example: ShownExample, task_examples: TaskExamples, encoder: PngEncoder | None) -> Safe:
+def _card(example: ShownExample, task_examples: TaskExamples, images: bool) -> Safe:
     facts: list[tuple[object, object]] = []
     alt = f"training example {example.index}"
     data = task_examples.data
     if data is not None:
-        given, clean = int(data.y[example.index]), int(data.clean_y[example.index])
+        names = task_examples.class_names or range(data.n_classes)
+        given, clean = (names[int(labels[example.index])] for labels in (data.y, data.clean_y))
         facts.append(("given label", tag("strong", given)))
         if given != clean:
             facts.append(("true label", tag("strong", clean)))
@@ -99,11 +149,10 @@ def _card(example: ShownExample, task_examples: TaskExamples, encoder: PngEncode
             tag("p", tag("span", who, class_="who"), words, class_="said")
             for who, words in task_examples.texts(example.index)
         )
-    elif encoder is None:
-        picture = tag("div", f"#{example.index}", class_="blank", aria_hidden="true")
+    elif images:
+        picture = void("img", data_image=example.index, alt=alt, class_="pixels", loading="lazy")
     else:
-        source = data_uri("image/png", encoder.png(example.index))
-        picture = void("img", src=source, alt=alt, class_="pixels", loading="lazy")
+        picture = tag("div", f"#{example.index}", class_="blank", aria_hidden="true")
     words = {True: "planted", False: "not planted", None: "truth unknown"}[example.planted]
     kind = {True: "bad", False: "fine", None: "unknown"}[example.planted]
     return tag(
@@ -147,7 +196,7 @@ def groups(gallery: Gallery) -> Safe:
         )
         for line in gallery.groups
     ]
-    title = TARGET_TITLES.get(gallery.target, f"target {gallery.target}")
+    title = gallery.asks
     return tag(
         "div",
         tag(

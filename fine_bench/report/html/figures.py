@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fine_bench.report.html.markup import Safe, data_uri, tag, void
 
-LARGEST_SVG = 250_000
-"""Bytes of an SVG beyond which the PNG is taken: samples by the thousand are heavy."""
+LARGEST_SVG = 150_000
+"""Bytes of a compressed SVG beyond which a PNG is drawn: samples by the ten thousand are heavy."""
 
 DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
     "detection_and_consistency": (
@@ -85,23 +87,32 @@ class PageFigure:
     """A figure for the page, or the reason why there is none.
 
     Attributes:
-        figure: its kind, a key of ``SAYS``.
-        name: of its files.
-        svg, png: its bytes; empty when it was left out.
-        reason: why it was.
+        figure: its kind, a key of ``DESCRIPTIONS``.
+        name: of its file.
+        svg: a compressed SVG (``packed``), or empty.
+        png: a PNG in its place, or empty.
+        width, height: of the drawing in the page, in pixels.
+        reason: why it was left out.
     """
 
     figure: str
     name: str
     svg: bytes = b""
     png: bytes = b""
+    width: int | None = None
+    height: int | None = None
     reason: str = ""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a drawing."""
+        return bool(self.svg or self.png)
 
 
 PIXELS_A_POINT = 1.6
 """Of figures in the page: letters have one size, however many panels stand side by side."""
 
-_WIDTH = re.compile(rb'<svg[^>]*?\swidth="([\d.]+)pt"')
+_SIZE = re.compile(rb'<svg[^>]*?\swidth="([\d.]+)pt" height="([\d.]+)pt"')
 _NUMBER = re.compile(rb"(-?\d+\.\d{2})\d+")
 _COMMENT = re.compile(rb"<!--.*?-->", re.DOTALL)
 _BETWEEN = re.compile(rb">\s+<")
@@ -114,35 +125,43 @@ def slim(svg: bytes) -> bytes:
     return _PATH.sub(lambda found: b" ".join(_NUMBER.sub(rb"\1", found[0]).split()), svg)
 
 
-def width_of(svg: bytes) -> int | None:
-    """Width of a drawing in the page, in pixels; None where it does not say."""
-    found = _WIDTH.search(svg)
-    return None if found is None else round(PIXELS_A_POINT * float(found[1]))
+def size_of(svg: bytes) -> tuple[int | None, int | None]:
+    """Width and height of a drawing in the page, in pixels; None where it does not say."""
+    found = _SIZE.search(svg[:2000])
+    if found is None:
+        return None, None
+    return round(PIXELS_A_POINT * float(found[1])), round(PIXELS_A_POINT * float(found[2]))
+
+
+def packed(svg: bytes) -> bytes:
+    """A slim drawing, compressed; the same bytes for the same drawing."""
+    return gzip.compress(slim(svg), 9, mtime=0)
 
 
 def figure_block(item: PageFigure) -> Safe:
-    """A figure with its heading, or the reason why it is not there."""
+    """A figure with its heading, or the reason why it is not there.
+
+    A compressed drawing stands in ``data-gz``, from where the page's script takes it when its page
+    is shown.
+    """
     heading, says = DESCRIPTIONS.get(item.figure, (item.name, ""))
-    if not item.svg:
+    if not item.drawn:
         return tag("li", tag("strong", heading), ": ", item.reason)
-    small = slim(item.svg)
-    source = (
-        data_uri("image/svg+xml", small)
-        if len(small) <= LARGEST_SVG or not item.png
-        else data_uri("image/png", item.png)
+    image = void(
+        "img",
+        src=None if item.svg else data_uri("image/png", item.png),
+        data_gz=Safe(base64.b64encode(item.svg).decode()) if item.svg else None,
+        alt=f"{heading}. {says}",
+        loading="lazy",
+        width=item.width,
+        height=item.height,
     )
     return tag(
         "figure",
         tag("figcaption", tag("h4", heading), tag("p", says)),
         tag(
             "div",
-            void(
-                "img",
-                src=source,
-                alt=f"{heading}. {says}",
-                loading="lazy",
-                width=width_of(item.svg),
-            ),
+            image,
             class_="scroll paper",
             role="region",
             tabindex="0",

@@ -16,9 +16,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from matplotlib import image
 from numpy.typing import NDArray
+from PIL import Image
 
+from fine_bench.data import cifar
 from fine_bench.data.task import TaskData, makes_task
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.gradients.token_losses import IGNORED, PAD
@@ -59,6 +60,12 @@ class TaskExamples:
     data: TaskData | None
     reason: str = ""
     texts: Texts | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Words for the labels; none where the labels are digits anyway."""
+        name = "" if self.data is None else self.data.name
+        return cifar.CLASS_NAMES if name.startswith("cifar10") else ()
 
     @property
     def has_images(self) -> bool:
@@ -128,17 +135,17 @@ class PngEncoder:
         self.high = flat.max(1).values.view(channels, 1, 1)
 
     def pixels(self, example: int) -> NDArray[np.uint8]:
-        """``(height, width, 3)``: each channel from its least to its largest value in the data."""
+        """``(height, width)`` of grey or ``(height, width, 3)`` of coloured images.
+
+        Each channel reaches from its least to its largest value in the data.
+        """
         span = (self.high - self.low).clamp_min(1e-12)
         unit = (self.x[example] - self.low) / span
-        grey = (255 * unit).round().clamp(0, 255).byte().numpy()
-        return np.ascontiguousarray(
-            np.broadcast_to(grey, (3, *grey.shape[1:])).transpose(1, 2, 0), dtype=np.uint8
-        )
+        values: NDArray[np.uint8] = (255 * unit).round().clamp(0, 255).byte().numpy()
+        return values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
 
     def png(self, example: int) -> bytes:
         """The example as a PNG file, one pixel a pixel."""
         file = io.BytesIO()
-        nobody: Any = {"Software": None}  # no version in the file: the same bytes everywhere
-        image.imsave(file, self.pixels(example), format="png", metadata=nobody)
+        Image.fromarray(self.pixels(example)).save(file, "PNG", optimize=True)
         return file.getvalue()

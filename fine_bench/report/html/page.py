@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from fine_bench.leaderboard.sensitivity import Spread
 from fine_bench.leaderboard.tables import Leaderboard, Table
 from fine_bench.report.html.examples import Gallery, galleries_block, groups
 from fine_bench.report.html.figures import ORDER, PageFigure, figure_block
+from fine_bench.report.html.headlines import Headline, headlines
 from fine_bench.report.html.images import TaskExamples
 from fine_bench.report.html.markup import Safe, document, join, slug, tag
 from fine_bench.report.html.sensitivity import ranges
 from fine_bench.report.html.tables import target_tables
 from fine_bench.retraining.truth import Truth
+from fine_bench.types import End
 
 HERE = Path(__file__).parent
 
@@ -34,6 +36,7 @@ class TableSection:
         truth: its ground truth, if there is one.
         made_by: commits, versions and hardware of its records: name → the distinct values.
         spreads: what ranges of options show.
+        ends: by target, the suspicious end that the records declare.
     """
 
     table: Table
@@ -44,6 +47,7 @@ class TableSection:
     truth: Truth | None
     made_by: Mapping[str, Sequence[Any]]
     spreads: Sequence[Spread] = ()
+    ends: Mapping[str, End] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -122,7 +126,6 @@ def _overview(
     ]
     table = tag(
         "table",
-        tag("caption", "Tasks"),
         tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head))),
         tag("tbody", *body),
         class_="plain",
@@ -135,8 +138,10 @@ def _overview(
                 " asks how strongly training on an example moved its own prediction; high scores "
                 "are suspicious. ",
                 tag("code", "validation"),
-                " asks which examples help or harm clean queries; low scores are suspicious. The "
-                "end is declared by the target, never chosen by the truth.",
+                " asks which examples help or harm the queries of the task. Where these are clean, "
+                "low scores are suspicious; where they show what a poison does, the task declares "
+                "high ones suspicious. The end stands above each table and is never chosen by the "
+                "truth.",
             ]
         ),
         "Numbers are means over run seeds, with 95 % bootstrap intervals over seeds below them. "
@@ -144,11 +149,14 @@ def _overview(
         "Finding bad labels, finding the same ones again in another run, and saying what "
         "retraining shows are three different questions: a method may lead in one and not in "
         "another.",
-        "Click a heading to sort by it, once more to turn the order.",
+        "Click a heading to sort by it, once more to turn the order; the arrow marks the column by "
+        "which a table is sorted. A long table shows its first rows until you ask for all.",
     )
     return tag(
         "section",
         tag("h2", "Overview"),
+        *headlines([Headline(c.title, c.anchor, c.table) for c in sections]),
+        tag("h3", "Tasks"),
         tag("div", table, class_="scroll", role="region", tabindex="0", aria_label="Tasks"),
         tag("h3", "How to read the tables"),
         tag("ul", *(tag("li", line) for line in how)),
@@ -186,7 +194,7 @@ def _section(board: Leaderboard, section: TableSection) -> Safe:
     drawn = sorted(
         section.figures, key=lambda p: ORDER.index(p.figure) if p.figure in ORDER else len(ORDER)
     )
-    there, left = [p for p in drawn if p.svg], [p for p in drawn if not p.svg]
+    there, left = [p for p in drawn if p.drawn], [p for p in drawn if not p.drawn]
     missing = (
         tag(
             "details",
@@ -206,12 +214,12 @@ def _section(board: Leaderboard, section: TableSection) -> Safe:
         tag("h2", section.title),
         *(tag("p", line, class_="caption") for line in view.caption(table)),
         tag("h3", "Leaderboard"),
-        target_tables(table, board.columns),
+        target_tables(table, board.columns, section.ends),
         tag("h3", "Figures"),
         *map(figure_block, there),
         missing,
         *(
-            [tag("h3", "Hyperparameter sensitivity"), ranges(section.spreads)]
+            [tag("h3", "Hyperparameter sensitivity"), ranges(section.spreads, section.ends)]
             if section.spreads
             else []
         ),

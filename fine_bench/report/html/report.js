@@ -36,6 +36,48 @@
     button.addEventListener("click", () => sort(button.parentElement));
   }
 
+  // ---- long tables show their first rows, whatever they are sorted by
+  const FIRST = 12;
+  for (const table of document.querySelectorAll("table.board, table.headlines")) {
+    const count = table.tBodies[0].rows.length;
+    if (count <= FIRST + 3) continue;
+    table.classList.add("short");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "more";
+    const say = (open) => {
+      table.classList.toggle("short", !open);
+      button.setAttribute("aria-expanded", String(open));
+      button.textContent = open ? `the first ${FIRST} rows` : `all ${count} rows`;
+    };
+    button.addEventListener("click", () => say(table.classList.contains("short")));
+    say(false);
+    table.closest(".scroll").after(button);
+  }
+
+  // ---- images: drawings are compressed, and an example's image is in the page once
+  const unzip = async (base64) => {
+    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+    const plain = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(plain).text();
+  };
+  const fill = (page) => {
+    for (const image of page.querySelectorAll("img[data-gz]")) {
+      const packed = image.dataset.gz;
+      image.removeAttribute("data-gz");
+      unzip(packed).then((svg) => {
+        image.src = `data:image/svg+xml,${encodeURIComponent(svg)}`;
+      }, () => { image.alt += " (this browser cannot unpack it)"; });
+    }
+    const block = page.querySelector("script.images");
+    if (!block) return;
+    const images = JSON.parse(block.textContent);
+    for (const image of page.querySelectorAll("img[data-image]")) {
+      image.src = `data:image/png;base64,${images[image.dataset.image]}`;
+    }
+    block.remove();
+  };
+
   // ---- pages: one section at a time, by the fragment of the address
   const pages = Array.from(document.querySelectorAll("section.page"));
   const links = Array.from(document.querySelectorAll("nav a"));
@@ -44,6 +86,7 @@
     if (id === "main") return;
     const page = pages.find((each) => each.id === id) ?? pages[0];
     for (const each of pages) each.hidden = each !== page;
+    fill(page);
     for (const link of links) {
       if (link.hash === `#${page.id}`) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -51,5 +94,6 @@
     window.scrollTo(0, 0);
   };
   window.addEventListener("hashchange", show);
+  window.addEventListener("beforeprint", () => pages.forEach(fill));
   show();
 })();

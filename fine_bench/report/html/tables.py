@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from fine_bench.leaderboard.captions import DIRTY, MADE_DIRTY, TIED, cell_lines, notes
 from fine_bench.leaderboard.render import entry_of, seeds_of
 from fine_bench.leaderboard.sheet import NONE, UNDEFINED, Entry, Head, Line, Sheet, head_of
 from fine_bench.leaderboard.tables import Row, Table, shows
 from fine_bench.metrics.registry import ARROWS, BETWEEN_RUNS, Metric
-from fine_bench.report.figures.benchmark import TARGET_TITLES
+from fine_bench.report.figures.titles import caption_of
 from fine_bench.report.html.markup import Safe, join, slug, tag
+from fine_bench.types import End
 
 BETWEEN = {"consistency": "consistency over seeds", "cost": "cost"}
 """Parts of the leaderboard's table ``BETWEEN_RUNS``, which are groups of columns here."""
@@ -21,19 +24,28 @@ BETWEEN = {"consistency": "consistency over seeds", "cost": "cost"}
 # ---------------------------------------------------------------------------------- the writer
 
 
-def written(sheet: Sheet, target: str, *, kind: str, name: str = "") -> Safe:
+def written(
+    sheet: Sheet, title: str, *, kind: str, name: str = "", order: tuple[int, str] | None = None
+) -> Safe:
     """A table in a region of its own that scrolls.
 
     Args:
         sheet: the table; groups of heads stand above them.
-        target: what its lines answer.
+        title: what its lines answer.
         kind: class of the table. A ``board`` has heads that sort.
         name: of its caption, for those who link to it; without one the region is named itself.
+        order: number of the column by which the lines are sorted, and ``ascending`` or
+            ``descending``.
     """
-    title = TARGET_TITLES.get(target, f"target {target}")
+    sorted_by, direction = order or (-1, "")
     board = kind == "board"
     above = [tag("tr", *_groups(sheet.heads), class_="kinds")] if board else []
-    heads = [_sorting(head) if board else tag("th", head.text, scope="col") for head in sheet.heads]
+    heads = [
+        _sorting(head, direction if i == sorted_by else "none")
+        if board
+        else tag("th", head.text, scope="col")
+        for i, head in enumerate(sheet.heads)
+    ]
     rows = [tag("tr", *map(_entry, line.entries, sheet.heads)) for line in sheet.lines]
     first: object = tag("strong", sheet.title) if board else sheet.title
     label = {"aria_label": f"{sheet.title.lower()}, {title}"}
@@ -43,7 +55,11 @@ def written(sheet: Sheet, target: str, *, kind: str, name: str = "") -> Safe:
         "div",
         tag(
             "table",
-            tag("caption", first, " · ", title, id=f"caption-{name}" if name else None),
+            tag(
+                "caption",
+                tag("span", first, " · ", title),
+                id=f"caption-{name}" if name else None,
+            ),
             tag("thead", *above, tag("tr", *heads)),
             tag("tbody", *rows),
             class_=kind,
@@ -66,8 +82,11 @@ def _groups(heads: Sequence[Head]) -> list[Safe]:
     return cells
 
 
-def _sorting(head: Head) -> Safe:
-    """A heading whose button sorts; the best comes first, names from the first letter on."""
+def _sorting(head: Head, now: str) -> Safe:
+    """A heading whose button sorts; the best comes first, names from the first letter on.
+
+    ``now`` is the order of the lines by this column: ascending, descending or none.
+    """
     better = f"{head.better} is better" if head.better else ""
     arrow = tag("span", f" {ARROWS[head.better]}", class_="better", aria_hidden="true")
     button = tag(
@@ -79,7 +98,13 @@ def _sorting(head: Head) -> Safe:
     )
     first = "ascending" if head.left or head.better == "lower" else "descending"
     kind = "text" if head.left else "number"
-    return tag("th", button, scope="col", aria_sort="none", data_kind=kind, data_first=first)
+    return tag("th", button, scope="col", aria_sort=now, data_kind=kind, data_first=first)
+
+
+def breaking(name: str) -> Safe:
+    """A name that may be broken after its underscores, equals signs and dots, and nowhere else."""
+    parts = re.split(r"(?<=[_=.])(?=\w)", name)
+    return join(parts, "<wbr>")
 
 
 def _entry(entry: Entry, head: Head) -> Safe:
@@ -90,9 +115,9 @@ def _entry(entry: Entry, head: Head) -> Safe:
         signs = [tag("abbr", sign, title=means, class_="dirty") for sign, means in entry.marks]
         return tag(
             "th",
-            tag("span", entry.text, class_="name"),
+            tag("span", breaking(entry.text), class_="name"),
             *(join([" ", sign]) for sign in signs),
-            tag("span", entry.note, class_="variant") if entry.note else "",
+            tag("span", breaking(entry.note), class_="variant") if entry.note else "",
             scope="row",
             data_value=f"{entry.text} {entry.note}".strip(),
         )
@@ -113,18 +138,27 @@ def _entry(entry: Entry, head: Head) -> Safe:
 # ----------------------------------------------------------------------------- the leaderboard
 
 
-def target_tables(table: Table, columns: Sequence[Metric]) -> Safe:
-    """A table for each target of a setting, with its marks explained below."""
+def target_tables(
+    table: Table, columns: Sequence[Metric], ends: Mapping[str, End] = MappingProxyType({})
+) -> Safe:
+    """A table for each target of a setting, with its marks explained below.
+
+    Args:
+        table: of the leaderboard.
+        columns: what is shown where a row has it.
+        ends: by target, the suspicious end that the records declare.
+    """
     rows = table.shown_rows
     parts: list[object] = []
     for target in dict.fromkeys(row.target for row in rows):
         sheet = _sheet(table, [row for row in rows if row.target == target], columns)
         name = slug(f"{table.task}-{table.setting[:8]}-{target}")
-        parts.append(written(sheet, target, kind="board", name=name))
+        title, order = caption_of(target, ends), _order(sheet)
+        parts.append(written(sheet, title, kind="board", name=name, order=order))
         limits = [row for row in table.limits if row.target == target]
         if limits:
             own = _sheet(table, limits, columns, ranked=False)
-            parts.append(written(replace(own, title="By retraining"), target, kind="limits"))
+            parts.append(written(replace(own, title="By retraining"), title, kind="limits"))
     parts.append(tag("ul", *(tag("li", line) for line in _notes(table, columns)), class_="notes"))
     cells = cell_lines(table)
     if cells:
@@ -132,6 +166,12 @@ def target_tables(table: Table, columns: Sequence[Metric]) -> Safe:
         lines = [tag("li", line, class_=line.split(":", 1)[0]) for line in cells]
         parts.append(tag("div", *words, tag("ul", *lines), class_="missing"))
     return join(parts)
+
+
+def _order(sheet: Sheet) -> tuple[int, str]:
+    """The leaderboard's order: by AUROC, the best first, where there is one, else by name."""
+    labels = [head.label for head in sheet.heads]
+    return (labels.index("AUROC"), "descending") if "AUROC" in labels else (0, "ascending")
 
 
 def _notes(table: Table, columns: Sequence[Metric]) -> list[str]:
