@@ -496,7 +496,7 @@ def test_recall_curves_show_mean_band_and_references() -> None:
     # up to three times the noise rate, and the area is that of the whole curve
     np.testing.assert_allclose(np.asarray(mine.get_ydata()), recall.mean(axis=0)[:8])
     assert mine.get_label() == "fine  0.810"
-    assert axes.get_xlim() == (0, 0.6)
+    assert axes.get_xlim() == pytest.approx((0, 0.6))
     assert len(axes.collections) == 1
 
 

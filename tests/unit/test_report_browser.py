@@ -6,6 +6,7 @@ tests are skipped where one is missing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
 
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 if CHROMIUM is None or DRIVER is None:
     pytest.skip(MISSING, allow_module_level=True)
@@ -52,7 +54,9 @@ def browser(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[An
 
 
 def visit(browser: Any, name: str) -> None:
-    browser.find_element(By.LINK_TEXT, name).click()
+    link = browser.find_element(By.LINK_TEXT, name)
+    link.click()
+    WebDriverWait(browser, 20).until(lambda _: link.get_attribute("aria-current") == "page")
 
 
 def column(browser: Any, table: Any, number: int) -> list[str]:
@@ -87,13 +91,16 @@ def test_a_click_sorts_and_a_second_one_turns_the_order(browser: Any) -> None:
     table = browser.find_element(By.CSS_SELECTOR, "table.board")
     heading = head(table, "AUROC")
     number = int(heading.get_property("cellIndex"))
-    heading.find_element(By.TAG_NAME, "button").click()
+    # the table comes sorted by it, and says so
     assert heading.get_attribute("aria-sort") == "descending"
     values = [float(x) for x in column(browser, table, number)]
     assert values == sorted(values, reverse=True)
     heading.find_element(By.TAG_NAME, "button").click()
     assert heading.get_attribute("aria-sort") == "ascending"
     assert [float(x) for x in column(browser, table, number)] == sorted(values)
+    heading.find_element(By.TAG_NAME, "button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    heading.find_element(By.TAG_NAME, "button").click()
     assert "sorted by AUROC, ascending" in browser.page_source
     # what is undefined or absent stays last in both directions, and costs begin with the lowest
     fidelity = head(table, "fidelity")
@@ -131,14 +138,68 @@ def test_a_range_of_options_has_its_band_and_no_row(browser: Any) -> None:
     assert not [name for name in names if "@" in name]
 
 
+def test_a_long_table_shows_its_first_rows(browser: Any, page: Path, tmp_path: Path) -> None:
+    html = page.read_text()
+    row = re.search(r"<tr><th scope=.row.*?</tr>", html.split('<table class="board">')[1])
+    assert row is not None
+    longer = tmp_path / "longer.html"
+    longer.write_text(html.replace(row[0], row[0] * 20, 1))
+    try:
+        browser.get(longer.as_uri())
+        visit(browser, "digits_mislabel")
+        lines = browser.find_elements(By.CSS_SELECTOR, "table.board")[0].find_elements(
+            By.CSS_SELECTOR, "tbody tr"
+        )
+        assert len(lines) > 20
+        assert sum(line.is_displayed() for line in lines) == 12
+        more = browser.find_element(By.CSS_SELECTOR, "button.more")
+        assert more.text == f"all {len(lines)} rows"
+        more.click()
+        assert all(line.is_displayed() for line in lines)
+        assert more.text == "the first 12 rows"
+        more.click()
+        assert sum(line.is_displayed() for line in lines) == 12
+    finally:
+        asked = asked_for(browser)  # so that the last test sees the page itself alone
+        browser.get(page.as_uri())
+    assert all(url.startswith("file:") for url in asked)
+    assert not browser.find_elements(By.CSS_SELECTOR, "button.more")
+
+
+def test_names_do_not_break_within_a_word(browser: Any) -> None:
+    """On a phone a name takes a new line after an underscore, or none."""
+    script = """
+        const names = document.querySelectorAll("section:not([hidden]) .board .name");
+        return Array.from(names, (name) => {
+          const pieces = [];
+          for (const node of name.childNodes) {
+            if (node.nodeType !== Node.TEXT_NODE) continue;
+            const range = document.createRange();
+            range.selectNodeContents(node);
+            pieces.push(range.getClientRects().length);
+          }
+          return pieces;
+        }).flat();
+    """
+    with width(browser, 390):
+        visit(browser, "digits_mislabel")
+        pieces = browser.execute_script(script)
+    assert len(pieces) > 6
+    assert set(pieces) == {1}
+
+
 def test_images_are_there(browser: Any) -> None:
     visit(browser, "digits_mislabel")
     script = """
         const done = arguments[arguments.length - 1];
         const images = Array.from(document.querySelectorAll("section:not([hidden]) img"));
         images.forEach((each) => { each.loading = "eager"; });
-        Promise.all(images.map((each) => each.decode().then(() => each.naturalWidth)))
-          .then(done, (error) => done(String(error)));
+        // drawings are unpacked when their page is shown
+        const there = () => (images.every((each) => each.src)
+          ? Promise.all(images.map((each) => each.decode().then(() => each.naturalWidth)))
+            .then(done, (error) => done(String(error)))
+          : setTimeout(there, 50));
+        there();
     """
     widths = browser.execute_async_script(script)
     assert isinstance(widths, list), widths
