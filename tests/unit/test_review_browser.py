@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from support.review import CLASSES, png, review_table
 
 pytest.importorskip("selenium", reason="selenium is not installed (extra: dev)")
 
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 if CHROMIUM is None or DRIVER is None:
     pytest.skip(MISSING, allow_module_level=True)
@@ -79,6 +80,12 @@ def fresh(browser: Any, page: Path) -> None:
     browser.execute_script("localStorage.clear()")
     browser.get(page.as_uri())
     browser.execute_script("localStorage.clear(); document.activeElement.blur()")
+
+
+def soon(browser: Any, holds: Callable[[], bool]) -> None:
+    """Wait for what the page does in its own time, such as reading a file."""
+    slow = WebDriverWait(browser, 20, ignored_exceptions=[StaleElementReferenceException])
+    slow.until(lambda _: holds())
 
 
 def press(browser: Any, keys: str) -> None:
@@ -197,6 +204,23 @@ def test_decisions_outlive_the_page_and_stay_with_their_data(
     assert "2 of" in counts(browser)
 
 
+def test_pages_of_other_rows_of_the_same_data_leave_each_others_decisions(
+    browser: Any, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    pages = [tmp_path / "first.html", tmp_path / "second.html"]
+    for path, some in zip(pages, (table.head(5), table.iloc[3:9]), strict=True):
+        write_review_page(path, some, views, title="t", class_names=CLASSES, digest="mine")
+    browser.get(pages[0].as_uri())
+    press(browser, "jxxxx")  # rows 0 to 3, of which the other page has the last
+    browser.get(pages[1].as_uri())
+    assert decisions(browser) == ["reject", "", "", "", "", ""]
+    press(browser, "jjjja")
+    browser.get(pages[0].as_uri())
+    assert decisions(browser) == ["reject"] * 4 + [""]
+    browser.get(pages[1].as_uri())
+    assert [d for d in decisions(browser) if d] == ["reject", "accept"]
+
+
 def saved(browser: Any, downloads: Path) -> Path:
     path = downloads / "decisions.csv"
     path.unlink(missing_ok=True)
@@ -226,7 +250,7 @@ def test_the_csv_is_saved_read_and_loaded(
     browser.find_element(By.ID, "forget").click()
     load = browser.find_element(By.ID, "load")
     load.send_keys(str(path))
-    assert decisions(browser)[:4] == ["accept", "reject", "relabel", ""]
+    soon(browser, lambda: decisions(browser)[:4] == ["accept", "reject", "relabel", ""])
     warning = browser.find_element(By.ID, "warning")
     assert not warning.is_displayed()
     for wrong, said in (
@@ -240,8 +264,7 @@ def test_the_csv_is_saved_read_and_loaded(
         file = tmp_path / "wrong.csv"
         file.write_text(wrong)
         load.send_keys(str(file))
-        assert warning.is_displayed()
-        assert said in warning.text
+        soon(browser, lambda said=said: said in warning.text)
     assert decisions(browser)[:4] == ["accept", "reject", "relabel", ""]
 
 

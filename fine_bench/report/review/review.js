@@ -30,6 +30,7 @@
   // ---- decisions: entry -> [kind, class or -1], kept in the browser under the data's digest
   const KEY = `fine_bench review ${digest}`;
   let decided = new Map();
+  let elsewhere = [];  // kept decisions about rows of the same data that this page does not list
   const history = [];
   const said = byId("said");
   const warning = byId("warning");
@@ -37,13 +38,14 @@
     warning.textContent = text;
     warning.hidden = text === "";
   };
-  const fits = ([row, kind, label]) => entryOf.has(row) && KINDS.includes(kind)
-    && Number.isInteger(label) && label < classes.length && (label >= 0 || kind === "reject");
+  const fits = (one) => Array.isArray(one) && Number.isInteger(one[0]) && KINDS.includes(one[1])
+    && Number.isInteger(one[2]) && one[2] < classes.length && (one[2] >= 0 || one[1] === "reject");
   const recall = () => {
     try {
-      const kept = JSON.parse(localStorage.getItem(KEY) ?? "[]");
-      if (!Array.isArray(kept)) return;
-      decided = new Map(kept.filter((each) => Array.isArray(each) && fits(each))
+      const found = JSON.parse(localStorage.getItem(KEY) ?? "[]");
+      const kept = Array.isArray(found) ? found.filter(fits) : [];
+      elsewhere = kept.filter(([row]) => !entryOf.has(row));
+      decided = new Map(kept.filter(([row]) => entryOf.has(row))
         .map(([row, kind, label]) => [entryOf.get(row), [kind, label]]));
     } catch (error) {
       warn(`What this browser kept cannot be read (${error.message}). Load the saved csv.`);
@@ -55,7 +57,7 @@
     waiting = 0;
     const kept = Array.from(decided, ([i, [kind, label]]) => [at("row", i), kind, label]);
     try {
-      localStorage.setItem(KEY, JSON.stringify(kept));
+      localStorage.setItem(KEY, JSON.stringify([...elsewhere, ...kept]));
     } catch (error) {
       warn("This browser keeps no decisions for a file from the disk "
         + `(${error.name}). Save them before you close this page.`);
