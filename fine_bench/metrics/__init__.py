@@ -7,8 +7,9 @@
 - Between runs: ``consistency``, ``stable`` (are the examples that all runs flag the right ones);
   ``intervals`` over seeds, and paired differences.
 - Against retraining: ``retraining`` (μ of every example from a bank of models), ``reliability``
-  (its noise ceiling), ``fidelity``, ``lds``, ``definition`` (μ by its definition, on a sample of
-  sets), ``gaussianity`` (what one number μ leaves out).
+  (its noise ceiling), ``fidelity``, ``out_of_sample`` (the truth of loss-like scores), ``limits``
+  (what retraining says, beside the numbers of methods), ``lds``, ``definition`` (μ by its
+  definition, on a sample of sets), ``gaussianity`` (what one number μ leaves out).
 - Of groups and treatments: ``groups``, ``agreement`` (of the paper's estimator with the all-example
   one), ``cure``.
 """

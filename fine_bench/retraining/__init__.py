@@ -13,6 +13,7 @@ retraining (``fine-bench score``), and by which the runner's records get their f
 - ``definition``: influence by its definition (all data against all data without a set).
 - ``condense``, ``truth``, ``truth_files``: from a bank to a ground truth, what that says of scores,
   and its file.
+- ``oracles``: what retraining itself says, scored as if it were a method, for the tables.
 
 The models are divided into two halves, by even and odd subsets, and a truth is made of each: what
 is *developed* on one half is *published* with the other. The subsets of the linear datamodeling
