@@ -16,7 +16,6 @@ LEADERBOARD = ROOT / "results" / "published" / "leaderboard.csv"
 
 WITHOUT_RESULTS = {
     "arnoldi": "200 products with the curvature a seed; numbers for one checkpoint only",
-    "grand": "looks at the first epochs alone, and no published run kept them",
     "in_run_shapley_second": "one product with the curvature at every step of a run",
     "lissa": "a series of 100 steps for every example of self",
     "mean_over_runs": "five trainings a seed",
