@@ -190,7 +190,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     assert items.kind == "text"
     assert items.n_source == 30
     assert load(tmp_path / "saved", split="test").n_source == 12
-    copy = items.origin.write(tmp_path, [0, 2, 3], {2: "good"})
+    copy = items.origin.write(tmp_path, [0, 2, 3], {2: "good"}).path
     again = library.load_from_disk(str(copy))
     assert again["label"] == [0, 1, 1]
     assert again.features["label"].names == ["bad", "good"]

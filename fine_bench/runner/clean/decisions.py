@@ -62,14 +62,15 @@ def decisions_of(paths: Sequence[Path], items: Items) -> Decisions:
     for path in paths:
         found += [(path, one) for one in read_decisions(path, names, labels, items.classes)]
     for path, decision in found:
-        known = before.setdefault(decision.row, (decision, path))
-        if known[0] != decision:
+        known = before.get(decision.row)
+        if known is not None and known[0] != decision:
             raise DataError(
                 f"row {decision.row} ({names[decision.row]}) is decided as {known[0].kind} in "
                 f"{known[1]} and as {decision.kind} in {path}; keep one of them"
             )
-        if known[1] != path:
+        if known is not None:
             continue
+        before[decision.row] = (decision, path)
         left = unusable.get(decision.row)
         if left is not None and decision.kind != "reject":
             raise DataError(
@@ -122,7 +123,7 @@ def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder
     keep = [row for row in range(items.n_source) if row not in gone]
     if not keep:
         raise DataError("every row is rejected; nothing is left to write")
-    copy = items.origin.write(folder, keep, decisions.relabelled)
+    written = items.origin.write(folder, keep, decisions.relabelled)
     notes = []
     accepted = set(decisions.accepted)
     trusted: list[int] = []
@@ -150,27 +151,14 @@ def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder
             notes.append(
                 f"{others} accepted row(s) were not drawn at random and are not in the trusted list"
             )
-    after = {row: k for k, row in enumerate(_order(items, keep, decisions))}
+    after = {row: k for k, row in enumerate(written.rows)}
     return Applied(
-        copy, len(keep), tuple(trusted), tuple(sorted(after[row] for row in trusted)), tuple(notes)
+        written.path,
+        len(keep),
+        tuple(trusted),
+        tuple(sorted(after[row] for row in trusted)),
+        tuple(notes),
     )
-
-
-def _order(items: Items, keep: list[int], decisions: Decisions) -> list[int]:
-    """Rows in the order in which the copy is read: images by class and path, others as kept."""
-    files = getattr(items.origin, "files", None)
-    if files is None:
-        return keep
-    place = {row: k for k, row in enumerate(keep)}
-    folder, labels = items.origin.folder, items.origin.labels  # type: ignore[attr-defined]
-    paths = {
-        row: (
-            str(decisions.relabelled.get(row, labels[row])),
-            files[row].relative_to(folder).parts[1:],
-        )
-        for row in keep
-    }
-    return sorted(keep, key=lambda row: (paths[row], place[row]))
 
 
 def counts(decisions: Decisions) -> Counter[str]:

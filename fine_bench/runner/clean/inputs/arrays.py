@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fine_bench.data.views import ImageView, RowView, View
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner.clean.inputs.images import png
-from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, finish, reason_of
+from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, Written, finish, reason_of
 
 SUFFIXES = (".npz", ".npy")
 _SMALLEST, _LARGEST = 4, 512
@@ -50,13 +50,13 @@ class _Arrays:
         flat = self.x[row].reshape(-1)
         return RowView({f"x[{k}]": float(value) for k, value in enumerate(flat[:_CELLS])})
 
-    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
         y = np.array([labels.get(row, self.y[row]) for row in keep])
         out = io.BytesIO()
         np.savez(out, x=self.x[list(keep)], y=y)
         copy = folder / "cleaned.npz"
         copy.write_bytes(out.getvalue())
-        return copy
+        return Written(copy, keep)
 
 
 def array_items(x: Any, y: Any, *, where: str, kind: Kind | None = None) -> Items:

@@ -13,7 +13,7 @@ from fine_bench.data.views import View
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner.clean.inputs import tables
 from fine_bench.runner.clean.inputs.arrays import array_items
-from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, finish, reason_of
+from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, Written, finish, reason_of
 
 MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -33,7 +33,7 @@ class _Saved:
         view: View = self.shown.view(row)
         return view
 
-    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
         feature = self.dataset.features[self.label]
         number = feature.str2int if hasattr(feature, "str2int") else lambda value: value
         given = list(self.dataset[self.label])
@@ -44,7 +44,7 @@ class _Saved:
             self.label, [given[row] for row in range(len(given))], feature=feature
         )
         fresh.select(list(keep)).save_to_disk(str(copy))
-        return copy
+        return Written(copy, keep)
 
 
 def read_saved_dataset(folder: Path, split: str | None, **options: Any) -> Items:

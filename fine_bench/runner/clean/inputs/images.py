@@ -16,7 +16,14 @@ from PIL import Image, UnidentifiedImageError
 
 from fine_bench.data.views import ImageView, View
 from fine_bench.errors import DataError
-from fine_bench.runner.clean.inputs.items import Items, LeftOut, finish, reason_of, some
+from fine_bench.runner.clean.inputs.items import (
+    Items,
+    LeftOut,
+    Written,
+    finish,
+    reason_of,
+    some,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 LARGEST_SIDE = 32
@@ -53,19 +60,28 @@ class _Folder:
         small.save(out, "PNG")
         return ImageView(out.getvalue())
 
-    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
-        copy = folder / "cleaned"
-        for row in keep:
-            inside = self.files[row].relative_to(self.folder).parts[1:]
+    def targets(self, keep: Sequence[int], labels: Mapping[int, Any]) -> dict[int, Path]:
+        """Where each row's file goes in the copy; an unchanged one keeps its name."""
+        found: dict[int, Path] = {}
+        taken: set[Path] = set()
+        for row in sorted(keep, key=lambda row: row in labels):
             label = str(labels.get(row, self.labels[row]))
             if label in ("", ".", "..") or "/" in label or "\\" in label or "\0" in label:
                 raise DataError(f"the label {label!r} of row {row} cannot be the name of a folder")
-            target = copy.joinpath(label, *inside)
-            if target.exists():  # an image of this name is in the other class already
+            target = Path(label, *self.files[row].relative_to(self.folder).parts[1:])
+            if target in taken:  # an image of this name is in the other class already
                 target = target.with_name(f"{target.stem}--row{row}{target.suffix}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.files[row], target)
-        return copy
+            taken.add(target)
+            found[row] = target
+        return found
+
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
+        copy = folder / "cleaned"
+        targets = self.targets(keep, labels)
+        for row, target in targets.items():
+            (copy / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.files[row], copy / target)
+        return Written(copy, sorted(keep, key=targets.__getitem__))
 
 
 def read_image_folder(folder: Path, image_size: int | None = None) -> Items:

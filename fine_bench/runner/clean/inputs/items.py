@@ -20,22 +20,32 @@ NAMED = 5
 """How many rows or files a sentence names before it says how many more there are."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A copy that was written.
+
+    Attributes:
+        path: file or folder.
+        rows: of the source, in the order in which the copy is read.
+    """
+
+    path: Path
+    rows: Sequence[int]
+
+
 class Origin(Protocol):
     """Where items come from: shows a row to people, and writes a copy with corrected labels."""
 
     def view(self, row: int) -> View:
         """Row ``row`` of the source, for the review page."""
 
-    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
-        """Write the rows ``keep``, in this order, below ``folder``.
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
+        """Write the rows ``keep``, ascending, below ``folder``.
 
         Args:
             folder: exists; the copy is a new file or folder in it.
             keep: rows of the source.
             labels: row → the label to write in the place of the given one.
-
-        Returns:
-            the copy.
         """
 
 

@@ -15,7 +15,15 @@ import pandas as pd
 
 from fine_bench.data.views import RowView, TextView, View
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, finish, reason_of, some
+from fine_bench.runner.clean.inputs.items import (
+    Items,
+    Kind,
+    LeftOut,
+    Written,
+    finish,
+    reason_of,
+    some,
+)
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 LABELS = ("label", "labels", "target", "class", "y")
@@ -183,7 +191,7 @@ class _Rows:
         cells = self.table.iloc[row].drop(self.label)
         return RowView({str(name): value for name, value in cells.items()})
 
-    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Path:
+    def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
         suffix = ".csv" if self.path is None else self.path.suffix.lower()
         copy = folder / f"cleaned{suffix}"
         if self.path is not None and suffix == ".jsonl":
@@ -195,7 +203,7 @@ class _Rows:
                     {**json.loads(lines[row]), self.label: label}, ensure_ascii=False
                 )
             copy.write_text("".join(f"{lines[row]}\n" for row in keep), encoding="utf-8")
-            return copy
+            return Written(copy, keep)
         if self.path is not None and suffix == ".csv":
             table = pd.read_csv(self.path, dtype=str, keep_default_na=False)
             table.columns = self.table.columns
@@ -213,7 +221,7 @@ class _Rows:
             copy.write_bytes(out.getvalue())
         else:
             table.to_csv(copy, index=False, lineterminator="\n")
-        return copy
+        return Written(copy, keep)
 
 
 def table_items(
