@@ -323,9 +323,10 @@ def to_markdown(lines: Sequence[Line], promises: Sequence[str], call: str) -> st
             "| --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for one in own:
+            of_theirs = one.work / base.work
             said.append(
                 f"| {one.method} | {np.mean(one.ap):.3f} ({min(one.ap):.3f} – {max(one.ap):.3f}) | "
-                f"{_dash(one.stable)} | {one.work:.1f} | {one.work / base.work:.2f} | {one.cpu:.0f} |"
+                f"{_dash(one.stable)} | {one.work:.1f} | {of_theirs:.2f} | {one.cpu:.0f} |"
             )
         said.append("")
     said += [

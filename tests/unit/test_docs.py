@@ -152,6 +152,8 @@ def paths_in(text: str) -> list[str]:
 
 # what commands make, what a page tells its reader to write, and files of other programs
 NOT_HERE = (
+    "ranking.csv", "issues.csv", "left_out.csv", "verify_first.csv", "decisions.csv",
+    "clean-photos/", "clean-photos/runs/",
     "results/records/", "results/scores/", "results/checkpoints/", "results/figures/",
     "results/wandb/", "scores/", "checkpoints/",
     "leaderboard.md", "leaderboard.csv", "summary.md", "sensitivity.md", "sensitivity.csv",
