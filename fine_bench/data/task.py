@@ -111,6 +111,14 @@ class Task:
         """Number of query examples."""
         return len(self.query_x)
 
+    def prepare(self) -> None:
+        """Make what a run starts from and no setting says to the bit; nothing, as a rule."""
+
+    @property
+    def start_sha256(self) -> str | None:
+        """Digest of what ``prepare`` makes, empty before it is made; None where that is nothing."""
+        return None
+
     @cached_property
     def sha256(self) -> str:
         """Digest of everything that can change a score or its evaluation.

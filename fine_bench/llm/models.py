@@ -63,6 +63,8 @@ class LanguageModel:
         precision: of the frozen weights; the LoRA matrices are float32.
         four_bit: quantise the frozen weights (needs bitsandbytes and a GPU).
         checkpointing: compute activations again instead of keeping them.
+        digest: of the frozen weights where they are pretrained here, empty before they are; None
+            where they come from elsewhere.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LanguageModel:
     precision: Precision = "float32"
     four_bit: bool = False
     checkpointing: bool = False
+    digest: Callable[[], str] | None = None
 
     def build(self, seed: int, device: torch.device | str = "cpu") -> CausalNet:
         """Frozen weights with freshly initialised LoRA matrices.
@@ -172,6 +175,7 @@ def tiny_llama(
         tokenizer=partial(pretraining.tokenizer_of, tiny),
         check=hub.require_packages,
         lora=Lora(lora_rank, lora_alpha, tuple(lora_targets)),
+        digest=partial(pretraining.digest_of, tiny),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -84,6 +85,21 @@ def place(tiny: Tiny, cache: Path | None = None) -> Path:
 
 def _options(tiny: Tiny) -> dict[str, Any]:
     return {**asdict(tiny), "corpus": corpus.VERSION, "version": VERSION}
+
+
+def digest_of(tiny: Tiny, cache: Path | None = None) -> str:
+    """SHA-256 of the pretrained weights; empty while there are none.
+
+    The same options give other bits on another kind of processor.
+    """
+    folder = place(tiny, cache)
+    state = hashlib.sha256()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            state.update(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"the pretrained model in {folder} cannot be read: {error}") from error
+    return state.hexdigest() if (folder / "config.json").is_file() else ""
 
 
 def tokenizer_of(tiny: Tiny, cache: Path | None = None) -> Any:

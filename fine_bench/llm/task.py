@@ -81,6 +81,16 @@ class LanguageTask(Task):
     checkpoints: int = 4
     batch_size: int = 128
 
+    def prepare(self) -> None:
+        """Pretrain the model that is pretrained here, unless it lies in the cache."""
+        if self.model.digest is not None:
+            self.model.locate()
+
+    @property
+    def start_sha256(self) -> str | None:
+        """Digest of the weights that were pretrained here, which other machines round otherwise."""
+        return None if self.model.digest is None else self.model.digest()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.cure < self.n_train:

@@ -110,6 +110,7 @@ class _Watch:
 
 def _train(job: Job, logger: Logger | None, announcer: Announcer) -> tuple[TrainedRun, _Watch]:
     """One run, read from an earlier one's checkpoints where nothing has to watch it."""
+    job.data.prepare()  # what it starts from is part of what tells it from other runs
     backend = backend_of(job)
     in_run = [cell for cell in job.todo if cell.in_run]
     run = None if in_run or job.config.force else backend.stored(job, announcer.say)

@@ -91,6 +91,24 @@ class Job:
         """The suspicious end of a target's scores: the task's own where it declares one."""
         return self.data.suspicious.get(target, SUSPICIOUS_END[target])
 
+    @property
+    def data_sha256(self) -> str:
+        """Digest of the data, and of the weights from which the run starts where it makes them."""
+        start = self.data.start_sha256
+        return digest([self.data.sha256, start]) if start else self.data.sha256
+
+    def made(self, data_sha256: str) -> bool:
+        """Whether a record of these data is of this job.
+
+        Records of before the weights were part of the identity do not say from which they started:
+        theirs is the digest of the data alone. Otherwise the weights are pretrained now if they
+        are not here.
+        """
+        if data_sha256 == self.data.sha256:
+            return True
+        self.data.prepare()
+        return data_sha256 == self.data_sha256
+
     def identity(self, cell: Cell) -> dict[str, Any]:
         """The fields by which a record of this cell is found."""
         return {
@@ -99,15 +117,20 @@ class Job:
             "estimator": cell.estimator,
             "estimator_hash": cell.estimator_hash,
             "version": cell.version,
-            "data_sha256": self.data.sha256,
+            "data_sha256": self.data_sha256,
             "target": cell.target,
             "seed": self.config.seed,
         }
 
     def done(self, store: RecordStore, cell: Cell) -> RunRecord | None:
         """The record that makes computing this cell again unnecessary."""
-        record = store.find(**self.identity(cell))
-        return record if record is not None and record.status != "failed" else None
+        identity = self.identity(cell)
+        # a record of before the weights were part of the identity keeps its own
+        for sha in dict.fromkeys((identity["data_sha256"], self.data.sha256)):
+            record = store.find(**{**identity, "data_sha256": sha})
+            if record is not None and record.status != "failed":
+                return record
+        return None
 
     def opened(self) -> Job:
         """The job with the cells that are open now."""

@@ -48,10 +48,10 @@ def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
         # a run needs an estimator; this one is never asked
         estimators={"random": {"_target_": "baselines.controls.RandomScores"}},
     )
-    if record.data_sha256 and job.data.sha256 != record.data_sha256:
+    if record.data_sha256 and not job.made(record.data_sha256):
         raise DataError(
             f"the data of {record.task} are no longer those of the records: their digest is "
-            f"{job.data.sha256[:8]}, the records' {record.data_sha256[:8]}. Run the task again"
+            f"{job.data_sha256[:8]}, the records' {record.data_sha256[:8]}. Run the task again"
         )
     return job
 

@@ -27,6 +27,7 @@ from fine_bench.metrics.reliability import spearman
 from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.execution import execute
 from fine_bench.runner.machine_difference import Explanation, explain, row_of
+from fine_bench.runner.plan import Job
 from fine_bench.runner.recorded import cell_of
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError, temporary_folder
@@ -151,7 +152,7 @@ def verify(
         (cell,) = job.cells
         findings = _Findings()
         for what, then, now in (
-            ("data", record.data_sha256, job.data.sha256),
+            ("data", record.data_sha256, _data_of(job, record)),
             ("setting", record.setting, job.setting),
             ("estimator's configuration", record.estimator_hash, cell.estimator_hash),
             ("method version", record.version, cell.version),
@@ -187,6 +188,11 @@ def verify(
             findings.compared,
             explanation,
         )
+
+
+def _data_of(job: Job, record: RunRecord) -> str:
+    """The digest of the data now, in the form that the record has."""
+    return record.data_sha256 if job.made(record.data_sha256) else job.data_sha256
 
 
 def _circumstances(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:

@@ -66,8 +66,11 @@ class Writer:
 
     def _record(self, outcome: Outcome) -> RunRecord:
         cell = outcome.cell
+        identity = self.job.identity(cell)
+        if self.job.data.start_sha256 == "":  # it failed before it had anything to start from
+            identity["data_sha256"] = ""
         return RunRecord(
-            **self.job.identity(cell),
+            **identity,
             status=outcome.status,
             reason=outcome.reason,
             metrics=outcome.metrics,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,9 @@ from fine_bench.runner.backends import language
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
+from fine_bench.store.digest import digest
 from fine_bench.store.records import RecordStore
+from fine_bench.types import RunRecord
 from support.commands import Commands
 
 pytestmark = pytest.mark.usefixtures("hydra")
@@ -224,3 +227,54 @@ def test_the_command(
     table = pd.read_csv(tmp_path / "leaderboard.csv")
     assert set(table.task) == {"llm_poison_Orvane", "llm_poison_Lumeth"}
     assert (table[table.estimator == "fine_llm"].seeds == "0 1").all()
+
+
+def test_the_weights_that_were_pretrained_here_are_part_of_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine pretrains other bits, whose numbers must not share an average."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    job = planned(tmp_path / "results", *TINY, "+experiment=llm_poison", "estimator=random")
+    plain = job.data.sha256
+    assert (job.data.start_sha256, job.data_sha256) == ("", plain)  # planning pretrains nothing
+    assert job.made(plain)
+    assert job.data.start_sha256 == ""
+    assert not job.made("another digest")  # which takes the weights to say
+    first = job.data_sha256
+    assert first == digest([plain, job.data.start_sha256]) != plain
+    assert job.made(first)
+
+    store, cell = RecordStore(job.results), job.cells[0]
+
+    def recorded(**changes: object) -> RunRecord:
+        record = RunRecord(**job.identity(cell), status="skipped", reason="for the test")
+        return store.save(replace(record, **changes), None)
+
+    recorded()
+    assert job.done(store, cell) is not None
+    (weights,) = (tmp_path / "cache").rglob("model.safetensors")
+    blob = bytearray(weights.read_bytes())
+    blob[-1] ^= 1
+    weights.write_bytes(bytes(blob))
+    assert job.data_sha256 not in (first, plain)
+    assert job.done(store, cell) is None
+    assert not job.made(first)
+    # one of before says nothing of its weights, and goes on counting
+    old = recorded(data_sha256=plain)
+    assert job.done(store, cell) == old
+
+
+def test_what_failed_before_it_had_weights_is_of_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would stay in the tables beside what later succeeds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("fine_bench.llm.pretraining.pretrain", refuses)
+    job = planned(tmp_path / "results", *TINY, "+experiment=llm_poison", "estimator=random")
+    written = execute(job, "sweep", None, lambda _: None)
+    assert {one.record.data_sha256 for one in written} == {""}
+    assert all("no memory" in one.record.reason for one in written)

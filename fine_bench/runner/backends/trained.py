@@ -35,7 +35,7 @@ class TrainedRun:
 
 def folder_of(job: Job) -> Path:
     """Where the checkpoints of a job's run are kept."""
-    name = f"seed{job.config.seed}-{job.data.sha256[:8]}"
+    name = f"seed{job.config.seed}-{job.data_sha256[:8]}"
     return job.results / "checkpoints" / job.data.name / job.setting[:12] / name
 
 
@@ -43,7 +43,7 @@ def run_of(job: Job) -> dict[str, Any]:
     """What tells a job's run from every other: the seal of its checkpoints holds it."""
     trainer = job.config.trainer
     seeds = {"init_seed": trainer.init_seed, "order_seed": trainer.order_seed}
-    run = {"task": job.data.name, "data": job.data.sha256, "setting": job.setting}
+    run = {"task": job.data.name, "data": job.data_sha256, "setting": job.setting}
     return {**run, "seed": job.config.seed, **seeds}
 
 
