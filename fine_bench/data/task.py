@@ -119,6 +119,14 @@ class Task:
         """Digest of what ``prepare`` makes, empty before it is made; None where that is nothing."""
         return None
 
+    @property
+    def record_sha256(self) -> str:
+        """What a record of now has as digest of its data: with that of what the run starts from."""
+        start = self.start_sha256
+        return (
+            hashlib.sha256(f"{self.sha256} {start}".encode()).hexdigest() if start else self.sha256
+        )
+
     @cached_property
     def sha256(self) -> str:
         """Digest of everything that can change a score or its evaluation.

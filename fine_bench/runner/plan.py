@@ -94,8 +94,7 @@ class Job:
     @property
     def data_sha256(self) -> str:
         """Digest of the data, and of the weights from which the run starts where it makes them."""
-        start = self.data.start_sha256
-        return digest([self.data.sha256, start]) if start else self.data.sha256
+        return self.data.record_sha256
 
     def made(self, data_sha256: str) -> bool:
         """Whether a record of these data is of this job.
