@@ -8,7 +8,8 @@
   ``intervals`` over seeds, and paired differences.
 - Against retraining: ``retraining`` (μ of every example from a bank of models), ``reliability``
   (its noise ceiling), ``fidelity``, ``out_of_sample`` (the truth of loss-like scores), ``limits``
-  (what retraining says, beside the numbers of methods), ``lds``, ``definition`` (μ by its
+  (what retraining says, beside the numbers of methods), ``lds``, ``lds_interval`` (over queries),
+  ``outcome_spread`` (do scores foretell how much a query varies between runs), ``definition`` (μ by its
   definition, on a sample of sets), ``gaussianity`` (what one number μ leaves out).
 - Of groups and treatments: ``groups``, ``agreement`` (of the paper's estimator with the all-example
   one), ``cure``.
