@@ -9,8 +9,8 @@
 - Against retraining: ``retraining`` (μ of every example from a bank of models), ``reliability``
   (its noise ceiling), ``fidelity``, ``out_of_sample`` (the truth of loss-like scores), ``limits``
   (what retraining says, beside the numbers of methods), ``lds``, ``lds_interval`` (over queries),
-  ``outcome_spread`` (do scores foretell how much a query varies between runs), ``definition`` (μ by its
-  definition, on a sample of sets), ``gaussianity`` (what one number μ leaves out).
+  ``outcome_spread`` (do scores foretell how much a query varies between runs), ``definition`` (μ by
+  its definition, on a sample of sets), ``gaussianity`` (what one number μ leaves out).
 - Of groups and treatments: ``groups``, ``agreement`` (of the paper's estimator with the all-example
   one), ``cure``.
 """
