@@ -52,7 +52,7 @@ class Measured:
 
     Attributes:
         per_query: ``(q,)``, mean over the groups.
-        without: ``(N,)``, the LDS over the groups without each seed; NaN where R > N/2.
+        without: ``(N,)``, the LDS over the groups without each seed; NaN where R > (N + 1)/2.
     """
 
     per_query: Array
@@ -85,7 +85,7 @@ def measured(predict: Predict, n: int, size: int, margin: Array) -> Measured:
     groups = groups_of(n, size)
     found = np.nan_to_num([spearman_rows(predict(group), margin.T) for group in groups])
     without = np.full(n, np.nan)
-    if 2 * size <= n:
+    if 2 * size <= n + 1:
         for i in range(n):
             own = [k for k, group in enumerate(groups) if i not in group]
             without[i] = found[own].mean()
