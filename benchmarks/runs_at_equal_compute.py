@@ -16,8 +16,8 @@ half of the frozen truth. The groups share runs, so intervals over seeds come fr
     θ the mean over all groups of R, θ_i the mean over those without seed i,
     SE² = (N − 1)/N · Σ_i (θ_i − mean θ_i)²,      θ ± t_{N−1, 0.975} SE,
 
-where R ≤ (N + 1)/2. A difference of two methods is jackknifed as one number: the same seeds move both.
-Beside it stands its bootstrap interval over the queries.
+where R ≤ (N + 1)/2. A difference of two methods is jackknifed as one number: the same seeds move
+both. Beside it stands its bootstrap interval over the queries.
 
 Time is counted in trainings: a run costs 1 + extra/training, where extra is what the method takes
 beyond plain training in the same record; the median over the seeds. Within a budget of B trainings'
@@ -194,8 +194,8 @@ def page(
         f"{ceiling:.3f}.",
         "",
         "LDS of the mean of R runs' scores: mean over the groups of R of a method's runs, with its "
-        "95 % jackknife interval over the runs where R is at most about half of them. *Cost*: one run "
-        "with its scores, in trainings' time.",
+        "95 % jackknife interval over the runs where R is at most about half of them. *Cost*: one "
+        "run with its scores, in trainings' time.",
         "",
         f"| method | runs | cost | {' | '.join(f'R = {r}' for r in runs)} |",
         f"| --- | ---: | ---: | {' | '.join('---:' for _ in runs)} |",
