@@ -30,7 +30,7 @@ from fine_bench.metrics.registry import columns
 from fine_bench.report.figures.style import canvas
 from fine_bench.report.figures.tables import TableResults, table_results
 from fine_bench.report.figures.titles import caption_of, titles_of
-from fine_bench.report.html.build import _drawing
+from fine_bench.report.html.build import _drawing, together
 from fine_bench.report.html.examples import Gallery, galleries_block
 from fine_bench.report.html.figures import PageFigure, figure_block, packed, size_of, slim
 from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
@@ -384,6 +384,18 @@ def test_the_headline_numbers_set_f_ine_beside_the_best(complete: Path, html: st
     assert "Headline numbers" in html
     nothing = replace(table, rows=tuple(replace(row, stats={}) for row in table.rows))
     assert headlines([Headline("a_task", "there", nothing)]) == []
+
+
+def test_what_several_tables_lack_is_said_once() -> None:
+    lack = "scores are not here: unpack them"
+    lines = [
+        f"a: {lack}",
+        "broken.json is no JSON",
+        f"b: {lack}",
+        f"a: {lack}",
+        "c: something else",
+    ]
+    assert together(lines) == [f"a, b: {lack}", "broken.json is no JSON", "c: something else"]
 
 
 def test_names_break_where_words_end() -> None:

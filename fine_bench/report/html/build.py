@@ -88,8 +88,20 @@ def make(
         )
     general = [p for rest in figures.values() for p in rest if p.drawn]
     problems += [line for results in found for line in results.problems]
-    unique = tuple(dict.fromkeys(problems))
+    unique = tuple(together(problems))
     return Report(page(board, sections, general, unique), unique)
+
+
+def together(problems: Sequence[str]) -> list[str]:
+    """Problems each once; what several tables lack in the same words in one line that names them.
+
+    A line of a table begins with its task and a colon.
+    """
+    tasks: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        task, colon, rest = problem.partition(": ")
+        tasks.setdefault(rest if colon else problem, []).append(task if colon else "")
+    return [f"{', '.join(names)}: {text}" if any(names) else text for text, names in tasks.items()]
 
 
 def _figures(
