@@ -61,8 +61,9 @@ class ShownExample:
 def rows_shown(results: TableResults, target: str, wanted: Sequence[str] = ()) -> list[Row]:
     """Rows whose largest scores are shown: those named, else one of each kind of f-INE.
 
-    Among f-INE rows the one called ``fine`` goes first, then the best by AUROC. A task without
-    f-INE shows its best row that is no mere control, or its best row.
+    Among f-INE rows the one called ``fine`` goes first, then the newest. Rows that score groups
+    alone are shown besides, for their groups. A task without f-INE shows its best row that is no
+    mere control, or its best row.
     """
     rows = results.rows(target)
     if wanted:
@@ -74,10 +75,11 @@ def rows_shown(results: TableResults, target: str, wanted: Sequence[str] = ()) -
 
     chosen = []
     for family in F_INE:
-        mine = [row for row in rows if kind(row)[0] == family]
+        mine = [row for row in rows if kind(row)[0] == family and row.watched != 0]
         if mine:
             newest = max(mine, key=lambda r: (r.estimator == "fine", results.newest(r)))
             chosen.append(newest)
+    chosen += [row for row in rows if row.watched == 0]
     if chosen or not rows:
         return chosen
     return [next((row for row in rows if not kind(row)[1]), rows[0])]
