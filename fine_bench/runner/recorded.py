@@ -8,6 +8,7 @@ made is the record's failure, with its reason.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from fine_bench.errors import ConfigError, DataError, UserError
 from fine_bench.llm.hub import is_name
-from fine_bench.runner.calls import ALWAYS_ALLOWED
+from fine_bench.runner.calls import ALWAYS_ALLOWED, target_of
 from fine_bench.runner.config import PLACES, check
 from fine_bench.runner.plan import Job, plan
 from fine_bench.types import RunRecord
@@ -91,7 +92,9 @@ def _planned(
     for section in ("task", "model", "estimator"):
         if section in sections:
             _check_package(config[section], section, allow_packages)
-    config["task"] = _without_places(config["task"], "task", PLACES)
+    config["task"] = _without_download(
+        _without_places(config["task"], "task", PLACES - {"download"}), allow_packages
+    )
     config["model"] = _model(config["model"], "model")
     if isinstance(config["task"].get("model"), Mapping):
         config["task"]["model"] = _model(config["task"]["model"], "task.model")
@@ -144,6 +147,15 @@ def _without_places(options: Mapping[str, Any], where: str, places: Set[str]) ->
                 "about files of this machine, so it cannot be computed again"
             )
     return {key: value for key, value in options.items() if key not in places}
+
+
+def _without_download(options: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """Records of before places were left out say ``download: true``; nothing is fetched for any."""
+    own = {key: value for key, value in options.items() if key != "download"}
+    make = target_of(own, "task", (*ALWAYS_ALLOWED, *allowed))
+    if "download" in inspect.signature(make).parameters:
+        own["download"] = False
+    return own
 
 
 def _model(options: Mapping[str, Any], where: str) -> dict[str, Any]:

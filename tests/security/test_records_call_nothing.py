@@ -177,7 +177,6 @@ def test_what_ends_the_process_is_a_failure(
     ("section", "change", "words"),
     [
         ("task", {"data_dir": "/etc"}, "config.task.data_dir is '/etc'"),
-        ("task", {"download": True}, "config.task.download is True"),
         ("task", {"path": "/etc/passwd"}, "config.task.path"),
         ("task", {"name": "${oc.env:HOME}"}, "holds values, no references"),
         ("model", {"activation": "${oc.env:HOME}"}, "holds values, no references"),
@@ -259,3 +258,29 @@ def test_functions_of_ones_own_need_no_annotation(
             with pytest.raises(ConfigError, match="is not called here"):
                 target_of({"_target_": f"own_unannotated.{name}"}, "x", packages, section)
     sys.modules.pop("own_unannotated", None)
+
+
+@pytest.mark.parametrize("said", [{"download": True}, {}])
+def test_nothing_is_fetched_for_a_record(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    said: Mapping[str, Any],
+) -> None:
+    """Records of before places were left out say ``download: true``: they can be verified."""
+    asked: list[object] = []
+    monkeypatch.setattr("fine_bench.data.downloads._download", lambda *a, **_: asked.append(a))
+    monkeypatch.setenv("FINE_BENCH_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    task = {"_target_": "fine_bench.data.mnist.mnist_mislabel", "name": "m", "seed": 0, **said}
+    assert verify.main([str(written(tmp_path, task=task))]) == 2
+    assert "train-images-idx3-ubyte" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_a_task_that_fetches_nothing_is_not_given_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = {**digits_run()["task"], "download": True}
+    assert verify.main([str(written(tmp_path, task=digits))]) == 1
+    assert "not computed: another identity" in capsys.readouterr().out
