@@ -115,7 +115,8 @@ def markdown(table: pd.DataFrame, ends: Mapping[str, End], command: str) -> str:
         "holds for any dependence between the members' errors. *z*: how many standard deviations "
         "the group's summed score lies beyond random groups of its size, towards the suspicious "
         "end, mean over runs. *Members*: share of all examples that are less suspicious than the "
-        "group's median member, and than its least suspicious one.",
+        "group's median member, and than its least suspicious one. Errors of groups that are "
+        "measured, and how often their intervals hold: `group_coverage.md`.",
     ]
     for task, part in table.groupby("task", sort=False):
         text += ["", f"## {task}", "", f"Suspicious end of validation scores: {ends[str(task)]}."]
