@@ -253,18 +253,16 @@ def repeat_rows(task: str, target: str, runs: Sequence[Run]) -> Iterator[dict[st
                 (
                     repeat_probability(v, error, tau, "high", seen),
                     repeat_p_values(v, error, tau, "high", seen),
-                    repeat_probability(v, error, tau, "high"),
                 )
             )
         for level in LEVELS:
-            names = ("all", "prior", "exact", "none")
+            names = ("all", "prior", "none")
             rules: dict[str, list[tuple[float, int, float]]] = {name: [] for name in names}
-            for s, (chance, p, exact) in enumerate(asked):
+            for s, (chance, p) in enumerate(asked):
                 candidates = values[s] >= thresholds[s]
                 chosen = {
                     "all": candidates,
                     "prior": at_most(chance, candidates, level),
-                    "exact": at_most(exact, candidates, level),
                     "none": benjamini_hochberg(p, level).rejected,
                 }
                 for rule, flagged in chosen.items():
@@ -333,15 +331,14 @@ def repeats(arguments: argparse.Namespace) -> None:
         "most suspicious share of the examples of a run are its candidates, and the score of the "
         "last of them is the threshold τ. *all*: the candidates. *prior*: those of which "
         "`fine_bench.theory.repeats.at_most` says that at most α will not repeat, from this run "
-        "alone; *errors as they are*: the same without moderating the standard errors. "
-        "*no prior*: Benjamini–Hochberg on `repeat_p_values`. *lost*: share of the flagged "
+        "alone. *no prior*: Benjamini–Hochberg on `repeat_p_values`. *lost*: share of the flagged "
         "whose score lies below τ in another run, mean over all ordered pairs of runs (a run that "
         "flags none loses none). *n*: flagged, mean over runs. *wrong*: share of wrong labels "
         "among them, known here because the flips were planted; no rule saw it.",
         "",
         "| task | target | candidates | α | all: lost | n | wrong | prior: lost | n | wrong | "
-        "errors as they are: lost | n | no prior: lost | n |",
-        f"| --- | --- |{' ---: |' * 12}",
+        "no prior: lost | n |",
+        f"| --- | --- |{' ---: |' * 10}",
     ]
     for r in frame.to_dict("records"):
         wrong = [f"{r[f'{k}_wrong_labels']:.2f}".replace("nan", "–") for k in ("all", "prior")]
@@ -349,8 +346,7 @@ def repeats(arguments: argparse.Namespace) -> None:
             f"| {r['task']} | {r['target']} | {r['flagged_share']:.0%} | {r['alpha']:.2f} | "
             f"{r['all_lost']:.3f} | {r['all_flagged']:.0f} | {wrong[0]} | "
             f"**{r['prior_lost']:.3f}** | {r['prior_flagged']:.1f} | {wrong[1]} | "
-            f"{r['exact_lost']:.3f} | {r['exact_flagged']:.1f} | {r['none_lost']:.3f} | "
-            f"{r['none_flagged']:.1f} |"
+            f"{r['none_lost']:.3f} | {r['none_flagged']:.1f} |"
         )
     text += [
         "", "## Is the probability one?", "",

@@ -17,6 +17,8 @@ The test rejects "saw S" below a threshold τ, with errors α̂ and β̂ counted
   does not bias them. ``"max"``: the published rule, the extreme |μ̂| over all thresholds.
 - *Difference in differences*: the signal drifts along the run, which widens both arms. The signal
   of an auxiliary run at the same step, Õ = O − Ô, is subtracted from both arms first.
+- *Correlated steps.* Samples of neighbouring steps go together, which no estimate of μ knows of and
+  every interval does (``fine_bench.theory.serial``).
 - The per-step μ stands for the run by composition of Gaussians (Corollary 2.7): μ_run = μ·√T for T
   update steps, as if S stood in the batch of every step. It bounds what a reader of the whole
   trajectory could tell; the per-step μ is what the statistic of one step tells.

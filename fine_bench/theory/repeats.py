@@ -26,8 +26,7 @@ hypotheses). It needs no g and pays with power: it counts every example as one t
 *Errors.* s_i is itself estimated, from few epochs; among many examples those with too small an s_i
 look surest. ``moderated`` draws s_i² towards the trend of its neighbours in μ and says of how many
 degrees of freedom it then is (Smyth 2004); what is left of its uncertainty is integrated over in P,
-and makes the p-values Student's. Without either, a rule at α = 0.05 missed in 11 to 15 % where it
-flagged a few of 2,000; ``results/decisions.md`` has what it holds on ten seeds.
+and makes the p-values Student's. ``results/decisions.md`` has what the rule holds on ten seeds.
 
 This is another question than whether an example is *wrong* (``false_discovery``): a wrong label may
 be flagged by chance, and a hard but right one in every run.
