@@ -78,6 +78,8 @@ def train(
     size = RATE * len(inside)
     theta = np.zeros((x.shape[1], 10))
     sums = {kind: FineAccumulator(len(inside), 1) for kind in ("as taken", "before")}
+    for accumulator in sums.values():
+        accumulator.with_replacement = True  # how often an example is drawn is chance
     for _ in range(STEPS):
         batch = np.flatnonzero(rng.uniform(size=len(inside)) < RATE)
         rows = inside[batch]
