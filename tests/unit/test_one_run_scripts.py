@@ -113,11 +113,11 @@ def test_a_noisy_run_stays_below_its_epsilon(
     sums, losses, member = known.train(0, noise)
     assert losses.shape == (known.N,)
     inside = int(member[: known.CANARIES].sum())
-    # a step tells about C‖∇h‖/m at most, against noise of σC‖∇h‖/m: sqrt(k q)/σ after k steps; more
-    # only where the average example pulls the other way, or the batch is small
+    # a step tells about C‖∇h‖/m at most, against noise of σC‖∇h‖/m: k/(σ sqrt(T)) for k of T steps;
+    # more only where the average example pulls the other way, or the batch is small
     taken = sums["as taken"]
     mu = taken.mu()[0][0].abs()
-    most = (taken.n_observations.double() * len(mu) / member.sum() * known.RATE).sqrt() / noise
+    most = taken.n_observations / (noise * 100**0.5)
     ratio = (mu / most)[:inside]
     ratio = ratio[torch.isfinite(ratio)]  # a few were in no batch
     assert 0.5 < float(ratio.median()) < 1.0
