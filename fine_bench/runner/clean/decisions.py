@@ -11,6 +11,9 @@ and what is undecided of that draw is said.
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,8 +109,15 @@ class Applied:
     notes: tuple[str, ...]
 
 
+COPIES = ("cleaned", "cleaned.csv", "cleaned.parquet", "cleaned.jsonl", "cleaned.npz")
+"""Names that a copy may have."""
+
+
 def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder: Path) -> Applied:
     """Write the cleaned copy; rows nobody decided about stay as they are, unusable ones too.
+
+    The copy is whole or absent: it gets its name when it is done, and takes the place of one that is
+    there.
 
     Args:
         items: the data.
@@ -123,7 +133,12 @@ def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder
     keep = [row for row in range(items.n_source) if row not in gone]
     if not keep:
         raise DataError("every row is rejected; nothing is left to write")
-    written = items.origin.write(folder, keep, decisions.relabelled)
+    with tempfile.TemporaryDirectory(prefix=".cleaned-", dir=folder) as place:
+        written = items.origin.write(Path(place), keep, decisions.relabelled)
+        copy = folder / written.path.name
+        if copy.is_dir() and not copy.is_symlink():
+            shutil.rmtree(copy)
+        os.replace(written.path, copy)
     notes = []
     accepted = set(decisions.accepted)
     trusted: list[int] = []
@@ -153,7 +168,7 @@ def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder
             )
     after = {row: k for k, row in enumerate(written.rows)}
     return Applied(
-        written.path,
+        copy,
         len(keep),
         tuple(trusted),
         tuple(sorted(after[row] for row in trusted)),

@@ -257,11 +257,9 @@ def _lines(arguments: argparse.Namespace, data: str, folder: Path, found: Cleani
 
 
 def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
-    import shutil
-
     import pandas as pd
 
-    from fine_bench.runner.clean.decisions import apply, counts, decisions_of
+    from fine_bench.runner.clean.decisions import COPIES, apply, counts, decisions_of
     from fine_bench.runner.clean.inputs.recognise import load
     from fine_bench.store.files import make_folder, write_output
 
@@ -278,12 +276,10 @@ def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
                 f"`fine-bench clean {data} --out {folder} --force` again"
             ) from error
     make_folder(folder)
-    there = [path for path in folder.glob("cleaned*") if path.name != TRUSTED_CLEANED]
+    there = [folder / name for name in COPIES if (folder / name).exists()]
     if there and not arguments.force:
         raise ConfigError(f"{there[0]} is already there and would be replaced; name another "
                           "folder with --out, or add --force")  # fmt: skip
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     done = apply(items, decisions, drawn, folder)
     n = counts(decisions)
     say(

@@ -109,18 +109,14 @@ def dataset_items(
         labels = list(dataset[label])
     pictures = [c for c in dataset.column_names if type(dataset.features[c]).__name__ == "Image"]
     if pictures and kind in (None, "images"):
-        items, shown = _images(dataset, pictures[0], labels, where), None
+        items = _images(dataset, pictures[0], labels, where)
     else:
         frame = dataset.remove_columns([*pictures, label]).to_pandas()
         frame[label] = labels
-        items, shown = (
-            tables.table_items(
-                tables.named(frame, where), where=where, kind=kind, label=label, text=text,
-                name=name, drop=drop,
-            ),
-            None,
+        items = tables.table_items(
+            tables.named(frame, where), where=where, kind=kind, label=label, text=text, name=name,
+            drop=drop,
         )  # fmt: skip
-    del shown
     return Items(
         items.kind, items.what, items.content, items.rows, items.names, items.y, items.classes,
         _Saved(dataset, label, items.origin), items.n_source, items.left_out, items.notes,
