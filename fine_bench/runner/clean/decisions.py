@@ -116,8 +116,8 @@ COPIES = ("cleaned", "cleaned.csv", "cleaned.parquet", "cleaned.jsonl", "cleaned
 def apply(items: Items, decisions: Decisions, drawn: pd.DataFrame | None, folder: Path) -> Applied:
     """Write the cleaned copy; rows nobody decided about stay as they are, unusable ones too.
 
-    The copy is whole or absent: it gets its name when it is done, and takes the place of one that is
-    there.
+    The copy is whole or absent: it gets its name when it is done, and takes the place of one that
+    is there.
 
     Args:
         items: the data.
