@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from baselines.tracin import gather
-from fine_bench.estimator import InfluenceEstimator, Schedule
+from fine_bench.estimator import InfluenceEstimator, Schedule, T
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import classification_reason, negative_margin
 from fine_bench.gradients.per_example import PerExampleGradients
@@ -80,6 +80,8 @@ class TRAK(InfluenceEstimator):
         layers: names of modules whose parameters count; None for all.
         runs: M, ≥ 1: with more than one, the last checkpoints of so many runs are expected, which
             the benchmark's runner trains, and each has a projection of its own.
+        every: with one run, only every so many of its checkpoints, counted back from the last,
+            which is always among them; ≥ 1. A number above the checkpoints' leaves the last alone.
 
     Values are dimensionless differences of margins: the drop of q's margin when i is left out.
     """
@@ -96,13 +98,22 @@ class TRAK(InfluenceEstimator):
         query_weighting: QueryWeighting = None,
         layers: Sequence[str] | None = None,
         runs: int = 1,
+        every: int = 1,
     ) -> None:
         check_weighting(query_weighting)
         if runs < 1:
             raise ValueError(f"runs counts models, at least 1, got {runs}; the paper has 5 to 100")
+        if every < 1:
+            raise ValueError(f"every counts checkpoints, at least 1, got {every}; pass every=1")
+        if runs > 1 and every > 1:
+            raise ValueError(
+                f"every={every} thins the checkpoints of one run, but runs={runs} reads the last of "
+                "each of several; pass every=1, or runs=1"
+            )
         if runs > 1:
             self.schedule = Schedule.RUNS
         self.runs = runs
+        self.every = every
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must be a finite number ≥ 0, got {ridge}")
         self.projection: Projection | None = None
@@ -114,6 +125,10 @@ class TRAK(InfluenceEstimator):
         self.ridge = ridge
         self.query_weighting: QueryWeighting = query_weighting
         self.layers = layers
+
+    def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
+        """Every so many, the last one among them."""
+        return super().select(checkpoints)[:: -self.every][::-1]
 
     def unsupported(self, problem: Problem) -> str | None:
         """No class probabilities, a singular ΦᵀΦ foreseen, or P = I on too large a problem."""
