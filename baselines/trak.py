@@ -107,8 +107,8 @@ class TRAK(InfluenceEstimator):
             raise ValueError(f"every counts checkpoints, at least 1, got {every}; pass every=1")
         if runs > 1 and every > 1:
             raise ValueError(
-                f"every={every} thins the checkpoints of one run, but runs={runs} reads the last of "
-                "each of several; pass every=1, or runs=1"
+                f"every={every} thins the checkpoints of one run, but runs={runs} reads the last "
+                "of each of several; pass every=1, or runs=1"
             )
         if runs > 1:
             self.schedule = Schedule.RUNS

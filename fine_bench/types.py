@@ -314,17 +314,44 @@ class GroundTruth:
     Attributes:
         is_bad: ``(n_train,)`` boolean.
         kind: what "bad" means here, for instance ``"flipped label"``.
+        known: ``(n_train,)`` boolean, the examples of which it is known whether they are bad: only
+            among these are bad ones looked for. None for all of them.
+        reviewed: ``(n_train,)`` boolean, those of the known that people looked at one by one; what
+            is known of the others is that nobody suspected them. None where there is no such
+            difference.
     """
 
     is_bad: Tensor
     kind: str
+    known: Tensor | None = None
+    reviewed: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.is_bad.dtype != torch.bool or self.is_bad.ndim != 1:
-            raise ValueError(
-                f"is_bad must be a boolean vector (n_train,), got {self.is_bad.dtype} of shape "
-                f"{tuple(self.is_bad.shape)}"
-            )
+        for name in ("is_bad", "known", "reviewed"):
+            mask = getattr(self, name)
+            if mask is not None and (mask.dtype != torch.bool or mask.ndim != 1):
+                raise ValueError(
+                    f"{name} must be a boolean vector (n_train,), got {mask.dtype} of shape "
+                    f"{tuple(mask.shape)}"
+                )
+        inner, of = self.is_bad, "bad"
+        for name in ("reviewed", "known"):
+            mask = getattr(self, name)
+            if mask is None:
+                continue
+            if mask.shape != inner.shape:
+                raise ValueError(
+                    f"{name} has {len(mask)} entries, {of} examples are marked among {len(inner)}; "
+                    "give one entry a training example"
+                )
+            outside = int((inner & ~mask).sum())
+            if outside:
+                raise ValueError(
+                    f"{outside} {of} examples are not {name}, the first at "
+                    f"{int((inner & ~mask).nonzero()[0])}; bad examples must be reviewed, and "
+                    "reviewed ones known"
+                )
+            inner, of = mask, name
 
     @property
     def n_bad(self) -> int:

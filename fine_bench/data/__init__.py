@@ -10,6 +10,7 @@ that names it.
     image_sets          those that are to be had by name: digits, MNIST, CIFAR-10
     digits mnist cifar  their files and tasks of uniform flips
     cifar10n            CIFAR-10 with the labels of people
+    natural             MNIST's own label errors, as people judged them
     mislabel            uniform flips of any source
     structured          flips between look-alikes, of odd images, in a long tail
     backdoor            a trigger with the attacker's label

@@ -133,7 +133,7 @@ class Task:
 
         Training inputs and given labels, queries, and the truth, each with its type and shape;
         the test part and the name cannot. Values are hashed as little-endian bytes. The suspicious
-        ends are part of it where a task declares its own.
+        ends are part of it where a task declares its own, as is of whom the truth is known.
         """
         digest = hashlib.sha256()
         for part, tensor in (
@@ -147,6 +147,10 @@ class Task:
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(f"{part} {array.dtype.name} {array.shape}\0".encode())
             digest.update(array.data)
+        for part in ("known", "reviewed"):
+            mask = getattr(self.truth, part)
+            if mask is not None:
+                digest.update(f"{part} {tuple(mask.shape)}\0".encode() + mask.numpy().tobytes())
         for target, end in () if self.same_ends else sorted(self.suspicious.items()):
             digest.update(f"suspicious {target} {end}\0".encode())
         return digest.hexdigest()

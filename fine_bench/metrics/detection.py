@@ -25,6 +25,7 @@ from fine_bench.metrics.registry import DETECTION, Given, Metric, metric
 METRICS = (
     Metric("n_bad", "bad examples", unit="examples", table=""),
     Metric("n_watched", "examples scored", unit="examples", table=""),
+    Metric("n_known", "examples of known truth", unit="examples", table=""),
 )
 """Counts that stand in a record beside its metrics."""
 

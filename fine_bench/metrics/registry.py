@@ -119,11 +119,15 @@ class Metric:
 class Given:
     """What a metric may use: one run's scores of the examples that have one, and what is known.
 
+    Where the truth is known of some examples only (``GroundTruth.known``), these are the n.
+
     Attributes:
         values: ``(n_query, n)`` scores, positive where training on an example lowers the loss.
         target: one of ``types.TARGETS``.
         end: the suspicious end of the scores.
         is_bad: ``(n,)`` boolean; None where nobody knows, or where the bad ones can have no effect.
+        reviewed: ``(n,)`` boolean, the examples that people looked at; None where nobody made that
+            difference.
         kind: of the task: ``"images"`` or ``"language"``.
         mu: ``(n,)`` influence of each example on its own margin by retraining, where it is known.
         facts: about the training run, by name.
@@ -133,6 +137,7 @@ class Given:
     target: str
     end: End
     is_bad: Tensor | None
+    reviewed: Tensor | None = None
     kind: str = "images"
     mu: NDArray[Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -153,12 +158,14 @@ class Given:
     def has(self) -> frozenset[str]:
         """What a metric can ask for in ``needs``.
 
-        ``"bad"`` (bad examples are known, and good ones), ``"mu"``, the target and the kind of
-        task.
+        ``"bad"`` (bad examples are known, and good ones), ``"reviewed"`` (so are those that people
+        looked at), ``"mu"``, the target and the kind of task.
         """
         found = {self.target, self.kind}
         if self.is_bad is not None and 0 < int(self.is_bad.sum()) < len(self.is_bad):
             found.add("bad")
+        if self.reviewed is not None:
+            found.add("reviewed")
         if self.mu is not None:
             found.add("mu")
         return frozenset(found)

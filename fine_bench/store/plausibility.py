@@ -19,6 +19,7 @@ _RANGES = (
     (
         re.compile(
             r"(.*/)?(auroc|average_precision|recall_at_rate|recall_curve_area|jaccard|p_value)"
+            r"|reviewed_(auroc|average_precision)"
             r"|precision_at_\d+|recall_top_\d+|jaccard_top_\d+"
             r"|(stable|majority)_(recall|precision)(_top_\d+)?|agreeing_precision"
         ),
@@ -33,7 +34,7 @@ _RANGES = (
     (re.compile(r"jaccard_corrected"), (-math.inf, 1.0)),
     (re.compile(r"cv_median|lds_error"), (0.0, math.inf)),
 )
-_COUNTS = ("n_bad", "n_watched")
+_COUNTS = ("n_bad", "n_watched", "n_known", "n_reviewed")
 N_TRAIN = "n_train"
 """Among the facts about the training in a record: how many examples its scores are of."""
 _SIZED = "fine_bench.data."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fine_bench.metrics import registry
 from fine_bench.metrics.registry import Given
@@ -57,24 +58,37 @@ def detected(
 ) -> dict[str, float]:
     """Metrics of the examples that have a score, and how many those are.
 
+    Where the truth is known of some examples only, they are the examples that are measured.
+
     Args:
         job, target, scores: of the cell.
         facts: about the training run.
         takes_effect: whether the bad examples did anything; if not, nobody looks for them.
     """
-    bad, mu = job.data.truth.is_bad, None if job.truth is None else job.truth.published.mu_margin
+    truth = job.data.truth
+    asked: Tensor | None = scores.watched
     found: dict[str, float] = {}
-    if scores.watched is not None:
-        bad, mu = bad[scores.watched], None if mu is None else mu[scores.watched.numpy()]
-        found["n_watched"] = float(len(bad))
+    if asked is not None:
+        found["n_watched"] = float(len(asked))
+    if truth.known is not None:
+        rows = torch.arange(len(truth.is_bad)) if asked is None else asked
+        asked = rows[truth.known[rows]]
+        found["n_known"] = float(len(asked))
+    mu = None if job.truth is None else job.truth.published.mu_margin
+    bad, reviewed, values = truth.is_bad, truth.reviewed, scores.values
+    if asked is not None:
+        bad, values = bad[asked], values[:, asked]
+        mu = None if mu is None else mu[asked.numpy()]
+        reviewed = None if reviewed is None else reviewed[asked]
     found["n_bad"] = float(bad.sum())
     if not len(bad):
         return found
     given = Given(
-        values=scores.watched_values,
+        values=values,
         target=target,
         end=job.end(target),
         is_bad=bad if takes_effect else None,
+        reviewed=reviewed if takes_effect else None,
         kind=job.data.kind,
         mu=mu,
         facts=facts,
