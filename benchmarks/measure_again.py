@@ -28,10 +28,9 @@ from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import find, folders
 from fine_bench.store.environment import environment
 from fine_bench.store.records import RecordStore, newest
-from fine_bench.types import RunRecord
+from fine_bench.types import GroundTruth, RunRecord
 
 CLOSE = 1e-9
-IS_BAD = "truth/is_bad"
 LANGUAGE = "fine_bench.llm"
 
 
@@ -48,17 +47,19 @@ def changed(then: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
 def measured(store: RecordStore, record: RunRecord, truth: Truth | None) -> dict[str, float]:
     """What today's code measures of a record's scores."""
     scores = store.load_scores(record)
-    bad = scores.extras.get(IS_BAD)
-    if bad is not None and scores.watched is not None:
-        bad = bad[scores.watched]
+    known = GroundTruth.from_extras(scores.extras)
+    asked = scores.watched if known is None else known.asked(scores.watched)
+    rows = slice(None) if asked is None else asked
+    reviewed = None if known is None else known.reviewed
     given = Given(
-        values=scores.watched_values,
+        values=scores.values[:, rows],
         target=record.target,
         end=record.end,
-        is_bad=None if bad is None else bad.bool(),
+        is_bad=None if known is None else known.is_bad[rows],
         facts=record.training,
+        reviewed=None if reviewed is None else reviewed[rows],
     )
-    found = measure(given) if scores.watched_values.numel() else {}
+    found = measure(given) if given.values.numel() else {}
     if truth is not None:
         found |= truth.metrics(scores.values, record.target, watched=scores.watched)
     return found

@@ -353,6 +353,29 @@ class GroundTruth:
                 )
             inner, of = mask, name
 
+    def asked(self, watched: Tensor | None = None) -> Tensor | None:
+        """Ascending positions of the watched examples of which the truth is known; None for all.
+
+        Args:
+            watched: positions of the examples that have a score, ascending; None for all of them.
+        """
+        if self.known is None:
+            return watched
+        rows = torch.arange(len(self.is_bad)) if watched is None else watched
+        return rows[self.known[rows]]
+
+    def extras(self) -> dict[str, Tensor]:
+        """What scores carry of it, so that files alone tell what their numbers are about."""
+        found = {"is_bad": self.is_bad, "known": self.known, "reviewed": self.reviewed}
+        return {f"truth/{name}": mask for name, mask in found.items() if mask is not None}
+
+    @classmethod
+    def from_extras(cls, extras: Mapping[str, Tensor]) -> GroundTruth | None:
+        """Inverse of ``extras``, whatever else is among them; None where nothing is known."""
+        found = {name: extras.get(f"truth/{name}") for name in ("is_bad", "known", "reviewed")}
+        masks = {name: mask.bool() for name, mask in found.items() if mask is not None}
+        return cls(kind="", **masks) if "is_bad" in masks else None
+
     @property
     def n_bad(self) -> int:
         """Number of bad examples."""

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fine_bench.leaderboard.tables import Stat
 from fine_bench.metrics.consistency import (
@@ -31,7 +32,7 @@ from fine_bench.metrics.stable import stable_metrics
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
-from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
+from fine_bench.types import SUSPICIOUS_END, GroundTruth, InfluenceScores, RunRecord
 
 METRIC_VERSION = 2
 """Of the consistency metrics; raise it when their values may change, and caches are made anew."""
@@ -39,9 +40,6 @@ METRIC_VERSION = 2
 READ = (1, METRIC_VERSION)
 """Versions whose numbers still hold. 1 has no ``metrics.stable``; its rows lack those numbers until
 their scores are at hand."""
-
-IS_BAD = "truth/is_bad"
-"""Among the extras of scores: which training examples are bad."""
 
 LEVEL = 0.95
 
@@ -147,7 +145,7 @@ class Comparisons:
         truths = {None if one is None else one.tobytes() for one in bad}
         if len(truths) > 1:
             raise ValueError("its seeds do not agree on which examples are bad")
-        vectors = {seed: suspicion(found.watched_values, end) for seed, found in loaded.items()}
+        vectors = {seed: suspicion(_asked(found), end) for seed, found in loaded.items()}
         # two runs may have the same scores: the first pair of seeds stands for all that have them
         every = reversed(list(wanted.items()))
         missing = {pair: seeds for seeds, pair in every if pair not in pairs}
@@ -164,11 +162,19 @@ class Comparisons:
 
 
 def _bad_ones(scores: InfluenceScores) -> NDArray[np.bool_] | None:
-    """Which of the scored examples are bad, where the scores say so."""
-    bad = scores.extras.get(IS_BAD)
-    if bad is None:
+    """Which of the scored examples of known truth are bad, where the scores say so."""
+    truth = GroundTruth.from_extras(scores.extras)
+    if truth is None:
         return None
-    return (bad if scores.watched is None else bad[scores.watched]).bool().numpy()
+    asked = truth.asked(scores.watched)
+    return (truth.is_bad if asked is None else truth.is_bad[asked]).numpy()
+
+
+def _asked(scores: InfluenceScores) -> Tensor:
+    """The values that detection ranks: of the scored examples of which the truth is known."""
+    truth = GroundTruth.from_extras(scores.extras)
+    asked = scores.watched if truth is None else truth.asked(scores.watched)
+    return scores.values if asked is None else scores.values[:, asked]
 
 
 def _watched_ones(scores: InfluenceScores) -> tuple[int, ...] | None:

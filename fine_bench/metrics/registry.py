@@ -126,21 +126,21 @@ class Given:
         target: one of ``types.TARGETS``.
         end: the suspicious end of the scores.
         is_bad: ``(n,)`` boolean; None where nobody knows, or where the bad ones can have no effect.
-        reviewed: ``(n,)`` boolean, the examples that people looked at; None where nobody made that
-            difference.
         kind: of the task: ``"images"`` or ``"language"``.
         mu: ``(n,)`` influence of each example on its own margin by retraining, where it is known.
         facts: about the training run, by name.
+        reviewed: ``(n,)`` boolean, the examples that people looked at; None where nobody made that
+            difference.
     """
 
     values: Tensor
     target: str
     end: End
     is_bad: Tensor | None
-    reviewed: Tensor | None = None
     kind: str = "images"
     mu: NDArray[Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    reviewed: Tensor | None = None
 
     @cached_property
     def suspicion(self) -> Vector:

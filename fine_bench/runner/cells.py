@@ -197,7 +197,7 @@ def _outcome(
             further = {}
         # the row's name is the user's choice; the scores carry it too, and the truth beside them,
         # so that figures can be drawn from files alone
-        extras = {**scores.extras, "truth/is_bad": job.data.truth.is_bad}
+        extras = {**scores.extras, **job.data.truth.extras()}
         scores = replace(scores, method=cell.estimator, extras=extras)
         metrics = backend_of(job).measure(job, cell.target, scores, run.facts)
         if job.truth is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fine_bench.metrics import registry
 from fine_bench.metrics.registry import Given
@@ -65,14 +64,11 @@ def detected(
         facts: about the training run.
         takes_effect: whether the bad examples did anything; if not, nobody looks for them.
     """
-    truth = job.data.truth
-    asked: Tensor | None = scores.watched
+    truth, asked = job.data.truth, job.data.truth.asked(scores.watched)
     found: dict[str, float] = {}
-    if asked is not None:
-        found["n_watched"] = float(len(asked))
-    if truth.known is not None:
-        rows = torch.arange(len(truth.is_bad)) if asked is None else asked
-        asked = rows[truth.known[rows]]
+    if scores.watched is not None:
+        found["n_watched"] = float(len(scores.watched))
+    if truth.known is not None and asked is not None:
         found["n_known"] = float(len(asked))
     mu = None if job.truth is None else job.truth.published.mu_margin
     bad, reviewed, values = truth.is_bad, truth.reviewed, scores.values
@@ -88,9 +84,9 @@ def detected(
         target=target,
         end=job.end(target),
         is_bad=bad if takes_effect else None,
-        reviewed=reviewed if takes_effect else None,
         kind=job.data.kind,
         mu=mu,
         facts=facts,
+        reviewed=reviewed,
     )
     return found | registry.measure(given, job.packages)
