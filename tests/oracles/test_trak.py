@@ -365,3 +365,19 @@ def test_the_margin_is_that_of_the_probability() -> None:
     y = torch.randint(4, (6,), generator=generator)
     p = F.softmax(logits, 1).gather(1, y[:, None])[:, 0]
     close(negative_margin(logits, y), -torch.log(p / (1 - p)))
+
+
+def test_every_so_many_checkpoints_of_a_run_the_last_among_them() -> None:
+    problem, (first, last) = make(MODELS[0], queries="self")
+    three = [first, first, last]
+    alone = replay(TRAK(projection="gaussian", dim=20, seed=3), problem, [last]).values
+    found = replay(TRAK(projection="gaussian", dim=20, seed=3, every=1000), problem, three).values
+    assert torch.equal(found, alone)
+    both = replay(TRAK(projection="gaussian", dim=20, seed=3), problem, [first, last]).values
+    found = replay(TRAK(projection="gaussian", dim=20, seed=3, every=2), problem, three).values
+    assert torch.equal(found, both)
+    assert not torch.equal(both, alone)
+    with pytest.raises(ValueError, match=r"every counts checkpoints, at least 1, got 0; pass eve"):
+        TRAK(every=0)
+    with pytest.raises(ValueError, match=r"runs=3 reads the last of each .* pass every=1, or run"):
+        TRAK(every=2, runs=3)

@@ -178,6 +178,9 @@ def test_every_experiment_file(
     if "cifar" in name:
         if not list(Path(os.environ.get("FINE_BENCH_DATA", ".")).glob("cifar10/data_batch_1.bin*")):
             pytest.skip("needs CIFAR-10 below FINE_BENCH_DATA")
+    elif "natural" in name:
+        if not list(Path(os.environ.get("FINE_BENCH_DATA", ".")).glob("label_errors/*.json")):
+            pytest.skip("needs the votes on MNIST's labels below FINE_BENCH_DATA")
     else:
         monkeypatch.setenv("FINE_BENCH_DATA", str(mnist_dir))
     job = planned(f"+experiment={name}")

@@ -1,0 +1,232 @@
+"""Who finds the natural label errors of MNIST, and who finds them in every run?
+
+    python -m fine_bench +experiment=mnist_natural -m seed=0,1,2,3,4,5
+    python benchmarks/natural_errors.py [--results results] [--probabilities FILE]
+
+Average precision among the 10,000 test images and among the 100 that people reviewed; recall of the
+bad among the 15 most suspicious, of one run and of all runs together (``metrics.stable``), among
+the reviewed alone. ``--probabilities`` names the study's own cross-validated probabilities
+(``cross_validated_predicted_probabilities/mnist_test_set_pyx.npy`` of the public repository
+cleanlab/label-errors; looked for as ``label_errors/mnist_test_set_pyx.npy`` below
+``FINE_BENCH_DATA``), which stand as an outside row: − log of the probability of the given label, by
+networks that were not trained on the image. They chose the 100.
+
+Written are ``natural_errors.md`` and ``.csv``. Exit status: 0, or 2 where there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from outputs import Outputs, add_force
+
+from fine_bench.data import downloads
+from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.metrics.intervals import Interval, mean_interval
+from fine_bench.metrics.stable import stable_metrics
+from fine_bench.metrics.top import found_in_top
+from fine_bench.store.records import RecordStore, newest
+from fine_bench.types import GroundTruth
+
+TASK = "mnist_natural"
+N_TEST = 10_000
+PROBABILITIES = Path("label_errors") / "mnist_test_set_pyx.npy"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method on one model.
+
+    Attributes:
+        model, row: names.
+        n: number of runs.
+        known, reviewed: average precision among the test images and among the reviewed.
+        recall: of the bad among as many most suspicious reviewed, one run.
+        stable: the same, flagged in all runs; NaN for one run.
+    """
+
+    model: str
+    row: str
+    n: int
+    known: Interval
+    reviewed: Interval
+    recall: float
+    stable: float
+
+
+def line(
+    model: str, row: str, runs: Mapping[int, NDArray[np.float64]], bad: NDArray[np.bool_],
+    reviewed: NDArray[np.bool_],
+) -> Line:  # fmt: skip
+    """Measure the runs of a method.
+
+    Args:
+        model, row: names.
+        runs: seed → suspicion ``(n,)`` of the images of known truth.
+        bad, reviewed: ``(n,)``.
+    """
+    own = {seed: run[reviewed] for seed, run in runs.items()}
+    among = bad[reviewed]
+    k = int(among.sum())
+
+    def precision(of: Mapping[int, NDArray[np.float64]], truth: NDArray[np.bool_]) -> Interval:
+        found = {s: detection_metrics(run, truth)["average_precision"] for s, run in of.items()}
+        return mean_interval(found)
+
+    recall = float(np.mean([found_in_top(run, among, k) / k for run in own.values()]))
+    several = len(own) > 1
+    stable = stable_metrics(list(own.values()), among, k)["stable_recall"] if several else math.nan
+    return Line(model, row, len(runs), precision(runs, bad), precision(own, among), recall, stable)
+
+
+def measure(store: RecordStore, probabilities: Path | None) -> list[Line]:
+    """All lines, the best among the reviewed first, by model; the outside row last.
+
+    Raises:
+        SystemExit: the probabilities do not fit; says what is expected.
+    """
+    runs: dict[tuple[str, str, str, str], dict[int, NDArray[np.float64]]] = {}
+    masks: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None
+    labels: NDArray[np.int64] | None = None
+    for record in newest(store.scan().records):
+        if record.task != TASK or record.status != "finished" or record.target != "self":
+            continue
+        if record.varies or not store.has_scores(record):
+            continue
+        scores = store.load_scores(record)
+        truth = GroundTruth.from_extras(scores.extras)
+        asked = None if truth is None else truth.asked(scores.watched)
+        if truth is None or asked is None or truth.reviewed is None:
+            continue
+        model = str(record.config["model"]["name"])
+        where = (model, record.estimator, record.setting, record.estimator_hash)
+        runs.setdefault(where, {})[record.seed] = suspicion(scores.values[:, asked], record.end)
+        masks = truth.is_bad[asked].numpy(), truth.reviewed[asked].numpy()
+    if masks is None:
+        return []
+    bad, reviewed = masks
+    lines = [line(model, row, found, bad, reviewed) for (model, row, *_), found in runs.items()]
+    lines.sort(key=lambda x: (x.model, -x.reviewed.mean, x.row))
+    if probabilities is not None:
+        labels = given_labels()
+        p = np.load(probabilities, allow_pickle=False)
+        if p.shape != (len(labels), 10) or len(bad) != len(labels):
+            raise SystemExit(
+                f"{probabilities} has the shape {p.shape}, expected ({len(bad)}, 10): one row for "
+                "each of MNIST's test images, all of which the runs must have trained on "
+                "(task.n_train=null)"
+            )
+        own = p[np.arange(len(labels)), labels]
+        outside = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
+        lines.append(line("outside", "cross-validated probability", {0: outside}, bad, reviewed))
+    return lines
+
+
+def given_labels() -> NDArray[np.int64]:
+    """The given labels of MNIST's test images."""
+    from fine_bench.data.mnist import load_mnist
+
+    return load_mnist(download=False).test_labels.astype(np.int64)
+
+
+def frame(lines: Sequence[Line]) -> pd.DataFrame:
+    """One row a line."""
+    return pd.DataFrame(
+        {
+            "model": x.model,
+            "row": x.row,
+            "runs": x.n,
+            "average_precision": x.known.mean,
+            "average_precision_lower": x.known.lower,
+            "average_precision_upper": x.known.upper,
+            "reviewed_average_precision": x.reviewed.mean,
+            "reviewed_lower": x.reviewed.lower,
+            "reviewed_upper": x.reviewed.upper,
+            "recall": x.recall,
+            "stable_recall": x.stable,
+        }
+        for x in lines
+    )
+
+
+def shown(value: Interval) -> str:
+    """Mean with its interval, where it has one."""
+    if math.isnan(value.lower):
+        return f"{value.mean:.3f}"
+    return f"{value.mean:.3f} [{value.lower:.3f}, {value.upper:.3f}]"
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The table."""
+    text = [
+        "# Natural label errors of MNIST",
+        "",
+        "Rebuilt from records and scores by `python benchmarks/natural_errors.py`. All 70,000 "
+        "images are trained on; 15 of 100 reviewed test images are bad. Average precision (AP) "
+        "among all 10,000 test images, where an error that the study's own network did not suspect "
+        "counts as right, and among the 100 reviewed, the fair comparison: mean over the runs with "
+        "a 95 % interval over seeds. *One run*, *all runs*: share of the 15 among the 15 most "
+        "suspicious of the reviewed, in one run and in every run.",
+        "",
+        "| model | method | runs | AP, reviewed | AP, all test images | one run | all runs |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for x in lines:
+        stable = "–" if math.isnan(x.stable) else f"{x.stable:.2f}"
+        text.append(
+            f"| {x.model} | {x.row} | {x.n} | {shown(x.reviewed)} | {shown(x.known)} | "
+            f"{x.recall:.2f} | {stable} |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def at_hand() -> Path | None:
+    """The study's probabilities below ``FINE_BENCH_DATA``, if they are there."""
+    found = (base / PROBABILITIES for base in downloads.bases())
+    return next((path for path in found if path.is_file()), None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
+    parser.add_argument("--probabilities", metavar="FILE", type=Path, default=at_hand())
+    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
+    add_force(parser)
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.results
+    if arguments.probabilities is not None and not arguments.probabilities.is_file():
+        print(
+            f"{arguments.probabilities} is no file; give the study's mnist_test_set_pyx.npy, or "
+            "leave --probabilities out",
+            file=sys.stderr,
+        )
+        return 2
+    store = RecordStore(arguments.results)
+    lines = measure(store, arguments.probabilities)
+    if not lines:
+        print(
+            f"no runs of {TASK} with scores below {store.records}; make them with `python -m "
+            f"fine_bench +experiment={TASK} -m seed=0,1,2,3,4,5`, or name the folder with "
+            "--results",
+            file=sys.stderr,
+        )
+        return 2
+    paths = (out / "natural_errors.md", out / "natural_errors.csv")
+    files = Outputs(paths, default=arguments.out is None, force=arguments.force)
+    files.write(paths[0], markdown(lines))
+    files.write(paths[1], frame(lines))
+    print(f"written: {', '.join(map(str, paths))}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
