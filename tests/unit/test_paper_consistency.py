@@ -1,0 +1,215 @@
+"""benchmarks/paper_consistency.py and natural_errors.py: numbers by hand, from made-up runs."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fine_bench.store.digest import digest
+from fine_bench.store.records import RecordStore
+from fine_bench.types import GroundTruth, InfluenceScores
+from support.benchmarks import BENCHMARKS, loaded
+from support.records import make_record
+
+N = 100
+BAD = torch.arange(N) % 5 == 0
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return loaded("paper_consistency")
+
+
+@pytest.fixture
+def natural(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return loaded("natural_errors")
+
+
+def noisy(seed: int, shape: int = N) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(1, shape, generator=draw) + 1.5 * BAD[:shape]
+
+
+def add(
+    store: RecordStore, estimator: str, seed: int, values: torch.Tensor, *,
+    trainer: dict[str, Any] | None = None, task: str = "paper_consistency", model: str = "mlp",
+    truth: GroundTruth | None = None, **changes: Any,
+) -> None:  # fmt: skip
+    fixed = {"init_seed": None, "order_seed": None} | (trainer or {})
+    record = make_record(
+        task=task, estimator=estimator, seed=seed, setting=digest([fixed, model])[:16],
+        config={"trainer": fixed, "model": {"name": model}, "task": {}},
+    )  # fmt: skip
+    extras = {**(truth or GroundTruth(BAD, "x")).extras(), **changes.pop("extras", {})}
+    store.save(record, InfluenceScores(values, estimator, "self", extras=extras, **changes))
+
+
+def sets(runs: list[torch.Tensor], k: int) -> float:
+    tops = [set(torch.argsort(-run[0])[:k].tolist()) for run in runs]
+    return float(np.mean([len(a & b) / len(a | b) for a, b in combinations(tops, 2)]))
+
+
+def test_jaccard_by_source_share_and_estimate(script: ModuleType, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    runs = {source: [noisy(10 * i + s) for s in range(3)] for i, source in enumerate("obn")}
+    for source, name in (("o", "init_seed"), ("n", "order_seed"), ("b", "")):
+        trainer = {name: 0} if name else {}
+        for seed, run in enumerate(runs[source]):
+            add(store, "tracin", seed, run, trainer=trainer)
+    add(store, "tracin", 9, noisy(9), trainer={"init_seed": 0, "order_seed": 0})
+    add(store, "tracin", 0, noisy(9), task="another")
+    add(store, "fine", 0, noisy(9))  # a single run says nothing
+    some = torch.arange(0, N, 2)
+    extras = {}
+    for seed in range(2):
+        extras[seed] = {"moment": noisy(50 + seed)[0, some], "rank": torch.full((50,), 1.0)}
+        add(
+            store, "fine_paper", seed, noisy(70 + seed), watched=some, extras=extras[seed],
+            n_observations=torch.full((N,), 39), std_error=torch.ones(1, N),
+        )  # fmt: skip
+    lines = script.measure(store)
+    at = {(line.row, line.source): line for line in lines}
+    assert {key for key in at if key[0] == "tracin"} == {
+        ("tracin", source) for source in ("order", "initialisation", "both")
+    }
+    for source, key in (("order", "o"), ("initialisation", "n"), ("both", "b")):
+        line = at["tracin", source]
+        assert line.n == 3
+        for share, k in zip(script.SHARES, (1, 5, 10, 20), strict=True):
+            assert line.jaccard[share].mean == pytest.approx(sets(runs[key], k))
+    paper = at["fine_paper", "both"]
+    watched = [noisy(70 + seed)[:, some] for seed in range(2)]
+    assert paper.jaccard[0.2].mean == pytest.approx(sets(watched, 10))
+    assert paper.method == "the paper's estimator, split samples, 39 samples, 50 examples"
+    moments = [extras[seed]["moment"][None] for seed in range(2)]
+    assert at["fine_paper/moment", "both"].jaccard[0.2].mean == pytest.approx(sets(moments, 10))
+    assert np.isnan(at["fine_paper/rank", "both"].jaccard[0.2].mean)  # constant: not agreement
+    assert ("fine", "both") not in at
+
+    text = script.markdown(lines)
+    value = at["tracin", "order"].jaccard[0.2]
+    row = next(x for x in text.splitlines() if x.startswith("| TracIn | training"))
+    assert f"{value.mean:.3f} [{value.lower:.3f}, {value.upper:.3f}]" in row
+    assert "| the paper's estimator, moments, 39 samples, 50 examples | training | 0.938 |" in text
+    assert "not run" in text
+    frame = script.frame(lines)
+    assert len(frame) == len(lines) * len(script.SHARES)
+
+
+def test_it_writes_a_table_and_a_figure(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--results", str(tmp_path)]) == 2
+    assert "+experiment=paper_consistency -m seed=0,1" in capsys.readouterr().err
+    store = RecordStore(tmp_path)
+    for seed in range(2):
+        add(store, "grad_dot", seed, noisy(seed))
+    assert script.main(["--results", str(tmp_path)]) == 0
+    assert (tmp_path / "paper_consistency.md").read_text().startswith("# Consistency as the")
+    assert (tmp_path / "figures" / "paper_consistency--self.png").stat().st_size > 5000
+
+
+def test_two_settings_of_one_row_are_not_mixed(script: ModuleType, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for model in ("mlp", "cnn"):
+        add(store, "grad_dot", 0, noisy(0), model=model, trainer={"init_seed": 0 if model else 1})
+    record = make_record(
+        task="paper_consistency", estimator="grad_dot", seed=0, setting="another",
+        config={"trainer": {"init_seed": 7, "order_seed": None}},
+    )  # fmt: skip
+    store.save(record, InfluenceScores(noisy(3), "grad_dot", "self"))
+    with pytest.raises(SystemExit, match=r"grad_dot has several settings .* seed 0 .* --results"):
+        script.measure(store)
+
+
+def test_runs_of_other_lengths(script: ModuleType, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for seed, n in ((0, N), (1, 50)):
+        add(store, "tracin", seed, noisy(seed, n), truth=GroundTruth(BAD[:n], "x"))
+    with pytest.raises(SystemExit, match="score different numbers of examples; run it again"):
+        script.measure(store)
+
+
+# --- natural errors
+
+KNOWN = torch.arange(N) >= 40
+REVIEWED = KNOWN & (torch.arange(N) % 2 == 0)
+WRONG = REVIEWED & (torch.arange(N) % 7 == 0)
+TRUTH = GroundTruth(WRONG, "natural label error", KNOWN, REVIEWED)
+
+
+def precision(values: torch.Tensor, bad: torch.Tensor) -> float:
+    hits = np.flatnonzero(bad[torch.argsort(-values)].numpy())
+    return float(np.mean([(i + 1) / (place + 1) for i, place in enumerate(hits)]))
+
+
+def test_natural_errors_by_hand(natural: ModuleType, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    runs = {seed: noisy(seed) + 2.0 * WRONG for seed in range(3)}
+    for seed, run in runs.items():
+        add(store, "fine", seed, run, task="mnist_natural", truth=TRUTH)
+    add(store, "aum", 0, noisy(8), task="mnist_natural", truth=TRUTH, model="cnn")
+    add(store, "aum", 0, noisy(8), task="another", truth=TRUTH)
+    add(store, "old", 0, noisy(8), task="mnist_natural")  # its truth knows of no reviews
+    lines = natural.measure(store, None)
+    assert [(x.model, x.row, x.n) for x in lines] == [("cnn", "aum", 1), ("mlp", "fine", 3)]
+    found = lines[1]
+    expected = [precision(run[0, KNOWN], WRONG[KNOWN]) for run in runs.values()]
+    assert found.known.mean == pytest.approx(np.mean(expected))
+    expected = [precision(run[0, REVIEWED], WRONG[REVIEWED]) for run in runs.values()]
+    assert found.reviewed.mean == pytest.approx(np.mean(expected))
+    k = int(WRONG.sum())
+    bad = set(WRONG[REVIEWED].nonzero()[:, 0].tolist())
+    tops = [set(torch.argsort(-run[0, REVIEWED])[:k].tolist()) for run in runs.values()]
+    assert found.recall == pytest.approx(np.mean([len(top & bad) / k for top in tops]))
+    assert found.stable == pytest.approx(len(set.intersection(*tops) & bad) / k)
+    assert 0 < found.stable < found.recall
+    assert np.isnan(lines[0].stable)
+    row = natural.markdown(lines).splitlines()[-1]
+    assert row.startswith(f"| mlp | fine | 3 | {found.reviewed.mean:.3f} [")
+    assert row.endswith(f"| {found.recall:.2f} | {found.stable:.2f} |")
+    assert natural.frame(lines).reviewed_average_precision[1] == found.reviewed.mean
+
+
+def test_the_studys_own_probabilities(
+    natural: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    store = RecordStore(tmp_path / "r")
+    add(store, "fine", 0, noisy(0), task="mnist_natural", truth=TRUTH)
+    n = int(KNOWN.sum())
+    labels = np.arange(n) % 10
+    monkeypatch.setattr(natural, "given_labels", lambda: labels)
+    p = np.random.default_rng(0).dirichlet(np.ones(10), n)
+    p[0, labels[0]] = 0.0
+    path = tmp_path / "p.npy"
+    np.save(path, p)
+    outside = natural.measure(store, path)[-1]
+    own = torch.from_numpy(-p[np.arange(n), labels])
+    assert (outside.model, outside.n) == ("outside", 1)
+    assert outside.known.mean == pytest.approx(precision(own, WRONG[KNOWN]))
+    np.save(path, p[:-1])
+    with pytest.raises(SystemExit, match=r"shape \(59, 10\), expected \(60, 10\).*task\.n_train=n"):
+        natural.measure(store, path)
+
+    monkeypatch.delenv("FINE_BENCH_DATA", raising=False)
+    assert natural.at_hand() is None
+    (tmp_path / "label_errors").mkdir()
+    path.rename(tmp_path / natural.PROBABILITIES)
+    monkeypatch.setenv("FINE_BENCH_DATA", str(tmp_path))
+    assert natural.at_hand() == tmp_path / natural.PROBABILITIES
+    assert natural.main(["--results", str(tmp_path), "--probabilities", "nowhere.npy"]) == 2
+    assert "nowhere.npy is no file" in capsys.readouterr().err
+    assert natural.main(["--results", str(tmp_path / "empty")]) == 2
+    assert "+experiment=mnist_natural -m seed=0,1" in capsys.readouterr().err
+    np.save(tmp_path / natural.PROBABILITIES, p)
+    assert natural.main(["--results", str(tmp_path / "r")]) == 0
+    assert "| outside | cross-validated prob" in (tmp_path / "r" / "natural_errors.md").read_text()
