@@ -28,7 +28,8 @@ from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import find, folders
 from fine_bench.store.environment import environment
 from fine_bench.store.records import RecordStore, newest
-from fine_bench.types import GroundTruth, RunRecord
+from fine_bench.store.scores import asked_about, carried_truth
+from fine_bench.types import RunRecord
 
 CLOSE = 1e-9
 LANGUAGE = "fine_bench.llm"
@@ -47,8 +48,8 @@ def changed(then: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
 def measured(store: RecordStore, record: RunRecord, truth: Truth | None) -> dict[str, float]:
     """What today's code measures of a record's scores."""
     scores = store.load_scores(record)
-    known = GroundTruth.from_extras(scores.extras)
-    asked = scores.watched if known is None else known.asked(scores.watched)
+    known = carried_truth(scores)
+    asked = asked_about(known, scores.watched)
     rows = slice(None) if asked is None else asked
     reviewed = None if known is None else known.reviewed
     given = Given(

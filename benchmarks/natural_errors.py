@@ -34,7 +34,7 @@ from fine_bench.metrics.intervals import Interval, mean_interval
 from fine_bench.metrics.stable import stable_metrics
 from fine_bench.metrics.top import found_in_top
 from fine_bench.store.records import RecordStore, newest
-from fine_bench.types import GroundTruth
+from fine_bench.store.scores import asked_about, carried_truth
 
 TASK = "mnist_natural"
 N_TEST = 10_000
@@ -102,8 +102,8 @@ def measure(store: RecordStore, probabilities: Path | None) -> list[Line]:
         if record.varies or not store.has_scores(record):
             continue
         scores = store.load_scores(record)
-        truth = GroundTruth.from_extras(scores.extras)
-        asked = None if truth is None else truth.asked(scores.watched)
+        truth = carried_truth(scores)
+        asked = asked_about(truth, scores.watched)
         if truth is None or asked is None or truth.reviewed is None:
             continue
         model = str(record.config["model"]["name"])

@@ -40,7 +40,8 @@ from fine_bench.metrics.detection import detection_metrics, suspicion
 from fine_bench.metrics.intervals import Interval, mean_interval, pair_mean_interval
 from fine_bench.report.figures.style import BLUE, GREEN, GREY, ORANGE, canvas, styled, to_bytes
 from fine_bench.store.records import RecordStore, newest
-from fine_bench.types import GroundTruth, InfluenceScores, RunRecord
+from fine_bench.store.scores import carried_truth
+from fine_bench.types import InfluenceScores, RunRecord
 
 TASK = "paper_consistency"
 SHARES = (0.01, 0.05, 0.1, 0.2)
@@ -172,7 +173,7 @@ def measure(store: RecordStore, task: str = TASK) -> list[Line]:
         if not source or record.varies or not store.has_scores(record):
             continue
         scores = store.load_scores(record)
-        truth = GroundTruth.from_extras(scores.extras)
+        truth = carried_truth(scores)
         for row, vector in vectors(record, scores).items():
             where = (row, note_of(scores), record.target, source)
             if record.seed in runs.setdefault(where, {}):

@@ -316,9 +316,8 @@ class GroundTruth:
         kind: what "bad" means here, for instance ``"flipped label"``.
         known: ``(n_train,)`` boolean, the examples of which it is known whether they are bad: only
             among these are bad ones looked for. None for all of them.
-        reviewed: ``(n_train,)`` boolean, those of the known that people looked at one by one; what
-            is known of the others is that nobody suspected them. None where there is no such
-            difference.
+        reviewed: ``(n_train,)`` boolean, those of the known that people looked at one by one; the
+            others nobody suspected. None where there is no such difference.
     """
 
     is_bad: Tensor
@@ -335,46 +334,15 @@ class GroundTruth:
                     f"{tuple(mask.shape)}"
                 )
         inner, of = self.is_bad, "bad"
-        for name in ("reviewed", "known"):
-            mask = getattr(self, name)
+        for name, mask in (("reviewed", self.reviewed), ("known", self.known)):
             if mask is None:
                 continue
-            if mask.shape != inner.shape:
+            if mask.shape != inner.shape or bool((inner & ~mask).any()):
                 raise ValueError(
-                    f"{name} has {len(mask)} entries, {of} examples are marked among {len(inner)}; "
-                    "give one entry a training example"
-                )
-            outside = int((inner & ~mask).sum())
-            if outside:
-                raise ValueError(
-                    f"{outside} {of} examples are not {name}, the first at "
-                    f"{int((inner & ~mask).nonzero()[0])}; bad examples must be reviewed, and "
-                    "reviewed ones known"
+                    f"not all {of} examples are {name} ({int(inner.sum())} among {len(inner)}, "
+                    f"{int(mask.sum())} among {len(mask)}); mark the bad as reviewed and known too"
                 )
             inner, of = mask, name
-
-    def asked(self, watched: Tensor | None = None) -> Tensor | None:
-        """Ascending positions of the watched examples of which the truth is known; None for all.
-
-        Args:
-            watched: positions of the examples that have a score, ascending; None for all of them.
-        """
-        if self.known is None:
-            return watched
-        rows = torch.arange(len(self.is_bad)) if watched is None else watched
-        return rows[self.known[rows]]
-
-    def extras(self) -> dict[str, Tensor]:
-        """What scores carry of it, so that files alone tell what their numbers are about."""
-        found = {"is_bad": self.is_bad, "known": self.known, "reviewed": self.reviewed}
-        return {f"truth/{name}": mask for name, mask in found.items() if mask is not None}
-
-    @classmethod
-    def from_extras(cls, extras: Mapping[str, Tensor]) -> GroundTruth | None:
-        """Inverse of ``extras``, whatever else is among them; None where nothing is known."""
-        found = {name: extras.get(f"truth/{name}") for name in ("is_bad", "known", "reviewed")}
-        masks = {name: mask.bool() for name, mask in found.items() if mask is not None}
-        return cls(kind="", **masks) if "is_bad" in masks else None
 
     @property
     def n_bad(self) -> int:

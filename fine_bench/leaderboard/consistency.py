@@ -32,7 +32,8 @@ from fine_bench.metrics.stable import stable_metrics
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
-from fine_bench.types import SUSPICIOUS_END, GroundTruth, InfluenceScores, RunRecord
+from fine_bench.store.scores import asked_about, carried_truth
+from fine_bench.types import SUSPICIOUS_END, InfluenceScores, RunRecord
 
 METRIC_VERSION = 2
 """Of the consistency metrics; raise it when their values may change, and caches are made anew."""
@@ -163,17 +164,17 @@ class Comparisons:
 
 def _bad_ones(scores: InfluenceScores) -> NDArray[np.bool_] | None:
     """Which of the scored examples of known truth are bad, where the scores say so."""
-    truth = GroundTruth.from_extras(scores.extras)
+    truth = carried_truth(scores)
     if truth is None:
         return None
-    asked = truth.asked(scores.watched)
-    return (truth.is_bad if asked is None else truth.is_bad[asked]).numpy()
+    asked = asked_about(truth, scores.watched)
+    bad = truth.is_bad if asked is None else truth.is_bad[asked]
+    return np.asarray(bad.numpy(), dtype=np.bool_)
 
 
 def _asked(scores: InfluenceScores) -> Tensor:
     """The values that detection ranks: of the scored examples of which the truth is known."""
-    truth = GroundTruth.from_extras(scores.extras)
-    asked = scores.watched if truth is None else truth.asked(scores.watched)
+    asked = asked_about(carried_truth(scores), scores.watched)
     return scores.values if asked is None else scores.values[:, asked]
 
 

@@ -29,6 +29,7 @@ from fine_bench.runner.monitor import ProgressMonitor
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.runner.progress import Announcer
 from fine_bench.store.records import RecordStore
+from fine_bench.store.scores import truth_extras
 from fine_bench.types import (
     REDUCE,
     InfluenceScores,
@@ -197,7 +198,7 @@ def _outcome(
             further = {}
         # the row's name is the user's choice; the scores carry it too, and the truth beside them,
         # so that figures can be drawn from files alone
-        extras = {**scores.extras, **job.data.truth.extras()}
+        extras = {**scores.extras, **truth_extras(job.data.truth)}
         scores = replace(scores, method=cell.estimator, extras=extras)
         metrics = backend_of(job).measure(job, cell.target, scores, run.facts)
         if job.truth is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fine_bench.store.digest import digest
 from fine_bench.store.guarded import is_file
-from fine_bench.types import InfluenceScores, Target
+from fine_bench.types import GroundTruth, InfluenceScores, Target
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -102,3 +102,32 @@ def unpack(path: Path) -> InfluenceScores:
     return from_tensors(
         tensors, about["method"], cast(Target, about["target"]), int(about["version"])
     )
+
+
+_TRUTH = ("is_bad", "known", "reviewed")
+
+
+def truth_extras(truth: GroundTruth) -> dict[str, Tensor]:
+    """What scores carry of the truth, so that files alone tell what their numbers are about."""
+    masks = {name: getattr(truth, name) for name in _TRUTH}
+    return {f"truth/{name}": mask for name, mask in masks.items() if mask is not None}
+
+
+def carried_truth(scores: InfluenceScores) -> GroundTruth | None:
+    """Inverse of ``truth_extras``; None for scores that carry none."""
+    found = {name: scores.extras.get(f"truth/{name}") for name in _TRUTH}
+    masks = {name: mask.bool() for name, mask in found.items() if mask is not None}
+    return GroundTruth(kind="", **masks) if "is_bad" in masks else None
+
+
+def asked_about(truth: GroundTruth | None, watched: Tensor | None) -> Tensor | None:
+    """Ascending positions of the watched examples of which the truth is known; None for all.
+
+    Args:
+        truth: about the training examples; None where nothing is known of any.
+        watched: positions of the examples that have a score, ascending; None for all of them.
+    """
+    if truth is None or truth.known is None:
+        return watched
+    rows = torch.arange(len(truth.is_bad)) if watched is None else watched
+    return rows[truth.known[rows]]

@@ -13,6 +13,7 @@ import torch
 
 from fine_bench.store.digest import digest
 from fine_bench.store.records import RecordStore
+from fine_bench.store.scores import truth_extras
 from fine_bench.types import GroundTruth, InfluenceScores
 from support.benchmarks import BENCHMARKS, loaded
 from support.records import make_record
@@ -48,7 +49,7 @@ def add(
         task=task, estimator=estimator, seed=seed, setting=digest([fixed, model])[:16],
         config={"trainer": fixed, "model": {"name": model}, "task": {}},
     )  # fmt: skip
-    extras = {**(truth or GroundTruth(BAD, "x")).extras(), **changes.pop("extras", {})}
+    extras = {**truth_extras(truth or GroundTruth(BAD, "x")), **changes.pop("extras", {})}
     store.save(record, InfluenceScores(values, estimator, "self", extras=extras, **changes))
 
 

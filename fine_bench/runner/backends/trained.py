@@ -12,6 +12,7 @@ import torch
 from fine_bench.metrics import registry
 from fine_bench.metrics.registry import Given
 from fine_bench.runner.plan import Job
+from fine_bench.store.scores import asked_about
 from fine_bench.types import Checkpoint, InfluenceScores, Target, TrainingSteps
 
 
@@ -64,7 +65,7 @@ def detected(
         facts: about the training run.
         takes_effect: whether the bad examples did anything; if not, nobody looks for them.
     """
-    truth, asked = job.data.truth, job.data.truth.asked(scores.watched)
+    truth, asked = job.data.truth, asked_about(job.data.truth, scores.watched)
     found: dict[str, float] = {}
     if scores.watched is not None:
         found["n_watched"] = float(len(scores.watched))
