@@ -85,6 +85,18 @@ def test_a_common_part_cancels_and_unequal_arms_add() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("n", "hidden", "expected"),
+    [(60, 0.0, 0.91), (150, 0.0, 0.95), (300, 0.0, 0.96)]
+    + [(60, 1.0, 0.82), (150, 1.0, 0.91), (300, 1.0, 0.93)],
+)
+def test_coverage_of_the_mean_is_what_is_said(n: int, hidden: float, expected: float) -> None:
+    rng = np.random.default_rng(9)
+    x = series(rng, 1500, n, 0.9) + hidden * rng.normal(size=(1500, n))
+    held = np.abs(x.mean(-1)) <= serial_error(x, 0.95).reach
+    assert held.mean() == pytest.approx(expected, abs=0.02)
+
+
 @pytest.mark.parametrize("mu", [0.0, 1.0])
 @pytest.mark.parametrize("common", [False, True])
 @pytest.mark.parametrize("r", [0.0, 0.5, 0.9])
