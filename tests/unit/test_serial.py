@@ -87,8 +87,14 @@ def test_a_common_part_cancels_and_unequal_arms_add() -> None:
 
 @pytest.mark.parametrize(
     ("n", "hidden", "expected"),
-    [(60, 0.0, 0.91), (150, 0.0, 0.95), (300, 0.0, 0.96)]
-    + [(60, 1.0, 0.82), (150, 1.0, 0.91), (300, 1.0, 0.93)],
+    [
+        (60, 0.0, 0.91),
+        (150, 0.0, 0.95),
+        (300, 0.0, 0.96),
+        (60, 1.0, 0.82),
+        (150, 1.0, 0.91),
+        (300, 1.0, 0.93),
+    ],
 )
 def test_coverage_of_the_mean_is_what_is_said(n: int, hidden: float, expected: float) -> None:
     rng = np.random.default_rng(9)
