@@ -100,7 +100,7 @@ def test_coverage_of_the_mean_is_what_is_said(n: int, hidden: float, expected: f
     rng = np.random.default_rng(9)
     x = series(rng, 1500, n, 0.9) + hidden * rng.normal(size=(1500, n))
     held = np.abs(x.mean(-1)) <= serial_error(x, 0.95).reach
-    assert held.mean() == pytest.approx(expected, abs=0.02)
+    assert held.mean() == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize("mu", [0.0, 1.0])
