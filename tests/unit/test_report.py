@@ -288,21 +288,17 @@ def test_the_truths_rank_counts_from_the_largest(complete: Path) -> None:
 
 def test_a_row_of_groups_alone_hides_no_row_of_examples(complete: Path) -> None:
     results = results_of(complete)
-    plain = rows_shown(results, "self")
     (fine,) = [row for row in results.table.rows if (row.estimator, row.target) == ("fine", "self")]
-    # a newer f-INE row that scores no single example, as fine_llm_sources does
-    groups = replace(fine, estimator="fine_sources", watched=0)
-    key = (fine.estimator, fine.estimator_hash, "self")
-    records = dict(results.records)
-    for seed in fine.seeds:
-        record = records[(*key, seed)]
-        records["fine_sources", fine.estimator_hash, "self", seed] = replace(
-            record, estimator="fine_sources", created="2999-01-01T00:00:00Z"
-        )
-    table = replace(results.table, rows=(*results.table.rows, groups))
-    both = rows_shown(replace(results, table=table, records=records), "self")
-    assert both == [*plain, groups]
-    assert fine in both
+    # none is called fine, and the newest scores no single example, as in the language tasks
+    examples = replace(fine, estimator="fine_llm")
+    groups = replace(fine, estimator="fine_llm_sources", watched=0)
+    records = {}
+    for row, created in ((examples, "2024-01-01T00:00:00Z"), (groups, "2025-01-01T00:00:00Z")):
+        for seed in fine.seeds:
+            record = replace(results.record(fine, seed), estimator=row.estimator, created=created)
+            records[row.estimator, row.estimator_hash, "self", seed] = record
+    table = replace(results.table, rows=(examples, groups))
+    assert rows_shown(replace(results, table=table, records=records), "self") == [examples, groups]
 
 
 def test_rows_of_the_gallery_can_be_chosen(complete: Path) -> None:
