@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from fine_bench.commands import leaderboard, report, sensitivity, summary
+from fine_bench.commands import figures, leaderboard, report, sensitivity, summary
 from fine_bench.leaderboard import build, render
 from fine_bench.leaderboard.sheet import Entry, Head, Line, Sheet, markdown, rich_table
 from fine_bench.report.figures.style import canvas, styled, to_bytes
@@ -198,7 +198,8 @@ def test_figures_and_report_of_evil_names(
         scores = store.load_scores(record)
         changed = replace(record, estimator=name, scores_file="", scores_sha256=PENDING)
         store.save(changed, scores)
-    assert report.main(["--results", str(tmp_path)]) in (0, 1)  # draws every figure as well
+    assert report.main(["--results", str(tmp_path)]) in (0, 1)
+    assert figures.main(["--results", str(tmp_path)]) in (0, 1)
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
     drawn = list((tmp_path / "figures").glob("*.svg"))

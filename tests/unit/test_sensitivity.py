@@ -371,7 +371,6 @@ def test_the_report_shows_bands_and_names_the_missing_cell(
     assert "<li>knn · self · k=40, seed 1: missing: no record</li>" in page
     assert "Nothing is chosen by the truth" in page
     assert "knn@" not in page
-    assert (tmp_path / "figures" / "sensitivity--t.svg").is_file()
 
 
 def test_the_figure_draws_each_band_where_it_is(tmp_path: Path) -> None:
