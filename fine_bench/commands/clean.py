@@ -254,6 +254,7 @@ def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
     """The page of the ranking, and one of the rows to verify, in random order."""
     from fine_bench.report.review.page import write_review_page
     from fine_bench.runner.clean.folder import PAGE, VERIFY_PAGE
+    from fine_bench.store.digest import digest
 
     items = found.items
 
@@ -271,8 +272,11 @@ def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
         "model's own prediction of it."
     )
     title = Path(data).name or data
+    # the browser keeps decisions under the data, whatever the ranking lists of them
+    everything = found.table.sort_values("row")
+    own = digest([[str(v) for v in everything[column]] for column in ("row", "name", "label")])
     write_review_page(
-        folder / PAGE, found.table.head(LISTED), views, title=title,
+        folder / PAGE, found.table.head(LISTED), views, title=title, digest=own,
         class_names=items.classes, notes=[note], force=force,
     )  # fmt: skip
     if found.verify is None:
@@ -280,7 +284,7 @@ def _pages(data: str, folder: Path, found: Cleaning, force: bool) -> list[str]:
     drawn = found.table.set_index("row").loc[found.verify.table["row"]].reset_index()
     drawn["rank"] = range(1, len(drawn) + 1)
     write_review_page(
-        folder / VERIFY_PAGE, drawn, views, title=f"{title}, rows to verify",
+        folder / VERIFY_PAGE, drawn, views, title=f"{title}, rows to verify", digest=own,
         class_names=items.classes, force=force,
         notes=[
             note,
