@@ -268,7 +268,8 @@ def markdown(lines: Sequence[Line]) -> str:
         ]
         for row in rows:
             first = next(line for line in mine if (line.row, line.note) == row)
-            number = PUBLISHED.get(row[0]) if target == "self" else None
+            known = target == "self" and row == next(other for other in rows if other[0] == row[0])
+            number = PUBLISHED.get(row[0]) if known else None
             cells = [
                 shown(at[row, s].jaccard[0.2]) if (row, s) in at else "not run" for s in sources
             ]
@@ -309,7 +310,8 @@ def draw(lines: Sequence[Line], target: str) -> Figure:
             mean, places, xerr=[low, high], fmt="os^"[i], color=colour, markersize=4,
             elinewidth=0.8, label=f"{source} differs" if source != "both" else "both differ",
         )  # fmt: skip
-    known = [(PUBLISHED[row], i) for i, (row, _) in enumerate(rows) if row in PUBLISHED]
+    first = {row: i for i, (row, _) in reversed(list(enumerate(rows)))}
+    known = [(value, first[row]) for row, value in PUBLISHED.items() if row in first]
     if target == "self" and known:
         x, y = zip(*known, strict=True)
         axes.plot(x, y, "o", mfc="none", mec=GREY, ms=11, linestyle="none", label="published")
