@@ -82,7 +82,7 @@ def read(leaderboard: str) -> Cells:
     """The cells of ``leaderboard.md``, names of rows without their marks.
 
     Raises:
-        ValueError: a task has several settings, which this table cannot tell apart.
+        ValueError: a task of the table has several settings, which it cannot tell apart.
     """
     cells: Cells = {}
     tasks: list[str] = []
@@ -98,7 +98,7 @@ def read(leaderboard: str) -> Cells:
             cells.setdefault((tasks[-1], parts[0], name), {}).update(
                 zip(headings[2:], parts[2:], strict=True)
             )
-    twice = sorted({task for task in tasks if tasks.count(task) > 1})
+    twice = sorted({c.task for c in COLUMNS if tasks.count(c.task) > 1})
     if twice:
         raise ValueError(f"several settings of {', '.join(twice)}: name the one that is shown")
     return cells
