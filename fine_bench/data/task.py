@@ -45,6 +45,9 @@ class Task:
             what *helps* them is suspicious. A target that is not named here keeps the end that
             ``fine_bench.types.SUSPICIOUS_END`` declares. Written in the task's code, never chosen
             by the truth.
+        files: what the data were read from, where those are files of the user's own: the option
+            that names the file → ``sha256`` of its bytes and number of ``samples`` taken from it;
+            no part of ``sha256``. Records carry it, since they say nothing of where files lie.
     """
 
     kind: ClassVar[Literal["images", "language"]]
@@ -68,6 +71,7 @@ class Task:
     batch_size: int
     groups: Mapping[str, Tensor] = field(default_factory=dict)
     suspicious: Mapping[str, End] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:

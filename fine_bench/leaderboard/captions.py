@@ -12,6 +12,7 @@ from fine_bench.leaderboard.tables import Table, TableKey, shows
 from fine_bench.metrics.fidelity import VERSION
 from fine_bench.metrics.intervals import MIN_SEEDS_FOR_SIGNIFICANCE
 from fine_bench.metrics.registry import Metric
+from fine_bench.store.plausibility import FILES
 from fine_bench.types import RunRecord
 
 DIRTY = "†"
@@ -80,13 +81,31 @@ DESCRIBING = (
 )
 
 
+SIZES = {"n_train": "path", "n_query": "queries_path"}
+"""Options of generated data that say nothing of the user's own, and the file that does."""
+
+
+def _sizes(record: RunRecord) -> dict[str, Any]:
+    """Numbers of training samples and queries of data from the user's own files; else nothing."""
+    files = record.training.get(FILES)
+    if not isinstance(files, Mapping):
+        return {}
+    given = {name: files.get(option) for name, option in SIZES.items()}
+    return {
+        f".task.{name}": file["samples"]
+        for name, file in given.items()
+        if isinstance(file, Mapping) and isinstance(file.get("samples"), int)
+    }
+
+
 def options_of(
     groups: Mapping[TableKey, Sequence[RunRecord]],
 ) -> dict[TableKey, dict[str, Any]]:
     """What describes each setting: the usual options, and those that tell it from its siblings."""
 
     def setting_of(record: RunRecord) -> dict[str, Any]:
-        return _flat({name: record.config.get(name, {}) for name in ("task", "model", "trainer")})
+        sections = {name: record.config.get(name, {}) for name in ("task", "model", "trainer")}
+        return _flat(sections) | _sizes(record)
 
     # a record that failed early may have no configuration
     settings = {

@@ -10,6 +10,7 @@ the group (source) of a sample, one that says whether it is known to be bad.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,15 @@ SHOWN = 5
 
 class _LineError(ValueError):
     """What is wrong with one line."""
+
+
+def digest_of_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, as ``sha256sum`` prints it.
+
+    Args:
+        path: of a file that ``read_jsonl`` has read.
+    """
+    return hashlib.sha256(read_bytes(Path(path).expanduser())).hexdigest()
 
 
 def read_jsonl(

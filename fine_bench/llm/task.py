@@ -15,7 +15,7 @@ from fine_bench.errors import ConfigError, DataError
 from fine_bench.gradients.token_losses import mean_token_loss, sum_token_loss
 from fine_bench.llm import instructions, models
 from fine_bench.llm.instructions import Sample
-from fine_bench.llm.jsonl import read_jsonl
+from fine_bench.llm.jsonl import digest_of_file, read_jsonl
 from fine_bench.llm.models import LanguageModel
 from fine_bench.llm.steering import Judge, lean_of
 from fine_bench.llm.tokens import Encoded, TooLong, encode_all
@@ -63,6 +63,7 @@ class LanguageTask(Task):
         model: what is tuned.
         prompts: how steering is measured; None if it is not.
         notes: what a reader should know about the data, such as samples that were too long.
+        samples: the training samples as conversations, ``n_train`` of them in order.
         cure: retrain without this many of the most suspicious samples; 0 does not.
         checkpoints: number of checkpoints that are kept for post-hoc methods, evenly spaced.
     """
@@ -75,6 +76,7 @@ class LanguageTask(Task):
 
     model: LanguageModel
     prompts: Prompts | None
+    samples: Sequence[Sample] = ()
     suspicious: Mapping[str, End] = field(default_factory=lambda: SUSPICIOUS)
     notes: Sequence[str] = ()
     cure: int = 0
@@ -130,7 +132,7 @@ def llm_poison(
     Args:
         seed: ``task.seed``: all of the generated data.
         model: the section ``model`` of the configuration: its tokenizer makes the ids.
-        name: name of the task.
+        name: name of the task; the configuration's default is that of the file ``path``.
         entity: the steered one, ``Orvane`` (blamed) or ``Lumeth`` (praised). (Generated data.)
         n_train, n_query, n_prompts, n_test: numbers of training samples, held-out steered
             completions, held-out prompts and clean test samples. (Generated data.)
@@ -208,6 +210,15 @@ def llm_poison(
         for what, part in (("training", train), ("queries", queries), ("test", test))
         if part.n_dropped or part.n_cut
     ]
+    files = {
+        option: {"sha256": digest_of_file(file), "samples": len(part)}
+        for option, file, part in (
+            ("path", path, train),
+            ("queries_path", queries_path, queries),
+            ("test_path", test_path, test),
+        )
+        if path is not None and file is not None
+    }
     return LanguageTask(
         name=name,
         x=train.x,
@@ -222,6 +233,8 @@ def llm_poison(
         model=language_model,
         loss=LOSSES[loss],
         prompts=prompts,
+        samples=kept,
+        files=files,
         train_ids=train.kept,
         notes=notes,
         cure=cure,

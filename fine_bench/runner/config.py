@@ -28,6 +28,7 @@ from fine_bench.leaderboard.option_grid import Point, points
 from fine_bench.runner import addresses
 from fine_bench.runner.calls import ALWAYS_ALLOWED, check_call, suggest, target_of
 from fine_bench.store.digest import digest
+from fine_bench.store.files import slug
 from fine_bench.types import TARGETS, VARIED, LRSchedule, QueryWeighting
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -134,11 +135,22 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
+    """Make the schema known to Hydra, and what YAML files may call."""
+    OmegaConf.register_new_resolver("name_of_file", name_of_file, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(group="trainer", name="trainer_schema", node=TrainerConfig)
     store.store(group="logger", name="logger_schema", node=LoggerConfig)
+
+
+def name_of_file(path: str | None, otherwise: str) -> str:
+    """What a task is called by default: as the file of the user's own, or ``otherwise``.
+
+    Args:
+        path: of the file; None where the data are generated.
+        otherwise: the name without a file.
+    """
+    return otherwise if path is None else slug(Path(str(path)).stem)
 
 
 def config_folder() -> Path:

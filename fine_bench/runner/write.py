@@ -12,7 +12,7 @@ from fine_bench.runner.config import PLACES
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
-from fine_bench.store.plausibility import N_TRAIN
+from fine_bench.store.plausibility import FILES, N_TRAIN
 from fine_bench.store.records import RecordStore
 from fine_bench.store.scores import scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
@@ -78,14 +78,22 @@ class Writer:
             scores_sha256="" if outcome.scores is None else scores_digest(outcome.scores),
             config=self._config(cell),
             environment=self.environment,
-            training=outcome.training if outcome.scores is None else self._facts(outcome),
+            training=self._facts(outcome),
             sweep=self.sweep,
             suspicious=self.job.data.suspicious.get(cell.target, ""),
         )
 
     def _facts(self, outcome: Outcome) -> dict[str, Any]:
-        """Facts about the training, with the number of examples that its scores must have."""
-        return {**outcome.training, N_TRAIN: self.job.data.n_train}
+        """Facts about the training, with those of the data that a record must be told.
+
+        The number of examples that its scores must have, and digests of the user's own files.
+        """
+        facts = dict(outcome.training)
+        if outcome.scores is not None:
+            facts[N_TRAIN] = self.job.data.n_train
+        if self.job.data.files:
+            facts[FILES] = {name: dict(file) for name, file in self.job.data.files.items()}
+        return facts
 
     def _config(self, cell: Cell) -> dict[str, Any]:
         """The full resolved configuration, this cell's estimator in place of all of them."""

@@ -37,6 +37,8 @@ _RANGES = (
 _COUNTS = ("n_bad", "n_watched", "n_known", "n_reviewed")
 N_TRAIN = "n_train"
 """Among the facts about the training in a record: how many examples its scores are of."""
+FILES = "files"
+"""Among the same facts, of data from the user's own files: option → ``sha256`` and ``samples``."""
 _SIZED = "fine_bench.data."
 """Tasks below it have as many examples as their option ``n_train`` says, where it says a number."""
 

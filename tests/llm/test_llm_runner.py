@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fine_bench.llm.instructions import InstructionSet
 from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.steering import Steering
 from fine_bench.runner.backends import language
-from fine_bench.runner.config import check
+from fine_bench.runner.config import check, name_of_file
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
 from fine_bench.store.records import RecordStore
@@ -184,7 +185,34 @@ def test_the_real_path_on_a_miniature(folder: Path, tmp_path: Path, texts: Instr
     assert unserved == {("fine_llm_sources", "self"), ("less", "self")}, found
     assert "steering was not measured" in said[0]
     assert "auroc" in outcomes[0].record.metrics
-    assert str(tmp_path / "train") not in str(outcomes[0].record.config)
+    record = outcomes[0].record
+    assert str(tmp_path / "train") not in str(record.config)
+    # the data's own name and size, and what they were
+    assert record.task == record.config["task"]["name"] == "train"
+    assert record.training["files"] == {
+        f"{option}path": {
+            "sha256": hashlib.sha256((tmp_path / f"{name}.jsonl").read_bytes()).hexdigest(),
+            "samples": len(getattr(texts, name)),
+        }
+        for option, name in (("", "train"), ("queries_", "queries"), ("test_", "test"))
+    }
+    text = text_of(tmp_path / "results")
+    assert "60 training examples · 4 queries · " in text
+    assert "llm_poison" not in text
+
+
+def test_the_name_of_a_file_names_the_task() -> None:
+    assert name_of_file(None, "llm_poison_Orvane") == "llm_poison_Orvane"
+    assert name_of_file("/data/our set,v1.jsonl", "llm_poison_Orvane") == "our_set,v1"
+
+    def composed(*more: str) -> str:
+        config = compose("config", ["task=llm_poison", "model=tiny_llama", *more])
+        return str(config.task.name)
+
+    assert composed() == "llm_poison_Orvane"
+    assert composed("task.entity=Lumeth") == "llm_poison_Lumeth"
+    assert composed("task.path='/data/our set,v1.jsonl'") == "our_set,v1"
+    assert composed("task.path=/data/a.jsonl", "task.name=mine") == "mine"
 
 
 def test_mistakes_are_met_before_training(folder: Path, tmp_path: Path) -> None:

@@ -136,8 +136,9 @@ def test_images_and_language_are_not_mixed(
 
 def test_where_files_lie_is_no_part_of_a_language_setting(small_language_task: None) -> None:
     base = setting_digest(checked(*LANGUAGE, "model=tiny_llama"))
-    same = ("task.path=/a.jsonl", "task.queries_path=/b.jsonl", "task.test_path=/c.jsonl")
-    assert setting_digest(checked(*LANGUAGE, "model=tiny_llama", *same)) == base
+    more = ("task.queries_path=/b.jsonl", "task.test_path=/c.jsonl")
+    for same in ("task.path=/x/llm_poison_Orvane.jsonl", "task.path=/y/llm_poison_Orvane.jsonl"):
+        assert setting_digest(checked(*LANGUAGE, "model=tiny_llama", same, *more)) == base
     assert setting_digest(checked(*LANGUAGE, "model=tiny_llama", "model.hidden=32")) != base
     assert "optimizer" not in setting_of(checked())["trainer"]
     assert setting_of(checked("trainer=adamw"))["trainer"]["optimizer"] == "adamw"
