@@ -12,7 +12,9 @@ which is estimated from the same scores by maximum likelihood, without a form (K
 
     P(μ'_i ≥ τ | run) = Σ_k w_ik Φ((u_k − τ)/s_i),    w_ik ∝ g_k φ((μ̂_i − u_k)/s_i)/s_i
 
-so that what was lifted over τ by its error is expected to fall back. The average of 1 − P over a
+so that what was lifted over τ by its error is expected to fall back. An error far smaller than the
+gaps of the grid finds no u_k near its score; there the prior is taken as flat, P = Φ((μ̂_i −
+τ)/(√2 s_i)). The average of 1 − P over a
 set that the run chooses is, given the run, its expected share that does not repeat: flagging by
 falling P as long as that average is at most α (``at_most``) gives the rule
 
@@ -51,6 +53,8 @@ _GRID = 180
 _FIT = 5000
 """Examples from which the prior is estimated, at most; evenly spaced in the order of the score."""
 _ROUNDS = 300
+_APART = 5.0
+"""Errors between a score and the nearest point of the prior beyond which the score stands alone."""
 _NODES = 9
 """Equally likely values of s² that stand for its distribution."""
 
@@ -157,7 +161,11 @@ def repeat_probability(
         for s_node, weight in _by_node(values[part], errors[part], grid):
             flags += (weight * ndtr((grid - tau) / s_node[:, None])) @ prior
             weighs += weight @ prior
-        result[part] = flags / weighs
+        result[part] = np.divide(flags, weighs, out=np.full(len(part), np.nan), where=weighs > 0.0)
+    # where no point of the prior lies within a few errors of a score, it says nothing there
+    gap = np.abs(values[:, None] - grid).min(1)
+    alone = (gap > _APART * errors.max(1)) | np.isnan(result)
+    result[alone] = stdtr(freedom[used], (values - tau) / (np.sqrt(2.0) * s[used]))[alone]
     found[used] = np.clip(result, 0.0, 1.0)
     return found
 

@@ -65,6 +65,28 @@ def test_the_estimated_prior_is_the_likeliest_mixture() -> None:
     assert gradient[weights > 0.01] == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.parametrize("observations", [None, 5])
+def test_errors_far_smaller_than_the_gaps_of_the_prior(observations: int | None) -> None:
+    """Scores that another run hardly moves repeat as Φ((μ̂ − τ)/(√2 s)) says, none is NaN."""
+    rng = np.random.default_rng(3)
+    n = 6000  # more than the prior is fitted to
+    mu = rng.standard_t(2, n)
+    s = np.where(np.arange(n) % 2 == 0, 1e-7, 0.3)
+    s[::4] *= np.exp(rng.normal(size=len(s[::4])))
+    tau = float(np.quantile(mu, 0.8))
+    found = repeat_probability(mu, s, tau, "high", observations)
+    assert np.isfinite(found).all()
+    if observations is None:
+        sure = (s < 1e-5) & (np.abs(mu - tau) > 1e-4)
+        assert np.count_nonzero(sure) > 2900
+        assert found[sure] == pytest.approx((mu[sure] >= tau).astype(float), abs=1e-9)
+    one = int(np.argsort(np.abs(mu - 0.4) + (s > 1e-6))[0])
+    at_edge = repeat_probability(mu, s, mu[one] + s[one], "high")[one]
+    assert at_edge == pytest.approx(norm.cdf(-1 / 2**0.5), rel=1e-6)
+    turned = repeat_probability(-mu, s, -mu[one] - s[one], "low")[one]
+    assert turned == pytest.approx(at_edge, rel=1e-6)
+
+
 SEEDS = 12
 
 
