@@ -89,6 +89,7 @@ class MeanOverRuns(InfluenceEstimator):
         self._given = given | {"layers": layers, "query_weighting": query_weighting}
         self.runs, self._seed = runs, seed
         self.base = self._base(0)
+        self._selected: list[int] | None = None  # checkpoints of each run that replay will give
 
     def _base(self, run: int) -> InfluenceEstimator:
         """The base method for the run of a number, with randomness of its own."""
@@ -108,7 +109,10 @@ class MeanOverRuns(InfluenceEstimator):
                 parts.append([])
             parts[-1].append(point)
             before = point
-        return [point for part in parts for point in self.base.select(part)]
+        chosen = [self.base.select(part) for part in parts]
+        # of the last ones alone nobody can tell any more whether a rising step is another run's
+        self._selected = [len(part) for part in chosen]
+        return [point for part in chosen for point in part]
 
     def _begins(self, before: Any, point: Any) -> bool:
         """Whether a checkpoint is of another run than the one before it.
@@ -129,11 +133,22 @@ class MeanOverRuns(InfluenceEstimator):
     def setup(self, problem: Problem) -> None:
         """Prepare the base method for the first run."""
         super().setup(problem)
+        self._left, self._selected = self._selected, None
         self._total: Tensor | None = None
         self._before: Checkpoint | None = None
         self._done = 0
         self._evaluations = 0
         self._begin()
+
+    def _another(self, before: Checkpoint, checkpoint: Checkpoint) -> bool:
+        """Whether ``update`` has come to another run than the one before."""
+        if self._left is None:
+            return self._begins(before, checkpoint)
+        self._left[0] -= 1
+        if self._left[0] == 0:
+            self._left.pop(0)
+            return True
+        return False
 
     def _begin(self) -> None:
         self.base = self._base(self._done)
@@ -148,7 +163,7 @@ class MeanOverRuns(InfluenceEstimator):
 
     def update(self, checkpoint: Checkpoint) -> None:
         """Take in one checkpoint; the run before ends where this one begins another."""
-        if self._before is not None and self._begins(self._before, checkpoint):
+        if self._before is not None and self._another(self._before, checkpoint):
             self._end()
             self._begin()
         self.load(checkpoint)

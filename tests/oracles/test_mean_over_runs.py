@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from baselines.gradient_similarity import GradDot
 from baselines.influence_functions import InfluenceFunction
 from baselines.kernel_regression import TangentKernel
 from baselines.kfac import KFAC
@@ -96,6 +97,25 @@ def test_the_last_checkpoints_are_enough_for_a_base_that_reads_no_others() -> No
     assert torch.equal(replay(MeanOverRuns("grad_dot"), problem(), bare).values, whole)
 
 
+@pytest.mark.parametrize("base", ["grad_dot", "kfac"])
+def test_runs_of_different_lengths_count_once_each(base: str) -> None:
+    """A run that goes on for longer than the one before it (one stopped early) is another run."""
+    lengths = (2, 3, EPOCHS)
+    parts = [points[:length] for points, length in zip(ALL, lengths, strict=True)]
+    alone = [GradDot() if base == "grad_dot" else KFAC() for _ in parts]
+    each = [replay(one, problem(), run).values for one, run in zip(alone, parts, strict=True)]
+    estimator = MeanOverRuns(base, RUNS)
+    flat = [point for run in parts for point in run]
+    for _ in range(2):
+        found = replay(estimator, problem(), flat)
+        torch.testing.assert_close(found.values, torch.stack(each).mean(0), rtol=1e-10, atol=1e-14)
+    # by hand, nobody has selected: every checkpoint comes, and steps tell the runs apart
+    estimator.setup(problem())
+    for point in flat:
+        estimator.update(point)
+    torch.testing.assert_close(estimator.compute().values, found.values, rtol=1e-10, atol=1e-14)
+
+
 def test_where_a_run_ends_must_be_known() -> None:
     bare = [Checkpoint(point.params, point.lr) for point in FLAT]
     with pytest.raises(
@@ -116,7 +136,7 @@ def test_refusals() -> None:
         MeanOverRuns("tracin", options={"dim": 3})
     with pytest.raises(ValueError, match="kfac has no option layers; it has relative_damping, "):
         MeanOverRuns("kfac", options={"layers": ["0"]})
-    with pytest.raises(ValueError, match="grad_cos has no option x; it has none, and"):
+    with pytest.raises(ValueError, match="grad_cos has no option x; it has every, and"):
         MeanOverRuns("grad_cos", options={"x": 3})
     asked = problem(queries="self")
     assert MeanOverRuns("grad_cos").unsupported(asked)
