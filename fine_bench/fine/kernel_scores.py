@@ -241,6 +241,8 @@ class KernelAccumulator:
         if self.residual is None or self.slope is None:
             self.residual = residual.new_zeros(BLOCKS, *residual.shape)
             self.slope = slope.new_zeros(BLOCKS, *slope.shape)
+        # saved sums come back on the CPU
+        self.residual, self.slope = self.residual.to(residual), self.slope.to(slope)
         block = self.n_snapshots % BLOCKS
         self.residual[block] += weight * residual
         self.slope[block] += weight * slope

@@ -472,6 +472,22 @@ def test_a_state_of_another_geometry() -> None:
         other.load_state_dict(sums.state_dict())
 
 
+def test_a_saved_state_goes_on_where_the_model_is() -> None:
+    """A state is saved on the CPU; the next snapshot may be of a model on another device."""
+    sums, other = KernelAccumulator(N, torch.eye(V)), KernelAccumulator(N, torch.eye(V))
+    labels = torch.zeros(N, dtype=torch.int64)
+    sums.observe(0.5, torch.ones(N, 3), torch.ones(V, 3), torch.zeros(N, 3), labels)
+    other.load_state_dict(sums.state_dict())
+    other.observe(
+        0.5,
+        *(torch.ones(size, 3, device="meta") for size in (N, V, N)),
+        labels.to("meta"),
+    )
+    assert other.residual is not None
+    assert other.slope is not None
+    assert other.residual.device.type == other.slope.device.type == "meta"
+
+
 def test_a_snapshot_that_is_not_finite_is_left_out() -> None:
     callback = watch()
 
