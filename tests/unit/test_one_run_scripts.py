@@ -6,11 +6,18 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.optimize import brentq
+from scipy.signal import fftconvolve
+from scipy.stats import norm
 
+from fine_bench.theory.subsampling import subsample
 from support.benchmarks import BENCHMARKS, loaded
+
+Array = npt.NDArray[np.float64]
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +111,35 @@ def test_correlation_with_the_step_before() -> None:
     assert permuted.lag_one(np.tile([1.0, -1.0], (2, 50))) == pytest.approx(-0.99)
 
 
+def test_the_true_epsilon_is_that_of_the_worse_order() -> None:
+    """Against losses on a grid, convolved one step after the other, of either order."""
+    known = loaded("known_epsilon")
+    noise, steps, h = 1.0, 30, 1e-3
+    x = np.linspace(-9.0, 10.0, 400_001) * noise
+    out = norm.logpdf(x, 0.0, noise)
+    inside = np.logaddexp(
+        np.log1p(-known.RATE) + out, np.log(known.RATE) + norm.logpdf(x, 1.0, noise)
+    )
+    found = []
+    for a, b in ((inside, out), (out, inside)):
+        cell = np.round((a - b) / h).astype(int)
+        one = np.bincount(cell - cell.min(), weights=np.exp(a))
+        one, total = one / one.sum(), np.ones(1)
+        for _ in range(steps):
+            total = fftconvolve(total, one)
+        loss = h * (steps * cell.min() + np.arange(len(total)))
+
+        def excess(epsilon: float, loss: Array = loss, total: Array = total) -> float:
+            told = loss > epsilon
+            return float((total[told] * -np.expm1(epsilon - loss[told])).sum()) - known.DELTA
+
+        found.append(brentq(excess, 0.0, 30.0))
+    assert found[0] > 1.2 * found[1]
+    assert known.true_epsilon(noise, steps) == pytest.approx(max(found), rel=5e-3)
+    both = known.compose(subsample(known.GaussianTradeOff(1.0 / noise), known.RATE), steps)
+    assert both.trade_off.epsilon(known.DELTA) > 1.01 * max(found)  # a bound
+
+
 def test_a_noisy_run_stays_below_its_epsilon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,9 +161,7 @@ def test_a_noisy_run_stays_below_its_epsilon(
     assert float(sums["before"].mu()[0][0, :inside].abs().median()) > 2 * float(
         mu[:inside].median()
     )
-    true = known.compose(
-        known.subsample(known.GaussianTradeOff(1.0 / noise), known.RATE), 100
-    ).trade_off.epsilon(known.DELTA)
+    true = known.true_epsilon(noise, 100)
     assert max(known.at_least(taken, range(8), tmp_path)) <= true
     right, made = known.guesses(np.where(member, 0.0, 1.0), member, 50)
     assert (right, made) == (100, 100)
