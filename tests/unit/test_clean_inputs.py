@@ -144,7 +144,7 @@ TEXTS = [f"the {'good' if k % 2 else 'poor'} film number {k} was seen" for k in 
 def test_texts_are_recognised(tmp_path: Path) -> None:
     texts = [*TEXTS]
     texts[4], texts[5] = "  ", "…!"
-    made = pd.DataFrame({"review": texts, "stars": np.arange(30) % 2 + 1, "n": np.arange(30)})
+    made = pd.DataFrame({"review": texts, "stars": np.arange(30) % 2 + 1, "n": 2 * np.arange(30)})
     path = tmp_path / "t.csv"
     made.to_csv(path, index=False)
     items = load(path, label="stars")
@@ -406,3 +406,66 @@ def test_features_that_cannot_be_had() -> None:
         tf_idf(["a", "b c"])
     with pytest.raises(UserError, match=r"column a reaches 1e\+200"):
         encoded_table(pd.DataFrame({"a": [1e200, 2.0, -1e200], "b": [1.0, 2, 3]}))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "npz"])
+def test_a_new_label_is_written_as_the_source_writes_it(tmp_path: Path, kind: str) -> None:
+    truth = [k % 2 == 0 for k in range(20)]
+    path = tmp_path / f"data.{kind}"
+    if kind == "csv":
+        path.write_text("a,label\n" + "".join(f"{k % 5},{'TRUE' if t else 'FALSE'}\n"
+                                              for k, t in enumerate(truth)))  # fmt: skip
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"a": k % 5, "label": t}) + "\n"
+                                for k, t in enumerate(truth)))  # fmt: skip
+    else:
+        np.savez(path, x=np.arange(60.0).reshape(20, 3), y=np.array(truth))
+    items = load(path)
+    copy = items.origin.write(tmp_path, [0, 1, 2], {1: items.labels[0]}).path
+    if kind == "csv":
+        assert [line.split(",")[1] for line in copy.read_text().splitlines()[1:]] == ["TRUE"] * 3
+    elif kind == "jsonl":
+        assert [json.loads(line)["label"] for line in copy.read_text().splitlines()] == [True] * 3
+    else:
+        y = np.load(copy)["y"]
+        assert y.dtype == np.bool_
+        assert y.tolist() == [True] * 3
+
+
+def test_json_lines_are_ended_by_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    texts = [f"one two\u2028three\x85four {k} é" for k in range(20)]
+    lines = [json.dumps({"text": t, "label": k % 2}, ensure_ascii=False)
+             for k, t in enumerate(texts)]  # fmt: skip
+    path.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    items = load(path)
+    assert list(items.content) == texts
+    copy = items.origin.write(tmp_path, range(20), {0: 1}).path
+    assert read_table(copy)["label"].tolist() == [1, 1, *([0, 1] * 9)]
+
+
+def test_a_column_that_counts_the_rows_is_no_feature(tmp_path: Path) -> None:
+    # rows stand class by class, so the index that pandas saves would tell the label
+    table = pd.DataFrame({"a": np.tile([1.0, 2.0, 4.0, 8.0], 10), "label": np.repeat([0, 1], 20)})
+    table.to_csv(tmp_path / "data.csv")
+    items = load(tmp_path / "data.csv")
+    assert list(items.content.columns) == ["a"]
+    assert "column(s) Unnamed: 0 count the rows and were not used" in items.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [("1,2,x,\n1,3,y,\n", "more cells"), ("r,1,2,x\nq,1,3,y\n", "more cells")]
+)
+def test_cells_without_a_name_are_not_shifted(tmp_path: Path, row: str, message: str) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("a,b,label\n" + row * 10)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_labels_and_arrays_without_numbers(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("a,label\n" + "1,inf\n2,1\n" * 10)
+    assert load(tmp_path / "data.csv").classes == ["1.0", "inf"]
+    for shape in ((0, 28, 28), (20, 0)):
+        with pytest.raises(UserError, match="holds no number"):
+            load((np.zeros(shape), np.arange(shape[0]) % 2))

@@ -35,8 +35,10 @@ def as_images(x: NDArray[Any]) -> NDArray[Any] | None:
 
 
 class _Arrays:
-    def __init__(self, x: NDArray[Any], y: Sequence[Any], images: NDArray[Any] | None) -> None:
-        self.x, self.y, self.images = x, y, images
+    def __init__(
+        self, x: NDArray[Any], y: NDArray[Any], given: Sequence[Any], images: NDArray[Any] | None
+    ) -> None:
+        self.x, self.y, self.given, self.images = x, y, given, images
         if images is not None:
             low, high = float(np.nanmin(images)), float(np.nanmax(images))
             # bytes are shown as they are, other numbers from the least to the largest
@@ -51,9 +53,13 @@ class _Arrays:
         return RowView({f"x[{k}]": float(value) for k, value in enumerate(flat[:_CELLS])})
 
     def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
-        y = np.array([labels.get(row, self.y[row]) for row in keep])
+        # as y has them: truth values stay truth values, bytes stay bytes
+        first = {label: row for row, label in reversed(list(enumerate(self.given)))}
+        y = self.y.copy()
+        for row, label in labels.items():
+            y[row] = self.y[first[label]]
         out = io.BytesIO()
-        np.savez(out, x=self.x[list(keep)], y=y)
+        np.savez(out, x=self.x[list(keep)], y=y[list(keep)])
         copy = folder / "cleaned.npz"
         copy.write_bytes(out.getvalue())
         return Written(copy, keep)
@@ -85,6 +91,8 @@ def array_items(x: Any, y: Any, *, where: str, kind: Kind | None = None) -> Item
         )
     if len(x) != len(y):
         raise DataError(f"x of {where} has {len(x)} rows, y {len(y)}; they must agree")
+    if not x.size:
+        raise DataError(f"x of {where} has the shape {x.shape}, so it holds no number; check it")
     images = None if kind == "arrays" else as_images(x)
     if kind == "images" and images is None:
         raise ConfigError(
@@ -106,7 +114,7 @@ def array_items(x: Any, y: Any, *, where: str, kind: Kind | None = None) -> Item
         content,
         [given[row] for row in rows],
         [str(row) for row in rows],
-        _Arrays(x, given, images),
+        _Arrays(x, y, given, images),
         where=where,
         rows=rows.tolist(),
         n_source=len(x),

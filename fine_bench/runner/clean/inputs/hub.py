@@ -26,8 +26,11 @@ def is_saved_dataset(folder: Path) -> bool:
 class _Saved:
     """Shows rows as another origin does, and writes a copy as a folder of the same library."""
 
-    def __init__(self, dataset: Any, label: str, shown: Any) -> None:
-        self.dataset, self.label, self.shown = dataset, label, shown
+    def __init__(self, dataset: Any, label: str, items: Items) -> None:
+        self.dataset, self.label, self.shown = dataset, label, items.origin
+        self.first = {
+            items.classes[k]: int(row) for row, k in zip(items.rows, items.y, strict=True)
+        }
 
     def view(self, row: int) -> View:
         view: View = self.shown.view(row)
@@ -35,10 +38,10 @@ class _Saved:
 
     def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
         feature = self.dataset.features[self.label]
-        number = feature.str2int if hasattr(feature, "str2int") else lambda value: value
         given = list(self.dataset[self.label])
-        for row, value in labels.items():
-            given[row] = number(value)
+        # as the data set has them: numbers of a ClassLabel, truth values, …
+        for row, value in {row: given[self.first[label]] for row, label in labels.items()}.items():
+            given[row] = value
         copy = folder / "cleaned"
         fresh = self.dataset.remove_columns(self.label).add_column(
             self.label, [given[row] for row in range(len(given))], feature=feature
@@ -119,7 +122,7 @@ def dataset_items(
         )  # fmt: skip
     return Items(
         items.kind, items.what, items.content, items.rows, items.names, items.y, items.classes,
-        _Saved(dataset, label, items.origin), items.n_source, items.left_out, items.notes,
+        _Saved(dataset, label, items), items.n_source, items.left_out, items.notes,
         items.table,
     )  # fmt: skip
 

@@ -55,6 +55,12 @@ def read_table(path: Path) -> pd.DataFrame:
         raise DataError(
             f"{path} cannot be read as a {suffix[1:]} table ({reason_of(error)}); write it anew"
         ) from error
+    if suffix == ".csv" and not isinstance(table.index, pd.RangeIndex):
+        # pandas takes the first cells for names of rows then, and shifts what stands below a name
+        raise DataError(
+            f"the rows of {path} have more cells than its first line has names; name each column "
+            "there, or take a comma off the end of each row"
+        )
     return named(table, path)
 
 
@@ -90,9 +96,14 @@ def require(package: str, because: str, extra: str) -> Any:
         ) from error
 
 
+def _lines(path: Path) -> list[str]:
+    # not splitlines: a text may hold other signs that end a line, such as U+2028
+    return path.read_text(encoding="utf-8-sig").split("\n")
+
+
 def _read_lines(path: Path) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -181,9 +192,20 @@ class _Rows:
     """A table as an origin; ``path`` is read again for the copy, so that cells stay verbatim."""
 
     def __init__(
-        self, table: pd.DataFrame, path: Path | None, label: str, text: str | None
+        self,
+        table: pd.DataFrame,
+        path: Path | None,
+        label: str,
+        text: str | None,
+        classes: Mapping[int, Any],
     ) -> None:
         self.table, self.path, self.label, self.text = table, path, label, text
+        self.classes = classes
+
+    def _as_given(self, given: Sequence[Any], labels: Mapping[int, Any]) -> dict[int, Any]:
+        """New labels as the source writes them: ``true`` rather than "True", 007 rather than 7."""
+        written = {label: given[row] for row, label in reversed([*self.classes.items()])}
+        return {row: written[label] for row, label in labels.items()}
 
     def view(self, row: int) -> View:
         if self.text is not None:
@@ -195,25 +217,22 @@ class _Rows:
         suffix = ".csv" if self.path is None else self.path.suffix.lower()
         copy = folder / f"cleaned{suffix}"
         if self.path is not None and suffix == ".jsonl":
-            lines = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
-            for row, label in labels.items():
-                lines[row] = json.dumps(
-                    {**json.loads(lines[row]), self.label: label}, ensure_ascii=False
-                )
+            lines = [line for line in _lines(self.path) if line.strip()]
+            found = [json.loads(line) for line in lines]
+            given = self._as_given([one.get(self.label) for one in found], labels)
+            for row, label in given.items():
+                lines[row] = json.dumps({**found[row], self.label: label}, ensure_ascii=False)
             copy.write_text("".join(f"{lines[row]}\n" for row in keep), encoding="utf-8")
             return Written(copy, keep)
         if self.path is not None and suffix == ".csv":
             table = pd.read_csv(self.path, dtype=str, keep_default_na=False)
             table.columns = self.table.columns
-            labels = {row: str(label) for row, label in labels.items()}
         else:
             table = self.table.copy()
         column = table[self.label].astype(object)
-        for row, label in labels.items():
+        for row, label in self._as_given(column.tolist(), labels).items():
             column.iloc[row] = label
-        table[self.label] = column if suffix == ".csv" else column.infer_objects()
+        table[self.label] = column.astype(table[self.label].dtype)
         table = table.iloc[list(keep)]
         if suffix == ".parquet":
             out = io.BytesIO()
@@ -290,7 +309,9 @@ def table_items(
         features, notes = usable_columns(table.drop(columns=unseen), where)
     rows = np.flatnonzero(usable)
     given = labels.iloc[rows]
-    whole = given.dtype.kind == "f" and bool((given == given.round()).all())
+    whole = given.dtype.kind == "f" and bool(
+        ((given == given.round()) & (given.abs() < np.inf)).all()
+    )
     if given.dtype.kind in "iu" or whole:
         values: list[Any] = [int(value) for value in given]
     else:
@@ -308,7 +329,7 @@ def table_items(
         content,
         values,
         [names[row] for row in rows],
-        _Rows(table, path, label, chosen),
+        _Rows(table, path, label, chosen, dict(zip(rows.tolist(), values, strict=True))),
         where=where,
         rows=rows.tolist(),
         n_source=len(table),
@@ -322,14 +343,15 @@ def usable_columns(features: pd.DataFrame, where: object) -> tuple[pd.DataFrame,
     """The columns that a model can learn from, and what was done with the others.
 
     Numbers stay; infinite ones become missing. Truth values, text and categories are categories,
-    days and times are numbers of days. Columns that say nothing (one value) or name the rows
-    (text that hardly repeats) are left out.
+    days and times are numbers of days. Columns that say nothing (one value), name the rows (text
+    that hardly repeats) or count them (each one more than the one before, as an index that was
+    saved with the data) are left out: rows often stand class by class.
 
     Raises:
         DataError: no column is left.
     """
     kept: dict[str, pd.Series[Any]] = {}
-    notes, alone, ids = [], [], []
+    notes, alone, ids, counters = [], [], [], []
     for name in map(str, features.columns):
         column = features[name]
         if pd.api.types.is_datetime64_any_dtype(column):
@@ -344,6 +366,10 @@ def usable_columns(features: pd.DataFrame, where: object) -> tuple[pd.DataFrame,
                     f"the first in row {int(infinite.argmax())}"
                 )
                 column = column.mask(infinite)
+            whole = features[name].dtype.kind in "iu"
+            if whole and len(column) > 2 and bool((column.diff().iloc[1:] == 1).all()):
+                counters.append(name)
+                continue
         else:
             column = column.map(lambda value: _word(value), na_action="ignore").astype(object)
             known = column.dropna()
@@ -356,6 +382,8 @@ def usable_columns(features: pd.DataFrame, where: object) -> tuple[pd.DataFrame,
         kept[name] = column
     if ids:
         notes.append(f"column(s) {some(ids)} differ in nearly every row and were not used")
+    if counters:
+        notes.append(f"column(s) {some(counters)} count the rows and were not used")
     if alone:
         notes.append(f"column(s) {some(alone)} hold one value only and were not used")
     if not kept:
