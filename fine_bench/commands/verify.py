@@ -50,6 +50,17 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="where its scores and ground truths are (default: the folder that the record lies in)",
     )
+    for option, what in (
+        ("path", "training samples"),
+        ("queries-path", "held-out completions"),
+        ("test-path", "clean held-out samples"),
+    ):
+        add(
+            f"--{option}",
+            metavar="FILE",
+            type=Path,
+            help=f"the {what} (JSONL) of a record of your own files, which says nothing of places",
+        )
     common.add_packages(made, "packages besides fine_bench and baselines that the record may name")
     return made
 
@@ -57,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 @common.command(parser)
 def main(arguments: argparse.Namespace) -> int:
     """Recompute, compare and report."""
+    from fine_bench.runner.recorded import OWN_FILES
     from fine_bench.runner.verify import results_of, verify
     from fine_bench.store.records import read_record
     from fine_bench.terminal import Terminal, bar_on, visible
@@ -78,11 +90,13 @@ def main(arguments: argparse.Namespace) -> int:
             progress.add_task(line.split(": ", 1)[-1], total=None)
             yield
 
+    own = [(name, getattr(arguments, name)) for name in OWN_FILES]
     try:
         verdict = verify(
             record,
             results,
             allow_packages=arguments.allow_packages,
+            files={name: file for name, file in own if file is not None},
             say=lambda line: errors.print("  " + line),
             busy=busy,
         )

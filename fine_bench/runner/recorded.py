@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ from fine_bench.llm.hub import is_name
 from fine_bench.runner.calls import ALWAYS_ALLOWED, target_of
 from fine_bench.runner.config import PLACES, check
 from fine_bench.runner.plan import Job, plan
+from fine_bench.store.plausibility import FILES
 from fine_bench.types import RunRecord
 
 
@@ -57,8 +59,34 @@ def job_of(record: RunRecord, allow_packages: Sequence[str] = ()) -> Job:
     return job
 
 
-def cell_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ()) -> Job:
+OWN_FILES = ("path", "queries_path", "test_path")
+"""Options of a task that name files of the user's own; a record keeps their digests alone."""
+
+
+def digests_of(files: Any) -> dict[str, str]:
+    """Option → SHA-256, from what a record or a task says of the user's own files."""
+    if not isinstance(files, Mapping):
+        return {}
+    return {
+        str(option): str(file["sha256"])
+        for option, file in files.items()
+        if isinstance(file, Mapping) and "sha256" in file
+    }
+
+
+def cell_of(
+    record: RunRecord,
+    folder: Path,
+    allow_packages: Sequence[str] = (),
+    files: Mapping[str, Path] = MappingProxyType({}),
+) -> Job:
     """The run that makes this record alone, its results below ``folder``.
+
+    Args:
+        record: a finished one.
+        folder: where its results go.
+        allow_packages: as in ``job_of``.
+        files: where the user's own files lie, by ``OWN_FILES``: the user says it, never a record.
 
     Raises:
         ConfigError: a record without a full configuration, one that this version does not read,
@@ -71,6 +99,13 @@ def cell_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ())
             f"the record of {record.estimator} seed {record.seed} holds no full configuration "
             f"({', '.join(sections)} are needed), so it cannot be computed again"
         )
+    needed = digests_of(record.training.get(FILES))
+    if missing := [option for option in (needed or (files and OWN_FILES)) if option not in files]:
+        words = " ".join(f"--{option.replace('_', '-')} FILE" for option in missing)
+        raise ConfigError(
+            f"the record of {record.estimator} seed {record.seed} is of somebody's own files, and "
+            f"a record says nothing of where they lie; add {words}"
+        )
     return _planned(
         record,
         sections,
@@ -80,11 +115,16 @@ def cell_of(record: RunRecord, folder: Path, allow_packages: Sequence[str] = ())
         query_weighting=record.config.get("query_weighting"),
         results_dir=str(folder),
         force=True,
+        files=files,
     )
 
 
 def _planned(
-    record: RunRecord, sections: Sequence[str], allow_packages: Sequence[str], **more: Any
+    record: RunRecord,
+    sections: Sequence[str],
+    allow_packages: Sequence[str],
+    files: Mapping[str, Path] = MappingProxyType({}),
+    **more: Any,
 ) -> Job:
     for value in (record.estimator, record.varies, record.target, record.config):
         _refuse_references(value)
@@ -95,6 +135,13 @@ def _planned(
     config["task"] = _without_download(
         _without_places(config["task"], "task", PLACES - {"download"}), allow_packages
     )
+    for option, file in files.items():
+        if "${" in str(file):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} {file} has ${{ in its name, which a configuration "
+                "would replace; give the file another name"
+            )
+    config["task"] |= {option: str(file) for option, file in files.items()}
     config["model"] = _model(config["model"], "model")
     if isinstance(config["task"].get("model"), Mapping):
         config["task"]["model"] = _model(config["task"]["model"], "task.model")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -28,9 +29,10 @@ from fine_bench.retraining.truth_files import find, folders
 from fine_bench.runner.execution import execute
 from fine_bench.runner.machine_difference import Explanation, explain, row_of
 from fine_bench.runner.plan import Job
-from fine_bench.runner.recorded import cell_of
+from fine_bench.runner.recorded import cell_of, digests_of
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError, temporary_folder
+from fine_bench.store.plausibility import FILES
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores, RunRecord
 
@@ -127,6 +129,7 @@ def verify(
     results: Path | None = None,
     *,
     allow_packages: Sequence[str] = (),
+    files: Mapping[str, Path] = MappingProxyType({}),
     say: Callable[[str], None] = lambda _: None,
     busy: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> Verdict:
@@ -136,6 +139,7 @@ def verify(
         record: a finished one.
         results: the results folder it comes from, for its scores and ground truths, if known.
         allow_packages: packages besides ``fine_bench`` and ``baselines`` that it may name.
+        files: where the user's own files lie that the data came from; see ``recorded.cell_of``.
         say, busy: as in ``execution.execute``.
 
     Raises:
@@ -148,7 +152,7 @@ def verify(
             f"({record.reason}); only a finished record holds values to compare"
         )
     with temporary_folder("verify") as folder:
-        job = cell_of(record, folder, allow_packages)
+        job = cell_of(record, folder, allow_packages, files)
         (cell,) = job.cells
         findings = _Findings()
         for what, then, now in (
@@ -158,7 +162,12 @@ def verify(
             ("method version", record.version, cell.version),
         ):
             findings.compare(what, then, now)
-        here = tuple(_circumstances(record.environment, environment()))
+        changed = _changed_files(record, job)
+        # the digest of the data covers what training and queries hold, but not the test samples
+        if findings.differences or any(file.name == "task.test_path" for file in changed):
+            findings.differences[:0] = changed
+            changed = []
+        here = (*changed, *_circumstances(record.environment, environment()))
         if findings.differences:
             why = "not computed: another identity is another record"
             return Verdict(record, None, tuple(findings.differences), here, (why,))
@@ -166,7 +175,7 @@ def verify(
             job = replace(job, truth=find(folders(results), job.data.sha256, job.setting))
         (outcome,) = execute(job, "verify", None, say, busy)
         again = outcome.record
-        here = tuple(_circumstances(record.environment, again.environment))
+        here = (*changed, *_circumstances(record.environment, again.environment))
         if again.status != "finished" or outcome.scores is None:
             findings.compare("status", record.status, f"{again.status}: {again.reason}")
             return Verdict(record, again, tuple(findings.differences), here)
@@ -193,6 +202,16 @@ def verify(
 def _data_of(job: Job, record: RunRecord) -> str:
     """The digest of the data now, in the form that the record has."""
     return record.data_sha256 if job.made(record.data_sha256) else job.data_sha256
+
+
+def _changed_files(record: RunRecord, job: Job) -> list[Difference]:
+    """Files of the user's own that have other bytes than those that the record was made of."""
+    then, now = digests_of(record.training.get(FILES)), digests_of(job.data.files)
+    return [
+        Difference(f"task.{option}", f"{sha[:12]}…", f"{now[option][:12]}…")
+        for option, sha in then.items()
+        if now.get(option, sha) != sha
+    ]
 
 
 def _circumstances(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
