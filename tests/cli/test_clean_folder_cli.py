@@ -179,6 +179,33 @@ def test_decisions_give_a_copy_and_a_trusted_list_for_a_second_call(
     assert main([*call, "--decisions", str(tmp_path / "d.csv"), "--force"]) == 0
 
 
+def test_neither_data_nor_a_list_in_the_folder_are_replaced(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(home / "out" / "verify_first.csv", out)
+    decided = tmp_path / "d.csv"
+    decided.write_text("row,name,decision,label\n0,0,reject,\n")
+    # the copy of an earlier call as data
+    data = shutil.copy(home / "fruit.csv", out / "cleaned.csv")
+    before = data.read_bytes()
+    for options in ([], ["--decisions", str(decided)]):
+        assert main([str(data), "--out", str(out), "--force", *options]) == 2
+        assert "holds the data, cleaned.csv, which would be replaced" in capsys.readouterr().err
+    assert data.read_bytes() == before
+    data.unlink()
+    # a list of somebody's own
+    (out / "trusted.txt").write_text("7\n")
+    call = [str(home / "fruit.csv"), "--out", str(out), "--decisions", str(decided)]
+    assert main(call) == 2
+    assert "trusted.txt is already there" in capsys.readouterr().err
+    assert (out / "trusted.txt").read_text() == "7\n"
+    assert not (out / "cleaned.csv").exists()
+    assert main([*call, "--force"]) == 0
+    assert (out / "trusted.txt").read_text() == ""
+
+
 def test_a_draw_that_is_half_decided_is_trusted_up_to_its_first_gap(tmp_path: Path) -> None:
     items = load((np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2))
     drawn = pd.DataFrame({"row": [9, 4, 7, 2, 30]})

@@ -20,7 +20,7 @@ from fine_bench.runner.clean.inputs.images import read_image_folder
 from fine_bench.runner.clean.inputs.items import Items
 from fine_bench.runner.clean.inputs.recognise import load
 from fine_bench.runner.clean.inputs.tables import is_text, read_table
-from fine_bench.runner.clean.inputs.trusted import trusted_items
+from fine_bench.runner.clean.inputs.trusted import trusted_items, without_trusted
 
 RNG = np.random.default_rng(0)
 
@@ -469,3 +469,17 @@ def test_labels_and_arrays_without_numbers(tmp_path: Path) -> None:
     for shape in ((0, 28, 28), (20, 0)):
         with pytest.raises(UserError, match="holds no number"):
             load((np.zeros(shape), np.arange(shape[0]) % 2))
+
+
+def test_a_model_does_not_see_which_rows_are_trusted() -> None:
+    data = pd.DataFrame(
+        {"a": np.arange(20) ** 2, "ok": np.arange(20) < 5, "label": np.arange(20) % 2}
+    )
+    items = without_trusted(load(data), "ok")
+    assert list(items.content.columns) == ["a"]
+    assert items.notes[-1] == "the column ok says which rows are trusted and was not used"
+    assert trusted_items(items, "ok").sum() == 5
+    whole = load(data)
+    assert without_trusted(whole, [0, 1]) is whole
+    with pytest.raises(UserError, match="no column to learn from besides the labels and ok"):
+        without_trusted(load(data.drop(columns="a")), "ok")

@@ -287,6 +287,28 @@ def test_the_draw_is_large_enough_to_flag_half(
 # --------------------------------------------------------------------------------------- issues
 
 
+def test_texts_of_the_same_words_are_one_group() -> None:
+    # equal vectors of different texts: a row's nearest neighbour is then not always itself
+    words = np.array(
+        ["ash", "beech", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "yew"]
+    )
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 5, replace=False)) for _ in range(60)]
+    for k in range(0, 30, 3):
+        texts[k + 1] = " ".join(reversed(texts[k].split()))
+    items = load(pd.DataFrame({"text": texts, "label": np.arange(60) % 2}))
+    table = pd.DataFrame({"runs_found": [0], "runs": [1], "label": [0], "suggested": [1]})
+    found = find_issues(items, features(items), table)
+    near = found[found["issue"] == "near duplicates"]
+    groups = {frozenset(part["row"]) for _, part in near.groupby("group")}
+    same: dict[frozenset[str], set[int]] = {}
+    for k, text in enumerate(texts):
+        same.setdefault(frozenset(text.split()), set()).add(k)
+    slow = {frozenset(rows) for rows in same.values() if len(rows) > 1}
+    assert groups == slow
+    assert len(slow) >= 10
+
+
 def test_duplicates_outliers_and_confused_classes(runs: list[Run]) -> None:
     x, y, _ = clouds()
     x[10] = x[13]  # same class, exact
@@ -452,6 +474,31 @@ def test_the_model_for_each_kind() -> None:
 
 
 # ----------------------------------------------------------------------------------- kept halves
+
+
+def test_a_half_of_other_code_is_not_found_again(
+    items: Items, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = features(items), torch.from_numpy(items.y)
+    base = recipe_for("arrays", (4,))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "mine_for_keys.py"
+    code = "from torch import nn\ndef net(shape, k):\n    return nn.Linear(shape[0], k)\n"
+    path.write_text(code)
+    recipe = own_recipe(base, "mine_for_keys:net", x, K)
+    first = key_of(x, y, recipe, True)
+    assert key_of(x, y, recipe, True) == first
+    path.write_text(code + "# changed\n")
+    assert key_of(x, y, recipe, True) != first
+    made = {
+        key_of(x, y, own_recipe(base, net, x, K), True)
+        for net in (
+            lambda s, k: nn.Linear(s[0], k),
+            lambda s, k: nn.Linear(s[0], k, bias=False),
+            lambda s, k: nn.Sequential(nn.LazyLinear(5), nn.Linear(5, k)),
+        )
+    }
+    assert len(made) == 3
 
 
 def test_halves_are_kept_and_found_again(items: Items, recipe: Recipe, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fine_bench.runner.clean.features import features
 from fine_bench.runner.clean.halves_store import HalvesStore, key_of
 from fine_bench.runner.clean.inputs.items import Items, Kind
 from fine_bench.runner.clean.inputs.recognise import load
-from fine_bench.runner.clean.inputs.trusted import trusted_items
+from fine_bench.runner.clean.inputs.trusted import trusted_items, without_trusted
 from fine_bench.runner.clean.issues import cleanlab_summary, find_issues
 from fine_bench.runner.clean.probabilities import given_runs
 from fine_bench.runner.clean.recipe import Recipe, own_recipe, recipe_for
@@ -138,6 +138,7 @@ def clean(
     )  # fmt: skip
     read(items)
     mask = None if trusted is None else trusted_items(items, trusted)
+    items = without_trusted(items, trusted)
     if mask is not None:  # refused before training: the answer does not depend on the scores
         _flag(np.zeros(len(items)), mask, level)
     x = features(items, encoder)

@@ -55,9 +55,17 @@ def run(arguments: argparse.Namespace, pages: Pages) -> None:
 
 
 def _refuse_inside(data: Path, folder: Path) -> None:
+    from fine_bench.runner.clean.decisions import COPIES
+
     inside = data.expanduser().resolve()
     if inside.is_dir() and folder.resolve().is_relative_to(inside):
         raise ConfigError(f"--out {folder} lies in the data; name a folder outside of {data}")
+    made = (*COPIES, RANKING, ISSUES, LEFT_OUT, VERIFY)
+    if inside in [(folder / name).resolve() for name in made]:
+        raise ConfigError(
+            f"--out {folder} holds the data, {inside.name}, which would be replaced; name another "
+            "folder"
+        )
 
 
 def _check_folder(folder: Path, names: list[str], force: bool) -> None:
@@ -276,7 +284,8 @@ def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
                 f"`fine-bench clean {data} --out {folder} --force` again"
             ) from error
     make_folder(folder)
-    there = [folder / name for name in COPIES if (folder / name).exists()]
+    names = (*COPIES, *((TRUSTED, TRUSTED_CLEANED) if drawn is not None else ()))
+    there = [folder / name for name in names if (folder / name).exists()]
     if there and not arguments.force:
         raise ConfigError(f"{there[0]} is already there and would be replaced; name another "
                           "folder with --out, or add --force")  # fmt: skip

@@ -1,29 +1,34 @@
 """Finished halves of runs as files, so that an interrupted call goes on where it was.
 
 A half is kept below ``FOLDER/runs/`` under a digest of all that decides it: inputs, labels, model,
-optimiser, seed. So a second call with a trusted list, another level or score trains nothing anew,
-and other data or options never meet an old file. Plain arrays, nothing pickled.
+optimiser, seed; of a model of somebody's own its code as well. So a second call with a trusted
+list, another level or score trains nothing anew, and other data or options never meet an old file.
+Plain arrays, nothing pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fine_bench.runner.clean.recipe import Recipe
+from fine_bench.runner.clean.recipe import Recipe, build
 from fine_bench.runner.clean.training import Run
 from fine_bench.store.files import write_atomic
 
 VERSION = 1
 """Raised when what a half holds for the same digest changes."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _ARRAYS = ("probabilities", "during", "mu", "std_error")
 
 
@@ -71,9 +76,31 @@ def key_of(x: Tensor, y: Tensor, recipe: Recipe, influence: bool) -> str:
     made = f"{getattr(recipe.make, '__module__', '')}.{getattr(recipe.make, '__qualname__', '')}"
     about |= {"made": made, "influence": influence, "version": VERSION, "shape": list(x.shape)}
     said.update(json.dumps(about, sort_keys=True).encode())
+    if not made.startswith("fine_bench."):
+        _say_own(recipe, x, y, said.update)
     for array in (x.numpy(), y.numpy()):
         said.update(np.ascontiguousarray(array).tobytes())
     return said.hexdigest()[:16]
+
+
+def _say_own(recipe: Recipe, x: Tensor, y: Tensor, say: Callable[[bytes], None]) -> None:
+    """A model of somebody's own: its name stays when its code changes.
+
+    What stands in its file, and what it makes: modules, options, and parameters before training.
+    """
+    module = build(recipe, tuple(x.shape[1:]), int(y.max()) + 1, seed=0).eval()
+    with torch.no_grad():
+        module(x[:2])  # lazy layers have their parameters after this
+    for made in (recipe.make, type(module)):
+        try:
+            say(Path(inspect.getfile(made)).read_bytes())
+        except (TypeError, OSError):  # typed at a prompt, or an object
+            code = getattr(made, "__code__", None)
+            say(b"" if code is None else code.co_code + repr(code.co_consts).encode())
+    say(_ADDRESS.sub("", f"{module}{dict(module.hparams)}").encode())
+    for name, value in module.state_dict().items():
+        say(name.encode())
+        say(np.ascontiguousarray(value.detach().cpu().float().numpy()).tobytes())
 
 
 def as_bytes(run: Run) -> bytes:

@@ -111,8 +111,8 @@ def find_issues(items: Items, x: Tensor, table: pd.DataFrame, seed: int = 0) -> 
     k = min(NEIGHBOURS, len(alone) - 1)
     if k >= 1:
         vectors = neighbour_vectors(x[alone], seed)
-        distance, neighbour = NearestNeighbors(n_neighbors=k + 1).fit(vectors).kneighbors(vectors)
-        distance, neighbour = distance[:, 1:], neighbour[:, 1:]
+        # asked for nothing, it leaves a row out of its own neighbours, also where others lie on it
+        distance, neighbour = NearestNeighbors(n_neighbors=k).fit(vectors).kneighbors()
         limit = NEAR * float(np.median(distance[:, 0]))
         close = np.argwhere(distance <= limit)
         pairs = [(int(alone[i]), int(alone[neighbour[i, j]])) for i, j in close]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def trusted_items(items: Items, given: Any) -> Mask:
             )
         return _checked(_rows(items, _lines(path), str(path)), str(path))
     return _checked(_rows(items, [str(one) for one in given], "trusted"), "trusted")
+
+
+def without_trusted(items: Items, given: Any) -> Items:
+    """The items without the column that says which are trusted: a model must not see who is.
+
+    Raises:
+        DataError: no other column is left.
+    """
+    column = str(given) if isinstance(given, str | Path) else ""
+    if items.kind != "table" or column not in items.content.columns:
+        return items
+    if items.content.shape[1] == 1:
+        raise DataError(
+            f"the data have no column to learn from besides the labels and {column}; add some"
+        )
+    notes = [*items.notes, f"the column {column} says which rows are trusted and was not used"]
+    return replace(items, content=items.content.drop(columns=column), notes=notes)
 
 
 def _lines(path: Path) -> list[str]:
