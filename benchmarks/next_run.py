@@ -201,8 +201,10 @@ def groups(arguments: argparse.Namespace) -> None:
         "",
         f"Made by `{arguments.command}` from the runs of `next_run.py compute`. Target "
         "*validation*, row `fine`. Share of (run, group) pairs in which the 95 % interval of one "
-        "run holds the mean μ_S of the other runs of the same task; runs differ in initialisation "
-        "and order. *bound*: members' errors added up, which holds whatever they have in common. "
+        "run holds the mean μ_S of the other runs of the same task, whose own uncertainty is taken "
+        "out (the gap is divided by sqrt(1 + 1/(S − 1)), S runs): how often it holds the mean over "
+        "many runs; runs differ in initialisation and order. *bound*: members' errors added up, "
+        "which holds whatever they have in common. "
         "*independent*: their squares added up. *measured*: over epochs, `group_errors=True`. "
         "*excludes 0*: share of intervals without 0, by the bound and measured. *width*: median "
         "error over the median spread of μ_S between runs; 1 is right. *correlation*: median over "

@@ -163,7 +163,8 @@ def repeat_probability(
             weighs += weight @ prior
         result[part] = np.divide(flags, weighs, out=np.full(len(part), np.nan), where=weighs > 0.0)
     # where no point of the prior lies within a few errors of a score, it says nothing there
-    gap = np.abs(values[:, None] - grid).min(1)
+    place = np.searchsorted(grid, values).clip(1, max(len(grid) - 1, 1)) - 1
+    gap = np.minimum(np.abs(values - grid[place]), np.abs(values - grid[(place + 1) % len(grid)]))
     alone = (gap > _APART * errors.max(1)) | np.isnan(result)
     result[alone] = stdtr(freedom[used], (values - tau) / (np.sqrt(2.0) * s[used]))[alone]
     found[used] = np.clip(result, 0.0, 1.0)
