@@ -22,7 +22,13 @@ from fine_bench.errors import ConfigError, DataError
 from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.runner import execution, interruption, sweep
 from fine_bench.runner.config import config_folder, refuse_empty_groups, register
+from fine_bench.runner.plan import Job
 from fine_bench.store.records import RecordStore
+
+TOP = 10
+"""Influential samples in the terminal."""
+WORDS = 160
+"""Characters of each of them there."""
 
 SHOWN = ("detection_and_consistency", "recall_curves")
 """Figures of a sweep in W&B."""
@@ -50,7 +56,56 @@ def main(argv: Sequence[str]) -> int:
             if not swept.running:
                 raise
             swept.cut_short(error)
+    if swept.jobs and not swept.running:
+        show_influential(swept.jobs)
     return swept.status
+
+
+def show_influential(jobs: Sequence[Job]) -> None:
+    """Which samples of the user's own language data drive the given completions, with their text.
+
+    The first ``TOP`` in the terminal, all in a csv, the first of them on a page. Nothing is said of
+    other data.
+    """
+    if not any(job.data.files for job in jobs):
+        return
+    from fine_bench.report.influential import influential_page, interval
+    from fine_bench.runner.influential import listings
+    from fine_bench.store.files import StoreError, make_folder, write_atomic
+    from fine_bench.store.spreadsheet import to_csv
+    from fine_bench.terminal import Terminal, visible
+
+    out = Terminal(soft_wrap=True)
+    found = listings(jobs)
+    if not found:
+        out.print(
+            "\nno list of influential samples: it takes scores of f-INE on the given completions; "
+            "type 'estimator=[fine_llm]' 'targets=[validation]'"
+        )
+    for one in found:
+        seeds = f"seed{'s' * (len(one.seeds) > 1)} {', '.join(map(str, one.seeds))}"
+        about = (
+            f"{one.task}: what training on a sample does to the given completions, as "
+            f"{one.estimator} sees it ({seeds}). μ > 0 makes them likelier; 95 % interval"
+        )
+        out.print(f"\n{about}")
+        for row in one.table.head(TOP).to_dict("records"):
+            words = visible(f"{row['prompt']} → {row['completion']}")
+            short = words if len(words) <= WORDS else f"{words[:WORDS]}…"
+            source = visible(row["source"] or "source unknown")
+            out.print(
+                f"{row['rank']:>3}. μ {interval(row)} · {source} · line {row['line']} · {short}"
+            )
+        title = f"{one.task}: influential samples"
+        page = influential_page(one.table, title=title, about=about)
+        try:
+            make_folder(one.path.parent)
+            for ending, content in ((".csv", to_csv(one.table).encode()), (".html", page)):
+                write_atomic(one.path.with_name(one.path.name + ending), content)
+        except StoreError as error:
+            out.print(f"the list could not be written: {error}")
+        else:
+            out.print(f"all {len(one.table):,} with their text: {one.path}.csv and .html")
 
 
 def multirun_first(arguments: Sequence[str]) -> list[str]:

@@ -104,7 +104,18 @@ def suspects(run: Run, y: NDArray[np.int64], score: Score) -> NDArray[np.bool_]:
 
 
 def mu_interval(runs: Sequence[Run]) -> tuple[Floats, Floats, Floats]:
+    """``interval_over_runs`` of the μ that runs have measured."""
+    return interval_over_runs(
+        np.stack([run.mu for run in runs]), np.stack([run.std_error for run in runs])
+    )
+
+
+def interval_over_runs(mu: Floats, error: Floats) -> tuple[Floats, Floats, Floats]:
     """Mean μ over the runs with the ends of its 95 % interval, each ``(n,)``.
+
+    Args:
+        mu: ``(runs, n)``; NaN for a row that a run held out.
+        error: its standard errors, of the same shape.
 
     A run's own standard errors say how uncertain rows are beside each other. How far runs differ in
     all is seen between them: with s_i² the variance of row i's μ over its runs and e_i² the mean of
@@ -112,15 +123,13 @@ def mu_interval(runs: Sequence[Run]) -> tuple[Floats, Floats, Floats]:
     that they agree on average. The interval is μ̄_i ± 1.96 c e_i / √(runs of row i). With one run
     c = 1. NaN for a row that was held out in every run.
     """
-    mu = np.stack([run.mu for run in runs])
-    error = np.stack([run.std_error for run in runs])
     known = ~np.isnan(mu)
     count = known.sum(axis=0)
     safe = np.maximum(count, 1)
     mean = np.where(known, mu, 0.0).sum(axis=0) / safe
     square = np.where(known, error, 0.0) ** 2
     within = square.sum(axis=0) / safe
-    several = count >= 2
+    several = (count >= 2) & ~np.isnan(within)
     spread = np.where(known, (mu - mean) ** 2, 0.0).sum(axis=0) / np.maximum(count - 1, 1)
     scale = 1.0
     if several.any() and within[several].sum() > 0:
