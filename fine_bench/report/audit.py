@@ -374,6 +374,13 @@ def of_example(
         n = scores.values.shape[1]
         if not 0 <= example < n:
             raise DataError(f"example {example} is out of range; the task has 0 … {n - 1}")
+        if scores.watched is not None and example not in scores.watched:
+            reason = (
+                f"this run watched {len(scores.watched)} examples, and not this one; its score is "
+                "no measurement"
+            )
+            found.append(Evidence(record.seed, math.nan, -math.inf, math.inf, reason))
+            continue
         mu = float(scores.values[0, example])
         composed = float(scores.extras["bound"][0, example])
         error, reason = math.inf, "no standard error is stored; mu alone is an estimate, no bound"

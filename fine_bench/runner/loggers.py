@@ -7,7 +7,9 @@ what f-INE has seen so far, and at the end the numbers of every cell.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -34,12 +36,29 @@ def start_run(job: Job, sweep: str, overrides: Sequence[str] = ()) -> Logger | N
         return wandb_log.start_run(job, sweep, overrides)
     if kind == "none":
         return None
-    # a sweep of its own: an earlier one's files stay
-    version = slug(f"{run_name(job, overrides)} {sweep}")
+    folder = _fresh(
+        job.results / FOLDER / job.data.name, slug(f"{run_name(job, overrides)} {sweep}")
+    )
     make: type[CSVLogger | TensorBoardLogger] = CSVLogger if kind == "csv" else TensorBoardLogger
-    logger = make(str(job.results / FOLDER), name=job.data.name, version=version)
+    logger = make(str(job.results / FOLDER), name=job.data.name, version=folder.name)
     logger.log_hyperparams(flat_config(job))
     return logger
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    """A new folder of this name, or of one with a number behind it.
+
+    Jobs of a sweep that differ in their estimators alone have one name, and a logger deletes what
+    lies in its folder.
+    """
+    for number in itertools.count(1):
+        found = folder / (name if number == 1 else f"{name}-{number}")
+        try:
+            found.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    return found
 
 
 def finish_run(logger: Logger | None, job: Job, written: Sequence[Written]) -> None:

@@ -153,6 +153,26 @@ def test_an_example_is_bounded_by_its_standard_error(
     assert "delta at epsilon" not in never
 
 
+def test_an_example_that_was_not_watched_has_no_mu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord(
+        "toy", "s" * 8, "fine", "e" * 8, 1, "self", 0, "finished",
+        scores_sha256=PENDING, data_sha256="d" * 8,
+    )  # fmt: skip
+    scores = InfluenceScores(
+        torch.tensor([[0.0, -0.8, 0.0]]), "fine", "self",
+        std_error=torch.tensor([[math.inf, 0.2, math.inf]]), watched=torch.tensor([1]),
+        extras={"bound": torch.tensor([[0.0, 3.0, 0.0]])},
+    )  # fmt: skip
+    RecordStore(tmp_path).save(record, scores)
+    never = printed(tmp_path, capsys, "--example", "2")
+    assert "seed 0: mu cannot be told" in never
+    assert never.count("unknown: this run watched 1 examples, and not this one") == 2
+    assert "mu = 0" not in never
+    assert "seed 0: mu = -0.8 [" in printed(tmp_path, capsys, "--example", "1")
+
+
 def test_without_a_standard_error_nothing_is_bounded(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

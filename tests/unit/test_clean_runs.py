@@ -288,7 +288,7 @@ def test_the_draw_is_large_enough_to_flag_half(
 
 
 def test_texts_of_the_same_words_are_one_group() -> None:
-    # equal vectors of different texts: a row's nearest neighbour is then not always itself
+    # equal vectors of different texts
     words = np.array(
         ["ash", "beech", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "yew"]
     )

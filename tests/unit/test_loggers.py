@@ -60,6 +60,13 @@ def test_a_csv_file_holds_training_progress_and_results(tmp_path: Path) -> None:
     again = loggers.start_run(planned, "another sweep", ["trainer.max_epochs=2"])
     assert isinstance(again, CSVLogger)
     assert Path(again.log_dir) != path.parent
+    # and so does a job of the same sweep with another estimator, whose name is the same
+    beside = loggers.start_run(planned, "sweep", ["trainer.max_epochs=2"])
+    assert isinstance(beside, CSVLogger)
+    assert Path(beside.log_dir).name == f"{path.parent.name}-2"
+    beside.log_metrics({"loss": 1.0}, 0)
+    beside.save()
+    assert pd.read_csv(path).equals(table)
     alone = job(tmp_path / "none", "logger=none")
     assert loggers.start_run(alone, "sweep") is None
     execute(alone, "sweep", None, say=lambda _: None)
