@@ -7,9 +7,9 @@ Where their scores are at hand, each gets a further revision: the same scores, c
 training, and every number that the code of today measures. A number that the record has already
 must come out equal (to 1e-9 of its size, or the scores are not those of the record or the metric
 has changed): otherwise the record is named and nothing is written for it. ``environment`` stays
-that of the run, with ``measured_from`` (the revision) and ``measured_commit`` added. No data are
-made: the scores hold the truth about the examples. Tasks of language models, whose metrics ask for
-more than that, are left out.
+that of the run, with ``measured_from`` (the revision) and ``measured_commit`` added, and ``dirty``
+where either code had uncommitted changes. No data are made: the scores hold the truth about the
+examples. Tasks of language models, whose metrics ask for more than that, are left out.
 
 Exit status: 0, or 1 if a record could not be measured again.
 """
@@ -76,10 +76,12 @@ def again(
     if found.keys() <= record.metrics.keys():
         return ""
     origin = {"measured_from": record.revision, "measured_commit": str(code["commit"])}
+    # scores of code with uncommitted changes stay such, whoever measures them
+    dirty = record.environment.get("dirty") is True or code["dirty"]
     made = replace(
         record,
         metrics={**record.metrics, **found},
-        environment={**record.environment, **origin, "dirty": code["dirty"]},
+        environment={**record.environment, **origin, "dirty": dirty},
     )
     store.save(made, store.load_scores(record))
     return f"{len(found.keys() - record.metrics.keys())} numbers added"

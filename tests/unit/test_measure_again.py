@@ -80,3 +80,16 @@ def test_numbers_that_differ_are_refused(
     shutil.rmtree(tmp_path / "r" / "scores")
     assert script.main() == 0
     assert "1 records have no scores here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("then", "now"), [(True, False), (False, True), (False, False)])
+def test_scores_of_uncommitted_code_stay_so(
+    script: ModuleType, original: tuple[Path, Job, RunRecord], tmp_path: Path, then: bool, now: bool
+) -> None:
+    store = copied(original, tmp_path / "r")
+    (record,) = store.scan().records
+    record = replace(record, environment={**record.environment, "dirty": then})
+    script.again(store, record, None, {"commit": "c" * 40, "dirty": now})
+    (found,) = newest(store.scan().records)
+    assert found.environment["dirty"] is (then or now)
+    assert found.environment["measured_commit"] == "c" * 40

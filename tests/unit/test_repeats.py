@@ -65,6 +65,19 @@ def test_the_estimated_prior_is_the_likeliest_mixture() -> None:
     assert gradient[weights > 0.01] == pytest.approx(1.0, abs=0.02)
 
 
+def test_moderation_finds_the_distribution_that_variances_come_from() -> None:
+    """Variances from a scaled inverse χ² of 6 degrees of freedom: both its numbers come back."""
+    rng = np.random.default_rng(11)
+    n, d, d0, s02 = 20_000, 4, 6.0, 0.25
+    variance = d0 * s02 / rng.chisquare(d0, n)
+    seen = variance * rng.chisquare(d, n) / d
+    found = moderated(rng.normal(size=n), np.sqrt(seen), d + 1)
+    freedom = found.freedom - d
+    assert freedom == pytest.approx(d0, rel=0.1)
+    prior = (found.freedom * found.error**2 - d * seen) / freedom
+    assert np.median(prior) == pytest.approx(s02, rel=0.03)
+
+
 @pytest.mark.parametrize("observations", [None, 5])
 def test_errors_far_smaller_than_the_gaps_of_the_prior(observations: int | None) -> None:
     """Scores that another run hardly moves repeat as Φ((μ̂ − τ)/(√2 s)) says, none is NaN."""
