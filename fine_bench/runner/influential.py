@@ -133,5 +133,4 @@ def _known(scores: InfluenceScores) -> tuple[NDArray[np.float64], NDArray[np.flo
         unwatched = np.ones(len(mu), dtype=np.bool_)
         unwatched[scores.watched.numpy()] = False
         mu[unwatched] = np.nan
-    error[~np.isfinite(error)] = np.nan
     return mu, error

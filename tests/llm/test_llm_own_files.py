@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +15,7 @@ import torch
 from hydra import compose
 
 import support.language  # noqa: F401  (skips without the extra)
+from fine_bench.commands import run as run_command
 from fine_bench.commands.run import show_influential
 from fine_bench.commands.verify import main as verify_command
 from fine_bench.errors import ConfigError
@@ -205,3 +209,23 @@ def test_samples_without_score_or_interval(texts: InstructionSet) -> None:
     ).decode()
     assert "The first 500 of 600 samples; the csv beside this page has all." in page
     assert "known as poison" in page
+
+
+def test_the_command_lists_them_when_its_sweep_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was cut short; not where it was never announced."""
+    told: list[object] = []
+    sweep = SimpleNamespace(jobs=["a job"], running=False, status=1)
+
+    @contextmanager
+    def command(*_: object) -> Iterator[SimpleNamespace]:
+        yield sweep
+
+    monkeypatch.setattr(run_command.sweep, "command", command)
+    monkeypatch.setattr(run_command.hydra, "main", lambda **_: lambda _: lambda: None)
+    monkeypatch.setattr(run_command, "show_influential", told.append)
+    monkeypatch.setattr("sys.argv", ["fine-bench"])
+    assert run_command.main([]) == 1
+    assert told == [["a job"]]
+    sweep.jobs = []
+    assert run_command.main([]) == 1
+    assert len(told) == 1

@@ -115,7 +115,8 @@ def interval_over_runs(mu: Floats, error: Floats) -> tuple[Floats, Floats, Float
 
     Args:
         mu: ``(runs, n)``; NaN for a row that a run held out.
-        error: its standard errors, of the same shape.
+        error: its standard errors, of the same shape; NaN or infinite where a run saw too little of
+            the row, which has no interval then and no part in c.
 
     A run's own standard errors say how uncertain rows are beside each other. How far runs differ in
     all is seen between them: with s_i² the variance of row i's μ over its runs and e_i² the mean of
@@ -129,14 +130,14 @@ def interval_over_runs(mu: Floats, error: Floats) -> tuple[Floats, Floats, Float
     mean = np.where(known, mu, 0.0).sum(axis=0) / safe
     square = np.where(known, error, 0.0) ** 2
     within = square.sum(axis=0) / safe
-    several = (count >= 2) & ~np.isnan(within)
+    several = (count >= 2) & np.isfinite(within)
     spread = np.where(known, (mu - mean) ** 2, 0.0).sum(axis=0) / np.maximum(count - 1, 1)
     scale = 1.0
     if several.any() and within[several].sum() > 0:
         scale = float(spread[several].sum() / within[several].sum())
     half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(scale * within / safe)
     nothing = count == 0
-    half = np.where(np.isnan(half) | (within == 0), np.nan, half)
+    half = np.where(np.isfinite(half) & (within != 0), half, np.nan)
     return tuple(np.where(nothing, np.nan, a) for a in (mean, mean - half, mean + half))  # type: ignore[return-value]
 
 
