@@ -36,6 +36,13 @@ EPSILONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SAYS_NOTHING = 0.99
 """δ at every tabled ε from which a bound is left out."""
 
+AS_STORED = (
+    "the interval is the record's own, and the samples behind it are not at hand; in records made "
+    "before the correlation from step to step was measured it is too short. Unpack the scores, or "
+    "run estimator=fine_paper again, for one that has it in"
+)
+"""Said where an interval cannot be computed from samples."""
+
 Kind = Literal["at least", "at most", "all steps, at most"]
 
 
@@ -62,6 +69,7 @@ class Evidence:
         reason: why an end is open.
         root: √T by which a step's μ is composed to that of the run; None where it is not known.
         composed: an estimate of the composed μ that has no interval; None where there is none.
+        note: what is to be known of the interval; empty for most.
     """
 
     seed: int
@@ -71,6 +79,7 @@ class Evidence:
     reason: str = ""
     root: float | None = None
     composed: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,6 +211,7 @@ class Audit:
         for item in self.evidence:
             bounds = self.bounds(item)
             lines += ["", self._head(item)]
+            lines += [f"  note: {item.note}"] if item.note else []
             lines += [f"  {b.kind}: {b.sentence}" for b in bounds]
             rows = self._table(bounds)
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
@@ -216,6 +226,7 @@ class Audit:
         for item in self.evidence:
             bounds = self.bounds(item)
             lines += ["", f"## {self._head(item)}", ""]
+            lines += [f"- *note*: {item.note}"] if item.note else []
             lines += [f"- *{b.kind}*: {b.sentence}" for b in bounds]
             rows = self._table(bounds)
             if rows:
@@ -240,6 +251,7 @@ class Audit:
                             "mu": _finite(item.mu),
                             "lower": _finite(item.lower),
                             "upper": _finite(item.upper),
+                            "note": item.note,
                             "bounds": [_plain(bound) for bound in self.bounds(item)],
                         }
                         for item in self.evidence
@@ -291,8 +303,9 @@ def of_group(
                     f"{', '.join(lacking)}: it was cut or edited; compute it again with force=true"
                 )
             mu = record.metrics[keys[0]]
-            lower, upper, reason = _group_interval(store, record, group, confidence)
-            found.append(Evidence(record.seed, mu, lower, upper, reason, _root(record, group)))
+            lower, upper, reason, note = _group_interval(store, record, group, confidence)
+            root = _root(record, group)
+            found.append(Evidence(record.seed, mu, lower, upper, reason, root, note=note))
     if not found:
         raise DataError(
             f"no record holds the group {visible(repr(group))}; "
@@ -303,8 +316,8 @@ def of_group(
 
 def _group_interval(
     store: RecordStore, record: RunRecord, group: str, confidence: float
-) -> tuple[float, float, str]:
-    """Interval at the asked confidence, and why an end is open."""
+) -> tuple[float, float, str, str]:
+    """Interval at the asked confidence, why an end is open, and what is to be known of it."""
     options = record.config.get("estimator", {})
     options = options if isinstance(options, Mapping) else {}
     try:
@@ -314,7 +327,7 @@ def _group_interval(
     if arms is not None:
         method: Method = "max" if options.get("selection", "split") == "max" else "two_stage"
         estimate = estimate_mu(*arms, method, confidence, correlated=True)
-        return float(estimate.lower), float(estimate.upper), str(estimate.reason)
+        return float(estimate.lower), float(estimate.upper), str(estimate.reason), ""
     lower, upper = (float(record.metrics[f"group/{group}/{end}"]) for end in ("lower", "upper"))
     level = float(options.get("level", 0.95))
     if not math.isclose(level, confidence):
@@ -323,8 +336,9 @@ def _group_interval(
             f"at hand: type --confidence {level:g}, or unpack the scores "
             "(fine-bench publish --help)"
         )
-        return -math.inf, math.inf, reason
-    return lower, upper, "the run's samples leave this end of the interval open"
+        return -math.inf, math.inf, reason, ""
+    note = "" if math.isinf(lower) and math.isinf(upper) else AS_STORED
+    return lower, upper, "the run's samples leave this end of the interval open", note
 
 
 def _samples(

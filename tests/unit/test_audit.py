@@ -14,7 +14,7 @@ import torch
 from scipy.stats import norm
 
 from fine_bench.commands import audit
-from fine_bench.report.audit import EPSILONS, Audit, Evidence
+from fine_bench.report.audit import AS_STORED, EPSILONS, Audit, Evidence
 from fine_bench.store.record_json import PENDING
 from fine_bench.store.records import RecordStore
 from fine_bench.theory.estimation import estimate_mu
@@ -243,6 +243,23 @@ def test_terminal_markdown_and_json_agree(
                     assert f"| {bound[name]:.4g} " in page
     numbers = r"\d\.\d{4}e[+-]\d\d"
     assert re.findall(numbers, text) == re.findall(numbers, page)
+
+
+def test_an_interval_that_cannot_be_computed_again_is_said_to_be_the_records(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be of before correlated steps were measured; one from samples or an error is not."""
+    group = ("--group", "flips")
+    for shown in (
+        printed(results, capsys, *group),
+        printed(results, capsys, *group, "--format", "md"),
+    ):
+        assert shown.count(AS_STORED) == 2  # once a seed
+    notes = [run["note"] for run in loaded(results, capsys, *group)["runs"]]
+    assert notes == [AS_STORED] * 2
+    for more in ((*group, "--estimator", "sampled"), ("--example", "0")):
+        assert all(run["note"] == "" for run in loaded(results, capsys, *more)["runs"])
+        assert "note" not in printed(results, capsys, *more)
 
 
 @pytest.mark.parametrize(
