@@ -14,6 +14,7 @@ from fine_bench.metrics.detection import detection_curve, suspicion
 from fine_bench.metrics.registry import STANDARD, known
 from fine_bench.runner.plan import Job
 from fine_bench.runner.write import Written
+from fine_bench.store.scores import asked_about
 
 HEADLINES = ("average_precision", "fidelity", "lds")
 """Metrics that stand in a run's summary, where W&B's table of runs can sort by them."""
@@ -110,11 +111,13 @@ def _detects(one: Written) -> bool:
 
 
 def _curve(job: Job, one: Written) -> tuple[list[float], list[float]]:
-    """Share inspected, and recall there."""
+    """Share inspected, and recall there: of the examples of known truth, as the numbers are."""
     assert one.scores is not None
     scores, bad = one.scores, job.data.truth.is_bad
-    row = suspicion(scores.watched_values, job.end(one.cell.target))
-    share, recall = detection_curve(row, bad if scores.watched is None else bad[scores.watched])
+    asked = asked_about(job.data.truth, scores.watched)
+    values = scores.values if asked is None else scores.values[:, asked]
+    row = suspicion(values, job.end(one.cell.target))
+    share, recall = detection_curve(row, bad if asked is None else bad[asked])
     some = np.unique(np.linspace(0, len(share) - 1, POINTS).round().astype(int))
     return [float(share[i]) for i in some], [float(recall[i]) for i in some]
 

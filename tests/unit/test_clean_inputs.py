@@ -483,3 +483,14 @@ def test_a_model_does_not_see_which_rows_are_trusted() -> None:
     assert without_trusted(whole, [0, 1]) is whole
     with pytest.raises(UserError, match="no column to learn from besides the labels and ok"):
         without_trusted(load(data.drop(columns="a")), "ok")
+
+
+def test_a_class_that_is_called_na_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("a,label\n" + "1,NA\n2,DE\n3,FR\n4,\n5,None\n" * 8)
+    items = load(path)
+    assert items.classes == ["DE", "FR"]
+    reasons = {one.row: one.reason for one in items.left_out}
+    assert reasons[0] == "NA counts as no label; spell it otherwise if it is a class"
+    assert reasons[3] == "no label"
+    assert reasons[4].startswith("None counts as no label")

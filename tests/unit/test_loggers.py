@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,13 +15,14 @@ from hydra import compose
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from fine_bench.errors import ConfigError
-from fine_bench.runner import loggers
+from fine_bench.runner import loggers, wandb_tables
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.run_names import MAX_LENGTH, group_name, run_name, tags
 from fine_bench.runner.wandb_tables import picture
 from fine_bench.store.records import RecordStore
+from fine_bench.types import GroundTruth, InfluenceScores
 
 pytestmark = pytest.mark.usefixtures("hydra")
 
@@ -122,3 +126,21 @@ def test_pictures_use_the_whole_range() -> None:
     x = torch.tensor([[[-1.0, 0.0], [0.5, 1.0]]])
     assert picture(x).tolist() == [[0, 128], [191, 255]]
     assert picture(torch.full((3, 2, 2), 4.0)).tolist() == [[[0] * 3] * 2] * 2
+
+
+@pytest.mark.parametrize("watched", [None, torch.tensor([0, 1, 3, 4])])
+def test_a_curve_is_over_the_examples_of_known_truth(watched: torch.Tensor | None) -> None:
+    # the two most suspicious are not known: the first bad one is found at once
+    values = torch.tensor([[9.0, 8.0, 0.0, 4.0, 2.0]])
+    truth = GroundTruth(
+        torch.tensor([False, False, False, True, False]), "kind",
+        known=torch.tensor([False, False, True, True, True]),
+    )  # fmt: skip
+    errors = None
+    if watched is not None:
+        errors = torch.tensor([[1.0, 1.0, math.inf, 1.0, 1.0]])
+    scores = InfluenceScores(values, "m", "self", std_error=errors, watched=watched)
+    planned: Any = SimpleNamespace(data=SimpleNamespace(truth=truth), end=lambda target: "high")
+    one: Any = SimpleNamespace(scores=scores, cell=SimpleNamespace(target="self"))
+    share, recall = wandb_tables._curve(planned, one)
+    assert recall[share.index(0.5)] == 1.0

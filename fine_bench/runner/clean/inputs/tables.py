@@ -293,8 +293,17 @@ def table_items(
     if labels.dtype.kind not in "iub":
         missing |= labels.astype(str).str.strip() == ""
     names = table[name].astype(str).tolist() if name else [str(row) for row in range(len(table))]
+    absent = np.flatnonzero(missing.to_numpy()).tolist()
+    words = _words_for_none(path, table.columns.get_loc(label)) if absent else None
     left_out = [
-        LeftOut(int(row), names[row], "no label") for row in np.flatnonzero(missing.to_numpy())
+        LeftOut(
+            row,
+            names[row],
+            f"{words[row]} counts as no label; spell it otherwise if it is a class"
+            if words is not None and words[row]
+            else "no label",
+        )
+        for row in absent
     ]
     usable = ~missing.to_numpy()
     notes: list[str] = []
@@ -337,6 +346,14 @@ def table_items(
         notes=notes,
         table=table,
     )
+
+
+def _words_for_none(path: Path | None, column: Any) -> list[str] | None:
+    """What a CSV says in a column, NA and None included; None for other forms."""
+    if path is None or path.suffix.lower() != ".csv":
+        return None
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False).iloc[:, column]
+    return [str(cell).strip() for cell in cells]
 
 
 def usable_columns(features: pd.DataFrame, where: object) -> tuple[pd.DataFrame, list[str]]:
