@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -494,3 +495,17 @@ def test_a_class_that_is_called_na_is_named(tmp_path: Path) -> None:
     assert reasons[0] == "NA counts as no label; spell it otherwise if it is a class"
     assert reasons[3] == "no label"
     assert reasons[4].startswith("None counts as no label")
+
+
+def test_grey_of_sixteen_bits_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+    grey = (1000 * np.arange(64)).astype(np.uint16).reshape(8, 8)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for k in range(6):
+            Image.fromarray(np.roll(grey, k)).save(tmp_path / label / f"{k}.png")
+    items = read_image_folder(tmp_path)
+    view = items.origin.view(0)
+    assert isinstance(view, ImageView)
+    with Image.open(io.BytesIO(view.png)) as shown:
+        assert np.array_equal(np.asarray(shown), items.content[0, ..., 0])
+    assert len(np.unique(items.content[0])) == 64

@@ -54,7 +54,7 @@ class _Folder:
 
     def view(self, row: int) -> View:
         with Image.open(self.files[row]) as image:
-            small = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            small = _eight_bits(image)
             small.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         small.save(out, "PNG")
@@ -156,16 +156,20 @@ def _read(path: Path, image_size: int | None) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             image.load()
-            found: Image.Image = image
-            if image.mode in ("I;16", "I", "F"):
-                values = np.asarray(image, dtype=np.float64)
-                span = float(values.max() - values.min()) or 1.0
-                found = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
-            found = found.convert("L" if found.mode in ("1", "L", "LA") else "RGB")
+            found = _eight_bits(image)
     side = image_size or LARGEST_SIDE
     if image_size is not None or max(found.size) > side:
         found = found.resize((side, side), Image.Resampling.BILINEAR)
     return found
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey or colours of 0 … 255; grey of more bits from its least value to its largest."""
+    if image.mode in ("I;16", "I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        span = float(values.max() - values.min()) or 1.0
+        image = Image.fromarray(((values - values.min()) * (255 / span)).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def _stacked(images: Sequence[Image.Image], image_size: int | None) -> NDArray[np.uint8]:
