@@ -20,6 +20,7 @@ METHODS = sorted(
 SMALL = [
     "task.n_train=40", "task.n_query=6", "trainer.max_epochs=2", "trainer.batch_size=8",
     "trainer.num_threads=1", "model=resnet9_bn", "model.width=2",
+    "estimators.trak_last.dim=8", "estimators.trak_runs.dim=8", "estimators.trak_runs.runs=2",
     "estimators.lissa.depth=5", "estimators.arnoldi.krylov=5", "estimators.trak.dim=8",
     "estimators.fine_paper.sample=8", "estimators.fine_paper.every_n_steps=1",
     "estimators.seed_ensemble.runs=2",
@@ -28,6 +29,7 @@ MAY_SKIP = {
     "unrolled": "mixes the examples of a batch",
     "unrolled_gauss_newton": "mixes the examples of a batch",
     "kfac": "has no Kronecker factors",  # nor has any other normalisation
+    "mean_over_runs": "has no Kronecker factors",  # its base method is kfac
     "confident_learning": "needs the package cleanlab",
 }
 """Methods that have no reading of batch normalisation, and say so; extras that may not be there."""

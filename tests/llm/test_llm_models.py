@@ -199,7 +199,9 @@ def test_a_model_of_unknown_size_is_checked_once_it_is_here(
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"transformers, peft.*pip install 'fine_bench\[llm\]'"):
+    with pytest.raises(
+        ConfigError, match=r"transformers, peft.*pip install 'transformers>=5,<6' peft tokenizers"
+    ):
         tiny_llama().check()
 
 

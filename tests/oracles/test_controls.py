@@ -195,7 +195,7 @@ def test_confident_learning(kind: str) -> None:
 def test_confident_learning_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, checkpoints = make()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedProblemError, match=r"pip install fine_bench\[cleanlab\]"):
+    with pytest.raises(UnsupportedProblemError, match=r"pip install cleanlab"):
         replay(ConfidentLearning(), problem, checkpoints)
 
 

@@ -254,9 +254,17 @@ def test_layers_without_factors_are_refused_by_name() -> None:
     assert callback.scores().values.abs().sum() > 0
 
 
-@pytest.mark.parametrize("module", [Module(loss="sum"), Module(smoothing=0.2)])
-def test_the_margin_needs_the_mean_cross_entropy_of_hard_labels(module: Module) -> None:
-    with pytest.raises(UnsupportedProblemError, match='Use observable="loss"'):
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Module(loss="sum"), "is the sum of the losses of the batch's 8 examples"),
+        (Module(smoothing=0.2), 'Use observable="loss"'),
+    ],
+)
+def test_the_margin_needs_the_mean_cross_entropy_of_hard_labels(
+    module: Module, message: str
+) -> None:
+    with pytest.raises(UnsupportedProblemError, match=message):
         fit([FINECallback("self", "margin")], module)
 
 
