@@ -78,7 +78,7 @@ def browser(page: Path, downloads: Path, tmp_path_factory: pytest.TempPathFactor
 def fresh(browser: Any, page: Path) -> None:
     """Each test begins without decisions."""
     browser.execute_script("localStorage.clear()")
-    browser.get(page.as_uri())
+    show(browser, page)
     browser.execute_script("localStorage.clear(); document.activeElement.blur()")
 
 
@@ -86,6 +86,12 @@ def soon(browser: Any, holds: Callable[[], bool]) -> None:
     """Wait for what the page does in its own time, such as reading a file."""
     slow = WebDriverWait(browser, 20, ignored_exceptions=[StaleElementReferenceException])
     slow.until(lambda _: holds())
+
+
+def show(browser: Any, page: Path) -> None:
+    """Open a page and wait for its rows: a large one is unpacked after it has loaded."""
+    browser.get(page.as_uri())
+    soon(browser, lambda: bool(rows(browser)))
 
 
 def press(browser: Any, keys: str) -> None:
@@ -191,13 +197,13 @@ def test_decisions_outlive_the_page_and_stay_with_their_data(
     browser: Any, page: Path, table: pd.DataFrame, tmp_path: Path
 ) -> None:
     press(browser, "jxa")
-    browser.get(page.as_uri())
+    show(browser, page)
     assert decisions(browser)[:3] == ["reject", "accept", ""]
     other = tmp_path / "other.html"
     write_review_page(other, table.head(10), views, title="other", class_names=CLASSES)
-    browser.get(other.as_uri())
+    show(browser, other)
     assert decisions(browser) == [""] * 6
-    browser.get(page.as_uri())
+    show(browser, page)
     browser.find_element(By.ID, "forget").click()
     assert "0 of" in counts(browser)
     browser.find_element(By.ID, "undo").click()
@@ -210,14 +216,14 @@ def test_pages_of_other_rows_of_the_same_data_leave_each_others_decisions(
     pages = [tmp_path / "first.html", tmp_path / "second.html"]
     for path, some in zip(pages, (table.head(5), table.iloc[3:9]), strict=True):
         write_review_page(path, some, views, title="t", class_names=CLASSES, digest="mine")
-    browser.get(pages[0].as_uri())
+    show(browser, pages[0])
     press(browser, "jxxxx")  # rows 0 to 3, of which the other page has the last
-    browser.get(pages[1].as_uri())
+    show(browser, pages[1])
     assert decisions(browser) == ["reject", "", "", "", "", ""]
     press(browser, "jjjja")
-    browser.get(pages[0].as_uri())
+    show(browser, pages[0])
     assert decisions(browser) == ["reject"] * 4 + [""]
-    browser.get(pages[1].as_uri())
+    show(browser, pages[1])
     assert [d for d in decisions(browser) if d] == ["reject", "accept"]
 
 
