@@ -16,16 +16,15 @@ hold the mean μ of the others? It writes ``results/interval_coverage.md`` and `
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
 import pandas as pd
+import seed_files
 import torch
 from gain import job_of
-from outputs import Outputs, add_force
-from safetensors.torch import load_file, save_file
+from outputs import add_out, number_text, table_files
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -81,12 +80,7 @@ def compute(arguments: argparse.Namespace) -> None:
     """Train and watch the seeds that have no file yet."""
     torch.set_num_threads(1)
     name = arguments.name or arguments.experiment
-    folder = arguments.work / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in arguments.seeds:
-        path = folder / f"seed{seed}.safetensors"
-        if path.exists():
-            continue
+    for seed, path in seed_files.missing(arguments.work / name, arguments.seeds):
         job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
         queries = TensorDataset(job.data.query_x, job.data.query_y)
         single = TensorDataset(*(part[:N_QUERIES] for part in queries.tensors))
@@ -111,21 +105,13 @@ def compute(arguments: argparse.Namespace) -> None:
                 found["|".join((*key, "naive"))] = naive(sums)
             found["|".join((*key, "jackknife"))] = sums.mu()[1]
         facts = {key: f"{run.facts[key]:.4f}" for key in ("test_accuracy", "train_accuracy")}
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.float().contiguous() for k, v in found.items()}, temporary, facts)
-        temporary.rename(path)
+        seed_files.save(path, {k: v.float() for k, v in found.items()}, facts)
         print(f"{name} seed {seed}: {facts}", flush=True)
 
 
 def load(work: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
     """Task → seed → name → ``(1, n)``."""
-    tasks: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for path in sorted(work.glob("*/seed*.safetensors")):
-        seed = int(path.stem.removeprefix("seed"))
-        tasks.setdefault(path.parent.name, {})[seed] = load_file(path)
-    if not tasks:
-        raise SystemExit(f"no runs in {work}; run interval_coverage.py compute first")
-    return tasks
+    return seed_files.load(work, "interval_coverage.py")
 
 
 def stacked(runs: Mapping[int, Mapping[str, Tensor]], seeds: Sequence[int], name: str) -> Tensor:
@@ -200,15 +186,9 @@ def rows(arguments: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def number(value: float, digits: int) -> str:
-    """A cell, or a dash where there is nothing to say."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
-
-
 def table(arguments: argparse.Namespace) -> None:
     """Write the Markdown and the CSV file."""
-    csv, page = (arguments.out / f"interval_coverage.{ending}" for ending in ("csv", "md"))
-    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
+    files, csv, page = table_files("interval_coverage", arguments.out, OUT, force=arguments.force)
     frame = rows(arguments)
     files.write(csv, frame)
     text = [
@@ -235,10 +215,10 @@ def table(arguments: argparse.Namespace) -> None:
     for line in frame.to_dict("records"):
         text.append(
             f"| {line['task']} | {line['recipe']} | {line['target']} | {line['seeds']} | "
-            f"{line['level']:.2f} | {number(line['naive'], 3)} | {line['jackknife']:.3f} | "
+            f"{line['level']:.2f} | {number_text(line['naive'])} | {line['jackknife']:.3f} | "
             f"**{line['ours']:.3f}** | {line['ours_lowest_fifth']:.3f} | "
             f"{line['ours_highest_fifth']:.3f} | {line['factor_here']:.2f} | "
-            f"{number(line['width_ratio'], 2)} |"
+            f"{number_text(line['width_ratio'], 2)} |"
         )
     files.write(page, "\n".join(text) + "\n")
     print(frame[frame.level == 0.95].to_string(index=False))
@@ -250,19 +230,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("results/interval_coverage/work"))
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("compute", help="train and watch")
-    one.add_argument("--experiment", required=True)
-    one.add_argument("--name", help="of the task in the table; that of the experiment by default")
-    one.add_argument("--seeds", type=int, nargs="+", required=True)
+    seed_files.add_compute(one, range(10))
     one.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     one.add_argument("--self-only", action="store_true", help="leave out the validation target")
-    one.add_argument("--override", nargs="*", default=[], help="Hydra overrides, as model=cnn")
     one.set_defaults(call=compute)
     for name, call in (("learn", learn), ("table", table)):
         more = commands.add_parser(name)
         more.add_argument("--learn-from", default="mnist_mlp")
         more.add_argument("--learn-seeds", type=int, nargs="+", default=[100, 101, 102])
-        more.add_argument("--out", type=Path, default=OUT)
-        add_force(more)
+        add_out(more, OUT)
         more.set_defaults(call=call, command=f"python benchmarks/interval_coverage.py {name}")
     arguments = parser.parse_args()
     arguments.call(arguments)

@@ -20,7 +20,6 @@ Writes ``known_epsilon.md`` and ``.csv``.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from outputs import Outputs, add_force
+from outputs import seeds_and_files
 from sklearn.datasets import load_digits
 
 from fine_bench.fine.accumulator import FineAccumulator
@@ -178,14 +177,8 @@ def rows(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--out", type=Path, default=OUT)
-    add_force(parser)
-    arguments = parser.parse_args(argv)
-    csv, page = (arguments.out / f"known_epsilon.{ending}" for ending in ("csv", "md"))
-    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
-    frame = pd.DataFrame(list(rows(arguments.seeds)))
+    seeds, files, csv, page = seeds_and_files("known_epsilon", __doc__, 10, OUT, argv)
+    frame = pd.DataFrame(list(rows(seeds)))
     files.write(csv, frame)
     text = [
         "# What an audit says at least, beside a known ε",

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from outputs import Outputs, add_force
+from outputs import Outputs, add_results, shown
 
 from fine_bench.data import downloads
 from fine_bench.metrics.detection import detection_metrics, suspicion
@@ -157,13 +157,6 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
-def shown(value: Interval) -> str:
-    """Mean with its interval, where it has one."""
-    if math.isnan(value.lower):
-        return f"{value.mean:.3f}"
-    return f"{value.mean:.3f} [{value.lower:.3f}, {value.upper:.3f}]"
-
-
 def markdown(lines: Sequence[Line]) -> str:
     """The table."""
     text = [
@@ -197,10 +190,8 @@ def at_hand() -> Path | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
+    add_results(parser)
     parser.add_argument("--probabilities", metavar="FILE", type=Path, default=at_hand())
-    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
-    add_force(parser)
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.results
     if arguments.probabilities is not None and not arguments.probabilities.is_file():

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import seed_files
 import torch
 from gain import job_of
-from outputs import Outputs, add_force
-from safetensors.torch import load_file, save_file
+from outputs import add_out, table_files
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -55,12 +55,7 @@ def compute(arguments: argparse.Namespace) -> None:
     """Train and watch the seeds that have no file yet."""
     torch.set_num_threads(1)
     name = arguments.name or arguments.experiment
-    folder = arguments.work / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in arguments.seeds:
-        path = folder / f"seed{seed}.safetensors"
-        if path.exists():
-            continue
+    for seed, path in seed_files.missing(arguments.work / name, arguments.seeds):
         job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
         data = job.data
         watchers = {
@@ -86,21 +81,14 @@ def compute(arguments: argparse.Namespace) -> None:
             if "group_parts" in scores.extras:
                 found[f"{target}|parts"] = scores.extras["group_parts"]
         found |= {f"group|{name}": members for name, members in data.groups.items()}
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in found.items()}, temporary)
-        temporary.rename(path)
+        seed_files.save(path, found)
         print(f"{name} seed {seed}: test accuracy {run.facts['test_accuracy']:.4f}", flush=True)
 
 
 def load(work: Path) -> dict[str, list[Run]]:
     """Task → its runs, by seed."""
-    tasks: dict[str, list[Run]] = {}
-    paths = work.glob("*/seed*.safetensors")
-    for path in sorted(paths, key=lambda p: (p.parent.name, int(p.stem.removeprefix("seed")))):
-        tasks.setdefault(path.parent.name, []).append(load_file(path))
-    if not tasks:
-        raise SystemExit(f"no runs in {work}; run next_run.py compute first")
-    return tasks
+    tasks = seed_files.load(work, "next_run.py")
+    return {task: list(runs.values()) for task, runs in tasks.items()}
 
 
 def drawn(run: Mapping[str, Tensor], kind: str, size: int, seed: int) -> list[Positions]:
@@ -189,8 +177,7 @@ def named_rows(task: str, runs: Sequence[Run]) -> Iterator[dict[str, object]]:
 
 def groups(arguments: argparse.Namespace) -> None:
     """Write the tables of groups."""
-    csv, page = (arguments.out / f"group_coverage.{ending}" for ending in ("csv", "md"))
-    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
+    files, csv, page = table_files("group_coverage", arguments.out, OUT, force=arguments.force)
     tasks = load(arguments.work)
     many = {task: runs for task, runs in tasks.items() if len(runs) >= 5}
     frame = pd.DataFrame([row for task, runs in many.items() for row in group_rows(task, runs)])
@@ -320,8 +307,7 @@ def calibration(target: str, runs: Sequence[Run]) -> list[tuple[float, float, in
 
 def repeats(arguments: argparse.Namespace) -> None:
     """Write the tables of flags that repeat."""
-    csv, page = (arguments.out / f"decisions.{ending}" for ending in ("csv", "md"))
-    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
+    files, csv, page = table_files("decisions", arguments.out, OUT, force=arguments.force)
     tasks = {task: runs for task, runs in load(arguments.work).items() if len(runs) >= 5}
     pairs = list(itertools.product(tasks, ("self", "validation")))
     frame = pd.DataFrame([row for t, target in pairs for row in repeat_rows(t, target, tasks[t])])
@@ -370,15 +356,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("results/next_run/work"))
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("compute", help="train and watch")
-    one.add_argument("--experiment", required=True)
-    one.add_argument("--name", help="of the task in the tables; that of the experiment by default")
-    one.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    one.add_argument("--override", nargs="*", default=[], help="Hydra overrides")
+    seed_files.add_compute(one, range(10))
     one.set_defaults(call=compute)
     for name, call in (("groups", groups), ("repeats", repeats)):
         more = commands.add_parser(name)
-        more.add_argument("--out", type=Path, default=OUT)
-        add_force(more)
+        add_out(more, OUT)
         more.set_defaults(call=call, command=f"python benchmarks/next_run.py {name}")
     arguments = parser.parse_args(argv)
     arguments.call(arguments)

@@ -1,4 +1,4 @@
-"""Where the scripts write: refused before the work, whole or absent, nothing replaced unasked.
+"""What the scripts write, and where: refused before the work, nothing replaced unasked.
 
 At its default place in the results folder a script rebuilds its own files, as the commands do with
 their tables. Where the user names another place, ``store.files.write_output`` writes, and a file
@@ -8,11 +8,13 @@ that is there is replaced with ``--force`` only.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from fine_bench.metrics.intervals import Interval
 from fine_bench.store import spreadsheet
 from fine_bench.store.files import StoreError, check_output, write_atomic, write_output
 
@@ -61,6 +63,63 @@ class Outputs:
         except StoreError as error:
             raise SystemExit(str(error)) from error
         self._written.add(path)
+
+
+def table_files(
+    name: str, out: Path, default: Path, *, force: bool = False
+) -> tuple[Outputs, Path, Path]:
+    """A table's files in a folder: both together, its ``.csv``, its ``.md``."""
+    csv, page = (out / f"{name}.{ending}" for ending in ("csv", "md"))
+    return Outputs((csv, page), default=out == default, force=force), csv, page
+
+
+def seeds_and_files(
+    name: str, about: str, seeds: int, default: Path, argv: Sequence[str] | None = None
+) -> tuple[list[int], Outputs, Path, Path]:
+    """The command line of a script that computes a table from seeds in one go.
+
+    Args:
+        name: of the table's files.
+        about: the script's docstring, whose first line is its help.
+        seeds: how many, where ``--seeds`` is not given.
+        default: folder, where ``--out`` is not given.
+        argv: the words; those of the process by default.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)))
+    add_out(parser, default)
+    arguments = parser.parse_args(argv)
+    return arguments.seeds, *table_files(name, arguments.out, default, force=arguments.force)
+
+
+def number_text(value: float, digits: int = 3) -> str:
+    """``0.608``, or a dash where there is nothing to say."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def interval_text(mean: float, lower: float, upper: float) -> str:
+    """``0.608 [0.601, 0.615]``; the mean alone, or a dash, where the rest is unknown."""
+    if not math.isfinite(lower):
+        return number_text(mean)
+    return f"{mean:.3f} [{lower:.3f}, {upper:.3f}]"
+
+
+def shown(value: Interval) -> str:
+    """The mean of runs with its interval, as ``interval_text``."""
+    return interval_text(value.mean, value.lower, value.upper)
+
+
+def add_out(parser: argparse.ArgumentParser, default: Path) -> None:
+    """``--out`` and ``--force`` of a script with a folder of its own."""
+    parser.add_argument("--out", type=Path, default=default, help="folder to write into")
+    add_force(parser)
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """``--results``, ``--out`` and ``--force`` of a script that reads what runs left."""
+    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
+    add_force(parser)
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

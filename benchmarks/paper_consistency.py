@@ -27,13 +27,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from outputs import Outputs, add_force
+from outputs import Outputs, add_results, shown
 
 from fine_bench.metrics.consistency import inclusion
 from fine_bench.metrics.detection import detection_metrics, suspicion
@@ -232,15 +231,6 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
-def shown(value: Interval) -> str:
-    """Mean with its interval, where it has one."""
-    if math.isnan(value.mean):
-        return "–"
-    if math.isnan(value.lower):
-        return f"{value.mean:.3f}"
-    return f"{value.mean:.3f} [{value.lower:.3f}, {value.upper:.3f}]"
-
-
 def markdown(lines: Sequence[Line]) -> str:
     """The tables."""
     text = [
@@ -327,9 +317,7 @@ def draw(lines: Sequence[Line], target: str) -> Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--results", metavar="DIR", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
-    add_force(parser)
+    add_results(parser)
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.results
     store = RecordStore(arguments.results)

@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seed_files
 import torch
 from gain import job_of
 from matplotlib.figure import Figure
-from outputs import Outputs, add_force
-from safetensors.torch import load_file, save_file
+from outputs import Outputs, add_out
+from safetensors.torch import load_file
 from torch import Tensor
 
 from baselines.tracin import TracIn
@@ -153,19 +154,12 @@ def score_seed(job: Job, every: Sequence[int]) -> tuple[dict[str, Tensor], dict[
 def compute(arguments: argparse.Namespace) -> None:
     """Score the seeds that have no file yet."""
     torch.set_num_threads(arguments.threads)
-    folder = arguments.work / arguments.experiment
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in arguments.seeds:
-        path = folder / f"seed{seed}.safetensors"
-        if path.exists():
-            continue
+    for seed, path in seed_files.missing(arguments.work / arguments.experiment, arguments.seeds):
         job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
         found, costs = score_seed(job, arguments.every)
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in found.items()}, temporary)
         about = {"costs": costs, "data_sha256": job.data.sha256, "setting": job.setting}
         write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
-        temporary.rename(path)
+        seed_files.save(path, found)
         print(seed, {name: round(cost, 2) for name, cost in costs.items()}, flush=True)
 
 
@@ -284,8 +278,8 @@ def figure(arguments: argparse.Namespace) -> None:
     pictures = {kind: stem.with_suffix(f".{kind}") for kind in FORMATS}
     files = Outputs((csv, *pictures.values()), default=arguments.out == OUT, force=arguments.force)
     scores, costs, truth = {}, {}, None
-    for path in sorted((arguments.work / arguments.experiment).glob("seed*.safetensors")):
-        seed = int(path.stem.removeprefix("seed"))
+    for path in seed_files.paths(arguments.work / arguments.experiment):
+        seed = seed_files.seed_of(path)
         scores[seed] = load_file(path)
         about = json.loads(path.with_suffix(".json").read_text())
         costs[seed] = about["costs"]
@@ -315,8 +309,7 @@ def main() -> None:
     one.set_defaults(call=compute)
     two = commands.add_parser("figure", help="table and drawing")
     two.add_argument("--results", type=Path, default=Path("results"), help="with ground_truth")
-    two.add_argument("--out", type=Path, default=OUT)
-    add_force(two)
+    add_out(two, OUT)
     two.set_defaults(call=figure)
     arguments = parser.parse_args()
     arguments.call(arguments)

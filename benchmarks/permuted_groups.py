@@ -14,7 +14,6 @@ Writes ``permuted_groups.md`` and ``.csv``.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from gain import job_of
-from outputs import Outputs, add_force
+from outputs import seeds_and_files
 from scipy import stats
 from torch.utils.data import TensorDataset
 
@@ -120,15 +119,9 @@ def rows(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
-    parser.add_argument("--out", type=Path, default=OUT)
-    add_force(parser)
-    arguments = parser.parse_args(argv)
+    seeds, files, csv, page = seeds_and_files("permuted_groups", __doc__, 5, OUT, argv)
     torch.set_num_threads(1)
-    csv, page = (arguments.out / f"permuted_groups.{ending}" for ending in ("csv", "md"))
-    files = Outputs((csv, page), default=arguments.out == OUT, force=arguments.force)
-    frame = pd.DataFrame(list(rows(arguments.seeds)))
+    frame = pd.DataFrame(list(rows(seeds)))
     files.write(csv, frame)
     text = [
         "# Intervals of the paper's estimator under permuted membership",

@@ -27,20 +27,20 @@ time a method has as many runs as fit, at least one.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seed_files
 import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
-from outputs import Outputs, add_force
+from outputs import Outputs, add_results
+from outputs import interval_text as shown
 from run_groups import RUNS, Array, Predict, Row, curves, differences, runs_within
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from baselines.trak import TRAK
 from fine_bench.estimator import replay
@@ -104,14 +104,14 @@ def models_row(work: Path, truth: Truth, half: Half) -> Row | None:
     assert truth.subsets is not None
     members = truth.subsets.members[truth.subsets.of(half)].astype(np.float64)
     seeds, kernels, residuals, costs = [], [], [], []
-    for path in sorted(work.glob("seed*.safetensors"), key=lambda p: int(p.stem[4:])):
+    for path in seed_files.paths(work):
         with safe_open(path, framework="np") as file:
             about = file.metadata()
             if (about["data_sha256"], about["setting"]) != (truth.data_sha256, truth.setting):
                 continue
             kernels.append(file.get_tensor("kernel").astype(np.float64))
             residuals.append(file.get_tensor("residual"))
-        seeds.append(int(path.stem[4:]))
+        seeds.append(seed_files.seed_of(path))
         costs.append(1 + float(about["seconds"]) / float(about["training_seconds"]))
     if not seeds:
         return None
@@ -126,10 +126,7 @@ def models_row(work: Path, truth: Truth, half: Half) -> Row | None:
 
 def terms(arguments: argparse.Namespace) -> None:
     """What each model adds to TRAK's two means, for the seeds that have no file yet."""
-    for seed in arguments.seeds:
-        path = arguments.work / f"seed{seed}.safetensors"
-        if path.exists():
-            continue
+    for seed, path in seed_files.missing(arguments.work, arguments.seeds):
         job = job_of(arguments.experiment, seed, arguments.results)
         run = images.stored(job, print)
         if run is None:
@@ -147,10 +144,7 @@ def terms(arguments: argparse.Namespace) -> None:
             "data_sha256": job.data.sha256, "setting": job.setting, "seconds": f"{seconds:.3f}",
             "training_seconds": f"{run.facts['seconds']:.3f}",
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"kernel": kernel.float().contiguous(), "residual": residual}, temporary, about)
-        temporary.rename(path)
+        seed_files.save(path, {"kernel": kernel.float(), "residual": residual}, about)
         print(f"{path.name}: {seconds:.1f} s", flush=True)
 
 
@@ -166,13 +160,6 @@ def job_of(experiment: str, seed: int, results: Path) -> Job:
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
-def shown(value: float, low: float, high: float) -> str:
-    """``0.608 [0.601, 0.615]``."""
-    if not math.isfinite(low):
-        return f"{value:.3f}"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def page(
@@ -320,11 +307,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(10)])
     parser.add_argument("--rows", nargs="+", default=[], help="methods; all that have scores")
     parser.add_argument("--least", type=int, default=6, help="seeds that a row must have")
-    parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--work", type=Path, default=Path("results") / "trak_terms")
     parser.add_argument("--half", choices=[*HALVES], default="published")
-    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
-    add_force(parser)
+    add_results(parser)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -33,7 +33,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from outputs import Outputs, add_force
+from outputs import Outputs, add_results, interval_text
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -345,9 +345,8 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
         ]
         for method in methods:
             cells = [
-                f"{wide[method, truth].lds:.3f} [{wide[method, truth].lower:.3f}, "
-                f"{wide[method, truth].upper:.3f}]"
-                if (method, truth) in wide
+                interval_text(*(getattr(line, part) for part in ("lds", "lower", "upper")))
+                if (line := wide.get((method, truth))) is not None
                 else "–"
                 for truth in truths
             ]
@@ -433,11 +432,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--queries", type=int, default=48)
     parser.add_argument("--rows", nargs="+", default=[*ROWS])
-    parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--work", type=Path, default=Path("results") / "this_run")
     parser.add_argument("--half", choices=[*HALVES], default="published")
-    parser.add_argument("--out", type=Path, help="where to write; the results folder otherwise")
-    add_force(parser)
+    add_results(parser)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

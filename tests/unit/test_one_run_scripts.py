@@ -165,3 +165,24 @@ def test_a_noisy_run_stays_below_its_epsilon(
     assert max(known.at_least(taken, range(8), tmp_path)) <= true
     right, made = known.guesses(np.where(member, 0.0, 1.0), member, 50)
     assert (right, made) == (100, 100)
+
+
+def test_a_seed_that_has_its_file_is_not_computed_again(tmp_path: Path) -> None:
+    files = loaded("seed_files")
+    folder = tmp_path / "toy"
+    for seed, path in files.missing(folder, [10, 2]):
+        files.save(path, {"x": torch.full((2, 3), float(seed)).T})
+    assert [seed for seed, _ in files.missing(folder, [2, 3, 10])] == [3]
+    runs = files.load(tmp_path, "some.py")["toy"]
+    assert {seed: float(run["x"][0, 0]) for seed, run in runs.items()} == {2: 2.0, 10: 10.0}
+    assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
+    with pytest.raises(SystemExit, match=r"run some\.py compute first"):
+        files.load(tmp_path / "nothing", "some.py")
+
+
+def test_numbers_and_intervals_as_text() -> None:
+    outputs = loaded("outputs")
+    assert outputs.interval_text(0.6084, 0.6, 0.6155) == "0.608 [0.600, 0.615]"
+    assert outputs.interval_text(0.6084, float("nan"), float("nan")) == "0.608"
+    assert outputs.interval_text(*[float("nan")] * 3) == "–"
+    assert outputs.number_text(0.5, 1) == "0.5"
