@@ -182,7 +182,7 @@ def test_a_seed_that_has_its_file_is_not_computed_again(tmp_path: Path) -> None:
 
 def test_numbers_and_intervals_as_text() -> None:
     outputs = loaded("outputs")
-    assert outputs.interval_text(0.6084, 0.6, 0.6155) == "0.608 [0.600, 0.615]"
+    assert outputs.interval_text(0.6084, 0.6, 0.6156) == "0.608 [0.600, 0.616]"
     assert outputs.interval_text(0.6084, float("nan"), float("nan")) == "0.608"
     assert outputs.interval_text(*[float("nan")] * 3) == "–"
     assert outputs.number_text(0.5, 1) == "0.5"
