@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fine_bench import clock
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, UnsupportedProblemError
 
 T = TypeVar("T")
@@ -64,9 +64,9 @@ class Shared:
         if key in self._values:
             value, seconds = self._values[key]
             return value, seconds
-        start = time.perf_counter()
+        start = clock.now()
         value = make()
-        self._values[key] = (value, time.perf_counter() - start)
+        self._values[key] = (value, clock.now() - start)
         return value, 0.0
 
 

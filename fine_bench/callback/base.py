@@ -8,7 +8,6 @@ models for many methods asks of each.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fine_bench import clock
 from fine_bench.callback.packages import Callback
 from fine_bench.fine.question import digest
 from fine_bench.types import InfluenceScores, Target
@@ -373,11 +373,11 @@ class Timed:
         self.method = method
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = clock.now()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.method.seconds += time.perf_counter() - self.start
+            self.method.seconds += clock.now() - self.start
 
 
 __all__ = ["InRunMethod", "Progress", "WatchedRun", "built_from"]

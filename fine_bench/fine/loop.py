@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
+from fine_bench import clock
 from fine_bench.fine import loop_checks as checks
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
@@ -368,12 +368,12 @@ class WatchedLoop:
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """The time counts, and passes of f-INE's own are none of the loop's."""
-        start, self._busy = time.perf_counter(), True
+        start, self._busy = clock.now(), True
         try:
             yield
         finally:
             self._busy = False
-            self.seconds += time.perf_counter() - start
+            self.seconds += clock.now() - start
 
     def _settle(self) -> None:
         """Take in the batch whose backward pass is over."""

@@ -12,7 +12,6 @@ and whoever measures adds them to the time that passed.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fine_bench import clock
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import Loss
@@ -59,9 +59,9 @@ class GradientMemory:
             gradients, seconds, _ = self._held[key]
             self.saved += seconds
             return gradients
-        start = time.perf_counter()
+        start = clock.now()
         gradients = compute()
-        seconds = time.perf_counter() - start
+        seconds = clock.now() - start
         if all(block.in_full for block in gradients.blocks):
             self._keep(key, gradients, seconds)
         return gradients

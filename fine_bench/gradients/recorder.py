@@ -5,7 +5,6 @@ Recording reads what the forward and the backward pass hold anyway; it changes n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from fine_bench import clock
 from fine_bench.gradients.attention import ProjectionKind, listen, stop_listening
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, other_layers, remedy
@@ -280,10 +280,10 @@ class LayerRecorder:
         call.grad = grad.detach()
         early = self.reduce is not None and not self._unchecked and self.armed
         if early and self._batch_size is not None and call.kind is not None:
-            start = time.perf_counter()
+            start = clock.now()
             # now the tensors are in the cache, and afterwards the pass may free them
             self._reduce(call, self._batch_size, 1.0)
-            self.seconds += time.perf_counter() - start
+            self.seconds += clock.now() - start
             call.input = call.features = None
             if call is not self.calls[-1]:
                 call.grad = None

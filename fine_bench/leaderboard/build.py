@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from fine_bench.clock import WALL
 from fine_bench.leaderboard.captions import (
     TRAINING_FACTS,
     options_of,
@@ -39,6 +40,7 @@ from fine_bench.metrics.limits import Limit
 from fine_bench.metrics.many_intervals import mean_intervals
 from fine_bench.metrics.registry import Metric, columns, stat_key, together
 from fine_bench.store.comparisons import Consistency
+from fine_bench.store.plausibility import CLOCK
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, RunRecord
 
@@ -191,6 +193,7 @@ def _table(
             complaint = complaint.replace(f"{comparisons.store.root}{os.sep}", "")
             problems.append(f"{estimator} {target}: {complaint}")
         git = [r.environment for r in finished.values()]
+        clocks = {str(r.training.get(CLOCK, WALL)) for r in finished.values()} - {WALL}
         rows.append(
             Row(
                 estimator,
@@ -201,6 +204,7 @@ def _table(
                 tuple(sorted(finished)),
                 {},
                 dirty=any(e.get("dirty") is True for e in git),
+                clock=" ".join(sorted(clocks)),
                 commits=tuple(sorted({str(e.get("commit", "unknown")) for e in git})),
                 watched=watched,
                 k=own_k,

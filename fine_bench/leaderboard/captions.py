@@ -225,6 +225,9 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
             "retraining_effect is Data Banzhaf of an example's own margin, retraining_banzhaf "
             "(few models) of the queries' margin."
         )
+    timed = sorted({row.label for row in table.rows if row.clock})
+    if timed:
+        lines.append(f"Cost in CPU seconds, of all threads, not in wall time: {', '.join(timed)}.")
     if any(row.dirty for row in table.rows):
         lines.append(f"{DIRTY} {MADE_DIRTY}.")
     if table.superseded:

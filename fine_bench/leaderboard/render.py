@@ -14,6 +14,7 @@ import pandas as pd
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from fine_bench.clock import WALL
 from fine_bench.leaderboard import sheet as sheets
 from fine_bench.leaderboard.captions import (
     BY_RETRAINING,
@@ -150,7 +151,6 @@ def frame(board: Leaderboard) -> pd.DataFrame:
     order = {key: place for place, key in enumerate(declared)}
     lines = []
     for table in board.tables:
-        options = ", ".join(f"{name}={_plain(x)}" for name, x in table.options.items())
         states: dict[tuple[Any, ...], list[int]] = {}
         for cell in table.cells:
             states.setdefault((key_of(cell), cell.state), []).append(cell.seed)
@@ -160,7 +160,6 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                 "task": table.task,
                 "setting": table.setting[:8],
                 "data": table.data[:8],
-                "setting_options": options,
                 "estimator": row.estimator,
                 "options": row.variant,
                 "estimator_hash": row.estimator_hash[:8],
@@ -172,6 +171,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                 line[state] = _numbers(states.get((key_of(row), state), ()))
             line |= {
                 "dirty": row.dirty,
+                "clock": row.clock or WALL,
                 "watched": "all" if row.watched is None else str(row.watched),
                 "k": row.k,
                 "limit": key_of(row) in limits,
@@ -198,10 +198,6 @@ def frame(board: Leaderboard) -> pd.DataFrame:
 
 def _numbers(seeds: Sequence[int]) -> str:
     return " ".join(map(str, seeds))
-
-
-def _plain(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def to_csv(board: Leaderboard) -> str:

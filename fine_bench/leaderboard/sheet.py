@@ -179,15 +179,17 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
     # where the intervals do not fit beside the means, they stand below them
     longest = max((len(line.entries[0].name) + INDENT for line in sheet.lines), default=0)
     wide = min(longest, NAME_WIDTH) + 2 * len(others)
+    headings = []
     for i, head in enumerate(others, 1):
         cells = [f"{e.name} {e.short}{e.few}" for e in (line.entries[i] for line in sheet.lines)]
-        wide += max(len(cell.strip()) for cell in (head.text, *cells))
+        widest = max((len(cell.strip()) for cell in cells), default=0)
+        headings.append(_in_two_lines(visible(head.text), widest))
+        wide += max(widest, *map(len, headings[-1].split("\n")))
     gap = " " if wide <= WIDTH else "\n"
     rich.add_column(Text(visible(first.text)), overflow="fold", ratio=1)
-    for head in others:
+    for head, heading in zip(others, headings, strict=True):
         side: Literal["right", "left"] = "right" if head.count else "left"
-        label = Text(visible(head.text))
-        rich.add_column(label, justify=side, overflow="fold", no_wrap=head.count)
+        rich.add_column(Text(heading), justify=side, overflow="fold", no_wrap=head.count)
     target = ""
     for line in sheet.lines:
         if line.target != target:
@@ -203,6 +205,18 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
         ]
         rich.add_row(Padding(row, (0, 0, 0, INDENT)), *parts)
     return rich
+
+
+def _in_two_lines(heading: str, width: int) -> str:
+    """A heading that is wider than its column's numbers, broken at the space nearest its middle.
+
+    Its column would else take the room from the names, which then break in mid-word.
+    """
+    spaces = [i for i, sign in enumerate(heading) if sign == " "]
+    if len(heading) <= width or not spaces:
+        return heading
+    middle = min(spaces, key=lambda i: max(i, len(heading) - i - 1))
+    return f"{heading[:middle]}\n{heading[middle + 1 :]}"
 
 
 def show(pieces: Iterable[RenderableType], console: Console | None = None) -> None:

@@ -65,6 +65,7 @@ class Row:
         seeds: the finished ones.
         stats: by key of a ``Metric``. A key is absent when no seed has the number.
         dirty: whether a record was made by code with uncommitted changes.
+        clock: that measured its costs: empty for wall time, ``cpu``, or both where records differ.
         commits: of the code that made the records.
         ties: keys of the columns in which it is a tie with the target's best row: the 95 %
             interval of their difference, paired by seed, holds 0. From six seeds on a difference
@@ -84,6 +85,7 @@ class Row:
     seeds: tuple[int, ...]
     stats: Mapping[str, Stat]
     dirty: bool = False
+    clock: str = ""
     commits: tuple[str, ...] = ()
     ties: frozenset[str] = frozenset()
     watched: int | None = None

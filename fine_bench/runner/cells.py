@@ -7,7 +7,6 @@ in ``write``, lines are said in ``progress``.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch.utils.data import TensorDataset
 
+from fine_bench import clock
 from fine_bench.callback.base import InRunMethod
 from fine_bench.estimator import Schedule, Shared, replay
 from fine_bench.metrics.agreement import agreement
@@ -82,7 +82,7 @@ def outcomes(
     announcer = announcer or Announcer(lambda line: None)
     if not job.todo:
         return
-    with _threads(job.config.trainer.num_threads):
+    with clock.measured_by(job.config.clock), _threads(job.config.trainer.num_threads):
         try:
             run, watch = _train(job, logger, announcer)
         except _FAILURES as error:
@@ -220,10 +220,10 @@ def _watched(
     """Scores, cost and further metrics of a method that watched the training."""
     auxiliary.require(cell)
     method = methods[cell]
-    start = time.perf_counter()
+    start = clock.now()
     scores = method.scores()
     cost = {
-        "seconds": method.seconds + time.perf_counter() - start,
+        "seconds": method.seconds + clock.now() - start,
         "gradient_evaluations": float(method.gradient_evaluations),
     }
     further = method.metrics() | _agreements(job, methods, cell, scores)
@@ -369,9 +369,9 @@ def _replayed(
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
     memory = getattr(run.model, "memory", None)
     before = 0.0 if memory is None else memory.saved
-    start = time.perf_counter()
+    start = clock.now()
     scores = replay(estimator, problem, checkpoints, shared)
-    cost["seconds"] = time.perf_counter() - start + cost.get("ensemble_seconds", 0.0)
+    cost["seconds"] = clock.now() - start + cost.get("ensemble_seconds", 0.0)
     shared_seconds = estimator.saved_seconds + (0.0 if memory is None else memory.saved - before)
     if shared_seconds or memory is not None:
         # in the cost of each cell that needs it, also where another cell had done the work

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fine_bench.clock import CLOCKS, WALL
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.option_grid import Point, points
 from fine_bench.runner import addresses
@@ -114,6 +115,7 @@ class RunConfig:
             its numbers move (``fine_bench.leaderboard.sensitivity``); filled by the config group
             ``sensitivity``.
         query_weighting: weights of the queries in a mean, preset for every method alike.
+        clock: ``wall``, or ``cpu`` for costs in CPU seconds on a machine that is shared.
         results_dir: where records, scores and tables go.
         force: compute finished cells again, as a new revision.
         allow_packages: packages besides ``fine_bench`` and ``baselines`` that ``_target_`` may
@@ -127,6 +129,7 @@ class RunConfig:
     sensitivity: dict[str, Any] = field(default_factory=dict)
     targets: list[str] = MISSING
     query_weighting: str | None = None
+    clock: str = WALL
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     results_dir: str = "results"
@@ -211,6 +214,11 @@ def check(cfg: DictConfig) -> RunConfig:
         raise ConfigError(
             f"query_weighting={config.query_weighting} is unknown; type query_weighting=noise, "
             "norm or null"
+        )
+    if config.clock not in CLOCKS:
+        raise ConfigError(
+            f"clock={config.clock} is unknown; type clock=wall, or clock=cpu for costs in CPU "
+            "seconds, where other programs share the machine"
         )
     if not config.targets or set(config.targets) - set(TARGETS):
         raise ConfigError(

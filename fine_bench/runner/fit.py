@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
+from fine_bench import clock
 from fine_bench.runner import interruption
 from fine_bench.seeds import derive
 
@@ -72,7 +72,7 @@ def fit(
             deterministic="warn",
             callbacks=watching,
         )
-        start = time.perf_counter()
+        start = clock.now()
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit(module, batches, test)
@@ -84,7 +84,7 @@ def fit(
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, ctrl_c)
             raise stop from None
-        return Fit(trainer, time.perf_counter() - start)
+        return Fit(trainer, clock.now() - start)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ import wandb
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from fine_bench import clock
 from fine_bench.callback.base import InRunMethod
 from fine_bench.runner.wandb_logger import WatchingLogger
 
@@ -35,7 +35,7 @@ class ProgressMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell how far each method is."""
-        start = time.perf_counter()
+        start = clock.now()
         numbers: dict[str, float] = {"epoch": float(trainer.current_epoch)}
         values: dict[str, Tensor] = {}
         for name, method in self.methods.items():
@@ -45,7 +45,7 @@ class ProgressMonitor(pl.Callback):
                 values[f"mu/{name}"] = seen.values
         if values:
             _tell(self.logger, numbers, values, trainer.global_step)
-        self.seconds += time.perf_counter() - start
+        self.seconds += clock.now() - start
 
 
 def _tell(

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fine_bench import clock
 from fine_bench.runner import addresses
 from fine_bench.runner.cells import Outcome
 from fine_bench.runner.config import PLACES
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.store.environment import environment
 from fine_bench.store.files import StoreError
-from fine_bench.store.plausibility import FILES, N_TRAIN
+from fine_bench.store.plausibility import CLOCK, FILES, N_TRAIN
 from fine_bench.store.records import RecordStore
 from fine_bench.store.scores import scores_digest
 from fine_bench.types import InfluenceScores, RunRecord
@@ -89,6 +90,8 @@ class Writer:
         The number of examples that its scores must have, and digests of the user's own files.
         """
         facts = dict(outcome.training)
+        if facts and self.job.config.clock != clock.WALL:
+            facts[CLOCK] = self.job.config.clock
         if outcome.scores is not None:
             facts[N_TRAIN] = self.job.data.n_train
         if self.job.data.files:
@@ -99,7 +102,7 @@ class Writer:
         """The full resolved configuration, this cell's estimator in place of all of them."""
         config = asdict(self.job.config)
         # where files lie on this machine is no part of what was computed
-        for key in ("estimators", "sensitivity", "results_dir", "force"):
+        for key in ("estimators", "sensitivity", "results_dir", "force", "clock"):
             del config[key]
         for key in PLACES:
             config["task"].pop(key, None)

@@ -39,6 +39,8 @@ N_TRAIN = "n_train"
 """Among the facts about the training in a record: how many examples its scores are of."""
 FILES = "files"
 """Among the same facts, of data from the user's own files: option → ``sha256`` and ``samples``."""
+CLOCK = "clock"
+"""Among the same facts, where costs are not in wall time: the clock that measured them."""
 _SIZED = "fine_bench.data."
 """Tasks below it have as many examples as their option ``n_train`` says, where it says a number."""
 

@@ -247,6 +247,7 @@ def test_every_other_file(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("targets=[]", "targets"),
         ("targets=[self,self]", "name each target once"),
         ("query_weighting=max", "type query_weighting=noise"),
+        ("clock=sundial", "type clock=wall, or clock=cpu for costs in CPU seconds"),
         ("logger.mode=later", "type logger.mode=offline"),
     ],
 )

@@ -191,7 +191,6 @@ def test_further_metrics_and_costs_reach_the_csv_by_themselves(tmp_path: Path) -
     assert (lds["n"], lds["label"], lds["direction"]) == ("3", "LDS", "higher")
     assert float(first["cost_gradient_evaluations"]["mean"]) == 600
     assert (lds["seeds"], lds["missing"]) == ("0 1 2", "")
-    assert "noise_rate=0.2" in lds["setting_options"]
     aurocs = {s: finished("fine", "self", s).metrics["auroc"] for s in range(3)}
     mean = mean_interval(aurocs).mean
     assert float(first["auroc"]["mean"]) == pytest.approx(mean, rel=1e-12)  # thirteen digits
@@ -575,6 +574,19 @@ def test_a_damaged_record_is_named_and_its_seed_missing(tmp_path: Path) -> None:
     assert main(["--results", str(tmp_path)]) == 1
 
 
+def test_costs_in_cpu_seconds_are_told_from_wall_time(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        return replace(r, training={**r.training, "clock": "cpu"}) if r.estimator == "fine" else r
+
+    board = build(fill(tmp_path, edit=edit))
+    assert (row_of(board, "fine").clock, row_of(board, "tracin").clock) == ("cpu", "")
+    words = "Cost in CPU seconds, of all threads, not in wall time: fine."
+    for text in (" ".join(printed(board).split()), view.to_markdown(board)):
+        assert words in text
+    clocks = view.frame(board).groupby("estimator")["clock"].unique()
+    assert (list(clocks["fine"]), list(clocks["tracin"])) == (["cpu"], ["wall"])
+
+
 # ------------------------------------------------------------------------------- looks and CLI
 
 
@@ -598,6 +610,21 @@ def test_tables_fit_100_columns_even_with_awkward_numbers(tmp_path: Path) -> Non
     assert "-.988–-.788 " in text
     assert "123,457–370,370" in text
     assert "…" not in text  # nothing is cut away
+
+
+def test_names_stay_whole_beside_long_headings(tmp_path: Path) -> None:
+    name = "confident_learning"  # the longest of ours
+
+    def edit(r: RunRecord) -> RunRecord:
+        numbers = {"stable_recall": 0.5, "fidelity": 0.5, "fidelity_of_ceiling": 0.6}
+        estimator = name if r.estimator == "fine" else r.estimator
+        return replace(r, metrics={**r.metrics, **numbers}, estimator=estimator)
+
+    text = printed(build(fill(tmp_path, edit=edit)))
+    assert max(map(len, text.splitlines())) <= 100
+    for heading in ("recall@rate ↑", "precision ↑", "all runs ↑", "Spearman ↑"):
+        assert heading in text  # each whole, on one line
+    assert text.count(f" {name} ") >= 4
 
 
 def test_table_shows_means_with_intervals(tmp_path: Path) -> None:
