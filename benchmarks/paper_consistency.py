@@ -3,6 +3,7 @@
     python -m fine_bench +experiment=paper_consistency -m seed=0,1,2,3,4,5
     python -m fine_bench +experiment=paper_consistency -m seed=0,1,2,3,4,5 trainer.init_seed=0
     python -m fine_bench +experiment=paper_consistency -m seed=0,1,2,3,4,5 trainer.order_seed=0
+    python -m fine_bench +experiment=paper_consistency -m seed=0,1,2 'targets=[validation]'
     python benchmarks/paper_consistency.py [--results results]
 
 The published number is the mean Jaccard index, over pairs of runs, of the sets of the k % most
@@ -12,11 +13,14 @@ last checkpoint and once as it reads the training, where it does both. Of the pa
 run holds all estimates: by moments, by the published maximum rule, by ranks, and by split samples,
 which is the row's own. How many samples of P and of Q it took stands beside it, since its noise
 falls with them; with ``estimators.fine_paper.sample=1000 estimators.fine_paper.every_n_steps=2`` it
-takes ten times as many, of a fifth of the examples.
+takes ten times as many, of a fifth of the examples. Summed test influence is the target
+*validation*: once as the plain sum over the queries and once, with ``query_weighting=noise``, with
+weights.
 
-Written are ``paper_consistency.md`` and ``.csv`` into the results folder, and the figure into
-``figures/``, which git ignores. Intervals are bootstrapped over seeds (``metrics.intervals``).
-Exit status: 0, or 2 where there are no scores to read.
+Written are ``paper_consistency.md`` and ``.csv`` into the results folder, and a figure a reading
+into ``figures/``, which git ignores. Runs need not all be at hand: a cell of the ``.csv`` that is
+there stays where no scores measure it again. Intervals are bootstrapped over seeds
+(``metrics.intervals``). Exit status: 0, or 2 where there are no scores to read.
 """
 
 from __future__ import annotations
@@ -68,6 +72,14 @@ ROWS: Mapping[str, tuple[str, str]] = {
 }
 """Row → the method, and what of a run it reads."""
 
+READINGS: Mapping[str, str] = {
+    "self": "Scores `self`",
+    "validation": "Influence on the test queries, summed",
+    "validation/noise": "Influence on the test queries, weighted by noise",
+    "validation/norm": "Influence on the test queries, weighted by norm",
+}
+"""What a score says of an example, and how a table is headed."""
+
 PUBLISHED: Mapping[str, float] = {
     "fine_paper/moment": 0.938,
     "trak_last": 0.736,
@@ -76,6 +88,7 @@ PUBLISHED: Mapping[str, float] = {
 }
 """Jaccard at 20 % in the paper, beside the reading that comes nearest to it."""
 
+NUMBERS = ("jaccard", "lower", "upper", "average_precision")
 OF_PAPER = ("moment", "maximum", "rank")
 
 
@@ -86,10 +99,10 @@ class Line:
     Attributes:
         row: of ``ROWS``, or an estimator's name.
         note: what tells rows of one name apart; empty for most.
-        target, source: what was asked; what differs between the runs.
+        target, source: what was asked, of ``READINGS``; what differs between the runs.
         n: number of runs.
         jaccard: by share of the examples.
-        precision: average precision of detection.
+        precision: average precision of detection; NaN where a kept cell does not say.
     """
 
     row: str
@@ -112,6 +125,11 @@ class Line:
         return ROWS.get(self.row, ("", TRAINING))[1]
 
 
+def of_source(source: str) -> str:
+    """What differs, in words."""
+    return "both differ" if source == "both" else f"{source} differs"
+
+
 def source_of(record: RunRecord) -> str:
     """What differs between the runs of a record's setting; empty where nothing does."""
     trainer: Mapping[str, Any] = record.config["trainer"]
@@ -121,6 +139,12 @@ def source_of(record: RunRecord) -> str:
         (True, False): "order",
         (False, True): "initialisation",
     }.get(fixed, "")
+
+
+def reading_of(record: RunRecord) -> str:
+    """What was asked, of ``READINGS``: of queries also by which weights they are summed."""
+    weights = record.config.get("query_weighting")
+    return record.target if record.target == "self" or not weights else f"{record.target}/{weights}"
 
 
 def vectors(record: RunRecord, scores: InfluenceScores) -> dict[str, np.ndarray]:
@@ -169,12 +193,13 @@ def measure(store: RecordStore, task: str = TASK) -> list[Line]:
     bad: dict[tuple[str, str, str, str], np.ndarray] = {}
     for record in newest(store.scan().records):
         source = source_of(record) if record.task == task and record.status == "finished" else ""
-        if not source or record.varies or not store.has_scores(record):
+        reading = reading_of(record)
+        if not source or reading not in READINGS or record.varies or not store.has_scores(record):
             continue
         scores = store.load_scores(record)
         truth = carried_truth(scores)
         for row, vector in vectors(record, scores).items():
-            where = (row, note_of(scores), record.target, source)
+            where = (row, note_of(scores), reading, source)
             if record.seed in runs.setdefault(where, {}):
                 raise SystemExit(
                     f"{row} has several settings with runs of seed {record.seed} that differ in "
@@ -200,14 +225,53 @@ def measure(store: RecordStore, task: str = TASK) -> list[Line]:
         }
         of = {share: jaccard(found, share) for share in SHARES}
         lines.append(Line(row, note, target, source, len(found), of, mean_interval(precision)))
+    return lines
+
+
+def ordered(lines: Sequence[Line]) -> list[Line]:
+    """By reading, then as ``ROWS`` has them, then by what differs."""
     order = {name: i for i, name in enumerate(ROWS)}
-    sources = list(SOURCES)
+    readings, sources = list(READINGS), list(SOURCES)
     return sorted(
         lines,
         key=lambda x: (
-            x.target, order.get(x.row, len(order)), x.row, x.note, sources.index(x.source)
+            readings.index(x.target), order.get(x.row, len(order)), x.row, x.note,
+            sources.index(x.source),
         ),
     )  # fmt: skip
+
+
+def kept(table: Path, measured: Sequence[Line]) -> list[Line]:
+    """The cells of a ``.csv`` made earlier that ``measured`` does not measure again.
+
+    Raises:
+        SystemExit: the file is no such table; says what to do.
+    """
+    if not table.is_file():
+        return []
+    try:
+        empty = {name: [""] for name in NUMBERS}
+        cells = pd.read_csv(table, keep_default_na=False, na_values=empty)
+        found = []
+        for key, cell in cells.groupby(["row", "note", "target", "differs"], sort=False):
+            row, note, target, source = key
+            numbers = cell[["share", "jaccard", "lower", "upper"]].to_numpy(np.float64)
+            jaccard = {share: Interval(mean, low, high) for share, mean, low, high in numbers}
+            precision = Interval(float(cell["average_precision"].iloc[0]), math.nan, math.nan)
+            n = int(cell["runs"].iloc[0])
+            found.append(Line(str(row), str(note), str(target), str(source), n, jaccard, precision))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SystemExit(
+            f"{table} cannot be read as the table of this script ({error}); move it away"
+        ) from error
+    strange = sorted(
+        {x.target for x in found} - set(READINGS) | {x.source for x in found} - set(SOURCES)
+    )
+    if strange or any(set(SHARES) - set(x.jaccard) for x in found):
+        what = ", ".join(strange) or "other shares than " + ", ".join(map(str, SHARES))
+        raise SystemExit(f"{table} holds {what}, which this script does not make; move it away")
+    again = {(x.row, x.note, x.target, x.source) for x in measured}
+    return [x for x in found if (x.row, x.note, x.target, x.source) not in again]
 
 
 def frame(lines: Sequence[Line]) -> pd.DataFrame:
@@ -215,6 +279,7 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "row": line.row,
+            "note": line.note,
             "method": line.method,
             "reads": line.reads,
             "target": line.target,
@@ -231,6 +296,13 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
     )
 
 
+def precision_of(lines: Sequence[Line]) -> str:
+    """Average precision of a row, of the first source that has it."""
+    known = (x.precision.mean for x in lines if not math.isnan(x.precision.mean))
+    value = next(known, math.nan)
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
 def markdown(lines: Sequence[Line]) -> str:
     """The tables."""
     text = [
@@ -239,8 +311,9 @@ def markdown(lines: Sequence[Line]) -> str:
         "Rebuilt from records and scores by `python benchmarks/paper_consistency.py`. Mean Jaccard "
         "index over pairs of runs of the most suspicious examples, with a 95 % interval over the "
         "seeds. *reads*: whether the method looks at the last checkpoint or at the training. AP: "
-        "average precision of finding the flips. Published: at 20 %, beside the reading that comes "
-        "nearest to the paper's text.",
+        "average precision of finding the flips, of the first column that has been run. "
+        "Cells whose scores were not at hand are those of `paper_consistency.csv`. Published: "
+        "at 20 %, beside the reading that comes nearest to the paper's text.",
     ]
     for target in dict.fromkeys(line.target for line in lines):
         mine = [line for line in lines if line.target == target]
@@ -251,7 +324,7 @@ def markdown(lines: Sequence[Line]) -> str:
         heads = [f"{s} ({'–'.join(map(str, counts[s]))} runs)" for s in sources]
         text += [
             "",
-            f"## Scores `{target}`: Jaccard at 20 %, by what differs between runs",
+            f"## {READINGS[target]}: Jaccard at 20 %, by what differs between runs",
             "",
             f"| method | reads | published | {' | '.join(heads)} | AP |",
             "| --- | --- | ---: |" + " ---: |" * (len(sources) + 1),
@@ -263,15 +336,16 @@ def markdown(lines: Sequence[Line]) -> str:
             cells = [
                 shown(at[row, s].jaccard[0.2]) if (row, s) in at else "not run" for s in sources
             ]
+            precision = precision_of([line for line in mine if (line.row, line.note) == row])
             text.append(
                 f"| {first.method} | {first.reads} | {'–' if number is None else number} | "
-                f"{' | '.join(cells)} | {first.precision.mean:.3f} |"
+                f"{' | '.join(cells)} | {precision} |"
             )
         for source in sources:
             heads = [f"{share:.0%}" for share in SHARES]
             text += [
                 "",
-                f"## Scores `{target}`, {source} differs: Jaccard at k",
+                f"## {READINGS[target]}, {of_source(source)}: Jaccard at k",
                 "",
                 f"| method | reads | {' | '.join(heads)} |",
                 "| --- | --- |" + " ---: |" * len(SHARES),
@@ -298,7 +372,7 @@ def draw(lines: Sequence[Line], target: str) -> Figure:
         places = [rows.index((line.row, line.note)) + 0.2 * (i - 1) for line in found]
         axes.errorbar(
             mean, places, xerr=[low, high], fmt="os^"[i], color=colour, markersize=4,
-            elinewidth=0.8, label=f"{source} differs" if source != "both" else "both differ",
+            elinewidth=0.8, label=of_source(source),
         )  # fmt: skip
     first = {row: i for i, (row, _) in reversed(list(enumerate(rows)))}
     known = [(value, first[row]) for row, value in PUBLISHED.items() if row in first]
@@ -330,14 +404,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    earlier = kept(arguments.results / f"{TASK}.csv", lines)
+    lines = ordered([*lines, *earlier])
     targets = list(dict.fromkeys(line.target for line in lines))
-    figures = {target: out / "figures" / f"{TASK}--{target}.png" for target in targets}
+    figures = {
+        target: out / "figures" / f"{TASK}--{target.replace('/', '-')}.png" for target in targets
+    }
     paths = (out / f"{TASK}.md", out / f"{TASK}.csv", *figures.values())
     files = Outputs(paths, default=arguments.out is None, force=arguments.force)
     files.write(paths[0], markdown(lines))
     files.write(paths[1], frame(lines))
     for target, path in figures.items():
         files.write(path, to_bytes(draw(lines, target), "png"))
+    if earlier:
+        print(f"{len(earlier)} cells kept from {TASK}.csv: their scores are not at hand")
     print(f"written: {', '.join(map(str, paths))}")
     return 0
 

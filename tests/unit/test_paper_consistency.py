@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ import torch
 from fine_bench.store.digest import digest
 from fine_bench.store.records import RecordStore
 from fine_bench.store.scores import truth_extras
-from fine_bench.types import GroundTruth, InfluenceScores
+from fine_bench.types import GroundTruth, InfluenceScores, Target
 from support.benchmarks import BENCHMARKS, loaded
 from support.records import make_record
 
@@ -42,15 +43,17 @@ def noisy(seed: int, shape: int = N) -> torch.Tensor:
 def add(
     store: RecordStore, estimator: str, seed: int, values: torch.Tensor, *,
     trainer: dict[str, Any] | None = None, task: str = "paper_consistency", model: str = "mlp",
-    truth: GroundTruth | None = None, **changes: Any,
+    truth: GroundTruth | None = None, target: Target = "self", weights: str | None = None,
+    **changes: Any,
 ) -> None:  # fmt: skip
     fixed = {"init_seed": None, "order_seed": None} | (trainer or {})
+    config = {"trainer": fixed, "model": {"name": model}, "task": {}, "query_weighting": weights}
     record = make_record(
         task=task, estimator=estimator, seed=seed, setting=digest([fixed, model])[:16],
-        config={"trainer": fixed, "model": {"name": model}, "task": {}},
+        config=config, target=target, estimator_hash=digest([estimator, weights]),
     )  # fmt: skip
     extras = {**truth_extras(truth or GroundTruth(BAD, "x")), **changes.pop("extras", {})}
-    store.save(record, InfluenceScores(values, estimator, "self", extras=extras, **changes))
+    store.save(record, InfluenceScores(values, estimator, target, extras=extras, **changes))
 
 
 def sets(runs: list[torch.Tensor], k: int) -> float:
@@ -103,6 +106,84 @@ def test_jaccard_by_source_share_and_estimate(script: ModuleType, tmp_path: Path
     assert "not run" in text
     frame = script.frame(lines)
     assert len(frame) == len(lines) * len(script.SHARES)
+
+
+def test_queries_are_read_by_their_weights(script: ModuleType, tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    runs = {
+        weights: [-noisy(i + seed) for seed in range(2)] for i, weights in ((0, None), (5, "noise"))
+    }
+    for weights, of in runs.items():
+        for seed, run in enumerate(of):
+            add(store, "tracin", seed, run, target="validation", weights=weights)
+            add(store, "fine", seed, run, target="queries", weights=weights)  # no reading
+    add(store, "tracin", 0, noisy(1), weights="noise")
+    add(store, "tracin", 1, noisy(2), weights="noise")  # self has no queries to weight
+    at = {line.target: line for line in script.measure(store)}
+    assert set(at) == {"self", "validation", "validation/noise"}
+    for reading, weights in (("validation", None), ("validation/noise", "noise")):
+        harmful = [-run for run in runs[weights]]
+        assert at[reading].jaccard[0.2].mean == pytest.approx(sets(harmful, 20))
+    text = script.markdown(script.ordered(list(at.values())))
+    assert "## Influence on the test queries, summed: Jaccard at 20 %" in text
+    assert "## Influence on the test queries, weighted by noise, both differ: Jaccard at k" in text
+
+
+def test_cells_without_scores_are_kept_from_the_table(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published, later = tmp_path / "published", tmp_path / "later"
+    store = RecordStore(published)
+    for seed in range(2):
+        add(store, "tracin", seed, noisy(seed))
+        add(store, "trak", seed, noisy(10 + seed))
+    assert script.main(["--results", str(published)]) == 0
+    assert "kept" not in capsys.readouterr().out
+    before = script.measure(store)
+    table = published / "paper_consistency.csv"
+    assert script.kept(table, before) == []
+    assert script.kept(tmp_path / "absent.csv", before) == []
+
+    store = RecordStore(later)
+    for seed in range(3):
+        add(store, "tracin", seed, noisy(20 + seed))
+    (later / table.name).write_bytes(table.read_bytes())
+    assert script.main(["--results", str(later)]) == 0
+    assert "1 cells kept" in capsys.readouterr().out
+    at = {line.row: line for line in script.kept(later / table.name, [])}
+    old, new = {x.row: x for x in before}, {x.row: x for x in script.measure(store)}
+    assert (at["tracin"].n, at["trak"].n) == (3, 2)
+    for row, known in (("tracin", new["tracin"]), ("trak", old["trak"])):
+        assert at[row].precision.mean == pytest.approx(known.precision.mean, abs=1e-4)
+        for share in script.SHARES:
+            assert at[row].jaccard[share] == pytest.approx(
+                known.jaccard[share], abs=1e-4, nan_ok=True
+            )
+    text = (later / "paper_consistency.md").read_text()
+    assert (
+        f"| {script.shown(old['trak'].jaccard[0.2])} | {old['trak'].precision.mean:.3f} |" in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda text: text.replace(",note,", ",remark,"), "cannot be read as the table"),
+        (lambda text: text.replace(",self,", ",selves,"), "holds selves"),
+        (lambda text: text.replace(",0.2000,", ",0.3000,"), "other shares than 0.01"),
+    ],
+)
+def test_a_strange_table_is_refused(
+    script: ModuleType, tmp_path: Path, spoil: Callable[[str], str], said: str
+) -> None:
+    store = RecordStore(tmp_path)
+    for seed in range(2):
+        add(store, "tracin", seed, noisy(seed))
+    script.main(["--results", str(tmp_path)])
+    table = tmp_path / "paper_consistency.csv"
+    table.write_text(spoil(table.read_text()))
+    with pytest.raises(SystemExit, match=said):
+        script.main(["--results", str(tmp_path)])
 
 
 def test_it_writes_a_table_and_a_figure(
