@@ -23,6 +23,7 @@ INTERNAL = {
     "fine_bench.commands": "arguments of commands, see their --help",
     "fine_bench.report": "drawing, for commands: fine-bench figures, fine-bench report",
     "fine_bench.terminal": "the progress bar of the commands",
+    "fine_bench.clock": "the clock of costs",
 }
 
 
