@@ -40,8 +40,9 @@ def parser() -> argparse.ArgumentParser:
         "the share --level of them is right after all, on average; it trains nothing again. Your "
         "data are not changed.",
         notes="Files in the folder: ranking.csv (row, name, label, suggested, score, rank, "
-        "runs_found of runs, p_label, mu with its interval, with --trusted p_value and covered), "
-        "review.html, verify_first.csv and .html, issues.csv, left_out.csv (rows that could not be "
+        "runs_found of runs, repeats: the chance that another run suspects it too, repeatable, "
+        "p_label, mu with its interval, with --trusted p_value and covered), review.html, "
+        "verify_first.csv and .html, issues.csv, left_out.csv (rows that could not be "
         "used, each with its reason), summary.md. Rows count from 0; images by the order of their "
         "paths. Finished parts of runs are kept in runs/: a call that was interrupted goes on "
         "there.\n\n"
@@ -111,7 +112,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="L",
         type=float,
         default=0.1,
-        help="share of wrong flags to accept, on average (default: 0.1)",
+        help="share of flags to accept, on average, that are wrong or that another run would not "
+        "repeat (default: 0.1)",
     )
     training = made.add_argument_group("training")
     training.add_argument(

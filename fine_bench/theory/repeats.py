@@ -6,15 +6,17 @@ the mean over runs and s_i the error of one run's score (f-INE's ``std_error``),
 
     μ̂_i = μ_i + s_i e_i,     a further run: μ'_i = μ_i + s_i e'_i,     e, e' independent N(0, 1).
 
+Where μ̂_i is the mean over R_i runs (``averaged``) its own error is s_i/√R_i, the further run's s_i.
+
 *With a prior* (``repeat_probability``). The μ_i of all examples are draws from one distribution g,
 which is estimated from the same scores by maximum likelihood, without a form (Kiefer and Wolfowitz
 1956; here on a grid by EM). Then
 
-    P(μ'_i ≥ τ | run) = Σ_k w_ik Φ((u_k − τ)/s_i),    w_ik ∝ g_k φ((μ̂_i − u_k)/s_i)/s_i
+    P(μ'_i ≥ τ | run) = Σ_k w_ik Φ((u_k − τ)/s_i),    w_ik ∝ g_k φ((μ̂_i − u_k) √R_i/s_i)/s_i
 
 so that what was lifted over τ by its error is expected to fall back. An error far smaller than the
 gaps of the grid finds no u_k near its score; there the prior is taken as flat, P = Φ((μ̂_i −
-τ)/(√2 s_i)). The average of 1 − P over a
+τ)/(√(1 + 1/R_i) s_i)). The average of 1 − P over a
 set that the run chooses is, given the run, its expected share that does not repeat: flagging by
 falling P as long as that average is at most α (``at_most``) gives the rule
 
@@ -119,8 +121,9 @@ def repeat_probability(
     threshold: float,
     suspicious: Literal["high", "low"],
     observations: ArrayLike | None = None,
+    averaged: ArrayLike = 1.0,
 ) -> FloatArray:
-    """P(a further run flags the example | this run), (n,) in [0, 1].
+    """P(a further run flags the example | this run, or these runs), (n,) in [0, 1].
 
     Args:
         mu: scores of one run, (n,), finite.
@@ -130,11 +133,14 @@ def repeat_probability(
         suspicious: the suspicious end of the scores.
         observations: epochs or snapshots behind each error; with them errors are moderated and
             their own uncertainty counts. Without, they are taken as exact.
+        averaged: R: runs whose mean `mu` is, (n,) or one number, ≥ 1. `std_error` stays that of one
+            run, as the spread between the runs gives it, for instance; then `observations` is R.
     """
     x, s = _scores(mu, std_error)
     freedom = np.full(x.shape, np.inf)
     if observations is not None:
         s, freedom = moderated(x, s, observations)
+    root = np.sqrt(_averaged(averaged, x))
     sign = _sign(suspicious)
     x, tau = sign * x, sign * _threshold(threshold)
     found = np.full(x.shape, np.nan)
@@ -143,7 +149,8 @@ def repeat_probability(
     used = np.isfinite(s) & ~exact
     if not used.any():
         return found
-    values, errors = x[used], _spread(s[used], freedom[used])
+    root = root[used]
+    values, errors = x[used], _spread(s[used] / root, freedom[used])
     grid = np.unique(
         np.concatenate(
             [
@@ -159,14 +166,15 @@ def repeat_probability(
     for part in np.array_split(np.arange(len(values)), len(values) // _FIT + 1):
         flags, weighs = np.zeros(len(part)), np.zeros(len(part))
         for s_node, weight in _by_node(values[part], errors[part], grid):
-            flags += (weight * ndtr((grid - tau) / s_node[:, None])) @ prior
+            flags += (weight * ndtr((grid - tau) / (root[part] * s_node)[:, None])) @ prior
             weighs += weight @ prior
         result[part] = np.divide(flags, weighs, out=np.full(len(part), np.nan), where=weighs > 0.0)
     # where no point of the prior lies within a few errors of a score, it says nothing there
     place = np.searchsorted(grid, values).clip(1, max(len(grid) - 1, 1)) - 1
     gap = np.minimum(np.abs(values - grid[place]), np.abs(values - grid[(place + 1) % len(grid)]))
     alone = (gap > _APART * errors.max(1)) | np.isnan(result)
-    result[alone] = stdtr(freedom[used], (values - tau) / (np.sqrt(2.0) * s[used]))[alone]
+    spread = np.sqrt(1.0 + root**-2) * s[used]
+    result[alone] = stdtr(freedom[used], (values - tau) / spread)[alone]
     found[used] = np.clip(result, 0.0, 1.0)
     return found
 
@@ -274,6 +282,16 @@ def _scores(mu: ArrayLike, std_error: ArrayLike) -> tuple[FloatArray, FloatArray
     if not (s >= 0.0).all():
         raise ValueError("std_error must be >= 0, infinite where unknown; got a negative or NaN")
     return x, s
+
+
+def _averaged(averaged: ArrayLike, x: FloatArray) -> FloatArray:
+    runs = np.asarray(averaged, dtype=np.float64)
+    if runs.shape not in ((), x.shape) or not (np.isfinite(runs) & (runs >= 1.0)).all():
+        raise ValueError(
+            f"averaged must be (n,) or one number, all >= 1, got {runs.ravel()[:5].tolist()} of "
+            f"shape {runs.shape}; pass how many runs each score is the mean of"
+        )
+    return np.broadcast_to(runs, x.shape)
 
 
 def _threshold(threshold: float) -> float:

@@ -55,8 +55,8 @@ def test_a_folder_is_written(home: Path) -> None:
     assert {path.name for path in out.iterdir()} == FILES
     table = pd.read_csv(out / "ranking.csv")
     assert list(table.columns) == [
-        "row", "name", "label", "suggested", "score", "rank", "runs_found", "runs", "p_label", "mu",
-        "mu_low", "mu_high",
+        "row", "name", "label", "suggested", "score", "rank", "runs_found", "runs", "repeats",
+        "repeatable", "p_label", "mu", "mu_low", "mu_high",
     ]  # fmt: skip
     assert len(table) == 299
     wrong = rows()[1]
@@ -70,6 +70,11 @@ def test_a_folder_is_written(home: Path) -> None:
     assert "missing values in column(s) a (1), the first in row 3" in said
     assert "left out: 1 row(s), no label: 5 (row 5)." in said
     assert "verify the" in said
+    assert "of these at most 40% would be no suspects in another run" in said
+    assert table["repeats"].between(0, 1).all()
+    most = 2 * table["runs_found"] > table["runs"]
+    assert 0 < table["repeatable"].sum() <= most.sum()
+    assert most[table["repeatable"]].all()
     page = (out / "review.html").read_text()
     assert "<script" in page
     assert "@plum" in page

@@ -37,6 +37,7 @@ def review_table(n: int, seed: int = 0) -> pd.DataFrame:
             "rank": np.arange(1, n + 1),
             "runs_found": draw.integers(0, 4, n),
             "runs": 3,
+            "repeats": mu % 1.0,
             "p_label": draw.random(n),
             "mu": mu,
             "mu_low": mu - 0.7,

@@ -96,6 +96,8 @@ def test_errors_far_smaller_than_the_gaps_of_the_prior(observations: int | None)
     one = int(np.argsort(np.abs(mu - 0.4) + (s > 1e-6))[0])
     at_edge = repeat_probability(mu, s, mu[one] + s[one], "high")[one]
     assert at_edge == pytest.approx(norm.cdf(-1 / 2**0.5), rel=1e-6)
+    of_three = repeat_probability(mu, s, mu[one] + s[one], "high", averaged=3)[one]
+    assert of_three == pytest.approx(norm.cdf(-1 / (1 + 1 / 3) ** 0.5), rel=1e-6)
     turned = repeat_probability(-mu, s, -mu[one] - s[one], "low")[one]
     assert turned == pytest.approx(at_edge, rel=1e-6)
 
@@ -211,6 +213,25 @@ def test_unknown_and_exact_scores() -> None:
     assert not at_most(np.full(3, 0.5), np.ones(3, dtype=bool), 0.1).any()
 
 
+def test_the_mean_of_runs_is_surer_than_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With N(0, 1) for the prior: conjugate, so P has a closed form; the errors are of one run."""
+    rng = np.random.default_rng(12)
+    mu, s = rng.normal(size=300) * 1.1, rng.uniform(0.2, 0.6, 300)
+    averaged = rng.integers(1, 5, 300)
+
+    def normal(values: FloatArray, errors: FloatArray, grid: FloatArray) -> FloatArray:
+        return norm.pdf(grid) * np.gradient(grid)
+
+    monkeypatch.setattr(repeats, "_prior", normal)
+    monkeypatch.setattr(repeats, "_GRID", 3000)
+    found = repeat_probability(mu, s, 0.5, "high", averaged=averaged)
+    variance = s**2 / averaged
+    posterior = mu / (1 + variance), variance / (1 + variance)
+    known = norm.sf((0.5 - posterior[0]) / np.sqrt(posterior[1] + s**2))
+    middle = np.abs(mu) < 1.5
+    assert found[middle] == pytest.approx(known[middle], abs=3e-3)
+
+
 def test_large_sets_take_the_prior_from_a_part() -> None:
     first, _, s = runs(6, 12_000)
     chance = repeat_probability(first, s, 0.5, "high")
@@ -244,6 +265,8 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     ("both be \\(n,\\)", lambda: repeat_probability(ONE, ONE[:2], 0.0, "high")),
     ("mu holds NaN", lambda: repeat_probability([np.nan], [1.0], 0.0, "high")),
     ("std_error must be >= 0", lambda: repeat_p_values(ONE, -ONE, 0.0, "high")),
+    ("averaged must be", lambda: repeat_probability(ONE, ONE, 0.0, "high", averaged=0)),
+    ("averaged must be", lambda: repeat_probability(ONE, ONE, 0.0, "high", averaged=[1, 2])),
     ("threshold must be finite", lambda: repeat_probability(ONE, ONE, np.inf, "high")),
     ("suspicious must be", lambda: repeat_probability(ONE, ONE, 0.0, "up")),  # type: ignore[arg-type]
     ("at least 2 observations, got 1", lambda: moderated(ONE, ONE, 1)),

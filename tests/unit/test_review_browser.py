@@ -296,6 +296,9 @@ def test_filters_by_pair_decision_and_name(browser: Any, table: pd.DataFrame) ->
     assert table.name[table.mu.idxmax()] in rows(browser)[0].text
     browser.find_element(By.CSS_SELECTOR, "[data-go=last]").click()
     assert "μ\n–" in rows(browser)[-1].text  # what has none comes last
+    Select(browser.find_element(By.ID, "sort")).select_by_visible_text("likeliest to repeat first")
+    assert table.name[table.repeats.idxmax()] in rows(browser)[0].text
+    assert "runs; in another with chance over 0.99" in rows(browser)[0].text
     browser.find_element(By.ID, "search").send_keys("img_4321.png")
     assert len(rows(browser)) == 1
 

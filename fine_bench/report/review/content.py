@@ -16,8 +16,8 @@ NEEDED = (
     "row", "name", "label", "suggested", "score", "rank", "runs_found", "runs", "p_label",
     "mu", "mu_low", "mu_high",
 )  # fmt: skip
-OPTIONAL = ("p_value", "covered")
-NUMBERS = ("score", "p_label", "mu", "mu_low", "mu_high", "p_value")
+OPTIONAL = ("repeats", "p_value", "covered")
+NUMBERS = ("score", "p_label", "mu", "mu_low", "mu_high", "repeats", "p_value")
 DIGITS = 4
 """Significant digits of the numbers in the page."""
 
@@ -29,7 +29,8 @@ def checked(table: pd.DataFrame, class_names: Sequence[Hashable]) -> pd.DataFram
         table: a line for each row of the data, with the columns ``NEEDED`` and any of
             ``OPTIONAL``. ``row``: position in the data, from 0; ``label``, ``suggested``: class
             names, the latter may be missing; ``rank``: 1 for the most suspicious; ``runs_found``
-            of ``runs``: in how many runs the row was among the suspects; ``p_label``: probability
+            of ``runs``: in how many runs the row was among the suspects; ``repeats``: the chance
+            that a further run suspects it too; ``p_label``: probability
             of the given label; ``mu`` with the ends of its interval; numbers may be missing.
         class_names: all classes, each once.
 

@@ -124,8 +124,11 @@
     }
     for (const [value, text] of [["", "all"], ["none", "not decided"], ["any", "decided"],
       ...KINDS.map((kind) => [kind, WORDS[kind]])]) choices.state.append(option(value, text));
+    const { repeats } = content.columns;
+    const knowsRepeats = repeats !== undefined && repeats.all !== null;
     const orders = [["rank", "most suspicious first"], ["mu", "μ, largest first"],
       ["p_label", "least probable label first"], ["runs_found", "found in most runs first"],
+      ...(knowsRepeats ? [["repeats", "likeliest to repeat first"]] : []),
       ["row", "as in the data"]];
     for (const [value, text] of orders) choices.sort.append(option(value, text));
     const frequent = Array.from(pairs).sort((a, b) => b[1] - a[1]).slice(0, 8);
@@ -160,7 +163,7 @@
         continue;
       chosen.push(i);
     }
-    const sign = ["mu", "runs_found"].includes(sort.value) ? -1 : 1;
+    const sign = ["mu", "runs_found", "repeats"].includes(sort.value) ? -1 : 1;
     if (sort.value !== "rank") {
       const value = (i) => at(sort.value, i) ?? NaN;
       chosen.sort((a, b) => {
@@ -244,7 +247,10 @@
       list.append(pair);
     };
     add("score", number(at("score", i)));
-    add("suspect in", `${at("runs_found", i)} of ${at("runs", i)} runs`);
+    const again = at("repeats", i) ?? null;
+    add("suspect in", `${at("runs_found", i)} of ${at("runs", i)} runs`
+      + (again === null ? "" : "; in another with chance "
+        + (again > 0.99 ? "over 0.99" : number(again, 2))));
     add("probability of the given label", number(at("p_label", i)));
     const [mu, low, high] = ["mu", "mu_low", "mu_high"].map((name) => at(name, i) ?? null);
     const ends = low === null || high === null ? "" : ` [${number(low)}, ${number(high)}]`;

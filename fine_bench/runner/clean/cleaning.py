@@ -30,6 +30,7 @@ from fine_bench.runner.clean.inputs.trusted import trusted_items, without_truste
 from fine_bench.runner.clean.issues import cleanlab_summary, find_issues
 from fine_bench.runner.clean.probabilities import given_runs
 from fine_bench.runner.clean.recipe import Recipe, own_recipe, recipe_for
+from fine_bench.runner.clean.repeats import with_repeats
 from fine_bench.runner.clean.scoring import (
     SCORES,
     Score,
@@ -53,7 +54,8 @@ class Cleaning:
         items: the data as they were read, with what was left out.
         recipe: what was trained; None where probabilities were given.
         runs: what each run said.
-        table: a line for each row, the most suspicious first; see ``scoring.ranking``.
+        table: a line for each row, the most suspicious first; see ``scoring.ranking``
+            and ``repeats.with_repeats``.
         issues: duplicates, outliers and confused classes; see ``issues.find_issues``.
         verify: rows to verify first; None with a trusted list.
         flags: what the error rate covers; None without a trusted list.
@@ -77,6 +79,13 @@ class Cleaning:
     def suspects(self) -> pd.DataFrame:
         """The lines of ``table`` that most runs suspect."""
         return suspected(self.table)
+
+    @property
+    def n_repeatable(self) -> int | None:
+        """How many of them are expected to repeat, at the asked level; None where unknown."""
+        if self.table["repeats"].isna().all():
+            return None
+        return int(self.table["repeatable"].sum())
 
 
 def clean(
@@ -114,7 +123,8 @@ def clean(
             ``split`` and ``image_size``.
         encoder: for texts: a folder in the hub's format, or a name of ``sentence-transformers``.
         trusted: rows that were drawn at random and found right: a file, a column, or rows.
-        level: share of wrong flags to accept, on average, in (0, 1).
+        level: share of flags to accept, on average, that are wrong, or that another run would not
+            repeat, in (0, 1).
         model: instead of the one for this kind of data; see ``recipe.own_recipe``.
         probabilities: of models trained elsewhere, one a run: then nothing is trained.
         runs: how many, ≥ 1.
@@ -160,7 +170,7 @@ def clean(
         from fine_bench.runner.clean.scoring import score_of
 
         flags = _flag(score_of(joined(found), items.y, score), mask, level)
-    table = ranking(items, found, score, flags)
+    table = with_repeats(ranking(items, found, score, flags), items, found, score, level)
     checked = None
     if check and recipe is not None:
         rows = table["row"][table["covered"]] if flags is not None else suspected(table)["row"]

@@ -180,7 +180,7 @@ def _write(
     out.print(f"written to {folder}: {files}", soft_wrap=True)
 
 
-_SHOWN = ("row", "name", "label", "suggested", "score", "runs_found", "p_label", "mu")
+_SHOWN = ("row", "name", "label", "suggested", "score", "runs_found", "repeats", "p_label", "mu")
 
 
 def _facts(arguments: argparse.Namespace, data: str, found: Cleaning) -> list[tuple[str, str]]:
@@ -207,6 +207,14 @@ def _facts(arguments: argparse.Namespace, data: str, found: Cleaning) -> list[tu
         f"; of the rows that any run suspects, {found.stable:.0%} are suspects in all"
     )  # fmt: skip
     facts.append(("suspects", f"{n} rows ({n / len(items):.1%}) in most runs{stable}"))
+    kept = found.n_repeatable
+    if kept is None:
+        facts.append(("repeats", "unknown: it takes two runs or more to say what another would do"))
+    else:
+        facts.append(
+            ("repeats", f"{kept} of them: of these at most {arguments.level:.0%} would be no "
+                        "suspects in another run, on average")
+        )  # fmt: skip
     if found.flags is not None:
         facts.append(
             ("covered", f"{found.flags.n_flagged} rows at level {arguments.level:g}, with "
