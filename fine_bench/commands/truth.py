@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from fine_bench.commands import common
@@ -20,7 +21,11 @@ def parser() -> argparse.ArgumentParser:
             0: "written, or an equal file was there",
             2: "impossible (the reason is printed)",
         },
-        examples=["results/banks/mnist_mlp --name mnist_mlp --version 1"],
+        examples=[
+            "results/banks/mnist_mlp --name mnist_mlp --version 1",
+            "results/banks/mnist_cnn --name mnist_cnn --version 2 "
+            "--extend results/ground_truth/mnist_cnn.safetensors",
+        ],
     )
     made.add_argument("bank", metavar="BANK_FOLDER", type=Path, help="a folder below results/banks")
     made.add_argument("--name", required=True, help="of the ground truth, for instance mnist_mlp")
@@ -30,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         help="default: results/ground_truth",
+    )
+    made.add_argument(
+        "--extend",
+        metavar="FILE",
+        type=Path,
+        help="a frozen truth without subsets: keep all that it says and add the bank's subsets "
+        "with several seeds (bank.subsets), by which queries get an LDS",
     )
     made.add_argument(
         "--evidence",
@@ -49,17 +61,26 @@ def main(arguments: argparse.Namespace) -> int:
 
     from fine_bench.report.bank_evidence import write_evidence
     from fine_bench.retraining.bank import Bank
-    from fine_bench.retraining.condense import truth_of
-    from fine_bench.retraining.truth_files import save
+    from fine_bench.retraining.condense import truth_of, with_subsets
+    from fine_bench.retraining.truth_files import load, save
     from fine_bench.store.files import check_output, write_atomic, write_output
 
+    if arguments.extend is not None and arguments.evidence is not None:
+        raise ConfigError(
+            "--extend and --evidence do not go together: what a bank shows takes its single "
+            "models, which --extend does without; leave out one of them"
+        )
     folder = arguments.output or Path("results/ground_truth")
     if arguments.output is not None:
         check_output(folder / f"{arguments.name}.safetensors", force=True)
     write = write_atomic if arguments.output is None else partial(write_output, force=True)
     try:
         bank = Bank.open(arguments.bank)
-        truth = truth_of(bank, arguments.name, arguments.version)
+        if arguments.extend is None:
+            truth = truth_of(bank, arguments.name, arguments.version)
+        else:
+            frozen = replace(load(arguments.extend), name=arguments.name)
+            truth = with_subsets(frozen, bank, arguments.version)
         if arguments.evidence is None:
             written = [save(truth, folder, write)]
         else:

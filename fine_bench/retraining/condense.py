@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +38,7 @@ def truth_of(bank: Bank, name: str, version: int) -> Truth:
         ValueError: too few models, or a bank whose models do not vary as the benchmark's runs do.
     """
     about = bank.manifest
-    vary = about.get("design", {}).get("vary", "both")
-    if vary != "both":
-        raise ValueError(
-            f"the models of {bank.folder} differ in {vary} alone; the runs that are scored by a "
-            "truth differ in initialisation and order. Train a bank with bank.vary=both"
-        )
+    _require_both(bank)
     single = bank.part("single")
     if single is None:
         raise ValueError(
@@ -60,6 +56,69 @@ def truth_of(bank: Bank, name: str, version: int) -> Truth:
         setting=about["setting"],
         is_bad=np.isin(np.arange(single.n_train), about["bad"]),
     )
+
+
+def with_subsets(truth: Truth, bank: Bank, version: int) -> Truth:
+    """A frozen truth that has no subsets, with those of a bank of the same task and recipe.
+
+    The single models are not needed: all that the truth holds of them stays as it is, bit for bit.
+    What is new are ``subsets`` and the halves' ``lds_ceiling``.
+
+    Args:
+        truth: what was frozen.
+        bank: holds the part "repeated".
+        version: of the result, above the truth's own.
+
+    Raises:
+        StoreError: the bank is damaged.
+        ValueError: a truth with subsets, a bank of another task, recipe or share of examples, too
+            few subsets, or a version that is not higher.
+    """
+    if truth.subsets is not None:
+        raise ValueError(
+            f"{truth.name} has {len(truth.subsets.members)} subsets already; freeze a bank that "
+            "holds all of its models under another version"
+        )
+    if version <= truth.version:
+        raise ValueError(
+            f"{truth.name} is version {truth.version}, and with subsets another one: it needs "
+            f"--version {truth.version + 1}"
+        )
+    _require_both(bank)
+    about = bank.manifest
+    found = {name: about[name] for name in ("task", "data_sha256", "setting", "n_train")}
+    found["keep"] = round(bank.manifest["design"]["keep"], 6)
+    wanted = {name: getattr(truth, name) for name in found} | {"keep": round(truth.keep, 6)}
+    if found != wanted:
+        other = ", ".join(
+            f"{name} {found[name]} there, {wanted[name]} here"
+            for name in found
+            if found[name] != wanted[name]
+        )
+        raise ValueError(f"{bank.folder} is no bank of the truth {truth.name}: {other}")
+    repeated = bank.part("repeated")
+    if repeated is None:
+        raise ValueError(
+            f"{bank.folder} has no models of the part 'repeated'; train some with fine-bench bank "
+            f"bank.subsets={2 * LEAST_SUBSETS} bank.seeds_per_subset=5"
+        )
+    subsets, ceilings = _subset_truth(repeated, truth.n_train)
+    return replace(
+        truth,
+        version=version,
+        subsets=subsets,
+        development=replace(truth.development, lds_ceiling=ceilings["development"]),
+        published=replace(truth.published, lds_ceiling=ceilings["published"]),
+    )
+
+
+def _require_both(bank: Bank) -> None:
+    vary = bank.manifest.get("design", {}).get("vary", "both")
+    if vary != "both":
+        raise ValueError(
+            f"the models of {bank.folder} differ in {vary} alone; the runs that are scored by a "
+            "truth differ in initialisation and order. Train a bank with bank.vary=both"
+        )
 
 
 def condense(
@@ -96,7 +155,7 @@ def condense(
     halves = _halves(single)
     for models in halves.values():
         _require_half(models, len(single))
-    subsets, ceilings = (None, {}) if repeated is None else _subset_truth(repeated, single)
+    subsets, ceilings = (None, {}) if repeated is None else _subset_truth(repeated, single.n_train)
     made = {
         half: _half_truth(models, bad, ceilings.get(half, UNKNOWN))
         for half, models in halves.items()
@@ -159,12 +218,10 @@ def _half_truth(models: BankModels, bad: NDArray[np.bool_], lds_ceiling: float) 
     )
 
 
-def _subset_truth(
-    repeated: BankModels, single: BankModels
-) -> tuple[SubsetTruth, dict[Half, float]]:
-    if repeated.n_train != single.n_train:
+def _subset_truth(repeated: BankModels, n_train: int) -> tuple[SubsetTruth, dict[Half, float]]:
+    if repeated.n_train != n_train:
         raise ValueError(
-            f"the repeated part has {repeated.n_train} examples, the single part {single.n_train}"
+            f"the repeated part has {repeated.n_train} examples, the single part {n_train}"
         )
     found = by_subset(repeated.members, repeated.subset, repeated.query_margin)
     if len(found.members) < 2 * LEAST_SUBSETS:
