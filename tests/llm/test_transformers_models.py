@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.curvature.products import parameter_names
-from support.gradients import same
-from support.runs import fit, mu_of_self, one_at_a_time
+from support.runs import check_engine, check_run, fit
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,15 +84,7 @@ def build(name: str, drop: float = 0.0, n: int = N) -> tuple[nn.Module, Tensor, 
 @pytest.mark.any_trainer("BERT, DistilBERT, GPT-2, ViT of Transformers")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run(name: str) -> None:
-    net, x, y = build(name)
-    watched, (again, _, _) = FINECallback(observable="loss"), build(name)
-    diary = fit(net, x, y, F.cross_entropy, [watched], batch=BATCH, epochs=1)
-    expected = mu_of_self(net, diary, x, y, F.cross_entropy)
-    got = watched.scores().values[0].double()
-    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    fit(again, x, y, F.cross_entropy, [], batch=BATCH, epochs=1)
-    for p, q in zip(net.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
+    check_run(lambda: build(name), batch=BATCH, epochs=1)
 
 
 @pytest.mark.any_trainer("BERT, DistilBERT, GPT-2, ViT of Transformers")
@@ -118,12 +107,7 @@ def test_a_run_with_dropout(name: str) -> None:
 def test_the_engine(name: str) -> None:
     net, x, y = build(name, n=T)
     net.eval()
-    engine = GradientEngine(net, F.cross_entropy)
-    params = dict(net.named_parameters())
-    names = parameter_names(engine.recorder)
-    assert sorted(names) == sorted(params)
-    rows = one_at_a_time(net, {k: params[k] for k in names}, x, y, F.cross_entropy)
-    same(engine(x, y), rows)
+    engine = check_engine((net, x, y))
     assert name == "ViT" or not engine.recorder.leftover
     assert not engine.in_full
 

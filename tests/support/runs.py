@@ -7,14 +7,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from fine_bench.callback import FINECallback
+from fine_bench.gradients import GradientEngine
+from fine_bench.gradients.curvature.products import parameter_names
+from support.gradients import same
+from support.tensors import close
 from support.training import QUIET, Diary
 
 LR = 0.1
+
+Built = tuple[nn.Module, Tensor, Tensor]
+"""A classifier in float64, its examples, their labels."""
 
 
 class Run(pl.LightningModule):
@@ -95,3 +103,44 @@ def mu_of_self(
             numerator[i] += LR * (gram[position, position] - others.mean())
             denominator[i] += (LR * others.std()).square()
     return numerator / (len(x) * denominator).sqrt()
+
+
+def check_engine(built: Built) -> GradientEngine:
+    """Gradients of all examples at once are those of one after the other, for every parameter."""
+    net, x, y = built
+    engine = GradientEngine(net, F.cross_entropy)
+    params = dict(net.named_parameters())
+    names = parameter_names(engine.recorder)
+    assert sorted(names) == sorted(params)
+    values = {name: params[name] for name in names}
+    for _ in range(2):
+        same(engine(x, y), one_at_a_time(net, values, x, y, F.cross_entropy))
+        x, y = torch.cat([x, x.flip(0)]), torch.cat([y, y])  # more of them than before
+    return engine
+
+
+def check_run(build: Callable[[], Built], **options: Any) -> None:
+    """f-INE on the loss as the definition has it, and a run whose weights it does not change.
+
+    Args:
+        build: gives the same weights and examples every time.
+        options: of ``fit``.
+    """
+    (net, x, y), (again, _, _) = build(), build()
+    watched = FINECallback(observable="loss")
+    diary = fit(net, x, y, F.cross_entropy, [watched], **options)
+    expected = mu_of_self(net, diary, x, y, F.cross_entropy)
+    close(watched.scores().values[0].double(), expected, 1e-5)
+    fit(again, x, y, F.cross_entropy, [], **options)
+    for p, q in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def scores_of(built: Built, epochs: int = 2, n_query: int = 4, **options: Any) -> Tensor:
+    """Scores of a run under ``FINECallback(**options)``; its first examples are the queries."""
+    net, x, y = built
+    if "target" in options:
+        options["queries"] = TensorDataset(x[:n_query], y[:n_query])
+    watched = FINECallback(**options)
+    fit(net, x, y, F.cross_entropy, [watched], epochs=epochs)
+    return watched.scores().values

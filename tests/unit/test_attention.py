@@ -9,13 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.curvature.products import parameter_names
-from support.gradients import same
-from support.runs import fit, mu_of_self, one_at_a_time
+from support.runs import check_engine, check_run, fit, scores_of
 
 N, BATCH, T, D, CLASSES = 15, 6, 6, 4, 3
 SLOW = F.linear
@@ -123,27 +120,12 @@ def build(name: str, n: int = N) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("n", [T, 5])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine(name: str, n: int) -> None:
-    net, x, y = build(name, n)
-    engine = GradientEngine(net, F.cross_entropy)
-    params = dict(net.named_parameters())
-    names = parameter_names(engine.recorder)
-    assert sorted(names) == sorted(params)
-    rows = one_at_a_time(net, {k: params[k] for k in names}, x, y, F.cross_entropy)
-    same(engine(x, y), rows)
-    assert not engine.in_full
+    assert not check_engine(build(name, n)).in_full
     assert F.linear is SLOW
 
 
-def check_run(name: str, batch: int = BATCH) -> None:
-    net, x, y = build(name)
-    watched, (again, _, _) = FINECallback(observable="loss"), build(name)
-    diary = fit(net, x, y, F.cross_entropy, [watched], batch=batch, epochs=1)
-    expected = mu_of_self(net, diary, x, y, F.cross_entropy)
-    got = watched.scores().values[0].double()
-    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    fit(again, x, y, F.cross_entropy, [], batch=batch, epochs=1)
-    for p, q in zip(net.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
+def run_is_right(name: str, batch: int = BATCH) -> None:
+    check_run(lambda: build(name), batch=batch, epochs=1)
     assert F.linear is SLOW
 
 
@@ -152,19 +134,19 @@ def check_run(name: str, batch: int = BATCH) -> None:
     "name", ["self", "self, batch first", "no weights", "cross", "three", "widths", "twice"]
 )
 def test_runs_with_attention(name: str) -> None:
-    check_run(name)
+    run_is_right(name)
 
 
 @pytest.mark.any_trainer("padded sequences")
 def test_runs_with_padding() -> None:
-    check_run("padded")
+    run_is_right("padded")
 
 
 @pytest.mark.any_trainer("`nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`")
 @pytest.mark.parametrize("batch", [BATCH, 4])
 @pytest.mark.parametrize("name", ["encoder", "encoder, batch first", "decoder"])
 def test_runs_with_the_transformers_layers(name: str, batch: int) -> None:
-    check_run(name, batch)
+    run_is_right(name, batch)
 
 
 @pytest.mark.any_trainer("`nn.TransformerEncoderLayer`, `nn.TransformerDecoderLayer`")
@@ -193,13 +175,7 @@ def test_a_transformer_with_dropout() -> None:
     ids=["validation", "ekfac", "sketch", "snapshot", "layers", "out_proj"],
 )
 def test_other_questions(name: str, options: dict[str, Any]) -> None:
-    net, x, y = build(name, 12)
-    options = dict(options)
-    if "target" in options:
-        options["queries"] = TensorDataset(x[:T], y[:T])
-    watched = FINECallback(**options)
-    fit(net, x, y, F.cross_entropy, [watched], epochs=1)
-    assert float(watched.scores().values.std()) > 0
+    assert float(scores_of(build(name, 12), epochs=1, n_query=T, **options).std()) > 0
     assert F.linear is SLOW
 
 

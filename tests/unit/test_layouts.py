@@ -9,15 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
-from fine_bench.gradients import GradientEngine
-from fine_bench.gradients.curvature.products import parameter_names
 from fine_bench.gradients.layout import FIRST, SHARED, Layout, layout_of
 from fine_bench.types import UnsupportedProblemError
-from support.gradients import same
-from support.runs import fit, mu_of_self, one_at_a_time
+from support.runs import check_engine, check_run, fit, mu_of_self, scores_of
 
 N, BATCH, T, D, CLASSES = 15, 6, 6, 4, 3  # T = BATCH; the last batch has three examples
 
@@ -120,36 +116,24 @@ def build(make: Callable[[], nn.Module], n: int = N) -> tuple[nn.Module, Tensor,
         return net, torch.randn(n, T, D).double(), torch.arange(n) % CLASSES
 
 
-def check_run(name: str, **options: Any) -> None:
-    net, x, y = build(MODELS[name])
-    watched, (again, _, _) = FINECallback(observable="loss"), build(MODELS[name])
-    diary = fit(net, x, y, F.cross_entropy, [watched], **options)
-    expected = mu_of_self(net, diary, x, y, F.cross_entropy)
-    got = watched.scores().values[0].double()
-    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
-    fit(again, x, y, F.cross_entropy, [], **options)
-    for p, q in zip(net.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
 @pytest.mark.any_trainer("layers that get the sequence first, `(T, B, D)`")
 @pytest.mark.parametrize("batch", [BATCH, BATCH - 2])
 @pytest.mark.parametrize("name", ["sequence first", "tokens first"])
 def test_sequence_first(name: str, batch: int) -> None:
-    check_run(name, batch=batch)
+    check_run(lambda: build(MODELS[name]), batch=batch)
 
 
 @pytest.mark.any_trainer("examples and positions in one dimension, `(B·T, D)`")
 @pytest.mark.parametrize("batch", [BATCH, BATCH - 2])
 def test_folded(batch: int) -> None:
-    check_run("folded", batch=batch)
+    check_run(lambda: build(Folded), batch=batch)
 
 
 @pytest.mark.any_trainer("positions that all examples share, `(T,)` or `(1, T)`")
 @pytest.mark.parametrize("batch", [BATCH, BATCH - 2])
 @pytest.mark.parametrize("name", ["(T,)", "(1, T)", "(1, T) from 2 on", "(T,) from 2 on"])
 def test_shared_positions(name: str, batch: int) -> None:
-    check_run(name, batch=batch)
+    check_run(lambda: build(MODELS[name]), batch=batch)
 
 
 @pytest.mark.any_trainer("positions that all examples share, `(T,)` or `(1, T)`")
@@ -165,28 +149,15 @@ def test_positions_that_cannot_be_repeated_are_refused(make: type[Positions]) ->
     net, x, y = build(lambda: make(False))
     with pytest.raises(UnsupportedProblemError, match=r"'net.places'.*\.expand\(batch, -1\)"):
         fit(net, x, y, F.cross_entropy, [FINECallback(observable="loss")])
-    net, x, y = build(lambda: make(False))
-    snapshot = FINECallback(observable="loss", schedule="snapshot")
-    fit(net, x, y, F.cross_entropy, [snapshot])
-    assert float(snapshot.scores().values.std()) > 0
-    net, x, y = build(lambda: Expanded(False))
-    watched = FINECallback(observable="loss")
-    fit(net, x, y, F.cross_entropy, [watched])
-    assert float(watched.scores().values.std()) > 0
+    snapshot = scores_of(build(lambda: make(False)), observable="loss", schedule="snapshot")
+    assert float(snapshot.std()) > 0
+    assert float(scores_of(build(lambda: Expanded(False)), observable="loss").std()) > 0
 
 
 @pytest.mark.parametrize("n", [T, 5, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engine(name: str, n: int) -> None:
-    net, x, y = build(MODELS[name], n)
-    engine = GradientEngine(net, F.cross_entropy)
-    params = dict(net.named_parameters())
-    names = parameter_names(engine.recorder)
-    for _ in range(2):
-        rows = one_at_a_time(net, {k: params[k] for k in names}, x, y, F.cross_entropy)
-        same(engine(x, y), rows)
-        x, y = torch.cat([x, x.flip(0)]), torch.cat([y, y])  # more of them than before
-    assert not engine.in_full
+    assert not check_engine(build(MODELS[name], n)).in_full
 
 
 @pytest.mark.any_trainer("layers that get the sequence first, `(T, B, D)`")
@@ -203,13 +174,7 @@ def test_the_engine(name: str, n: int) -> None:
     ids=["validation", "ekfac", "sketch", "snapshot"],
 )
 def test_other_questions(name: str, options: dict[str, Any]) -> None:
-    net, x, y = build(MODELS[name], 12)
-    options = dict(options)
-    if "target" in options:
-        options["queries"] = TensorDataset(x[:T], y[:T])
-    watched = FINECallback(**options)
-    fit(net, x, y, F.cross_entropy, [watched])
-    assert float(watched.scores().values.std()) > 0
+    assert float(scores_of(build(MODELS[name], 12), n_query=T, **options).std()) > 0
 
 
 @pytest.mark.any_trainer("positions that all examples share, `(T,)` or `(1, T)`")

@@ -22,7 +22,7 @@ from fine_bench.gradients import GradientEngine, LayerRecorder, PerExampleGradie
 from fine_bench.gradients.curvature.products import parameter_names
 from fine_bench.gradients.recurrent import unrolled_recurrence
 from fine_bench.types import UnsupportedProblemError
-from support.runs import fit, mu_of_self, one_at_a_time
+from support.runs import Built, check_run, fit, mu_of_self, one_at_a_time, scores_of
 from support.tensors import close
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -308,6 +308,12 @@ def build(name: str, n: int = 5, seed: int = 0) -> tuple[nn.Module, Tensor, Tens
     return model, x, torch.arange(n) % CLASSES
 
 
+def fresh(make: Callable[[], nn.Module]) -> Built:
+    """A network that is none of ``MODELS``, and examples for it."""
+    torch.manual_seed(0)
+    return make().double(), *build("GRU", 18)[1:]
+
+
 def rows(model: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
     params = dict(model.named_parameters())
     return one_at_a_time(model, {name: params[name] for name in names}, x, y, F.cross_entropy)
@@ -396,7 +402,7 @@ FREE_PARAMETER = "a free `nn.Parameter`: class token, positions, scale, temperat
 @pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
 @pytest.mark.parametrize("name", FREE)
 def test_a_run_with_free_parameters(name: str) -> None:
-    check_run(name)
+    run_is_right(name)
 
 
 @pytest.mark.any_trainer(
@@ -404,44 +410,36 @@ def test_a_run_with_free_parameters(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["of one's own", "PReLU", "Bilinear", "ConvTranspose2d", "Conv3d"])
 def test_a_run_with_layers_of_no_known_kind(name: str) -> None:
-    check_run(name)
+    run_is_right(name)
 
 
 @pytest.mark.any_trainer(
     "Bilinear, ConvTranspose, Conv3d, PReLU, EmbeddingBag, a layer of your own"
 )
 def test_a_run_with_bags() -> None:
-    check_run("EmbeddingBag")
+    run_is_right("EmbeddingBag")
 
 
 @pytest.mark.any_trainer("free parameters and unknown layers behind a sequence that comes first")
 @pytest.mark.parametrize("batch", [4, LENGTH])
 def test_a_run_with_the_sequence_first(batch: int) -> None:
-    check_run("sequence first", batch=batch)
+    run_is_right("sequence first", batch=batch)
 
 
 @pytest.mark.any_trainer("other parametrisations of a weight, pruning")
 @pytest.mark.parametrize("name", ["parametrised", "orthogonal", "pruned"])
 def test_a_run_with_parametrised_weights(name: str) -> None:
-    check_run(name)
+    run_is_right(name)
 
 
 @pytest.mark.any_trainer("GRU, LSTM, RNN")
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
 def test_a_run_with_recurrent_layers(name: str) -> None:
-    check_run(name)
+    run_is_right(name)
 
 
-def check_run(name: str, **options: Any) -> None:
-    model, x, y = build(name, 18)
-    watched, (again, _, _) = FINECallback(observable="loss"), build(name)
-    diary = fit(model, x, y, F.cross_entropy, [watched], **options)
-    close(
-        watched.scores().values[0].double(), mu_of_self(model, diary, x, y, F.cross_entropy), 1e-5
-    )
-    fit(again, x, y, F.cross_entropy, [], **options)
-    for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(p, q)
+def run_is_right(name: str, **options: Any) -> None:
+    check_run(lambda: build(name, 18), **options)
 
 
 @pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
@@ -460,11 +458,7 @@ def check_run(name: str, **options: Any) -> None:
     ids=["validation", "ekfac", "optimiser", "sketch", "snapshot", "snapshot by forward"],
 )
 def test_other_questions(name: str, options: dict[str, Any]) -> None:
-    model, x, y = build(name, 18)
-    queries = TensorDataset(x[:4], y[:4]) if "target" in options else None
-    watched = FINECallback(queries=queries, **options)
-    fit(model, x, y, F.cross_entropy, [watched])
-    assert float(watched.scores().values.std()) > 0
+    assert float(scores_of(build(name, 18), **options).std()) > 0
 
 
 @pytest.mark.any_trainer("a free `nn.Parameter`: class token, positions, scale, temperature")
@@ -520,7 +514,7 @@ MODELS["plain"] = Plain
 
 @pytest.mark.any_trainer("LayerNorm, GroupNorm, RMSNorm without parameters")
 def test_a_run_with_norms_without_parameters() -> None:
-    check_run("plain")
+    run_is_right("plain")
 
 
 @pytest.mark.any_trainer("a frozen backbone")
@@ -681,12 +675,7 @@ def test_what_does_not_follow_is_refused_with_what_works(name: str) -> None:
     make, why = REFUSED[name]
 
     def run(**options: Any) -> Tensor:
-        torch.manual_seed(0)
-        model = make().double()
-        _, x, y = build("GRU", 18)
-        watched = FINECallback(observable="loss", **options)
-        fit(model, x, y, F.cross_entropy, [watched])
-        return watched.scores().values
+        return scores_of(fresh(make), observable="loss", **options)
 
     with pytest.raises(UnsupportedProblemError, match=why) as refusal:
         run()
@@ -722,12 +711,7 @@ class Renormalised(nn.Module):
 )
 def test_what_can_be_left_out(make: Callable[[], nn.Module], message: str) -> None:
     def run(**options: Any) -> Tensor:
-        torch.manual_seed(0)
-        model = make().double()
-        _, x, y = build("GRU", 18)
-        watched = FINECallback(observable="loss", **options)
-        fit(model, x, y, F.cross_entropy, [watched])
-        return watched.scores().values
+        return scores_of(fresh(make), observable="loss", **options)
 
     with pytest.raises(UnsupportedProblemError, match=message) as refusal:
         run()
@@ -736,13 +720,9 @@ def test_what_can_be_left_out(make: Callable[[], nn.Module], message: str) -> No
 
 
 def test_a_layer_without_a_part_can_be_frozen() -> None:
-    torch.manual_seed(0)
-    model = Idle().double()
+    model, x, y = fresh(Idle)
     model.idle.requires_grad_(False)
-    _, x, y = build("GRU", 18)
-    watched = FINECallback(observable="loss")
-    fit(model, x, y, F.cross_entropy, [watched])
-    assert float(watched.scores().values.std()) > 0
+    assert float(scores_of((model, x, y), observable="loss").std()) > 0
 
 
 def test_a_use_that_nobody_sees_is_noticed_in_every_pass() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -54,58 +55,58 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def by_lightning(
-    question: dict[str, Any],
-    *,
-    optimizer: str = "SGD",
-    accumulate: int = 1,
-    clip: float | None = None,
-    autocast: bool = False,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    epochs: int = 2,
-) -> tuple[FINECallback, Tensor]:
-    options: dict[str, Any] = {}
-    if scale is not None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
-    if autocast:
+@dataclass(frozen=True)
+class Setting:
+    """How a run is trained, by Lightning or by hand."""
+
+    optimizer: str = "SGD"
+    accumulate: int = 1
+    clip: float | None = None
+    autocast: bool = False
+    scale: float | None = None
+    dtype: torch.dtype = torch.float64
+    epochs: int = 2
+
+    def scaler(self) -> Any:
+        if self.scale is None:
+            return None
+        return torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=3)
+
+
+def by_lightning(question: dict[str, Any], **setting: Any) -> tuple[FINECallback, Tensor]:
+    how, options = Setting(**setting), dict[str, Any]()
+    if how.scale is not None:
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", how.scaler())]
+    if how.autocast:
         options["precision"] = "bf16-mixed"
-    callback, module = FINECallback(**question), Net(optimizer, dtype)
+    callback, module = FINECallback(**question), Net(how.optimizer, how.dtype)
     pl.Trainer(
-        max_epochs=epochs,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip,
+        max_epochs=how.epochs,
+        accumulate_grad_batches=how.accumulate,
+        gradient_clip_val=how.clip,
         callbacks=[callback],
         **QUIET,
         **options,
-    ).fit(module, DataLoader(data(dtype=dtype), batch_size=BATCHES))
+    ).fit(module, DataLoader(data(dtype=how.dtype), batch_size=BATCHES))
     return callback, flat(module)
 
 
 def by_hand(
     question: dict[str, Any],
     *,
-    optimizer: str = "SGD",
-    accumulate: int = 1,
-    clip: float | None = None,
-    autocast: bool = False,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
-    epochs: int = 2,
     saved: dict[str, Any] | None = None,
     watched: bool = True,
     stop: int = 0,
+    **setting: Any,
 ) -> tuple[Any, Tensor, dict[str, Any]]:
     """The same run written out; it stops after ``stop`` epochs and says how to go on."""
-    net, train = Net(optimizer, dtype), data(dtype=dtype)
+    how = Setting(**setting)
+    net, train = Net(how.optimizer, how.dtype), data(dtype=how.dtype)
     (chosen,), (schedule,) = net.configure_optimizers()
     scheduler, model = schedule["scheduler"], net.net
-    amp = None
-    if scale is not None:
-        amp = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+    amp, accumulate = how.scaler(), how.accumulate
     loader = DataLoader(train, batch_size=BATCHES)
-    total = epochs * -(-len(loader) // accumulate) if "n_snapshots" in question else None
+    total = how.epochs * -(-len(loader) // accumulate) if "n_snapshots" in question else None
     watch: Any = nullcontext()
     if watched:
         watch = fine_bench.watch(
@@ -126,22 +127,21 @@ def by_hand(
         watch.load_state_dict(saved["fine"])
     half: dict[str, Any] = {}
     with watch as fine:
-        for epoch in range(begin, stop or epochs):
+        for epoch in range(begin, stop or how.epochs):
             for i, (x, y, index) in enumerate(loader):
                 if watched:
                     fine.batch(index, y)
-                mixed = scale is not None or autocast
-                with torch.autocast(
-                    "cpu", torch.bfloat16 if autocast else torch.float16, enabled=mixed
-                ):
+                kind = torch.bfloat16 if how.autocast else torch.float16
+                mixed = how.scale is not None or how.autocast
+                with torch.autocast("cpu", kind, enabled=mixed):
                     loss = F.cross_entropy(model(x), y) / accumulate
                 if watched:
                     loss = fine.loss(loss)
                 (loss if amp is None else amp.scale(loss)).backward()
                 if (i + 1) % accumulate and i + 1 < len(loader):
                     continue
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                if how.clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), how.clip)
                 if amp is None:
                     chosen.step()
                 else:
