@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from baselines.arnoldi import RitzPairs, krylov_space
 from baselines.inverses import ArnoldiInverse, CGInverse, ExactInverse, Inverse, LissaInverse
 from baselines.lissa import Apply, Lissa
+from fine_bench.gradients.curvature.held_products import HeldProducts, has_held_products
 from fine_bench.gradients.curvature.products import (
     CURVATURES,
     Batches,
@@ -181,14 +182,23 @@ class DampedSystem:
         return self.damping(self._trace)
 
     @cached_property
-    def _products(self) -> CurvatureProducts:
+    def _products(self) -> CurvatureProducts | HeldProducts:
         """v ↦ C v."""
         return self._products_over(self.batches, self.problem.n_train, self.uniforms)
 
-    def _products_over(self, batches: Batches, n: int, uniforms: Tensor) -> CurvatureProducts:
+    def _products_over(
+        self, batches: Batches, n: int, uniforms: Tensor
+    ) -> CurvatureProducts | HeldProducts:
         """v ↦ C v, C the mean over some n examples."""
         model, loss = self.engine.model, self.problem.loss
+        if self._may_hold:
+            return HeldProducts(model, loss, self.kind, batches, n)
         return CurvatureProducts(model, loss, self.names, self.kind, batches, n, uniforms)
+
+    @cached_property
+    def _may_hold(self) -> bool:
+        _, x, _ = next(self.batches())
+        return has_held_products(self.engine.model, self.names, self.kind, x)
 
     def _matrix(self) -> Tensor:
         """C itself, ``(P, P)``."""

@@ -14,6 +14,14 @@ Models* (ICLR 2024, arXiv:2310.00902). The error of the exchange grows with the 
 parameters of a layer, so it was made for LoRA matrices, each of which is a layer here. λ_l is
 ``relative_damping`` times the mean eigenvalue of C_l, mean_j ‖g_jl‖² / P_l, the paper's choice at
 0.1. Sign: positive where i helps q (the paper's is the opposite). θ is that of the last checkpoint.
+
+The sum over j is taken in one of two ways, layer by layer, for V queries and P_l = I × O:
+
+    Σ_j w_qj g_j once, and its products with all g_i      2 V n P_l
+    ⟨g_j, g_i⟩ for pairs of examples, summed with w_qj     n² (I + O + V)
+
+The second needs only the factors of a gradient, and is for linear layers that are applied once,
+where it is cheaper (``_by_pairs``).
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from torch import Tensor
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks.dense import in_full
 from fine_bench.gradients.blocks.direction import Direction, add_directions
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.cache import engine_of
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
@@ -79,11 +88,12 @@ class DataInf(InfluenceEstimator):
         self.engine = engine_of(self.model, problem.loss, self.layers)
         self._values: Tensor | None = None
         self._held: list[PerExampleGradients] | None = None
+        self._pairs: list[bool] = []
 
     def update(self, checkpoint: Checkpoint) -> None:
         """Scores at this checkpoint; the last one counts."""
         self.load(checkpoint)
-        self._held = None
+        self._held, self._pairs = None, []
         norms = torch.cat([_norms(g) for g in self._train(keep=True)], 1)
         self._damping, self._shrink = self._dampings(norms)
         if isinstance(self.problem.queries, str):
@@ -114,14 +124,38 @@ class DataInf(InfluenceEstimator):
             return
         held: list[PerExampleGradients] | None = [] if keep else None
         for _, x, y in self.problem.batches("train"):
-            gradients = _dense(self.engine(x, y))
+            gradients = self._kept(self.engine(x, y))
             self.gradient_evaluations += len(x)
-            if gradients.n_params * self.problem.n_train > HELD_FLOATS:
+            if not self._fits(gradients):
                 held = None
             elif held is not None:
                 held.append(gradients)
             yield gradients
         self._held = held
+
+    def _kept(self, gradients: PerExampleGradients) -> PerExampleGradients:
+        """Each layer's gradients by factors where its sum goes over pairs, else formed in full."""
+        if not self._pairs:
+            self._pairs = [self._by_pairs(block) for block in gradients.blocks]
+            if not self._fits(self._kept(gradients)):  # pairs would take every batch anew
+                self._pairs = [False] * len(self._pairs)
+        parts = zip(gradients.blocks, self._pairs, strict=True)
+        return PerExampleGradients([b if pairs else in_full(b) for b, pairs in parts])
+
+    def _by_pairs(self, block: Block) -> bool:
+        factors = block.outer_products()
+        if factors is None:
+            return False
+        floats, n = block.n_floats // len(block), self.problem.n_train
+        if isinstance(self.problem.queries, str):  # nothing but pairs is needed
+            return floats < block.n_params
+        rows = self.problem.n_query
+        return n * (floats + rows) < 2 * rows * block.n_params
+
+    def _fits(self, kept: PerExampleGradients) -> bool:
+        """Whether all training gradients can be held in this form."""
+        floats = sum(block.n_floats for block in kept.blocks) // len(kept)
+        return floats * self.problem.n_train <= HELD_FLOATS
 
     def _dampings(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         """λ ``(L,)`` and 1/(λ + ‖g_j‖²) ``(L, n)``, from the squared norms ``(L, n)``."""
@@ -145,25 +179,46 @@ class DataInf(InfluenceEstimator):
         """Every query against every training example, ``(V, n)``."""
         bands = []
         for _, x, y in self.problem.batches("queries"):
-            queries = _dense(self.engine(x, y))
+            queries = self._kept(self.engine(x, y))
             self.gradient_evaluations += len(x)
             products = torch.cat([_grams(queries, g) for g in self._train()], 2)  # (L, V, n)
-            # Σ_j w_vj g_j is one direction in each layer, so no n × n matrix is needed
-            weights = products * self._shrink[:, None] / self.problem.n_train
-            direction: Direction | None = None
-            start = 0
-            for g in self._train():
-                mine = weights[:, :, start : start + len(g)]
-                part = [
-                    block.weighted_sum(w.to(block.values.dtype))
-                    for block, w in zip(g.blocks, mine, strict=True)
-                ]
-                direction = part if direction is None else add_directions(direction, part)
-                start += len(g)
-            assert direction is not None
-            corrections = torch.cat([_contractions(g, direction) for g in self._train()], 2)
+            corrections = self._corrections(products * self._shrink[:, None] / self.problem.n_train)
             bands.append(((products - corrections) / self._damping[:, None, None]).sum(0))
         return torch.cat(bands)
+
+    def _corrections(self, weights: Tensor) -> Tensor:
+        """Σ_j w_lqj ⟨g_j, g_i⟩ in each layer, ``(L, V, n)`` float64."""
+        result = torch.zeros_like(weights)
+        by_pairs = [layer for layer, pairs in enumerate(self._pairs) if pairs]
+        formed = [layer for layer, pairs in enumerate(self._pairs) if not pairs]
+        if formed:
+            direction: Direction | None = None
+            for mine, g in self._placed(formed):
+                part = [
+                    block.weighted_sum(weights[layer, :, mine].to(block.values))
+                    for layer, block in zip(formed, g.blocks, strict=True)
+                ]
+                direction = part if direction is None else add_directions(direction, part)
+            assert direction is not None
+            for mine, g in self._placed(formed):
+                result[formed, :, mine] = _contractions(g, direction)
+        if by_pairs:
+            for mine, g in self._placed(by_pairs):
+                for theirs, h in self._placed(by_pairs):
+                    for layer, gram in zip(by_pairs, _grams(h, g), strict=True):
+                        result[layer, :, mine] += weights[layer, :, theirs] @ gram
+                        if theirs != mine:  # a pair of batches serves both
+                            result[layer, :, theirs] += weights[layer, :, mine] @ gram.T
+                    if theirs == mine:
+                        break
+        return result
+
+    def _placed(self, layers: list[int]) -> Iterator[tuple[slice, PerExampleGradients]]:
+        """Positions and gradients of some layers, batch by batch."""
+        start = 0
+        for g in self._train():
+            yield slice(start, start + len(g)), PerExampleGradients([g.blocks[i] for i in layers])
+            start += len(g)
 
     def _self_values(self, norms: Tensor) -> Tensor:
         """Each example with itself, ``(1, n)``."""
@@ -208,8 +263,3 @@ def _contractions(gradients: PerExampleGradients, direction: Direction) -> Tenso
     """Dot products with R directions layer by layer, ``(L, R, B)`` float64."""
     layers = zip(gradients.blocks, direction, strict=True)
     return torch.stack([block.contract(d).double() for block, d in layers])
-
-
-def _dense(gradients: PerExampleGradients) -> PerExampleGradients:
-    """The gradients formed in full, whatever their factors."""
-    return PerExampleGradients([in_full(block) for block in gradients.blocks])

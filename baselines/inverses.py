@@ -16,7 +16,7 @@ from baselines.arnoldi import RitzPairs
 from baselines.conjugate_gradients import solve_cg
 from baselines.lissa import Lissa
 from fine_bench.gradients.blocks.direction import Direction
-from fine_bench.gradients.curvature.products import CurvatureProducts, as_direction, as_rows
+from fine_bench.gradients.curvature.products import as_direction, as_rows
 from fine_bench.gradients.per_example import PerExampleGradients
 
 BLOCK_FLOATS = 2**24
@@ -146,7 +146,7 @@ class CGInverse(RowsInverse):
 
     def __init__(
         self,
-        products: CurvatureProducts,
+        products: Callable[[Tensor], Tensor],
         lam: float,
         tol: float,
         max_iter: int,

@@ -44,9 +44,12 @@ from torch import Tensor
 from baselines.tracin import gather
 from fine_bench.estimator import InfluenceEstimator, Schedule
 from fine_bench.gradients.blocks.direction import Direction, add_directions
+from fine_bench.gradients.blocks.linear import FactorBlock
+from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.curvature.ekfac import EKFAC, fit_ekfac
 from fine_bench.gradients.curvature.products import Roots, count_parameters
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import (
     check_weighting,
     query_groups,
@@ -92,6 +95,38 @@ def accumulated(eigenvalues: Tensor, time: float) -> Tensor:
     """(1 − exp(−τσ))/σ, and its limit τ at σ = 0; no digit is lost for small τσ."""
     safe = torch.where(eigenvalues > 0, eigenvalues, 1.0)
     return torch.where(eigenvalues > 0, -torch.expm1(-time * safe) / safe, time)
+
+
+def contract_sum(parts: Sequence[PerExampleGradients], direction: Direction) -> Tensor:
+    """Dot products of R directions with the sum of several gradients of B examples, ``(R, B)``.
+
+    Args:
+        parts: gradients of the same examples at several checkpoints.
+
+    Returns:
+        float64.
+    """
+    total: Tensor | None = None
+    layers = zip(*(part.blocks for part in parts), strict=True)
+    for blocks, d in zip(layers, direction, strict=True):
+        for block in summed(blocks):
+            term = block.contract(d).double()
+            total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+def summed(blocks: Sequence[Block]) -> Sequence[Block]:
+    """Blocks with the same sum for every example: one, where the kind of layer allows it.
+
+    Gradients of a linear layer are sums over positions already, so further checkpoints are further
+    positions.
+    """
+    factors = [block for block in blocks if type(block) is FactorBlock]
+    if len(factors) == len(blocks):
+        a = torch.cat([block.a for block in factors], 1)
+        return [factors[0].with_tensors(a, torch.cat([block.b for block in factors], 1))]
+    return blocks
 
 
 class SOURCE(InfluenceEstimator):
@@ -308,18 +343,22 @@ class SOURCE(InfluenceEstimator):
         only: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Scores of directions against the training examples (or ``only`` these), float64."""
-        total: Tensor | None = None
-        for segment, carried in zip(segments, self._carried(segments, direction), strict=True):
-            for checkpoint in segment.checkpoints:
-                self._at(checkpoint)
-                parts = []
-                for x, y in self._training() if only is None else [only]:
-                    parts.append(self.engine(x, y).contract(carried).double())
+        carried = self._carried(segments, direction)
+        columns = []
+        for x, y in self._training() if only is None else [only]:
+            total: Tensor | None = None
+            for segment, directions in zip(segments, carried, strict=True):
+                gradients = []
+                for checkpoint in segment.checkpoints:
+                    self._at(checkpoint)
+                    gradients.append(self.engine(x, y))
                     self.gradient_evaluations += len(x)
-                term = torch.cat(parts, 1) / len(segment.checkpoints)
+                # one product for the sum over a segment's checkpoints instead of one for each
+                term = contract_sum(gradients, directions) / len(gradients)
                 total = term if total is None else total + term
-        assert total is not None
-        return total
+            assert total is not None
+            columns.append(total)
+        return torch.cat(columns, 1)
 
     def _training(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _, x, y in self.problem.batches("train"):

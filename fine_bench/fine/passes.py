@@ -46,6 +46,7 @@ class QueryDirections:
     ) -> None:
         self.x, self.y = x, y
         self.groups = query_groups(y, reduce).to(y.device)
+        self.single = reduce is None
         # a single query's row is a test of its own: weights belong to means over queries
         self.weighting: QueryWeighting = None if reduce is None else weighting
         self.observable: Literal["margin", "loss"] | None = observable
@@ -87,6 +88,8 @@ class QueryDirections:
                 say_loss()
         queries = engine(self.x, self.y, self.observable)
         weights = metric.query_weights(queries, reference, self.weighting)
+        if self.single:
+            return metric.solve(queries.each(weights))
         return metric.solve(queries.weighted_sum(self.groups.to(weights) * weights))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fine_bench.gradients.blocks.direction import Direction
 from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.blocks.single_examples import contracted, single_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,15 @@ class PerExampleGradients:
 
     def contract(self, direction: Direction) -> Tensor:
         """Dot products with R directions, ``(R, B)``."""
-        return _total(x.contract(d) for x, d in zip(self.blocks, direction, strict=True))
+        return _total(contracted(x, d) for x, d in zip(self.blocks, direction, strict=True))
 
     def weighted_sum(self, weights: Tensor) -> Direction:
         """The directions Σ_i w_ri g_i for weights ``(R, B)``."""
         return [block.weighted_sum(weights) for block in self.blocks]
+
+    def each(self, weights: Tensor) -> Direction:
+        """One direction an example, w_i g_i for weights ``(B,)``: not formed where that is dear."""
+        return [single_examples(block, weights) for block in self.blocks]
 
 
 def stack_examples(

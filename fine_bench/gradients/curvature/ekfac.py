@@ -30,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_bench.gradients.blocks.direction import Direction
+from fine_bench.gradients.blocks.direction import BlockDirection, Direction
+from fine_bench.gradients.blocks.protocol import Block
+from fine_bench.gradients.blocks.single_examples import HeldDirection, SingleExamples
 
 # the kinds of curvature register themselves
 from fine_bench.gradients.curvature import ekfac_dense, ekfac_embedding, ekfac_linear  # noqa: F401
@@ -43,6 +45,30 @@ from fine_bench.gradients.curvature.block import (
 from fine_bench.gradients.curvature.products import Batches, Roots, root_gradients
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.per_example import PerExampleGradients
+
+
+class SolvedExamples(HeldDirection):
+    """(C + λ)⁻¹ times single examples' gradients of a layer, left in the eigenbasis.
+
+    Turning R of them back costs R O I (I + O); the gradients that they meet are turned instead, for
+    B (I² + O²).
+
+    Args:
+        curvature: C and λ; as they are now.
+        examples: the gradients.
+    """
+
+    def __init__(self, curvature: BlockCurvature[Any], examples: SingleExamples) -> None:
+        self._curvature, self._examples = copy(curvature), examples
+        self._prepared = curvature.prepare(examples.block)
+
+    def products(self, block: Block) -> Tensor:
+        """Dot products in the eigenbasis, ``(R, B)``."""
+        return self._curvature.view(block).contract(self._prepared)
+
+    def formed(self) -> BlockDirection:
+        """Turned back."""
+        return self._curvature.solve(self._examples.formed())
 
 
 @dataclass(eq=False)
@@ -114,7 +140,10 @@ class EKFAC:
 
     def solve(self, direction: Direction) -> Direction:
         """(C + λ)⁻¹ times directions in the model's own coordinates."""
-        return [mine.solve(d) for mine, d in zip(self.blocks, direction, strict=True)]
+        return [
+            SolvedExamples(mine, d) if isinstance(d, SingleExamples) else mine.solve(d)
+            for mine, d in zip(self.blocks, direction, strict=True)
+        ]
 
     def copy(self) -> EKFAC:
         """The same eigenvectors and eigenvalues, to be damped in its own way."""

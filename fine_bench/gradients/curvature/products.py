@@ -345,7 +345,7 @@ class CurvatureProducts:
         return sum_of_squares
 
 
-def curvature_matrix(products: CurvatureProducts, like: Tensor) -> Tensor:
+def curvature_matrix(products: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """C itself, ``(P, P)``, column by column from products with the unit vectors."""
     n_params = like.shape[1]
     result = like.new_empty(n_params, n_params)
