@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from baselines.arnoldi import RitzPairs, krylov_space
 from baselines.inverses import ArnoldiInverse, CGInverse, ExactInverse, Inverse, LissaInverse
 from baselines.lissa import Apply, Lissa
-from fine_bench.gradients.curvature.held_products import HeldProducts, has_held_products
 from fine_bench.gradients.curvature.products import (
     CURVATURES,
     Batches,
@@ -29,6 +28,7 @@ from fine_bench.gradients.curvature.products import (
     sum_of_squares_trace,
 )
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.held_products import HeldProducts, has_held_products
 from fine_bench.seeds import stream
 from fine_bench.types import Problem
 

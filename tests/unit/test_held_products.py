@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fine_bench.gradients.curvature.held_products as module
-from fine_bench.gradients.curvature.held_products import HeldProducts, has_held_products
+import fine_bench.gradients.held_products as module
 from fine_bench.gradients.curvature.products import Curvature, CurvatureProducts
+from fine_bench.gradients.held_products import HeldProducts, has_held_products
 from support.tensors import close
 
 N = 13

@@ -45,12 +45,12 @@ class HeldDirection(BlockDirection, ABC):
         return self.formed()
 
     @property
-    def weight(self) -> Tensor | None:  # type: ignore[override]
+    def weight(self) -> Tensor | None:
         """The weight's part of ``formed``."""
         return self._formed.weight
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:
         """The bias's part of ``formed``."""
         return self._formed.bias
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fine_bench.gradients.batch_products import BatchProduct, DenseProducts, is_dense
+from fine_bench.gradients.batch_products import BatchProduct, DenseProducts, Matrix, is_dense
 from fine_bench.gradients.curvature.products import Batches, Curvature
 from fine_bench.types import Loss
 
@@ -51,7 +51,7 @@ class HeldProducts:
     def __init__(
         self, model: nn.Module, loss: Loss, kind: Curvature, batches: Batches, n: int
     ) -> None:
-        matrix = "hessian" if kind == "hessian" else "gauss_newton"
+        matrix: Matrix = "hessian" if kind == "hessian" else "gauss_newton"
         self._of = DenseProducts(model, loss, matrix)
         self._params = [p.detach().clone() for p in model.parameters()]
         self._batches, self.n = batches, n
