@@ -96,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
         help="side that images are scaled to for the model (default: 32, smaller ones as they are)",
     )
     add_reading(
+        "--encoding",
+        metavar="NAME",
+        help="of a text file that is not UTF-8, for instance cp1252 (Windows), latin-1 or utf-16",
+    )
+    add_reading(
         "--encoder",
         metavar="FOLDER|NAME",
         help="for texts: a network in the hub's format, or a name of sentence-transformers "
@@ -193,8 +198,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _defaults(arguments: argparse.Namespace) -> None:
     """Of the form with ``--data``; what belongs to the other form is refused."""
-    for name in ("kind", "text", "id", "drop", "split", "image_size", "encoder", "probabilities",
-                 "no_mu", "check", "decisions", "no_page"):  # fmt: skip
+    for name in ("kind", "text", "id", "drop", "split", "image_size", "encoding", "encoder",
+                 "probabilities", "no_mu", "check", "decisions", "no_page"):  # fmt: skip
         if getattr(arguments, name):
             option = "--" + name.replace("_", "-")
             raise ConfigError(
@@ -214,6 +219,23 @@ def _defaults(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--model {arguments.model} does not go with --data, which takes {' or '.join(MODELS)}"
         )
+
+
+_OF_TRAINING = (
+    "trusted", "check", "model", "probabilities", "encoder", "no_mu", "no_page", "runs", "score",
+    "level", "seed", "epochs", "batch_size", "lr",
+)  # fmt: skip
+
+
+def _with_decisions(arguments: argparse.Namespace) -> None:
+    """Refuse what decisions would ignore."""
+    usual = parser()
+    for name in _OF_TRAINING:
+        if getattr(arguments, name) != usual.get_default(name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} does not go with --decisions, which trains nothing; "
+                "leave it out, and give it to the call after this one"
+            )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -242,6 +264,8 @@ def main(arguments: argparse.Namespace) -> int:
             raise ConfigError("name the data: fine-bench clean DATA; --help says what it can be")
         if arguments.all:
             raise ConfigError("--all goes with --data; ranking.csv holds every row")
+        if arguments.decisions is not None:
+            _with_decisions(arguments)
         folder.run(arguments, _pages)
         return common.DONE
     if arguments.folder_data is not None:

@@ -15,6 +15,7 @@ from fine_bench.commands.clean import main
 from fine_bench.errors import UserError
 from fine_bench.runner.clean import cleaning
 from fine_bench.runner.clean.decisions import apply, decisions_of
+from fine_bench.runner.clean.folder import default_folder
 from fine_bench.runner.clean.inputs.recognise import load
 
 FILES = {
@@ -211,6 +212,29 @@ def test_neither_data_nor_a_list_in_the_folder_are_replaced(
     assert (out / "trusted.txt").read_text() == ""
 
 
+def test_a_draw_of_other_data_is_not_trusted(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(home / "out" / "verify_first.csv", out)
+    other = rows()[0]
+    other["label"] = other["label"].map({"@plum": "apple", "apple": "@plum"})
+    other.to_csv(tmp_path / "other.csv", index=False)
+    (tmp_path / "d.csv").write_text("row,name,decision,label\n0,0,reject,\n")
+    call = ["--out", str(out), "--decisions", str(tmp_path / "d.csv")]
+    assert main([str(tmp_path / "other.csv"), *call]) == 2
+    assert "was drawn from other data: it names row" in " ".join(capsys.readouterr().err.split())
+    assert not (out / "cleaned.csv").exists()
+    assert main([str(home / "fruit.csv"), *call]) == 0
+
+
+def test_data_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    names = [str(default_folder(str(tmp_path / name))) for name in ("a", "a.csv", "a.jsonl")]
+    assert names == ["clean-a", "clean-a-csv", "clean-a-jsonl"]
+
+
 def test_a_draw_that_is_half_decided_is_trusted_up_to_its_first_gap(tmp_path: Path) -> None:
     items = load((np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2))
     drawn = pd.DataFrame({"row": [9, 4, 7, 2, 30]})
@@ -332,6 +356,11 @@ REFUSED = [
         "training diverged with --lr 1e+12; use a smaller",
     ),
     (["t.csv", "--out", "few.txt"], "--out few.txt is a file; name a folder"),
+    *(
+        (["t.csv", "--decisions", "t.csv", *options], f"{options[0]} does not go with --decisions")
+        for options in (["--trusted", "few.txt"], ["--check"], ["--model", "mlp"], ["--runs", "2"])
+    ),
+    (["t.csv", "--encoding", "hex"], "--encoding hex is no encoding of text"),
     (["t.csv", "--decisions", "t.csv"], "decisions have row, name, decision, label"),
 ]
 
@@ -349,7 +378,7 @@ def test_refusals(
     Path("few.txt").write_text("0\n1\n")
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "clean-t" / "ranking.csv").exists()
+    assert not list(tmp_path.glob("clean-*/ranking.csv"))
 
 
 def test_the_function_does_what_the_command_does(home: Path) -> None:

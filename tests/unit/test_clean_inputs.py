@@ -17,6 +17,7 @@ from fine_bench.data.views import ImageView, RowView, TextView
 from fine_bench.errors import UserError
 from fine_bench.runner.clean.features import encoded_table, features, neighbour_vectors, tf_idf
 from fine_bench.runner.clean.inputs.arrays import as_images
+from fine_bench.runner.clean.inputs.csv_files import CsvForm, csv_form
 from fine_bench.runner.clean.inputs.images import read_image_folder
 from fine_bench.runner.clean.inputs.items import Items
 from fine_bench.runner.clean.inputs.recognise import load
@@ -168,6 +169,63 @@ def test_texts_are_recognised(tmp_path: Path) -> None:
     assert not is_text(pd.Series([1.0] * 20))
 
 
+@pytest.mark.parametrize(
+    ("sign", "decimal", "said"),
+    [
+        (";", ",", "semicolons between its cells and decimal commas in its numbers"),
+        (";", ".", "semicolons between its cells"),
+        ("\t", ".", "tabs between its cells"),
+        ("|", ".", "bars between its cells"),
+    ],
+)
+def test_tables_as_spreadsheets_save_them(
+    tmp_path: Path, sign: str, decimal: str, said: str
+) -> None:
+    path = tmp_path / "t.csv"
+    rows = [["größe", "wort", "label"]]
+    rows += [[f"{k / 4:.2f}".replace(".", decimal), "ja, so" if k % 3 else '"a' + sign + 'b"',
+              "né" if k % 2 else "vu"] for k in range(40)]  # fmt: skip
+    text = "".join(sign.join(row) + "\n" for row in rows)
+    path.write_bytes(text.encode("cp1252"))
+    items = load(path, encoding="cp1252")
+    assert items.notes[0] == f"the file has {said}"
+    assert list(items.content.columns) == ["größe", "wort"]
+    assert items.content["größe"].tolist() == [k / 4 for k in range(40)]
+    assert items.classes == ["né", "vu"]
+    assert set(items.content["wort"]) == {"ja, so", f"a{sign}b".replace("\t", " ")}
+    # the copy is in the same form
+    copy = items.origin.write(tmp_path, [0, 1, 2], {0: "né"}).path
+    cells = [line.split(sign) for line in copy.read_text("cp1252").splitlines()]
+    assert [row[0] for row in cells] == ["größe", f"0{decimal}00", f"0{decimal}25", f"0{decimal}50"]
+    assert cells[1][-1] == "né"
+
+
+def test_commas_stay_commas(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("\ufeffa,label\n" + "1;2,u\n3;4,v\n" * 10)
+    assert csv_form(path) == CsvForm()
+    items = load(path)
+    assert items.notes == []
+    assert list(items.content.columns) == ["a"]
+    path.write_text("label\n" + "u\nv\n" * 10)  # one column
+    assert csv_form(path) == CsvForm()
+    path.write_text("a;label\n" + "1;u\n3;v;w\n" * 10)  # rows of several lengths
+    assert csv_form(path) == CsvForm()
+    path.write_text('a;label\n"1\n2";u\n' * 9000)  # cut within a cell
+    assert csv_form(path).separator == ";"
+
+
+def test_json_lines_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": f"{t} é", "label": k % 2}, ensure_ascii=False)
+             for k, t in enumerate(TEXTS)]  # fmt: skip
+    path.write_bytes("\n".join(lines).encode("utf-16"))
+    items = load(path, encoding="utf-16")
+    assert items.content[3] == f"{TEXTS[3]} é"
+    copy = items.origin.write(tmp_path, range(30), {0: 1}).path
+    assert read_table(copy, "utf-16")["label"].tolist()[:3] == [1, 1, 0]
+
+
 def test_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="the extra clean is not installed")
     path = tmp_path / "t.parquet"
@@ -266,6 +324,10 @@ def csv(text: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(text) and None
 
 
+def raw(content: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(content) and None
+
+
 HEAD, BODY = "a,b,label\n", "".join(f"{k},{k % 4},{'uv'[k % 2]}\n" for k in range(20))
 Y = np.arange(20) % 2
 
@@ -295,6 +357,16 @@ REFUSED: list[tuple[Any, Callable[[Path], None] | None, dict[str, Any], str]] = 
     (".", None, {"image_size": 3}, "--image-size 3 is out of range 8 … 256"),
     (".", None, {"label": "x"}, "--label names a column, but . is a folder of images"),
     (".", None, {}, "has no folders with .png or .jpg files"),
+    (
+        "d.csv",
+        raw(b"a,label\n1,u\n2,caf\xe9\n"),
+        {},
+        "d.csv, line 3, is not UTF-8 (byte 0xe9 at 17)",
+    ),
+    ("d.csv", raw(b"\xff\xfea\0"), {}, "it begins as utf-16 does, so add --encoding utf-16"),
+    ("d.jsonl", raw(b'{"a": "\xe9"}'), {}, "d.jsonl, line 1, is not UTF-8 (byte 0xe9 at 7); name"),
+    ("d.csv", csv(HEAD + BODY), {"encoding": "klingon"}, "--encoding klingon is no encoding of"),
+    ("d.npz", npz(x=np.zeros((20, 2)), y=Y), {"encoding": "latin-1"}, "goes with .csv and .jsonl"),
     ("d.csv", csv(""), {}, "cannot be read as a csv table"),
     ("d.csv", csv(HEAD), {}, "d.csv holds no rows"),
     ("d.csv", csv(HEAD + BODY), {"label": "labl"}, "no column 'labl' (--label); did you mean"),
@@ -351,6 +423,11 @@ def test_refusals(
     with pytest.raises(UserError) as refused:
         load(data, **options)
     assert message in str(refused.value)
+
+
+def test_an_option_of_another_name() -> None:
+    with pytest.raises(TypeError, match="no option 'lable'; there are kind, label, text"):
+        load(table(), lable="kind")  # type: ignore[call-arg]
 
 
 def items_of_table() -> Items:

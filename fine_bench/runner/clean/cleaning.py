@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from fine_bench.metrics.error_rate import Flags, flag
 from fine_bench.runner.clean import check as checking
 from fine_bench.runner.clean.features import features
 from fine_bench.runner.clean.halves_store import HalvesStore, key_of
-from fine_bench.runner.clean.inputs.items import Items, Kind
+from fine_bench.runner.clean.inputs.items import Items, Reading
 from fine_bench.runner.clean.inputs.recognise import load
 from fine_bench.runner.clean.inputs.trusted import trusted_items, without_trusted
 from fine_bench.runner.clean.issues import cleanlab_summary, find_issues
@@ -91,13 +91,6 @@ class Cleaning:
 def clean(
     data: Any,
     *,
-    kind: Kind | None = None,
-    label: str | None = None,
-    text: str | None = None,
-    name: str | None = None,
-    drop: Sequence[str] = (),
-    split: str | None = None,
-    image_size: int | None = None,
     encoder: str | None = None,
     trusted: Any = None,
     level: float = 0.1,
@@ -114,13 +107,13 @@ def clean(
     folder: Path | None = None,
     read: Callable[[Items], None] = lambda items: None,
     advance: Advance = lambda what, done, total: None,
+    **reading: Unpack[Reading],
 ) -> Cleaning:
     """Find rows whose labels are likely wrong, how often that repeats, and at which error rate.
 
     Args:
         data: a path, a pandas ``DataFrame``, a ``Dataset`` of ``datasets``, or ``(x, y)``; see
-            ``inputs.recognise.load``, also for ``kind``, ``label``, ``text``, ``name``, ``drop``,
-            ``split`` and ``image_size``.
+            ``inputs.recognise.load``.
         encoder: for texts: a folder in the hub's format, or a name of ``sentence-transformers``.
         trusted: rows that were drawn at random and found right: a file, a column, or rows.
         level: share of flags to accept, on average, that are wrong, or that another run would not
@@ -137,15 +130,13 @@ def clean(
         folder: where finished halves are kept; nowhere without.
         read: told the items once they are read.
         advance: told how far it is.
+        reading: ``kind``, ``label``, ``text``, … of ``inputs.items.Reading``.
 
     Raises:
         UserError: whatever does not fit, with what to type instead.
     """
     _check_options(level, runs, score, seed, epochs, batch_size, lr)
-    items = load(
-        data, kind=kind, label=label, text=text, name=name, drop=drop, split=split,
-        image_size=image_size,
-    )  # fmt: skip
+    items = load(data, **reading)
     read(items)
     mask = None if trusted is None else trusted_items(items, trusted)
     items = without_trusted(items, trusted)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.error_rate import Mask, trusted_mask
-
-_TRUE = {"true", "t", "yes", "y", "1", "1.0"}
-_FALSE = {"false", "f", "no", "n", "0", "0.0"}
+from fine_bench.runner.clean.inputs.arrays import read_npz
+from fine_bench.runner.clean.inputs.csv_files import read_csv
+from fine_bench.runner.clean.inputs.trusted import trusted_column
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +87,6 @@ def read(data: Path, trusted: str, label: str | None) -> LabelledData:
     )
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, where the error has no words of its own too."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
 def _require_rows(n: int, path: Path) -> None:
     if n < 2:
         raise DataError(f"{path} holds {n} row(s); there is nothing to compare")
@@ -126,22 +121,7 @@ def standardise(x: NDArray[Any]) -> Tensor:
 
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
-    how = "write it with numpy.savez(path, x=features, y=labels)"
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not {"x", "y"} <= set(archive.files):
-                raise DataError(
-                    f"{path} holds the arrays {', '.join(archive.files) or 'none'}, but x and y "
-                    f"are needed; {how}"
-                )
-            x, y = archive["x"], archive["y"]
-    except DataError:
-        raise
-    except Exception as error:  # a damaged archive fails in zlib, tokenize, struct, memory, …
-        raise DataError(
-            f"{path} cannot be read as plain arrays ({_reason(error)}); {how}, without objects "
-            "among them"
-        ) from error
+    x, y = read_npz(path)
     if x.dtype.kind not in "fiu" or x.ndim < 2:
         raise DataError(
             f"x of {path} must be numbers of shape (n, …), got {x.dtype} of shape {x.shape}; a "
@@ -167,10 +147,7 @@ def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _read_csv(path: Path, trusted: str, label: str | None) -> tuple[NDArray[Any], Any, Mask]:
-    try:
-        table = pd.read_csv(path)
-    except Exception as error:  # whatever a damaged file sets off in pandas
-        raise DataError(f"{path} cannot be read as a csv table ({_reason(error)})") from error
+    table = read_csv(path)
     columns = [str(c) for c in table.columns]
     table.columns = pd.Index(columns)
     if label is None:
@@ -224,22 +201,6 @@ def _read_csv(path: Path, trusted: str, label: str | None) -> tuple[NDArray[Any]
 
 
 # ------------------------------------------------------------------------------------- trusted
-
-
-def trusted_column(column: pd.Series[Any], where: object) -> Mask:
-    """A true/false column as a mask, one entry a row.
-
-    Raises:
-        DataError: something else stands in it.
-    """
-    words = column.astype(str).str.strip().str.lower()
-    unknown = ~words.isin(_TRUE | _FALSE)
-    if unknown.any():
-        raise DataError(
-            f"the column {column.name!r} of {where} must be true or false everywhere, got "
-            f"{words[unknown].iloc[0]!r} in row {int(unknown.argmax())} (rows count from 0)"
-        )
-    return np.asarray(words.isin(_TRUE).to_numpy(dtype=np.bool_), dtype=np.bool_)
 
 
 def _trusted_from_file(name: str, n: int, otherwise: str) -> Mask:

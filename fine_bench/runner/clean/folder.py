@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.terminal import say
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fine_bench.runner.clean.cleaning import Cleaning
-    from fine_bench.runner.clean.inputs.items import Items
+    from fine_bench.runner.clean.inputs.items import Items, Reading
 
 RANKING, ISSUES, LEFT_OUT, SUMMARY = "ranking.csv", "issues.csv", "left_out.csv", "summary.md"
 VERIFY, PAGE, VERIFY_PAGE = "verify_first.csv", "review.html", "verify_first.html"
@@ -26,8 +28,12 @@ SHOWN = 10
 
 
 def default_folder(data: str) -> Path:
-    """``clean-NAME`` beside where the command is called."""
-    return Path(f"clean-{Path(data).expanduser().resolve().stem}")
+    """``clean-NAME`` beside where the command is called; of a file with its form, as ``a-csv``.
+
+    So data of one name and two forms do not share a folder.
+    """
+    path = Path(data).expanduser().resolve()
+    return Path(f"clean-{path.name if path.is_dir() else path.name.replace('.', '-')}")
 
 
 Pages: TypeAlias = Callable[[str, Path, "Cleaning", bool], list[str]]
@@ -83,8 +89,7 @@ def _check_folder(folder: Path, names: list[str], force: bool) -> None:
         check_output(folder / name, force)
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the data are read."""
+def _options(arguments: argparse.Namespace) -> Reading:
     return {
         "kind": arguments.kind,
         "label": arguments.label,
@@ -93,6 +98,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         "drop": arguments.drop,
         "split": arguments.split,
         "image_size": arguments.image_size,
+        "encoding": arguments.encoding,
     }
 
 
@@ -272,6 +278,25 @@ def _lines(arguments: argparse.Namespace, data: str, folder: Path, found: Cleani
 # --------------------------------------------------------------------------------- decisions
 
 
+def _check_draw(drawn: pd.DataFrame, items: Items, path: Path) -> None:
+    """Refuse the draw of other data: its rows would be trusted here."""
+    from fine_bench.store.spreadsheet import cell
+
+    known = dict(zip(items.rows.tolist(), zip(items.names, items.labels, strict=True), strict=True))
+    for row, name, label in zip(drawn["row"], drawn["name"], drawn["label"], strict=True):
+        here = known.get(int(row))
+        # cells that a spreadsheet would take for formulas are marked
+        if here is None or any(
+            given not in (str(one), cell(str(one)))
+            for given, one in zip((name, label), here, strict=True)
+        ):
+            raise DataError(
+                f"{path} was drawn from other data: it names row {row} ({name}, {label}), "
+                + ("which is no usable row here" if here is None else f"here {here[0]}, {here[1]}")
+                + "; name the folder of these data with --out"
+            )
+
+
 def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
     import pandas as pd
 
@@ -284,13 +309,14 @@ def _decide(arguments: argparse.Namespace, data: str, folder: Path) -> None:
     drawn = None
     if (folder / VERIFY).is_file():
         try:
-            drawn = pd.read_csv(folder / VERIFY)
-            drawn["row"].astype(int)
+            drawn = pd.read_csv(folder / VERIFY, dtype=str, keep_default_na=False)
+            drawn = drawn[["row", "name", "label"]].astype({"row": int})
         except Exception as error:
             raise DataError(
                 f"{folder / VERIFY} cannot be read ({type(error).__name__}: {error}); run "
                 f"`fine-bench clean {data} --out {folder} --force` again"
             ) from error
+        _check_draw(drawn, items, folder / VERIFY)
     make_folder(folder)
     names = (*COPIES, *((TRUSTED, TRUSTED_CLEANED) if drawn is not None else ()))
     there = [folder / name for name in names if (folder / name).exists()]

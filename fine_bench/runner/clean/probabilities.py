@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fine_bench.errors import DataError
+from fine_bench.runner.clean.inputs.csv_files import read_csv
 from fine_bench.runner.clean.inputs.items import Items, reason_of
 from fine_bench.runner.clean.inputs.tables import named
 from fine_bench.runner.clean.training import Floats, Run
@@ -44,9 +45,7 @@ def given_runs(items: Items, given: Sequence[Any]) -> list[Run]:
 def _read(path: Path, items: Items) -> Any:
     try:
         if path.suffix.lower() == ".csv":
-            import pandas as pd
-
-            table = named(pd.read_csv(path), path)
+            table = named(read_csv(path), path)
             lost = [str(c) for c in items.classes if str(c) not in table.columns]
             if lost:
                 raise DataError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fine_bench.data.views import ImageView, RowView, View
 from fine_bench.errors import ConfigError, DataError
+from fine_bench.runner.clean.inputs.csv_files import read_text
 from fine_bench.runner.clean.inputs.images import png
 from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, Written, finish, reason_of
 
@@ -126,43 +127,54 @@ def _whole(y: NDArray[Any]) -> bool:
     return y.dtype.kind == "f" and bool(np.isfinite(y).all() and (y == np.round(y)).all())
 
 
-def read_arrays(path: Path, label: str | None, kind: Kind | None = None) -> Items:
+def read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The arrays x and y of an archive, whatever they hold; nothing is unpickled.
+
+    Raises:
+        DataError: a damaged file, or one of the arrays is not there.
+    """
+    how = "write it with numpy.savez(path, x=features, y=labels)"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = sorted(archive.files)
+            if not {"x", "y"} <= set(found):
+                raise DataError(
+                    f"{path} holds the arrays {', '.join(found) or 'none'}, but x and y are "
+                    f"needed; {how}"
+                )
+            return archive["x"], archive["y"]
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive fails in zlib, tokenize, struct, memory, …
+        raise DataError(
+            f"{path} cannot be read as plain arrays ({reason_of(error)}); {how}, without objects "
+            "among them"
+        ) from error
+
+
+def read_arrays(
+    path: Path, label: str | None, kind: Kind | None = None, encoding: str | None = None
+) -> Items:
     """Read ``.npz`` (x and y), or ``.npy`` with the labels in the file ``label``.
 
     Raises:
         ConfigError: ``label`` does not go with the file.
         DataError: a damaged file or other arrays.
     """
-    how = "write it with numpy.savez(path, x=features, y=labels)"
     if path.suffix.lower() == ".npz":
         if label is not None:
             raise ConfigError(
                 f"--label {label} goes with tables, but {path} is a .npz, whose labels are its "
                 "array y; leave --label out"
             )
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                found = sorted(archive.files)
-                if not {"x", "y"} <= set(found):
-                    raise DataError(
-                        f"{path} holds the arrays {', '.join(found) or 'none'}, but x and y are "
-                        f"needed; {how}"
-                    )
-                x, y = archive["x"], archive["y"]
-        except DataError:
-            raise
-        except Exception as error:  # a damaged archive fails in zlib, tokenize, struct, memory, …
-            raise DataError(
-                f"{path} cannot be read as plain arrays ({reason_of(error)}); {how}, without "
-                "objects among them"
-            ) from error
+        x, y = read_npz(path)
         return array_items(x, y, where=str(path), kind=kind)
     if label is None:
         raise ConfigError(
             f"{path} holds no labels; name a file of them with --label FILE: .npy, or text with "
             "one label a line"
         )
-    return array_items(_npy(path), _label_file(Path(label)), where=str(path), kind=kind)
+    return array_items(_npy(path), _label_file(Path(label), encoding), where=str(path), kind=kind)
 
 
 def _npy(path: Path) -> NDArray[Any]:
@@ -176,7 +188,7 @@ def _npy(path: Path) -> NDArray[Any]:
     return np.asarray(found)
 
 
-def _label_file(path: Path) -> NDArray[Any]:
+def _label_file(path: Path, encoding: str | None) -> NDArray[Any]:
     if not path.is_file():
         raise ConfigError(
             f"--label {path} is not a file; .npy arrays need one: .npy, or text with one label a "
@@ -184,11 +196,7 @@ def _label_file(path: Path) -> NDArray[Any]:
         )
     if path.suffix.lower() == ".npy":
         return _npy(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text ({error})") from error
-    return np.array([line.strip() for line in lines])
+    return np.array([line.strip() for line in read_text(path, encoding).splitlines()])
 
 
-__all__ = ["SUFFIXES", "array_items", "as_images", "read_arrays"]
+__all__ = ["SUFFIXES", "array_items", "as_images", "read_arrays", "read_npz"]

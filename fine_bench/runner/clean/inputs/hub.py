@@ -13,7 +13,7 @@ from fine_bench.data.views import View
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner.clean.inputs import tables
 from fine_bench.runner.clean.inputs.arrays import array_items
-from fine_bench.runner.clean.inputs.items import Items, Kind, LeftOut, Written, finish, reason_of
+from fine_bench.runner.clean.inputs.items import Items, LeftOut, Reading, Written, finish, reason_of
 
 MARKS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -50,7 +50,7 @@ class _Saved:
         return Written(copy, keep)
 
 
-def read_saved_dataset(folder: Path, split: str | None, **options: Any) -> Items:
+def read_saved_dataset(folder: Path, how: Reading) -> Items:
     """A folder that ``datasets`` wrote; see ``dataset_items`` for the options.
 
     Raises:
@@ -64,20 +64,10 @@ def read_saved_dataset(folder: Path, split: str | None, **options: Any) -> Items
         found = library.load_from_disk(str(folder))
     except Exception as error:  # whatever a damaged folder sets off in it
         raise DataError(f"{folder} cannot be read ({reason_of(error)}); save it anew") from error
-    return dataset_items(found, where=str(folder), split=split, **options)
+    return dataset_items(found, how, where=str(folder))
 
 
-def dataset_items(
-    dataset: Any,
-    *,
-    where: str,
-    split: str | None = None,
-    kind: Kind | None = None,
-    label: str | None = None,
-    text: str | None = None,
-    name: str | None = None,
-    drop: Sequence[str] = (),
-) -> Items:
+def dataset_items(dataset: Any, how: Reading, *, where: str) -> Items:
     """A ``Dataset``, or one split of a ``DatasetDict``, as items.
 
     A column of images makes images, one of text texts, others a table; numbers of a ``ClassLabel``
@@ -85,14 +75,14 @@ def dataset_items(
 
     Args:
         dataset: of the library.
+        how: as ``tables.table_items``, and ``split``.
         where: for messages.
-        split: of a ``DatasetDict``; ``train`` without, if it has one.
-        kind, label, text, name, drop: as ``tables.table_items``.
 
     Raises:
         ConfigError: an unknown split or column.
         DataError: nothing that can be used.
     """
+    split = how.get("split")
     if isinstance(dataset, dict):
         chosen = split or ("train" if "train" in dataset else next(iter(dataset), None))
         if chosen not in dataset:
@@ -101,7 +91,7 @@ def dataset_items(
     elif split is not None:
         raise ConfigError(f"{where} has no splits; leave --split out")
     head = tables.named(pd.DataFrame(columns=dataset.column_names, index=[0]), where)
-    label = tables.label_column(head, label, where)
+    label = tables.label_column(head, how.get("label"), where)
     feature = dataset.features[label]
     if hasattr(feature, "int2str"):
         labels = [
@@ -111,15 +101,12 @@ def dataset_items(
     else:
         labels = list(dataset[label])
     pictures = [c for c in dataset.column_names if type(dataset.features[c]).__name__ == "Image"]
-    if pictures and kind in (None, "images"):
+    if pictures and how.get("kind") in (None, "images"):
         items = _images(dataset, pictures[0], labels, where)
     else:
         frame = dataset.remove_columns([*pictures, label]).to_pandas()
         frame[label] = labels
-        items = tables.table_items(
-            tables.named(frame, where), where=where, kind=kind, label=label, text=text, name=name,
-            drop=drop,
-        )  # fmt: skip
+        items = tables.table_items(tables.named(frame, where), {**how, "label": label}, where=where)
     return Items(
         items.kind, items.what, items.content, items.rows, items.names, items.y, items.classes,
         _Saved(dataset, label, items), items.n_source, items.left_out, items.notes,

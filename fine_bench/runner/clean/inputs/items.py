@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,30 @@ Kind: TypeAlias = Literal["images", "table", "text", "arrays"]
 KINDS: tuple[Kind, ...] = ("images", "table", "text", "arrays")
 NAMED = 5
 """How many rows or files a sentence names before it says how many more there are."""
+
+
+class Reading(TypedDict, total=False):
+    """How data are read; what is left out is recognised, or said to be needed.
+
+    Keys:
+        kind: what the rows are.
+        label: column of the labels; for ``.npy`` the file of the labels.
+        text: column of the texts.
+        name: column that names the rows; their positions do without.
+        drop: columns that the model must not see.
+        split: of a ``DatasetDict``; ``train`` without, if it has one.
+        image_size: side that images are scaled to for the model.
+        encoding: of a text file, UTF-8 without.
+    """
+
+    kind: Kind | None
+    label: str | None
+    text: str | None
+    name: str | None
+    drop: Sequence[str]
+    split: str | None
+    image_size: int | None
+    encoding: str | None
 
 
 @dataclass(frozen=True)

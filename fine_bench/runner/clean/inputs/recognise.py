@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.runner.clean.inputs import arrays, hub, images, tables
-from fine_bench.runner.clean.inputs.items import KINDS, Items, Kind
+from fine_bench.runner.clean.inputs.items import KINDS, Items, Kind, Reading
 
 FORMS = (
     "a folder of images by class, a .csv, .parquet or .jsonl table, .npz or .npy arrays, or a "
@@ -18,48 +18,41 @@ FORMS = (
 )
 
 
-def load(
-    data: Any,
-    *,
-    kind: Kind | None = None,
-    label: str | None = None,
-    text: str | None = None,
-    name: str | None = None,
-    drop: Sequence[str] = (),
-    split: str | None = None,
-    image_size: int | None = None,
-) -> Items:
+def load(data: Any, **how: Unpack[Reading]) -> Items:
     """Read data of any of the forms.
 
     Args:
         data: a path, a pandas ``DataFrame``, a ``Dataset`` or ``DatasetDict`` of ``datasets``, or
             ``(x, y)``.
-        kind: what the rows are; None recognises it.
-        label: column of the labels; for ``.npy`` the file of the labels.
-        text: column of the texts.
-        name: column that names the rows.
-        drop: columns that the model must not see.
-        split: of a ``DatasetDict``.
-        image_size: side that images are scaled to for the model.
+        how: see ``items.Reading``.
 
     Raises:
         ConfigError: options that do not fit the data.
         DataError: data that are missing, damaged or of no known form.
+        TypeError: an option of another name.
     """
+    odd = sorted(set(how) - set(Reading.__annotations__))
+    if odd:
+        raise TypeError(f"no option {odd[0]!r}; there are {', '.join(Reading.__annotations__)}")
+    kind, label = how.get("kind"), how.get("label")
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"--kind {kind} is unknown; it is one of {', '.join(KINDS)}")
-    columns = {"label": label, "text": text, "name": name, "drop": drop}
+    if how.get("encoding") is not None and not _is_text(data):
+        raise ConfigError(
+            f"--encoding {how['encoding']} goes with .csv and .jsonl files, and with the labels of "
+            "a .npy; leave it out"
+        )
     if isinstance(data, pd.DataFrame):
         _only(kind, ("table", "text"), "a data frame")
         frame = tables.named(data, "the data frame")
-        return tables.table_items(frame, where="the data frame", kind=kind, **columns)  # type: ignore[arg-type]
+        return tables.table_items(frame, how, where="the data frame")
     if isinstance(data, tuple):
         if len(data) != 2:
             raise ConfigError(f"(x, y) must be two arrays, got {len(data)} things")
         _only(kind, ("arrays", "images"), "a pair of arrays")
         return arrays.array_items(*data, where="(x, y)", kind=kind)
     if hasattr(data, "column_names"):
-        return hub.dataset_items(data, where="the data set", split=split, kind=kind, **columns)  # type: ignore[arg-type]
+        return hub.dataset_items(data, how, where="the data set")
     try:
         path = Path(data).expanduser()
         there = path.exists()
@@ -67,22 +60,22 @@ def load(
         raise ConfigError(f"{data!r:.60} is no data; give {FORMS}") from error
     if not there:
         raise DataError(f"{path} is not there; check the path")
-    _unused(path, split=split, image_size=image_size)
+    _unused(path, split=how.get("split"), image_size=how.get("image_size"))
     if path.is_dir():
         if hub.is_saved_dataset(path):
-            return hub.read_saved_dataset(path, split, kind=kind, **columns)
+            return hub.read_saved_dataset(path, how)
         _only(kind, ("images",), f"the folder {path}")
-        _no_columns(path, "a folder of images", **columns)
-        return images.read_image_folder(path, image_size)
+        _no_columns(path, "a folder of images", how, ("label", "text", "name", "drop"))
+        return images.read_image_folder(path, how.get("image_size"))
     suffix = path.suffix.lower()
     if suffix in tables.SUFFIXES:
         _only(kind, ("table", "text"), str(path))
-        frame = tables.read_table(path)
-        return tables.table_items(frame, where=str(path), path=path, kind=kind, **columns)  # type: ignore[arg-type]
+        frame = tables.read_table(path, how.get("encoding"))
+        return tables.table_items(frame, how, where=str(path), path=path)
     if suffix in arrays.SUFFIXES:
         _only(kind, ("arrays", "images"), str(path))
-        _no_columns(path, "a file of arrays", text=text, name=name, drop=drop)
-        return arrays.read_arrays(path, label, kind)
+        _no_columns(path, "a file of arrays", how, ("text", "name", "drop"))
+        return arrays.read_arrays(path, label, kind, how.get("encoding"))
     raise DataError(f"{path} is of no known form; give {FORMS}")
 
 
@@ -93,11 +86,15 @@ def _only(kind: Kind | None, possible: Sequence[Kind], where: str) -> None:
         )
 
 
-def _no_columns(path: Path, what: str, **given: Any) -> None:
-    options = {"label": "--label", "text": "--text", "name": "--id", "drop": "--drop"}
-    for key, value in given.items():
-        if value:
-            raise ConfigError(f"{options[key]} names a column, but {path} is {what}; leave it out")
+def _is_text(data: Any) -> bool:
+    return isinstance(data, str | Path) and Path(data).suffix.lower() in (".csv", ".jsonl", ".npy")
+
+
+def _no_columns(path: Path, what: str, how: Reading, names: Sequence[str]) -> None:
+    for name in names:
+        if how.get(name):
+            option = "--id" if name == "name" else f"--{name}"
+            raise ConfigError(f"{option} names a column, but {path} is {what}; leave it out")
 
 
 def _unused(path: Path, *, split: str | None, image_size: int | None) -> None:

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from fine_bench.data.views import RowView, TextView, View
-from fine_bench.errors import ConfigError, DataError
+from fine_bench.errors import ConfigError, DataError, UserError
+from fine_bench.runner.clean.inputs import csv_files
 from fine_bench.runner.clean.inputs.items import (
     Items,
-    Kind,
     LeftOut,
+    Reading,
     Written,
     finish,
     reason_of,
@@ -32,8 +33,12 @@ _WORDS = 4
 """A column is text when half of its values have as many words and most of them differ."""
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path, encoding: str | None = None) -> pd.DataFrame:
     """A file as a data frame, its columns named by text.
+
+    Args:
+        path: of a form of ``SUFFIXES``.
+        encoding: of text; UTF-8 for None.
 
     Raises:
         ConfigError: Parquet without the package that reads it.
@@ -44,12 +49,12 @@ def read_table(path: Path) -> pd.DataFrame:
         require("pyarrow", f"{path} is Parquet", "fine_bench[clean]")
     try:
         if suffix == ".csv":
-            table = pd.read_csv(path)
+            table = csv_files.read_csv(path, encoding)
         elif suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = _read_lines(path)
-    except DataError:
+            table = _read_lines(path, encoding)
+    except UserError:
         raise
     except Exception as error:  # whatever a damaged file sets off below
         raise DataError(
@@ -96,14 +101,14 @@ def require(package: str, because: str, extra: str) -> Any:
         ) from error
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, encoding: str | None) -> list[str]:
     # not splitlines: a text may hold other signs that end a line, such as U+2028
-    return path.read_text(encoding="utf-8-sig").split("\n")
+    return [line.removesuffix("\r") for line in csv_files.read_text(path, encoding).split("\n")]
 
 
-def _read_lines(path: Path) -> pd.DataFrame:
+def _read_lines(path: Path, encoding: str | None) -> pd.DataFrame:
     rows = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_lines(path, encoding), start=1):
         if not line.strip():
             continue
         try:
@@ -198,8 +203,10 @@ class _Rows:
         label: str,
         text: str | None,
         classes: Mapping[int, Any],
+        encoding: str | None = None,
     ) -> None:
         self.table, self.path, self.label, self.text = table, path, label, text
+        self.encoding = encoding
         self.classes = classes
 
     def _as_given(self, given: Sequence[Any], labels: Mapping[int, Any]) -> dict[int, Any]:
@@ -214,19 +221,22 @@ class _Rows:
         return RowView({str(name): value for name, value in cells.items()})
 
     def write(self, folder: Path, keep: Sequence[int], labels: Mapping[int, Any]) -> Written:
+        form = csv_files.CsvForm()
         suffix = ".csv" if self.path is None else self.path.suffix.lower()
         copy = folder / f"cleaned{suffix}"
         if self.path is not None and suffix == ".jsonl":
-            lines = [line for line in _lines(self.path) if line.strip()]
+            lines = [line for line in _lines(self.path, self.encoding) if line.strip()]
             found = [json.loads(line) for line in lines]
             given = self._as_given([one.get(self.label) for one in found], labels)
             for row, label in given.items():
                 lines[row] = json.dumps({**found[row], self.label: label}, ensure_ascii=False)
-            copy.write_text("".join(f"{lines[row]}\n" for row in keep), encoding="utf-8")
+            text = "".join(f"{lines[row]}\n" for row in keep)
+            copy.write_bytes(text.encode(self.encoding or csv_files.UTF_8))
             return Written(copy, keep)
         if self.path is not None and suffix == ".csv":
-            table = pd.read_csv(self.path, dtype=str, keep_default_na=False)
+            table = csv_files.verbatim(self.path, self.encoding)
             table.columns = self.table.columns
+            form = csv_files.csv_form(self.path, self.encoding)
         else:
             table = self.table.copy()
         column = table[self.label].astype(object)
@@ -239,37 +249,30 @@ class _Rows:
             table.to_parquet(out, index=False)
             copy.write_bytes(out.getvalue())
         else:
-            table.to_csv(copy, index=False, lineterminator="\n")
+            table.to_csv(
+                copy, sep=form.separator, index=False, lineterminator="\n", encoding=form.encoding
+            )
         return Written(copy, keep)
 
 
 def table_items(
-    table: pd.DataFrame,
-    *,
-    where: str,
-    path: Path | None = None,
-    kind: Kind | None = None,
-    label: str | None = None,
-    text: str | None = None,
-    name: str | None = None,
-    drop: Sequence[str] = (),
+    table: pd.DataFrame, how: Reading, *, where: str, path: Path | None = None
 ) -> Items:
     """Rows of a table as items: texts if a column holds sentences, else numbers and categories.
 
     Args:
         table: all of it, its columns named by text.
+        how: ``kind`` may be ``"text"`` or ``"table"``; without, the columns decide. ``label`` and
+            ``text`` are found by their names or contents without.
         where: for messages.
         path: the file that it came from.
-        kind: ``"text"`` or ``"table"``; None decides by the columns.
-        label, text: columns; found by their names or contents without.
-        name: column that names the rows; their positions do without.
-        drop: columns that the model must not see.
 
     Raises:
         ConfigError: options that do not fit the columns.
         DataError: nothing that can be used.
     """
-    label = label_column(table, label, where)
+    kind, text, name, drop = how.get("kind"), how.get("text"), how.get("name"), how.get("drop", ())
+    label = label_column(table, how.get("label"), where)
     if name is not None:
         find_column(table, name, "--id", where)
     for column in drop:
@@ -294,7 +297,8 @@ def table_items(
         missing |= labels.astype(str).str.strip() == ""
     names = table[name].astype(str).tolist() if name else [str(row) for row in range(len(table))]
     absent = np.flatnonzero(missing.to_numpy()).tolist()
-    words = _words_for_none(path, table.columns.get_loc(label)) if absent else None
+    encoding = how.get("encoding")
+    words = _words_for_none(path, encoding, table.columns.get_loc(label)) if absent else None
     left_out = [
         LeftOut(
             row,
@@ -306,7 +310,7 @@ def table_items(
         for row in absent
     ]
     usable = ~missing.to_numpy()
-    notes: list[str] = []
+    notes = _form_notes(path, encoding)
     features: pd.DataFrame | None = None
     if chosen is not None:
         texts = table[chosen].where(table[chosen].notna(), "").astype(str)
@@ -315,7 +319,8 @@ def table_items(
             left_out.append(LeftOut(int(row), names[row], f"no word in {chosen}"))
         usable &= ~empty
     else:
-        features, notes = usable_columns(table.drop(columns=unseen), where)
+        features, more = usable_columns(table.drop(columns=unseen), where)
+        notes += more
     rows = np.flatnonzero(usable)
     given = labels.iloc[rows]
     whole = given.dtype.kind == "f" and bool(
@@ -338,7 +343,7 @@ def table_items(
         content,
         values,
         [names[row] for row in rows],
-        _Rows(table, path, label, chosen, dict(zip(rows.tolist(), values, strict=True))),
+        _Rows(table, path, label, chosen, dict(zip(rows.tolist(), values, strict=True)), encoding),
         where=where,
         rows=rows.tolist(),
         n_source=len(table),
@@ -348,11 +353,17 @@ def table_items(
     )
 
 
-def _words_for_none(path: Path | None, column: Any) -> list[str] | None:
+def _form_notes(path: Path | None, encoding: str | None) -> list[str]:
+    if path is None or path.suffix.lower() != ".csv":
+        return []
+    return csv_files.csv_form(path, encoding).notes
+
+
+def _words_for_none(path: Path | None, encoding: str | None, column: Any) -> list[str] | None:
     """What a CSV says in a column, NA and None included; None for other forms."""
     if path is None or path.suffix.lower() != ".csv":
         return None
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False).iloc[:, column]
+    cells = csv_files.verbatim(path, encoding).iloc[:, column]
     return [str(cell).strip() for cell in cells]
 
 

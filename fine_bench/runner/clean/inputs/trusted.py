@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.metrics.error_rate import Mask
-from fine_bench.runner.clean.data_files import trusted_column
 from fine_bench.runner.clean.inputs.items import Items, some
 
+_TRUE = {"true", "t", "yes", "y", "1", "1.0"}
+_FALSE = {"false", "f", "no", "n", "0", "0.0"}
 _HOW = "a text file of rows, counted from 0, or of names, one a line"
 
 
@@ -67,6 +69,22 @@ def without_trusted(items: Items, given: Any) -> Items:
         )
     notes = [*items.notes, f"the column {column} says which rows are trusted and was not used"]
     return replace(items, content=items.content.drop(columns=column), notes=notes)
+
+
+def trusted_column(column: pd.Series[Any], where: object) -> Mask:
+    """A true/false column as a mask, one entry a row.
+
+    Raises:
+        DataError: something else stands in it.
+    """
+    words = column.astype(str).str.strip().str.lower()
+    unknown = ~words.isin(_TRUE | _FALSE)
+    if unknown.any():
+        raise DataError(
+            f"the column {column.name!r} of {where} must be true or false everywhere, got "
+            f"{words[unknown].iloc[0]!r} in row {int(unknown.argmax())} (rows count from 0)"
+        )
+    return np.asarray(words.isin(_TRUE).to_numpy(dtype=np.bool_), dtype=np.bool_)
 
 
 def _lines(path: Path) -> list[str]:
