@@ -86,6 +86,9 @@ class _SelfControl(_Control):
 
     def _losses(self) -> Tensor:
         """Each training example's own loss at the loaded checkpoint, ``(n_train,)``."""
+        if self._one_row_each():  # what other controls read of the same pass
+            outputs = self.shared_value("logits", self._logits)
+            return per_example_loss(self.problem.loss, outputs, self.problem.labels("train"))
 
         def read() -> Tensor:
             with torch.no_grad():
@@ -96,6 +99,18 @@ class _SelfControl(_Control):
             return torch.cat(parts)
 
         return self.shared_value("losses", read)
+
+    def _one_row_each(self) -> bool:
+        """Whether the model makes of an example one row of numbers, and its label is a number."""
+        _, x, y = next(iter(self.problem.batches("train", batch_size=1)))
+        with torch.no_grad():
+            output = self.model(x) if y.ndim == 1 else None
+        return isinstance(output, Tensor) and output.ndim == 2
+
+    def _logits(self) -> Tensor:
+        """``(n_train, classes)`` at the loaded checkpoint, in the model's precision."""
+        with torch.no_grad():
+            return torch.cat([self.model(x) for _, x, _ in self.problem.batches("train")])
 
     def _labelled(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and labels: those of labelled tokens alone, if the model offers that."""

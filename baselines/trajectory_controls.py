@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.controls import _SelfControl
+from baselines.neighbours import nearest_neighbours
 from fine_bench.estimator import Schedule
 from fine_bench.gradients.margin import classification_reason
 from fine_bench.types import Checkpoint, InfluenceScores, Problem
@@ -51,11 +52,6 @@ class _LogitControl(_SelfControl):
         """Prepare the copy of the model, and the labels."""
         super().setup(problem)
         self.labels = problem.labels("train")
-
-    def _logits(self) -> Tensor:
-        """``(n_train, classes)`` at the loaded checkpoint, in the model's precision."""
-        with torch.no_grad():
-            return torch.cat([self.model(x) for _, x, _ in self.problem.batches("train")])
 
     @abstractmethod
     def read(self, rows: slice, logits: Tensor, y: Tensor) -> None:
@@ -237,32 +233,6 @@ def penultimate_features(
         for handle in handles:
             handle.remove()
     return torch.cat(parts)
-
-
-def nearest_neighbours(features: Tensor, k: int) -> Tensor:
-    """Positions of the k nearest other rows, ``(n, k)``, nearest first.
-
-    Exact, by chunks of the distance matrix. The k largest entries of a row lie in the k groups of
-    columns with the largest maxima, so only those groups are sorted.
-    """
-    n = len(features)
-    features = features - features.mean(0)  # distances keep more digits near the origin
-    width = 64
-    n_groups = -(-n // width)
-    half_squares = 0.5 * features.square().sum(1)
-    result = torch.empty(n, k, dtype=torch.int64)
-    for rows in torch.split(torch.arange(n), 1024):
-        # ⟨x, z⟩ − ‖z‖²/2 is largest where ‖x − z‖ is smallest
-        nearness = features.new_full((len(rows), n_groups * width), float("-inf"))
-        torch.mm(features[rows], features.T, out=nearness[:, :n])
-        nearness[:, :n] -= half_squares
-        nearness[torch.arange(len(rows)), rows] = float("-inf")
-        groups = nearness.view(len(rows), n_groups, width)
-        best = groups.amax(2).topk(min(k, n_groups)).indices
-        candidates = groups.gather(1, best[:, :, None].expand(-1, -1, width)).flatten(1)
-        positions = (best[:, :, None] * width + torch.arange(width)).flatten(1)
-        result[rows] = positions.gather(1, candidates.topk(k).indices)
-    return result
 
 
 class ConfidentLearning(_LogitControl):

@@ -64,6 +64,9 @@ from fine_bench.types import (
 MAX_SIDE = 8192
 """Largest matrix factorised, rows: 0.5 GiB in float64. Bounds P = I; projections stay below."""
 
+SHARED_FLOATS = 2**29
+"""Numbers of Φ, over all checkpoints, that are kept for another target of the same run: 2 GiB."""
+
 
 class TRAK(InfluenceEstimator):
     """TRAK over all given checkpoints.
@@ -122,13 +125,16 @@ class TRAK(InfluenceEstimator):
                 raise ValueError(f"dim must be at most {MAX_SIDE}, got {dim}")
             self.projection = make_projection(projection, dim, seed)
         self._kind, self._dim, self._seed = projection, dim, seed
+        self._n_selected = 1
         self.ridge = ridge
         self.query_weighting: QueryWeighting = query_weighting
         self.layers = layers
 
     def select(self, checkpoints: Sequence[T]) -> Sequence[T]:
         """Every so many, the last one among them."""
-        return super().select(checkpoints)[:: -self.every][::-1]
+        chosen = super().select(checkpoints)[:: -self.every][::-1]
+        self._n_selected = len(chosen)
+        return chosen
 
     def unsupported(self, problem: Problem) -> str | None:
         """No class probabilities, a singular ΦᵀΦ foreseen, or P = I on too large a problem."""
@@ -242,7 +248,7 @@ class TRAK(InfluenceEstimator):
         """φ_qᵀ (ΦᵀΦ + λI)⁻¹ φ_i at the loaded checkpoint, rows reduced, ``(rows, n)``."""
         held: Tensor | None = None
         if self.projection is not None:
-            held = self.projection.project_all(self._gradients("train"))
+            held = self._projected()
 
         def features() -> Iterator[Tensor]:
             if held is None:
@@ -252,12 +258,18 @@ class TRAK(InfluenceEstimator):
                 for chunk in torch.split(held, 4096):
                     yield chunk.double()
 
-        gram: Tensor | None = None
-        for phi in features():
-            part = phi.T @ phi
-            gram = part if gram is None else gram.add_(part)
-        assert gram is not None
-        factor = self._factor(gram)
+        def products() -> Tensor:
+            gram: Tensor | None = None
+            for phi in features():
+                part = phi.T @ phi
+                gram = part if gram is None else gram.add_(part)
+            assert gram is not None
+            return gram
+
+        if held is None:
+            factor = self._factor(products())
+        else:
+            factor = self._factor(self.shared_value(("trak/gram", *self._what()), products))
         if isinstance(self.problem.queries, str):
             parts = [
                 torch.linalg.solve_triangular(factor, phi.T, upper=False).square().sum(0)
@@ -277,6 +289,31 @@ class TRAK(InfluenceEstimator):
         reduction = self._reduction(queries.norm(dim=1), at_reference)
         solved = solved if reduction is None else reduction @ solved
         return torch.cat([solved @ phi.T for phi in features()], 1)
+
+    def _what(self) -> tuple[object, ...]:
+        """What a projected Φ depends on besides parameters and training examples."""
+        assert self.projection is not None
+        layers = None if self.layers is None else tuple(self.layers)
+        return self.name, self._kind, self.projection.dim, self.projection.seed, layers
+
+    def _projected(self) -> Tensor:
+        """Φ at the loaded checkpoint, ``(n, dim)``; it leaves 1 − p as ``_gradients`` does.
+
+        Kept for another target of the run, unless it is large.
+        """
+        assert self.projection is not None
+        project = self.projection.project_all
+
+        def make() -> tuple[Tensor, Tensor]:
+            return project(self._gradients("train")), self._residual_now
+
+        n = self.problem.n_train
+        if n * self.projection.dim * self._n_selected > SHARED_FLOATS:
+            return make()[0]
+        before = self.gradient_evaluations
+        held, self._residual_now = self.shared_value(("trak/features", *self._what()), make)
+        self.gradient_evaluations = before + n
+        return held
 
     def _features_of(self, batches: Iterator[PerExampleGradients]) -> Tensor:
         if self.projection is not None:

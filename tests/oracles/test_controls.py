@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from baselines import controls, trajectory_controls
+from baselines import controls, neighbours, trajectory_controls
+from baselines.neighbours import nearest_neighbours
 from baselines.trajectory_controls import (
     AUM,
     EL2N,
@@ -21,7 +22,6 @@ from baselines.trajectory_controls import (
     FinalLoss,
     ForgettingEvents,
     KNNDisagreement,
-    nearest_neighbours,
 )
 from fine_bench import Checkpoint, InfluenceEstimator, Problem, replay
 from fine_bench.seeds import stream
@@ -174,6 +174,18 @@ def test_nearest_neighbours_are_exact(n: int, k: int) -> None:
     distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
     distance.fill_diagonal_(float("inf"))
     assert torch.equal(nearest_neighbours(features, k), distance.argsort(1)[:, :k])
+
+
+@pytest.mark.parametrize("limits", [{"TILE": 64}, {"GROUPS": 2000}, {"CANDIDATES": 1}])
+def test_nearest_neighbours_do_not_depend_on_the_tiles(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
+) -> None:
+    features = torch.randn(700, 4, dtype=torch.float64).round(decimals=6)
+    distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    distance.fill_diagonal_(float("inf"))
+    for name, value in limits.items():
+        monkeypatch.setattr(neighbours, name, value)
+    assert torch.equal(nearest_neighbours(features, 9), distance.argsort(1)[:, :9])
 
 
 @needs_cleanlab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import baselines.influence_functions as module
+from baselines import trak
 from baselines.controls import MeanTrainingLoss
 from baselines.influence_functions import InfluenceFunction
 from baselines.trajectory_controls import AUM, EL2N, FinalLoss, ForgettingEvents
+from baselines.trak import TRAK
 from fine_bench import Checkpoint, Problem, replay
 from fine_bench.estimator import Shared, digest_of
 from fine_bench.gradients import batch_size
 from fine_bench.gradients.batch_size import suitable_batch_size
+from fine_bench.gradients.projection.random import Gaussian, Projection
 from fine_bench.models.networks import gn_cnn, mlp
 
 N = 30
@@ -92,6 +96,43 @@ def test_other_parameters_or_options_share_nothing(fits: list[int]) -> None:
     assert digest_of(one) == digest_of(one) != digest_of(other)
 
 
+def test_targets_of_one_run_share_projected_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = problem()
+    x, y = first.train.tensors  # type: ignore[attr-defined]
+    queries = TensorDataset(x[:4] + 0.1, y[:4])
+    second = replace(first, train=TensorDataset(x, y), queries=queries, reduce="mean")
+    state = first.model.state_dict()
+    checkpoints = [Checkpoint({k: v + c for k, v in state.items()}, lr=0.1) for c in (0.0, 0.1)]
+
+    def method(seed: int = 0) -> TRAK:
+        return TRAK("gaussian", dim=8, seed=seed, query_weighting="noise")
+
+    passes: list[int] = []
+    original = Projection.project_all
+
+    def counted(self: Projection, batches: Any) -> Any:
+        found = original(self, batches)
+        passes.append(len(found))
+        return found
+
+    monkeypatch.setattr(Gaussian, "project_all", counted)
+    for held, expected in ((trak.SHARED_FLOATS, 2 + 2), (0, 3 * 2)):
+        monkeypatch.setattr(trak, "SHARED_FLOATS", held)
+        alone = [replay(method(), p, checkpoints) for p in (first, second)]
+        other = replay(method(1), first, checkpoints)
+        passes.clear()
+        shared = Shared(first)
+        found = [method(), method(), method(1)]
+        for one, p, by_itself in zip(found, (first, second, first), [*alone, other], strict=True):
+            scores = replay(one, p, checkpoints, shared)
+            assert torch.equal(scores.values, by_itself.values)
+        assert passes.count(N) == expected
+        assert found[1].saved_seconds > 0.0  # at least the products of the features
+        assert found[2].saved_seconds == 0.0
+        # the cost in gradients is that of the method, whoever did the work
+        assert found[1].gradient_evaluations == 2 * (N + 4)
+
+
 def test_controls_share_one_pass_a_checkpoint() -> None:
     task = problem()
     state = task.model.state_dict()
@@ -108,7 +149,7 @@ def test_controls_share_one_pass_a_checkpoint() -> None:
     shared = Shared(task)
     for method, expected in zip(methods, alone, strict=True):
         assert torch.equal(replay(method(), task, checkpoints, shared).values, expected)
-    assert passes.count(N) == 2 * 3
+    assert passes.count(N) == 3
 
 
 def test_other_data_share_nothing(fits: list[int]) -> None:
