@@ -88,7 +88,7 @@ def _nearness_in_groups(
     nearness = x.new_empty(groups.numel(), width)
     # each group with all rows that ask for it: a few large products instead of many small ones
     asked, order = groups.flatten().sort()
-    present, counts = asked.unique_consecutive(return_counts=True)
+    present, counts = torch.unique_consecutive(asked, return_counts=True)
     parts = torch.split(order, counts.tolist())
     for group, places in zip(present.tolist(), parts, strict=True):
         columns = slice(group * width, (group + 1) * width)

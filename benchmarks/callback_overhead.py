@@ -1,11 +1,16 @@
 """What watching costs: f-INE in-batch against plain Lightning training, paired.
 
     python benchmarks/callback_overhead.py [--model mlp|cnn|transformer|resnet9-bn|all|…]
-        [--steps N] [--pairs N] [--threads 2] [--accelerator cpu] [--settings NAME …]
-        [--out results/overhead]
+        [--steps N] [--pairs N] [--threads 2] [--accelerator cpu] [--clock wall|cpu]
+        [--settings NAME …] [--out results/overhead]
 
 Each pair trains the same steps plainly and watched, in alternating order, in this one process;
-the printed ratio is the median over pairs, with the smallest and largest pair beside it. Data are
+the printed ratio is the median over pairs, with the smallest and largest pair beside it. What it
+has above 1 is in two parts. *Arithmetic* is what f-INE's formulas ask for, timed on its own within
+the watched run: the products of the steps' gradients, the queries' directions, the sketches, and
+the effects and sums that follow. *Overhead* is the rest, by difference: hooks, Lightning's events,
+Python, copies, and a training that finds its caches used. ``--clock cpu`` takes the process's CPU
+seconds, which say more on a machine that others use too. Data are
 random numbers and tokens (time does not depend on their values); networks and batches are those of
 ``overhead_models.py``: 64 images for ``mlp`` and ``cnn``, 64 sequences of 32 tokens for
 ``transformer``, 16 of 128 for ``transformer-long``, four layers both, 64 photographs of 32 × 32 for
@@ -34,8 +39,11 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -46,11 +54,67 @@ from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback
 from fine_bench.data.batches import loader
+from fine_bench.fine.statistic import Statistic
+from fine_bench.fine.step_queue import StepQueue
+from fine_bench.gradients.projection.sketch import Sketch
 from fine_bench.models.classifier import Classifier
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def seconds(load: Workload, steps: int, callbacks: list[pl.Callback], accelerator: str) -> float:
-    """Wall time of one training run."""
+FORMULAS = (
+    (Statistic, ("of_step", "of_steps", "of_rows", "renew_directions")),
+    (StepQueue, ("take",)),
+    (Sketch, ("__call__", "sum")),
+)
+"""Where f-INE's arithmetic is done; none of them calls another one."""
+
+
+class Seconds(NamedTuple):
+    """Of one training run.
+
+    Attributes:
+        all: of the run.
+        arithmetic: in ``FORMULAS``.
+    """
+
+    all: float
+    arithmetic: float
+
+
+@contextmanager
+def timed_formulas(clock: Clock) -> Iterator[list[float]]:
+    """Meanwhile, what each call of ``FORMULAS`` takes is added to the list."""
+    found: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            start = clock()
+            result = function(*args, **named)
+            found.append(clock() - start)
+            return result
+
+        return call
+
+    before = [(kind, name, vars(kind)[name]) for kind, names in FORMULAS for name in names]
+    for kind, name, function in before:
+        setattr(kind, name, timed(function))
+    try:
+        yield found
+    finally:
+        for kind, name, function in before:
+            setattr(kind, name, function)
+
+
+def seconds(
+    load: Workload,
+    steps: int,
+    callbacks: list[pl.Callback],
+    accelerator: str,
+    clock: Clock = time.perf_counter,
+) -> Seconds:
+    """Time of one training run."""
     torch.manual_seed(0)
     n = load.batch * steps
     x, y = load.inputs(n), torch.randint(CLASSES, (n,))
@@ -66,11 +130,12 @@ def seconds(load: Workload, steps: int, callbacks: list[pl.Callback], accelerato
         callbacks=callbacks,
     )
     batches = loader(x, y, batch_size=load.batch, generator=torch.Generator(), shuffle=True)
-    start = time.perf_counter()
-    trainer.fit(module, batches)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    with timed_formulas(clock) as arithmetic:
+        start = clock()
+        trainer.fit(module, batches)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Seconds(clock() - start, sum(arithmetic))
 
 
 def settings(load: Workload) -> dict[str, Callable[[], FINECallback]]:
@@ -99,36 +164,57 @@ def settings(load: Workload) -> dict[str, Callable[[], FINECallback]]:
 
 
 def measure(
-    load: Workload, steps: int, pairs: int, make: Callable[[], FINECallback], accelerator: str
-) -> list[float]:
-    """Seconds of each pair: plain and watched, one after the other in the list."""
-    found: list[float] = []
+    load: Workload,
+    steps: int,
+    pairs: int,
+    make: Callable[[], FINECallback],
+    accelerator: str,
+    clock: Clock = time.perf_counter,
+) -> list[dict[str, float]]:
+    """Seconds of each pair: ``plain``, ``watched``, and ``arithmetic`` of the watched run."""
+    found = []
     for pair in range(pairs):
         times = {}
         for watched in (False, True) if pair % 2 == 0 else (True, False):
             callbacks: list[pl.Callback] = [make()] if watched else []
-            times[watched] = seconds(load, steps, callbacks, accelerator)
-        found += [times[False], times[True]]
+            times[watched] = seconds(load, steps, callbacks, accelerator, clock)
+        plain, with_it = times[False], times[True]
+        found.append({"plain": plain.all, "watched": with_it.all, "arithmetic": with_it.arithmetic})
     return found
+
+
+def summary(pairs: pd.DataFrame) -> dict[str, float]:
+    """Medians over pairs, in units of the plain training: what is above 1, and of what it is."""
+    ratio, arithmetic = pairs.watched / pairs.plain, pairs.arithmetic / pairs.plain
+    return {
+        "ratio": ratio.median(),
+        "low": ratio.min(),
+        "high": ratio.max(),
+        "arithmetic": arithmetic.median(),
+        "overhead": (ratio - 1 - arithmetic).median(),
+    }
 
 
 def markdown(frame: pd.DataFrame, command: str, about: str) -> str:
     """The medians of all pairs as a Markdown table."""
     rows = [
-        "| model | setting | times plain | pairs | plain step, ms |",
-        "| --- | --- | --- | ---: | ---: |",
+        "| model | setting | times plain | of it arithmetic | overhead | pairs | plain step, ms |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for (model, setting), some in frame.groupby(["model", "setting"], sort=False):
-        ratio = some.watched / some.plain
-        spread = f"{ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
+        found = summary(some)
         rows.append(
-            f"| {model} | {setting} | {spread} | {len(some)} "
-            f"| {1e3 * (some.plain / some.steps).median():.2f} |"
+            f"| {model} | {setting} | {found['ratio']:.2f} ({found['low']:.2f} to "
+            f"{found['high']:.2f}) | {found['arithmetic']:.2f} | {found['overhead']:.2f} "
+            f"| {len(some)} | {1e3 * (some.plain / some.steps).median():.2f} |"
         )
     text = (
         f"# What watching costs\n\nMade by `{command}` ({about}). Medians of paired runs, with the "
+        "smallest and the largest pair. *Times plain* is 1 + arithmetic + overhead, but for the "
+        "medians: *arithmetic* is what the formulas ask for (products of gradients, directions, "
+        "effects), timed on its own in the watched runs; *overhead* is the rest (hooks, events, "
+        "Python, copies). See the script for what is measured.\n\n"
     )
-    text += "smallest and the largest pair; see the script for what is measured.\n\n"
     return text + "\n".join(rows) + "\n"
 
 
@@ -140,6 +226,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="by default the workload's own number")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--settings", nargs="*", help="names, or their beginnings; all by default")
     parser.add_argument("--out", type=Path, help="for a CSV and a Markdown table, without ending")
     add_force(parser)
@@ -154,9 +241,11 @@ def main() -> None:
     if arguments.accelerator != "cpu" and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     about = f"{device}, torch {torch.__version__}, {platform.machine()}"
+    about += ", CPU seconds" if arguments.clock == "cpu" else ""
+    clock = CLOCKS[arguments.clock]
 
     # "all" is what a CPU can do
-    lines = []
+    lines: list[dict[str, str | float]] = []
     for model in SMALL if arguments.model == "all" else (arguments.model,):
         load = WORKLOADS[model]
         steps = arguments.steps or load.steps
@@ -167,24 +256,24 @@ def main() -> None:
         for name, make in settings(load).items():
             if arguments.settings and not name.startswith(tuple(arguments.settings)):
                 continue
-            times = measure(load, steps, pairs, make, arguments.accelerator)
-            plain, watched = times[::2], times[1::2]
-            ratios = [w / p for p, w in zip(plain, watched, strict=True)]
-            step = 1e3 * statistics.median(plain) / steps
+            times = measure(load, steps, pairs, make, arguments.accelerator, clock)
+            found = summary(pd.DataFrame(times))
+            step = 1e3 * statistics.median(pair["plain"] for pair in times) / steps
             print(
-                f"  {name:<40} {statistics.median(ratios):.3f} times plain training "
-                f"({min(ratios):.3f} to {max(ratios):.3f}; plain step {step:.2f} ms)",
+                f"  {name:<40} {found['ratio']:.3f} times plain training "
+                f"({found['low']:.3f} to {found['high']:.3f}; arithmetic "
+                f"{found['arithmetic']:.3f}, overhead {found['overhead']:.3f}; "
+                f"plain step {step:.2f} ms)",
                 flush=True,
             )
-            for p, w in zip(plain, watched, strict=True):
-                lines.append(
-                    {"model": model, "setting": name, "steps": steps, "plain": p, "watched": w}
-                )
+            lines += [{"model": model, "setting": name, "steps": steps} | pair for pair in times]
     if tables:
         command = "python benchmarks/callback_overhead.py"
         command += f" --model {arguments.model}"
         if arguments.pairs:
             command += f" --pairs {arguments.pairs}"
+        if arguments.clock != "wall":
+            command += f" --clock {arguments.clock}"
         frame = pd.DataFrame(lines)
         files.write(tables[0], frame)
         files.write(tables[1], markdown(frame, command, about))
