@@ -150,7 +150,10 @@ def read(
             raise
         if not folder.exists() or _text(folder / SEAL) != before:
             return None  # another process has just replaced it
-        aside = _set_aside(folder)
+        try:
+            aside = _set_aside(folder)
+        except FileNotFoundError:
+            return None  # another process has just taken it away
         reason = str(error) if isinstance(error, DamageError) else _words(error)
         say(f"checkpoints in {folder} are not used: {reason}. Set aside as {aside.name}")
         return None
