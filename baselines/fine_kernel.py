@@ -4,26 +4,28 @@
 
 What ``FINECallback("queries", schedule="snapshot", geometry="kernel")`` reads at its snapshots is
 read off the checkpoints here, and the values are the same where a checkpoint is a snapshot and
-η does not change in between: a checkpoint counts η_c · mean(1 − p), η_c its ``lr``. The state
-before the first step is ``problem.steps.initial``; where the problem has none, the first checkpoint
-stands for it, whose shuffled entries are an initialisation only if it is one: pass the initial
+η does not change in between: a checkpoint counts η_c · mean(1 − p), η_c its ``lr``. The training
+time is that of ``problem.steps`` up to each checkpoint's ``step``; where they are not known, a ridge
+is matched. The state before the first step is ``problem.steps.initial``; where the problem has none,
+the first checkpoint stands for it, whose shuffled entries are an initialisation only if it is one: pass the initial
 state first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import nan
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
-from fine_bench.fine import accumulator
 from fine_bench.fine.effects import Contrast, choose
-from fine_bench.fine.kernel_scores import KernelAccumulator
+from fine_bench.fine.kernel_scores import VERSION, KernelAccumulator, curvature
 from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
 from fine_bench.fine.standard_error import inflation
+from fine_bench.fine.step_sizes import carry
 from fine_bench.gradients.curvature.products import output_gradient
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import (
@@ -45,7 +47,7 @@ class FINEKernel(InfluenceEstimator):
 
     Args:
         n_initialisations: fresh initialisations whose kernels stand for other runs', ≥ 0.
-        ridge: λ, > 0, in units of the kernel's mean diagonal; None: matched to the run's fit.
+        ridge: λ, > 0, in units of the kernel's mean diagonal; None: the run's training time.
         contrast: ``"substitution"`` or ``"removal"``.
         query_weighting: weights of the queries in a mean: None, ``"norm"`` or ``"noise"``.
         seed: of initialisations and probes, ≥ 0.
@@ -55,7 +57,7 @@ class FINEKernel(InfluenceEstimator):
     """
 
     name = "fine_kernel"
-    version = accumulator.VERSION
+    version = VERSION
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class FINEKernel(InfluenceEstimator):
             problem.n_train, groups, weighting, self.contrast, self.ridge
         )
         self._kept: list[State] = []
+        self._n_steps: int | None = 0
 
     def update(self, checkpoint: Checkpoint) -> None:
         """Read one checkpoint's residuals and slopes."""
@@ -103,9 +106,18 @@ class FINEKernel(InfluenceEstimator):
         residual = -output_gradient(self.problem.loss, logits, y)
         slope = -output_gradient(negative_margin, asked, labels)
         weight = checkpoint.lr * float(one_minus_probability(logits, y).double().mean())
-        self._sums.observe(weight, residual, slope, logits, y)
+        time = self._reach(checkpoint.step) * curvature(logits)
+        self._sums.observe(weight, residual, slope, logits, y, time)
         if is_due(self._sums.n_snapshots):
             self._kept.append(state_of(self.model))
+
+    def _reach(self, step: int | None) -> float:
+        """Σ η_t carry over the steps since the last checkpoint; NaN where they are not known."""
+        steps, since = self.problem.steps, self._n_steps
+        self._n_steps = step
+        if steps is None or step is None or since is None or steps.optimizer.lower() != "sgd":
+            return nan
+        return sum(steps.lr[since:step]) * carry(steps.options) if step <= len(steps.lr) else nan
 
     @torch.no_grad()
     def _outputs(self, which: Part) -> tuple[Tensor, Tensor]:
@@ -129,7 +141,7 @@ class FINEKernel(InfluenceEstimator):
                 first = problem.n_train
 
         assert sums.residual is not None
-        kernels = take_kernels(
+        kernels, scale = take_kernels(
             self.model,
             self._kept,
             [name for name, p in self.model.named_parameters() if p.requires_grad],
@@ -142,5 +154,5 @@ class FINEKernel(InfluenceEstimator):
             seed=self.seed,
         )
         engine.close()
-        sums.solve(kernels)
+        sums.solve(kernels, scale)
         return sums.scores(self.name, problem.target, inflation(problem.target, "kernel"))

@@ -23,7 +23,7 @@ from fine_bench.callback.trainer import (
     step_is_taken,
     training_data,
 )
-from fine_bench.fine import accumulator
+from fine_bench.fine import accumulator, kernel_scores
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.distributed import Processes
@@ -97,6 +97,12 @@ class FINECallback(InRunMethod):
     name = "fine"
     version = accumulator.VERSION
     all_examples = True
+
+    @staticmethod
+    def version_of(options: Mapping[str, Any]) -> int:
+        """Of the scores with these options: each way to compute them has a version of its own."""
+        kernel = options.get("geometry") == "kernel"
+        return kernel_scores.VERSION if kernel else accumulator.VERSION
 
     @built_from(Options)
     def __init__(self, options: Options) -> None:

@@ -6,22 +6,32 @@
 that margin over runs. One run's own derivative says little of either: what is peculiar to the run
 drowns it. A Gaussian process with a kernel K̄ that is an average over initialisations and over the
 run says both in closed form. With f the centred logits, y = onehot − 1/k their targets, prior
-f ~ N(0, s²K̄) and noise λs²,
+f ~ N(0, s²K̄) and noise s²(A⁻¹ − K̄),
 
-    mean over runs     f(q) = Z y,           Z = K̄_q (K̄ + λI)⁻¹
+    mean over runs     f(q) = Z y,           Z = K̄_q A,   A = (I − e^{−τK̄}) K̄⁻¹
     spread over runs   Cov(q, q') = s² (K̄_qq' − Z_q K̄_q'ᵀ) ⟨ḡ_q, ḡ_q'⟩
     effect of i        Δ_qi = Z_qi ⟨ḡ_q, r̄_i⟩
 
-Leaving out i moves the regression's value at q by −Z_qi times a residual of i, exactly
-(``gradients.tangent_kernel``); ḡ_q are the slopes ∂margin/∂logits and r̄_i the residuals
-−∂ℓ_i/∂logits, averaged over the run's snapshots with the weights w_t = η_t · mean(1 − p), so that
-what a network knew before it had fitted everything counts. Nothing here is fitted to a truth:
+f is where gradient flow with the kernel K̄ has come after the training time τ: what the run had no
+time to learn is noise to it. What example i adds to the gradient, r̄_i, moves the flow's value at q
+by Z_qi r̄_i (``gradients.tangent_kernel.KernelFlow``). ḡ_q are the slopes ∂margin/∂logits and r̄_i
+the residuals −∂ℓ_i/∂logits, averaged over the run's snapshots with the weights
+w_t = η_t · mean(1 − p), so that what a network knew before it had fitted everything counts. Nothing
+here is fitted to a truth:
 
 - K̄: half the mean over the run's kernels, half that over fresh initialisations
   (``fine.kernel_states``), each kernel divided by its mean diagonal, K̄ once more.
-- λ: the regression fits the labels as well as the run did on average, mean_i ‖λα_i‖² =
-  mean_i ‖r̄_i‖² with α = (K̄ + λI)⁻¹ y, for λ between 0.01 and 1000.
-- s²: the prior variance under which the labels are most likely, Σ y ∘ α / (n(k − 1)).
+- τ = κ̄/n Σ_t η_t c_t h_t over the steps: κ̄ the scale of the kernels
+  (``kernel_states.take_kernels``), c_t what momentum makes of a step (``StepSizes.carry``), and
+  h_t = mean_i Σ_c p_c(1 − p_c)/(k − 1) the curvature of the cross-entropy in the logits, by which
+  residuals shrink as logits move, read at the snapshot after the step. 1/τ is kept between 0.01 and
+  1000. Weight decay is left out of account.
+- Where c_t is not known (Adam), or ``ridge`` is given, A = (K̄ + λI)⁻¹ is that of ridge regression,
+  in which leaving out i moves the value at q by −Z_qi times its residual, exactly. Without a given
+  λ the regression fits the labels as well as the run did on average, mean_i ‖λα_i‖² = mean_i ‖r̄_i‖²
+  with α = Ay. (No such λ exists where a softmax fits better than any regression with the kernel: a
+  linear model of many examples. That is why it is second choice.)
+- s²: the prior variance under which the labels are most likely, Σ y ∘ α / (n(k − 1)), α = Ay.
 
 In logits the regression is too small by one factor, a = ⟨z, f⟩/⟨f, f⟩ over training examples
 (z the run's last logits). It is in Δ and in σ, so μ does without; ``extras["spread"]`` is a σ_q.
@@ -34,7 +44,8 @@ jackknife's deviation over what is left, times ``standard_error.KERNEL_INFLATION
 ``std_error``: it is meant to cover the mean of μ over further runs of the same training.
 
 Gaussian processes for networks of any initialisation: Jacot et al. 2018 (arXiv:1806.07572), Lee et
-al. 2019 (arXiv:1902.06720). Ours: to read f-influence off one.
+al. 2019 (arXiv:1902.06720), where training for a time is the same filter of the kernel. Ours: to
+read f-influence off one.
 
 Shapes: n training examples, V queries, N = n + V, k classes, R rows, G blocks.
 """
@@ -50,11 +61,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_bench.fine.accumulator import VERSION
 from fine_bench.fine.effects import Contrast
 from fine_bench.gradients.reciprocal import inverse_or_zero
-from fine_bench.gradients.tangent_kernel import KernelRidge
+from fine_bench.gradients.tangent_kernel import KernelFlow, KernelRidge
 from fine_bench.types import InfluenceScores, QueryWeighting, Target
+
+VERSION = 3
+"""Raised when scores of this geometry may change."""
 
 BLOCKS = 4
 """G, blocks of the jackknife."""
@@ -70,7 +83,7 @@ class Regression:
     Attributes:
         mu: ``(R, n)``.
         sigma: spread of each row's margin, in the regression's units, ``(R,)``.
-        ridge: λ.
+        ridge: λ, or 1/τ.
         fitted: f at the training examples, ``(n, k)``.
     """
 
@@ -93,6 +106,7 @@ def regression(
     rows: Rows,
     ridge: float | None = None,
     contrast: Contrast = "removal",
+    time: float | None = None,
 ) -> Regression:
     """μ of every row and training example.
 
@@ -104,6 +118,7 @@ def regression(
         rows: see ``Rows``.
         ridge: λ, > 0; None: matched to ``residual``.
         contrast: see the module's text.
+        time: τ, > 0; None for ridge regression.
 
     Raises:
         UnsupportedProblemError: K̄ + λI is numerically singular.
@@ -111,9 +126,14 @@ def regression(
     n, k = targets.shape
     kernel = kernel / kernel.diagonal()[:n].mean()
     train, cross, asked = kernel[:n, :n], kernel[n:, :n], kernel[n:, n:]
-    if ridge is None:
-        ridge = matched_ridge(train, targets, float(residual.square().sum()) / n)
-    solver = KernelRidge(train.clone(), ridge)
+    solver: KernelRidge | KernelFlow
+    if time is not None:
+        time = min(max(time, 1 / MOST_RIDGE), 1 / LEAST_RIDGE)
+        ridge, solver = 1 / time, KernelFlow(train.clone(), time)
+    else:
+        if ridge is None:
+            ridge = matched_ridge(train, targets, float(residual.square().sum()) / n)
+        solver = KernelRidge(train.clone(), ridge)
     smoother, alpha = solver.smoother(cross), solver.solve(targets)
     prior = (targets * alpha).sum() / (n * (k - 1))
     covariance = prior * (asked - smoother @ cross.T) * (slope @ slope.T)
@@ -123,9 +143,7 @@ def regression(
     if contrast == "substitution":
         effect = (effect - effect.mean(1, keepdim=True)) * (n / (n - 1))
     sigma = ((weights @ covariance) * weights).sum(1).clamp_min(0.0).sqrt()
-    return Regression(
-        effect * inverse_or_zero(sigma)[:, None], sigma, ridge, targets - ridge * alpha
-    )
+    return Regression(effect * inverse_or_zero(sigma)[:, None], sigma, ridge, train @ alpha)
 
 
 def matched_ridge(kernel: Tensor, targets: Tensor, level: float) -> float:
@@ -166,6 +184,19 @@ def matched_ridge(kernel: Tensor, targets: Tensor, level: float) -> float:
     return math.exp(x)
 
 
+def curvature(logits: Tensor) -> float:
+    """h, mean_i Σ_c p_c(1 − p_c)/(k − 1): 1/k where nothing is known, 0 where all is certain.
+
+    The mean eigenvalue of the cross-entropy's Hessian diag(p) − ppᵀ in the logits, but for the one
+    of adding a constant to all of them.
+
+    Args:
+        logits: ``(n, k)``.
+    """
+    p = logits.double().softmax(1)
+    return float((p * (1 - p)).sum(1).mean()) / (logits.shape[1] - 1)
+
+
 def rows_of(groups: Tensor, weighting: QueryWeighting) -> Rows:
     """How queries are averaged into rows.
 
@@ -201,7 +232,7 @@ class KernelAccumulator:
         groups: ``(R, V)``.
         weighting: see ``rows_of``; no row of a single query is weighted.
         contrast: see the module's text.
-        ridge: λ, or None to match it.
+        ridge: λ, or None for the training time, or where that is not known to match it.
 
     Attributes:
         residual, slope: Σ w r ``(G, n, k)`` and Σ w ḡ ``(G, V, k)`` of each block's snapshots.
@@ -209,6 +240,7 @@ class KernelAccumulator:
         logits: of the training examples at the last snapshot, ``(n, k)``.
         labels: ``(n,)``.
         n_snapshots: so far.
+        time: Σ η c h; NaN where it is not known.
         found: the regression and its error, once they are computed.
     """
 
@@ -224,10 +256,17 @@ class KernelAccumulator:
     labels: Tensor | None = None
     n_snapshots: int = 0
     n_steps: int = 0
+    time: float = 0.0
     found: tuple[Regression, Tensor] | None = None
 
     def observe(
-        self, weight: float, residual: Tensor, slope: Tensor, logits: Tensor, labels: Tensor
+        self,
+        weight: float,
+        residual: Tensor,
+        slope: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        time: float = math.nan,
     ) -> None:
         """Take in one snapshot.
 
@@ -237,7 +276,9 @@ class KernelAccumulator:
             slope: ḡ, ``(V, k)``.
             logits: ``(n, k)``, of the training examples.
             labels: theirs, ``(n,)``.
+            time: Σ η c h over the steps since the last snapshot; NaN if that is not known.
         """
+        self.time += time
         if self.residual is None or self.slope is None:
             self.residual = residual.new_zeros(BLOCKS, *residual.shape)
             self.slope = slope.new_zeros(BLOCKS, *slope.shape)
@@ -251,11 +292,12 @@ class KernelAccumulator:
         self.n_snapshots += 1
         self.found = None
 
-    def solve(self, kernels: Sequence[Tensor]) -> None:
+    def solve(self, kernels: Sequence[Tensor], scale: float = math.nan) -> None:
         """Compute μ and its error.
 
         Args:
             kernels: of each block, what its kernels add to K̄, ``(N, N)``; all G.
+            scale: κ̄; NaN for ridge regression.
 
         Raises:
             UnsupportedProblemError: see ``regression``.
@@ -268,13 +310,21 @@ class KernelAccumulator:
         kernel, weight = sum_of(kernels), sum(self.weight)
         targets = F.one_hot(self.labels, k).to(kernel) - 1 / k
         rows = rows_of(self.groups, self.weighting)
+        time = scale * self.time / self.n_train
+        known = self.ridge is None and 0 < time < math.inf  # not where it is NaN
 
         def estimate(
             without: Tensor | float, residual: Tensor, slope: Tensor, w: float, ridge: float | None
         ) -> Regression:
             averages = (residual / w).to(kernel), (slope / w).to(kernel)
             return regression(
-                kernel - without, *averages, targets, rows, ridge, contrast=self.contrast
+                kernel - without,
+                *averages,
+                targets,
+                rows,
+                ridge,
+                self.contrast,
+                time if known else None,
             )
 
         all_of, all_slopes = residual.sum(0), slope.sum(0)
@@ -341,7 +391,8 @@ class KernelAccumulator:
         tensors = {name: getattr(self, name) for name in names}
         kept = {name: None if x is None else x.clone().cpu() for name, x in tensors.items()}
         counts = (self.n_snapshots, self.n_steps)
-        return {"kernel": True, **kept, "weight": list(self.weight), "counts": counts}
+        numbers = {"weight": list(self.weight), "counts": counts, "time": self.time}
+        return {"kernel": True, **kept, **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``.
@@ -365,6 +416,7 @@ class KernelAccumulator:
             setattr(self, name, None if value is None else value.clone())
         self.weight = list(state["weight"])
         self.n_snapshots, self.n_steps = state["counts"]
+        self.time = state.get("time", math.nan)  # states of earlier versions have none
         self.found = None
 
 

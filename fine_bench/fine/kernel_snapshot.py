@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.example_labels import hard_labels
-from fine_bench.fine.kernel_scores import KernelAccumulator
+from fine_bench.fine.kernel_scores import KernelAccumulator, curvature
 from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
 from fine_bench.fine.observable import say_loss
 from fine_bench.fine.options import Options
@@ -97,7 +97,8 @@ class KernelSchedule(SnapshotSchedule):
             labels = hard_labels(y, len(y))
             assert labels is not None
             self.labels.note(self.index, labels)
-            self.accumulator.observe(weight, residual, slope, logits, y)
+            time = self._interval.reach * curvature(logits)
+            self.accumulator.observe(weight, residual, slope, logits, y, time)
             self.accumulator.n_steps += self._interval.steps
             if is_due(self.accumulator.n_snapshots):
                 self._kept.append(state_of(passes.engine.model))
@@ -128,7 +129,7 @@ class KernelSchedule(SnapshotSchedule):
         with passes.aside():
             engine = GradientEngine(model, probe, options.layers, forward)
             try:
-                kernels = take_kernels(
+                kernels, scale = take_kernels(
                     model,
                     self._kept,
                     trained,
@@ -142,7 +143,7 @@ class KernelSchedule(SnapshotSchedule):
                 )
             finally:
                 engine.close()
-        accumulator.solve(kernels)
+        accumulator.solve(kernels, scale)
 
     def _gradients(
         self, engine: GradientEngine, start: int

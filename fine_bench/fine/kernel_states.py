@@ -21,6 +21,7 @@ same storage, before anybody else looks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -113,8 +114,12 @@ def take_kernels(
     n_classes: int,
     n_initialisations: int,
     seed: int,
-) -> list[Tensor]:
-    """What the kernels of each block add to K̄, G times ``(N, N)``.
+) -> tuple[list[Tensor], float]:
+    """What the kernels of each block add to K̄, G times ``(N, N)``, and their scale κ̄.
+
+    A kernel's own scale κ is its mean diagonal over training examples by |v|² of its probe v, by
+    which it is divided; κ̄ is the geometric mean, weighted as the kernels are in K̄ (κ grows
+    tenfold in a run, and where it grows late it would alone make an arithmetic mean).
 
     Args:
         module: whose parameters are exchanged meanwhile.
@@ -130,7 +135,7 @@ def take_kernels(
         UnsupportedProblemError: no kernel is finite and above zero.
     """
     blocks: list[Tensor] = []
-    usable = 0
+    usable, log_scale = 0.0, 0.0
     share = 0.5 if n_initialisations else 1.0
     with other_parameters(module) as load:
         for number in range(n_initialisations + len(kept)):
@@ -146,10 +151,11 @@ def take_kernels(
             if scale > 0 and bool(torch.isfinite(kernel).all()):
                 # the run's own and the fresh ones each in turn
                 blocks[(own if own >= 0 else number) % BLOCKS].add_(kernel, alpha=weight / scale)
-                usable += 1
+                usable += weight
+                log_scale += weight * math.log(scale / float(probe.weights.square().sum()))
     if not usable:
         raise UnsupportedProblemError(
             'geometry="kernel": all gradients of the outputs vanish or are not finite, so no '
             "kernel tells examples apart; look at the network's initialisation"
         )
-    return blocks
+    return blocks, math.exp(log_scale / usable)

@@ -93,8 +93,9 @@ class Options:
         relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
         n_initialisations: fresh initialisations whose kernels stand for other runs', ≥ 0, in
             ``geometry="kernel"``; 0 for weights that were trained before.
-        ridge: λ of ``geometry="kernel"`` in units of the kernel's mean diagonal, > 0; None matches
-            it to how well the run fitted its labels.
+        ridge: λ of ``geometry="kernel"`` in units of the kernel's mean diagonal, > 0; None takes
+            gradient flow for as long as the run trained, or where SGD did not train it matches λ to
+            how well the run fitted its labels.
         batch_norm: where layers normalise by their batch, ``"rows"`` takes in-batch for an
             example's gradient what its row contributes to the step
             (``fine_bench.gradients.batch_norm``), and says so when the run starts. Queries,

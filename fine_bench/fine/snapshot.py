@@ -153,7 +153,9 @@ class SnapshotSchedule:
             weights = window_weights(numbers(sizes_of), numbers(parts))
             self._scaling.follow(sizes)
             relative = self._scaling.by_parameter or None
-            self._interval.add(sizes.largest, weights.m, weights.mean, weights.rms, relative)
+            self._interval.add(
+                sizes.largest, weights.m, weights.mean, weights.rms, relative, sizes.carry
+            )
             self._epoch = epoch
 
     def batch_ends(self, step: int, epoch: int, *, epoch_ends: bool) -> None:

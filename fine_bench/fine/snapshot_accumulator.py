@@ -62,6 +62,7 @@ class SnapshotInterval:
         examples: Σ m_t.
         roots: Σ √m_t.
         by_parameter: Σ η_p,t by parameter, where they differ (``fine.step_sizes``).
+        reach: Σ η_t times the optimiser's ``StepSizes.carry``; NaN where that is.
 
     Where a step is put together from micro-batches, η_t counts times mean r_i in H_s and times ρ in
     V_s, and √m_t times mean r_i/ρ (``fine.micro_batches``). Where parameters have step sizes of
@@ -75,6 +76,7 @@ class SnapshotInterval:
     examples: int = 0
     roots: float = 0.0
     by_parameter: dict[str, float] = field(default_factory=dict)
+    reach: float = 0.0
 
     def add(
         self,
@@ -83,6 +85,7 @@ class SnapshotInterval:
         mean: float = 1.0,
         rms: float = 1.0,
         relative: Mapping[str, float] | None = None,
+        carry: float = math.nan,
     ) -> None:
         """Take in a step with step size ``lr`` and a batch of ``m``.
 
@@ -91,6 +94,7 @@ class SnapshotInterval:
             m: number of examples in the step.
             mean, rms: mean r_i and ρ.
             relative: η_p,t/η_t by parameter; None where all are one.
+            carry: see ``StepSizes``.
         """
         if relative or self.by_parameter:
             # as long as all were alike, each parameter had what all had
@@ -101,6 +105,7 @@ class SnapshotInterval:
                 self.by_parameter[name] = before + lr * mean * share
         self.steps += 1
         self.lr += lr * mean
+        self.reach += lr * mean * carry
         self.noise += (lr * rms) * (lr * rms) / m
         self.examples += m
         self.roots += math.sqrt(m) * (mean / rms)

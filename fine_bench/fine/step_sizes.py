@@ -23,9 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import Any
 
 from torch import nn
+from torch.optim import SGD
 
 from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.per_example import PerExampleGradients
@@ -40,10 +42,14 @@ class StepSizes:
     Attributes:
         rates: of the parameter groups.
         groups: the parameters of each.
+        carry: how far a gradient moves the parameters in this step and by its momentum in later
+            ones, in units of η times the gradient; NaN where the step is not along gradients
+            (Adam), or where groups differ.
     """
 
     rates: tuple[float, ...]
     groups: Sequence[Sequence[nn.Parameter]]
+    carry: float = nan
 
     @property
     def largest(self) -> float:
@@ -71,9 +77,26 @@ class StepSizes:
 def step_sizes(optimizer: Any) -> StepSizes:
     """The optimiser's present step sizes."""
     groups = optimizer.param_groups
+    carries = {carry(group) for group in groups} if isinstance(optimizer, SGD) else set()
     return StepSizes(
-        tuple(float(group["lr"]) for group in groups), [group["params"] for group in groups]
+        tuple(float(group["lr"]) for group in groups),
+        [group["params"] for group in groups],
+        carries.pop() if len(carries) == 1 else nan,
     )
+
+
+def carry(options: Mapping[str, Any]) -> float:
+    """Of SGD with these options: (1 − dampening)/(1 − μ), 1 without momentum μ; NaN if unbounded.
+
+    Args:
+        options: by their names in ``torch.optim.SGD``; what is absent has torch's default.
+    """
+    momentum = float(options.get("momentum") or 0.0)
+    if not momentum:
+        return 1.0
+    if not (isfinite(momentum) and momentum < 1):
+        return nan
+    return (1 - float(options.get("dampening") or 0.0)) / (1 - momentum)
 
 
 class StepScaling:

@@ -285,7 +285,7 @@ def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
 
     def cell(name: str, target: Target, options: Mapping[str, Any], **more: Any) -> Cell:
         sha = estimator_digest(options)
-        return Cell(name, target, options, sha, int(kind.version), kind, **more)
+        return Cell(name, target, options, sha, version_of(kind, options), kind, **more)
 
     cells = [cell(row, target, own) for target in targets]
     if row not in config.sensitivity:
@@ -303,6 +303,17 @@ def _cells(config: RunConfig, row: str, kind: Any) -> list[Cell]:
             name = name_of(row, point.changes)
             cells.append(cell(name, target, options, variation=told))
     return cells
+
+
+def version_of(kind: Any, options: Mapping[str, Any]) -> int:
+    """A method's version; a class of which options choose the formula may have one for each.
+
+    Args:
+        kind: the class; ``version``, or ``version_of(options)`` where it has that.
+        options: of the row.
+    """
+    own = getattr(kind, "version_of", None)
+    return int(kind.version if own is None else own(options))
 
 
 def _check_trainer(config: RunConfig, data: Task) -> None:

@@ -3,6 +3,7 @@ refitted regressions, and against repeated runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,24 @@ def watch(target: Any = "queries", name: str = "relu", **options: Any) -> FINECa
     return FINECallback(target, schedule="snapshot", geometry="kernel", **options)
 
 
+class ByAdam(Classifier):
+    """The same network, trained by another optimiser."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=LR)
+
+
 def fit(
-    *callbacks: pl.Callback, name: str = "relu", resume: Path | None = None, **options: Any
+    *callbacks: pl.Callback,
+    name: str = "relu",
+    resume: Path | None = None,
+    kind: type[Classifier] = Classifier,
+    momentum: float = 0.0,
+    **options: Any,
 ) -> Classifier:
     torch.manual_seed(5)
     net, shape = models()[name]
-    module = Classifier(net, CLASSES, lr=LR).double()
+    module = kind(net, CLASSES, lr=LR, momentum=momentum).double()
     loader: Any = DataLoader(
         data(shape)[0], 4, shuffle=resume is None and "max_epochs" not in options,
         generator=torch.Generator().manual_seed(3),
@@ -90,23 +103,28 @@ def fit(
 # ------------------------------------------------------------------------------------ the slow twin
 
 
-def slow_kernel(net: nn.Module, probe: Tensor, x: Tensor) -> Tensor:
-    """One (N + V, N + V) kernel from the gradients of each example alone, of mean diagonal 1."""
+def slow_kernel(net: nn.Module, probe: Tensor, x: Tensor) -> tuple[Tensor, float]:
+    """One (N + V, N + V) kernel from the gradients of each example alone, of mean diagonal 1, and
+    the scale that it had."""
     rows = []
     for xi in x:
         grads = torch.autograd.grad((net(xi[None])[0] * probe).sum(), list(net.parameters()))
         rows.append(torch.cat([g.flatten() for g in grads]))
     gram = torch.stack(rows) @ torch.stack(rows).T
-    return gram / gram.diagonal()[:N].mean()
+    scale = gram.diagonal()[:N].mean()
+    return gram / scale, float(scale / (probe @ probe))
 
 
-def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str) -> dict[str, Any]:
-    """μ and its jackknife, formula by formula, with inverses."""
+def slow(
+    name: str, states: list[dict[str, Tensor]], target: str, contrast: str, momentum: float | None
+) -> dict[str, Any]:
+    """μ and its jackknife, formula by formula, with inverses; ``momentum`` None for no SGD."""
     net, shape = models()[name]
     net = net.double()
     train, asked = data(shape)
     x, y = torch.cat([train.tensors[0], asked.tensors[0]]), train.tensors[1]
     kernels: list[tuple[int, Tensor]] = []
+    log_scale = 0.0
     after = [k for k in range(len(states)) if k in (0, 1, 2, 4)]
     for number in range(FRESH + len(after)):
         if number < FRESH:
@@ -122,8 +140,10 @@ def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str)
         probe.draw(CLASSES, stream(0, f"fine/kernel/probe {number}"))
         own = number - FRESH if number >= FRESH else number
         share = 0.5 / FRESH if number < FRESH else 0.5 / len(after)
-        kernels.append((own % 4, share * slow_kernel(net, probe.weights, x)))
-    seen = []
+        kernel, scale = slow_kernel(net, probe.weights, x)
+        kernels.append((own % 4, share * kernel))
+        log_scale += share * math.log(scale)
+    seen, time = [], 0.0
     for number, state in enumerate(states[1:]):
         net.load_state_dict(state)
         z = net(x).detach()
@@ -132,6 +152,10 @@ def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str)
         q = z[N:].softmax(1)
         label = F.one_hot(asked.tensors[1], CLASSES)
         slope = torch.where(label > 0, 1.0, -q / (1 - (q * label).sum(1, keepdim=True)))
+        if momentum is not None:
+            hessians = p[:, :, None] * torch.eye(CLASSES) - p[:, :, None] * p[:, None, :]
+            h = hessians.diagonal(dim1=1, dim2=2).sum(1).mean() / (CLASSES - 1)
+            time += math.exp(log_scale) / N * LR / (1 - momentum) * N / 4 * float(h)
         weight = LR * N / 4 * float((1 - (p * F.one_hot(y, CLASSES)).sum(1)).mean())
         seen.append((number % 4, weight, residual, slope))
     targets = F.one_hot(y, CLASSES) - 1 / CLASSES
@@ -142,6 +166,8 @@ def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str)
         total = sum(w for block, w, _, _ in seen if block != without)
         r: Any = sum(w * r for block, w, r, _ in seen if block != without) / total
         s: Any = sum(w * s for block, w, _, s in seen if block != without) / total
+        if time:
+            ridge = 4 / time
         if ridge is None:
             low, high = 1e-6, 1e6
             for _ in range(200):
@@ -150,6 +176,11 @@ def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str)
                 low, high = (ridge, high) if left.norm() < r.norm() else (low, ridge)
         assert ridge is not None
         inverse = (k[:N, :N] + ridge * torch.eye(N)).inverse()
+        if time:  # four implicit steps from f = 0, each with the same step of time
+            whole = torch.zeros(N, N)
+            for _ in range(4):
+                whole = ridge * inverse @ whole + (torch.eye(N) - ridge * inverse)
+            inverse = torch.linalg.solve(k[:N, :N], whole)
         smoother = k[N:, :N] @ inverse
         prior = (targets * (inverse @ targets)).sum() / (N * (CLASSES - 1))
         covariance = prior * (k[N:, N:] - smoother @ k[:N, N:]) * (s @ s.T)
@@ -171,47 +202,60 @@ def slow(name: str, states: list[dict[str, Tensor]], target: str, contrast: str)
     full, ridge, spread = mu(None, None)
     parts = torch.stack([mu(block, ridge)[0] for block in range(4)])
     error = (3 / 4 * (parts - parts.mean(0)).square().sum(0)).sqrt()
-    return {"mu": full, "error": error, "ridge": ridge, "spread": spread}
+    return {"mu": full, "error": error, "ridge": 1 / time if time else ridge, "spread": spread}
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "contrast"),
+    ("name", "target", "contrast", "momentum"),
     [
-        ("relu", "queries", "substitution"),
-        ("cnn", "queries", "removal"),
-        ("tanh, no bias", "validation", "substitution"),
+        ("relu", "queries", "substitution", 0.0),
+        ("cnn", "queries", "removal", 0.5),
+        ("tanh, no bias", "validation", "substitution", 0.0),
+        ("relu", "queries", "substitution", None),
+        ("tanh, no bias", "validation", "removal", None),
     ],
 )
-def test_callback_and_estimator_are_the_twin(name: str, target: Any, contrast: Any) -> None:
+def test_callback_and_estimator_are_the_twin(
+    name: str, target: Any, contrast: Any, momentum: float | None
+) -> None:
     epochs, callback = Epochs(), watch(target, name, contrast=contrast)
-    fit(epochs, callback, name=name)
+    kind = ByAdam if momentum is None else Classifier
+    fit(epochs, callback, name=name, kind=kind, momentum=momentum or 0.0)
     torch.set_default_dtype(torch.float64)
     try:
-        expected = slow(name, epochs.states, target, contrast)
+        expected = slow(name, epochs.states, target, contrast, momentum)
     finally:
         torch.set_default_dtype(torch.float32)
     scores = callback.scores()
     assert LEAST_RIDGE < expected["ridge"] < MOST_RIDGE
-    # λ is matched to one part in a thousand of its odds
-    close(scores.values, expected["mu"], 3e-3)
+    # a ridge is matched to one part in a thousand of its odds
+    near = 3e-3 if momentum is None else 1e-6
+    close(scores.values, expected["mu"], near)
     assert scores.std_error is not None
-    close(scores.std_error / KERNEL_INFLATION, expected["error"], 1e-2)
-    close(scores.extras["spread"], expected["spread"], 3e-3)
+    close(scores.std_error / KERNEL_INFLATION, expected["error"], 4 * near)
+    close(scores.extras["spread"], expected["spread"], near)
     assert scores.observable == "margin"
     assert scores.n_observations is not None
     assert scores.n_observations.tolist() == [EPOCHS] * N
 
     net, shape = models()[name]
     train, asked = data(shape)
-    initial = TrainingSteps(epochs.states[0], [torch.arange(4)], [LR])
+    each = N // 4
+    steps = TrainingSteps(
+        epochs.states[0],
+        [torch.arange(4)] * each * EPOCHS,
+        [LR] * each * EPOCHS,
+        "Adam" if momentum is None else "SGD",
+        {} if momentum is None else {"momentum": momentum},
+    )
     problem = Problem(
         net.double(), F.cross_entropy, train, asked,
-        "mean" if target == "validation" else None, steps=initial,
+        "mean" if target == "validation" else None, steps=steps,
     )  # fmt: skip
     found = replay(
         FINEKernel(n_initialisations=FRESH, contrast=contrast),
         problem,
-        [Checkpoint(state, LR) for state in epochs.states[1:]],
+        [Checkpoint(state, LR, each * (e + 1)) for e, state in enumerate(epochs.states[1:])],
     )
     close(found.values, scores.values, 1e-6)
     assert found.std_error is not None
