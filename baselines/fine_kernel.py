@@ -5,10 +5,10 @@
 What ``FINECallback("queries", schedule="snapshot", geometry="kernel")`` reads at its snapshots is
 read off the checkpoints here, and the values are the same where a checkpoint is a snapshot and
 η does not change in between: a checkpoint counts η_c · mean(1 − p), η_c its ``lr``. The training
-time is that of ``problem.steps`` up to each checkpoint's ``step``; where they are not known, a ridge
-is matched. The state before the first step is ``problem.steps.initial``; where the problem has none,
-the first checkpoint stands for it, whose shuffled entries are an initialisation only if it is one: pass the initial
-state first.
+time is that of ``problem.steps`` up to each checkpoint's ``step``; where these are not known, a
+ridge is matched. The state before the first step is ``problem.steps.initial``; where the problem
+has none, the first checkpoint stands for it, whose shuffled entries are an initialisation only if
+it is one: pass the initial state first.
 """
 
 from __future__ import annotations
