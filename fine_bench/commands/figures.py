@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Draw, write and report."""
     from fine_bench.report.figures.collection import Measures, count, draw
     from fine_bench.report.figures.output import write
-    from fine_bench.report.figures.tables import suffixes, table_results, undrawn_cells
+    from fine_bench.report.figures.tables import suffixes, table_results, together, undrawn_cells
     from fine_bench.store.files import StoreError
     from fine_bench.store.records import RecordStore
     from fine_bench.terminal import record_bar
@@ -116,6 +116,6 @@ def main(arguments: argparse.Namespace) -> int:
     for line in dict.fromkeys(note for results in found for note in results.notes):
         common.say(line)
     problems += [problem for results in found for problem in results.problems]
-    for problem in dict.fromkeys(problems):
+    for problem in together(problems):
         common.say(problem, error=True)
     return common.DONE if shown.complete and not problems else common.INCOMPLETE

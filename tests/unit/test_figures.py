@@ -235,7 +235,7 @@ def test_no_date_and_no_path_in_the_files(complete: Path) -> None:
 
 def test_missing_seeds_are_named(complete: Path) -> None:
     out = (complete / "out").read_text()
-    assert "without fine_paper, target self, seed 2: missing" in out
+    assert "not drawn, missing: fine_paper · self · seed 2: " in out
     assert "fine_paper (40 examples), target self, ranks a sample" in out
     assert (
         "agreement without target validation: no finished record of an estimator fine_paper" in out
@@ -410,7 +410,7 @@ def test_failed_seed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     fill(tmp_path, edit=edit)
     assert run(tmp_path, "--format", "svg") == 1
     out = capsys.readouterr().out
-    assert "without tracin, target self, seed 1: failed: RuntimeError: out of luck" in out
+    assert "not drawn, failed: tracin · self · seed 1: RuntimeError: out of luck" in out
 
 
 @unsaved

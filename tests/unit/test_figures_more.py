@@ -129,6 +129,32 @@ def test_methods_are_sorted_and_the_ceiling_is_that_of_the_records(results: Path
     assert ceiling == pytest.approx(0.98)
 
 
+def test_each_measure_has_one_look_in_every_panel_and_in_the_legend() -> None:
+    """A ceiling is drawn as the legend has it, whether its measure is the first of a panel."""
+    own = fidelity.FidelityPanel(
+        [fidelity.MethodFidelity("fine", 3, {"fidelity": interval(0.9), "fidelity_clean": interval(
+            0.8)})], {"fidelity": 0.98, "fidelity_clean": 0.96},
+    )  # fmt: skip
+    low = Interval(-0.01, -0.2, 0.1)
+    queries = fidelity.FidelityPanel(
+        [fidelity.MethodFidelity("tracin", 3, {"lds": low})], {"lds": 0.87}
+    )
+    figure = fidelity.fidelity_and_ceiling({"self": own, "queries": queries}, LOOKS, size="n = 3")
+    (legend,) = figure.legends
+    said = {t.get_text(): line for t, line in zip(legend.get_texts(), legend.get_lines())}  # noqa: B905
+    assert said["all examples or single queries"].get_marker() == "o"
+    assert said["clean examples only"].get_marker() == "|"
+    for axes, heights in zip(panels(figure), ({0.98: "all", 0.96: "clean"}, {0.87: "single"}),
+                             strict=True):  # fmt: skip
+        for line in axes.get_lines():
+            x = float(np.asarray(line.get_xdata())[0])
+            if x in heights:
+                (style,) = {v.get_linestyle() for k, v in said.items()
+                            if k.startswith(f"ceiling, {heights[x]}")}  # fmt: skip
+                assert line.get_linestyle() == style
+    assert panels(figure)[1].get_xlim()[0] <= low.lower  # the whole interval is in the panel
+
+
 def test_fidelity_needs_a_truth(tmp_path: Path) -> None:
     scores = scores_of("fine", "validation", 0)
     RecordStore(tmp_path).save(record_of("fine", "validation", 0, scores), scores)
@@ -199,6 +225,43 @@ def test_tables_that_differ_in_the_two_seeds_alone_belong_together(tmp_path: Pat
     (drawn,) = by_source(found, names, Measures())
     assert drawn.figure is not None
     assert drawn.name == "consistency_by_source--00000000"
+
+
+LONG = "influence on this task's queries (high is suspicious)"
+
+
+def cut_off(figure: Figure) -> list[str]:
+    """Titles and labels that leave the figure, or reach into the panel to the right."""
+    found = []
+    for axes in panels(figure):
+        beside = [o.bbox.x0 for o in panels(figure) if o.bbox.x0 > axes.bbox.x1]
+        right = min([figure.bbox.width, *beside])
+        for text in (axes._left_title, axes.title, axes.xaxis.label, axes.yaxis.label):  # type: ignore[attr-defined]
+            box = text.get_window_extent()
+            end = right if text is axes._left_title else figure.bbox.width  # type: ignore[attr-defined]
+            if text.get_text() and (box.x0 < 0 or box.x1 > end or box.y1 > figure.bbox.height):
+                found.append(text.get_text())
+    return found
+
+
+def test_titles_and_labels_are_broken_before_they_leave_the_figure() -> None:
+    name = "fine_paper (every_n_steps=2, sample=1000, 1,000 examples)"
+    line = randomness.MethodLine(name, {"order": interval(0.9)}, {"order": 3})
+    titles = {"self": f"target self: {LONG}", "validation": f"target validation: {LONG}"}
+    for targets in (["self"], ["self", "validation"]):
+        figure = randomness.by_source(
+            {key: [line] for key in targets},
+            measure="Spearman correlation between runs of a task",
+            size="n = 3",
+            titles=titles,
+        )
+        assert cut_off(figure) == []
+        assert "mean over pairs of 3 seeds" in panels(figure)[0].get_xlabel().replace("\n", " ")
+    points = [MethodPoint("fine", interval(2.0), interval(0.95), 3)]
+    figure = costs.cost_and_quality(
+        {t: costs.CostPanel("lds", points) for t in titles}, LOOKS, size="n = 3", titles=titles
+    )
+    assert cut_off(figure) == []
 
 
 def test_one_source_alone_says_what_to_run(tmp_path: Path) -> None:

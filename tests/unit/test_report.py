@@ -6,6 +6,7 @@ import base64
 import gzip
 import html as html_module
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -25,18 +26,20 @@ from fine_bench.commands.report import main
 from fine_bench.data.cifar import CLASS_NAMES
 from fine_bench.errors import ConfigError
 from fine_bench.leaderboard.build import build
+from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.metrics.registry import columns
 from fine_bench.report.figures.style import canvas
-from fine_bench.report.figures.tables import TableResults, table_results
+from fine_bench.report.figures.tables import TableResults, table_results, together
 from fine_bench.report.figures.titles import caption_of, titles_of
-from fine_bench.report.html.build import _drawing, together
-from fine_bench.report.html.examples import Gallery, galleries_block
+from fine_bench.report.html.build import _drawing
+from fine_bench.report.html.examples import Gallery, between, galleries_block
 from fine_bench.report.html.figures import PageFigure, figure_block, packed, size_of, slim
 from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
 from fine_bench.report.html.headlines import Headline, headlines
 from fine_bench.report.html.images import PngEncoder, TaskExamples, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
+from fine_bench.report.html.page import page
 from fine_bench.report.html.tables import breaking, target_tables
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import RecordStore
@@ -311,11 +314,32 @@ def test_the_gallery_says_what_is_known(html: str) -> None:
     assert "retraining μ" in html
     assert "± 0.25" in html
     assert "of 60</dd>" in html
-    assert ">planted</span>" in html
+    assert ">known bad</span>" in html
     assert "true label" in html
     assert "512 models on random subsets" in html
     assert html.count('class="pixels"') == 18  # fine on two targets, fine_paper on one
     assert "&lt; 0.0001" in html  # the group's p-value
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "said"),
+    [
+        (-1.287, 0.5, "−1.29 to 0.50"),
+        (-1.287, math.inf, "−1.29 to ∞"),
+        (-math.inf, math.inf, "−∞ to ∞"),
+        (math.nan, math.nan, "–"),
+    ],
+)
+def test_an_end_without_a_bound_is_no_unknown_one(lower: float, upper: float, said: str) -> None:
+    assert between(lower, upper) == said
+
+
+def test_a_problem_of_many_tasks_is_said_whole() -> None:
+    tasks = [f"a_task_with_a_long_name_{i}" for i in range(20)]
+    lines = together([f"{task}: scores are not here; type fine-bench publish" for task in tasks])
+    assert len(lines) == 1
+    html = page(Leaderboard(()), (), (), lines).decode()
+    assert "a_task_with_a_long_name_19: scores are not here; type fine-bench publish<" in html
 
 
 # ------------------------------------------------------------------------------------ pictures

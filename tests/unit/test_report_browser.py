@@ -207,6 +207,20 @@ def test_images_are_there(browser: Any) -> None:
     assert all(width > 0 for width in widths)
 
 
+def test_a_link_into_a_page_shows_that_page(browser: Any) -> None:
+    visit(browser, "Overview")
+    caption = browser.find_elements(By.CSS_SELECTOR, "table.board caption[id]")[1]
+    name = caption.get_attribute("id")
+    browser.execute_script("location.hash = arguments[0]", name)
+    WebDriverWait(browser, 20).until(lambda _: caption.is_displayed())
+    assert browser.execute_script("return window.scrollY") > 0
+    # an address that is none of the page's shows the overview, and raises nothing
+    browser.execute_script("location.hash = '%'")
+    overview = browser.find_element(By.ID, "overview")
+    WebDriverWait(browser, 20).until(lambda _: overview.is_displayed())
+    assert not caption.is_displayed()
+
+
 @pytest.mark.parametrize("pixels", [1280, 390])
 def test_nothing_is_wider_than_the_window(browser: Any, pixels: int) -> None:
     with width(browser, pixels):

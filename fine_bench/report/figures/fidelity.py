@@ -49,7 +49,8 @@ class FidelityPanel:
         return [name for name in MEASURES if any(name in m.values for m in self.methods)]
 
 
-_LINES: tuple[Any, ...] = ("-", "--", ":")
+_LINES: Mapping[str, Any] = {"fidelity": "-", "fidelity_clean": "--", "lds": ":"}
+"""How the ceiling of a measure is drawn."""
 
 
 @styled
@@ -62,7 +63,8 @@ def fidelity_and_ceiling(
 ) -> Figure:
     """A line a method, best first; the ceilings are vertical lines.
 
-    The first measure is drawn with the method's own marker, the second with a small bar below it.
+    The first measure of a panel is drawn with the method's own marker, a second one with a small
+    bar below it.
 
     Args:
         panels: by target.
@@ -76,16 +78,18 @@ def fidelity_and_ceiling(
     for target, axes in zip(panels, panels_of(figure, list(panels)), strict=True):
         _draw(axes, panels[target], looks)
         axes.set_title(titles.get(target, f"target {target}"), loc="left")
+    first = list(dict.fromkeys(panel.measures[0] for panel in panels.values()))
     measures = list(dict.fromkeys(m for panel in panels.values() for m in panel.measures))
+    marks = [(" or ".join(MEASURES[m] for m in first), "o", 6)]
+    marks += [(MEASURES[m], "|", 9) for m in measures if m not in first]
     handles = [
-        Line2D([], [], linestyle="none", marker="o" if i == 0 else "|", color=BLACK,
-               markersize=6 if i == 0 else 9, label=MEASURES[m])
-        for i, m in enumerate(measures)
-    ]  # fmt: skip
+        Line2D([], [], linestyle="none", marker=marker, color=BLACK, markersize=size, label=words)
+        for words, marker, size in marks
+    ]
     handles += [
-        Line2D([], [], color=GREY, linestyle=_LINES[i % 3], linewidth=1.2,
+        Line2D([], [], color=GREY, linestyle=_LINES[m], linewidth=1.2,
                label=f"ceiling, {MEASURES[m]}")
-        for i, m in enumerate(measures)
+        for m in measures
         if any(m in panel.ceilings for panel in panels.values())
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
@@ -125,13 +129,13 @@ def _draw(axes: Axes, panel: FidelityPanel, looks: Mapping[str, Look]) -> None:
                 linestyle="none",
                 zorder=3,
             )
-    for i, measure in enumerate(panel.measures):
-        if measure in panel.ceilings:
-            axes.axvline(panel.ceilings[measure], color=GREY, linestyle=_LINES[i % 3],
-                         linewidth=1.2, zorder=1)  # fmt: skip
+    for measure, ceiling in panel.ceilings.items():
+        axes.axvline(ceiling, color=GREY, linestyle=_LINES[measure], linewidth=1.2, zorder=1)
     axes.set_yticks(range(len(methods)), [named(m.label, m.n_seeds, seeds) for m in methods])
     axes.set_ylim(len(methods) - 0.4, -0.6)
-    values = [v.mean for m in methods for v in m.values.values() if math.isfinite(v.mean)]
+    values = [
+        v.mean - reach(v)[0] for m in methods for v in m.values.values() if math.isfinite(v.mean)
+    ]
     axes.set_xlim(min(-0.03, *values) if values else 0.0, 1.01)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(in_full("metrics", first))

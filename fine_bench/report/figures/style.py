@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
+from textwrap import wrap
 from typing import Any, NamedTuple, ParamSpec
 
 from matplotlib import style
@@ -148,11 +149,53 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def settle(figure: Figure) -> None:
-    """Take all text for text, compute the layout once and keep it."""
+    """Take all text for text, break what is too long, compute the layout once and keep it."""
     _take_for_text(figure)
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
+        if _break_long(figure):  # more lines want more room
+            figure.draw_without_rendering()
         figure.set_layout_engine("none")
+
+
+def _break_long(figure: Figure) -> bool:
+    """Break titles and labels of panels that would leave the figure or run into the next panel."""
+    found = False
+    panels = [axes for axes in figure.axes if axes.axison]
+    for axes in panels:
+        box, edge = axes.bbox, 3.0 * figure.dpi / 72.0
+        beside = [o.bbox for o in panels if o.bbox.y0 < box.y1 and o.bbox.y1 > box.y0]
+        left = max([edge, *(b.x1 for b in beside if b.x1 <= box.x0)])
+        right = min([figure.bbox.width - edge, *(b.x0 - edge for b in beside if b.x0 >= box.x1)])
+        middle = (box.x0 + box.x1) / 2
+        across = 2 * min(middle - left, right - middle)
+        for text, room in (
+            (axes._left_title, right - box.x0),  # type: ignore[attr-defined]
+            (axes.title, across),
+            (axes.xaxis.label, across),
+            (axes.yaxis.label, 1.15 * box.height),
+        ):
+            found |= _broken(text, room)
+    return found
+
+
+def _broken(text: Text, room: float) -> bool:
+    """Whether a text was longer than its room, in pixels, and got more lines."""
+
+    def length() -> float:
+        box = text.get_window_extent()
+        return max(box.width, box.height)  # it may stand upright
+
+    lines = text.get_text().split("\n")
+    most = max(map(len, lines))
+    if not text.get_visible() or not most or length() <= room:
+        return False
+    for width in range(most - 1, 11, -1):
+        kept = {"break_long_words": False, "break_on_hyphens": False}
+        text.set_text("\n".join("\n".join(wrap(line, width, **kept)) for line in lines))
+        if length() <= room:
+            break
+    return text.get_text().count("\n") >= len(lines)
 
 
 def _take_for_text(figure: Figure) -> None:

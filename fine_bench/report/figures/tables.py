@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fine_bench.leaderboard.captions import cell_lines
 from fine_bench.leaderboard.sensitivity import Spread, spreads
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.detection import suspicion
@@ -189,13 +190,17 @@ def suffixes(tables: Sequence[Table]) -> dict[tuple[str, str, str], str]:
 
 
 def undrawn_cells(table: Table) -> list[str]:
-    """One line for each method with cells that are in no figure: which seeds, and why."""
-    lines: dict[tuple[str, ...], list[int]] = {}
-    for cell in table.cells:
-        name = f"{cell.estimator} ({cell.variant})" if cell.variant else cell.estimator
-        lines.setdefault((name, cell.target, cell.state, cell.reason), []).append(cell.seed)
-    return [
-        f"{table.task}: without {name}, target {target}, seed{'s' if len(seeds) > 1 else ''} "
-        f"{', '.join(map(str, sorted(seeds)))}: {state}: {reason}"
-        for (name, target, state, reason), seeds in lines.items()
-    ]
+    """The cells that are in no figure: which methods and seeds, and why."""
+    return [f"{table.task}: not drawn, {line}" for line in cell_lines(table)]
+
+
+def together(problems: Sequence[str]) -> list[str]:
+    """Problems each once; what several tables lack in the same words in one line that names them.
+
+    A line of a table begins with its task and a colon.
+    """
+    tasks: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        task, colon, rest = problem.partition(": ")
+        tasks.setdefault(rest if colon else problem, []).append(task if colon else "")
+    return [f"{', '.join(names)}: {text}" if any(names) else text for text, names in tasks.items()]

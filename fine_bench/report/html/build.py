@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.report.figures.collection import Measures, count, draw
 from fine_bench.report.figures.style import to_bytes
-from fine_bench.report.figures.tables import TableResults, suffixes
+from fine_bench.report.figures.tables import TableResults, suffixes, together
 from fine_bench.report.figures.titles import caption_of
 from fine_bench.report.html.examples import Gallery
 from fine_bench.report.html.figures import DESCRIPTIONS, LARGEST_SVG, PageFigure, packed, size_of
@@ -90,18 +90,6 @@ def make(
     problems += [line for results in found for line in results.problems]
     unique = tuple(together(problems))
     return Report(page(board, sections, general, unique), unique)
-
-
-def together(problems: Sequence[str]) -> list[str]:
-    """Problems each once; what several tables lack in the same words in one line that names them.
-
-    A line of a table begins with its task and a colon.
-    """
-    tasks: dict[str, list[str]] = {}
-    for problem in dict.fromkeys(problems):
-        task, colon, rest = problem.partition(": ")
-        tasks.setdefault(rest if colon else problem, []).append(task if colon else "")
-    return [f"{', '.join(names)}: {text}" if any(names) else text for text, names in tasks.items()]
 
 
 def _figures(

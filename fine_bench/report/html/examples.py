@@ -107,7 +107,7 @@ def _gallery(gallery: Gallery, task_examples: TaskExamples, images: bool) -> Saf
     known = [e.planted for e in gallery.examples if e.planted is not None]
     words = f"the {len(gallery.examples)} examples with the largest |score|"
     if known:
-        words += f", {sum(known)} of {len(known)} planted as bad"
+        words += f", {sum(known)} of {len(known)} known to be bad"
     if math.isfinite(gallery.auroc):
         words += f"; over all examples this row's AUROC is {number(gallery.auroc, 2)}"
     return join(
@@ -153,7 +153,7 @@ def _card(example: ShownExample, task_examples: TaskExamples, images: bool) -> S
         picture = void("img", data_image=example.index, alt=alt, class_="pixels", loading="lazy")
     else:
         picture = tag("div", f"#{example.index}", class_="blank", aria_hidden="true")
-    words = {True: "planted", False: "not planted", None: "truth unknown"}[example.planted]
+    words = {True: "known bad", False: "no known fault", None: "truth unknown"}[example.planted]
     kind = {True: "bad", False: "fine", None: "unknown"}[example.planted]
     return tag(
         "li",
@@ -162,6 +162,13 @@ def _card(example: ShownExample, task_examples: TaskExamples, images: bool) -> S
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts)),
         class_=f"card {kind}",
     )
+
+
+def between(lower: float, upper: float) -> str:
+    """An interval in words: an end without a bound is ∞, and one that is unknown a dash."""
+    ends = {math.inf: "∞", -math.inf: "−∞"}
+    low, high = (ends.get(value) or number(value, 2) for value in (lower, upper))
+    return "–" if low == high == "–" else f"{low} to {high}"
 
 
 def _score(example: ShownExample) -> Safe:
@@ -190,7 +197,7 @@ def groups(gallery: Gallery) -> Safe:
             tag("td", f"{line.size:,}"),
             tag("td", line.seed),
             tag("td", number(line.mu, 2)),
-            tag("td", f"{number(line.lower, 2)} to {number(line.upper, 2)}"),
+            tag("td", between(line.lower, line.upper)),
             tag("td", p_value(line.p_value)),
             tag("td", number(line.run_level, 1)),
         )

@@ -16,7 +16,7 @@ LARGEST_SVG = 150_000
 DESCRIPTIONS: Mapping[str, tuple[str, str]] = {
     "detection_and_consistency": (
         "Detection against consistency",
-        "How well a method finds the planted bad examples, and whether it finds the same ones in "
+        "How well a method finds the known bad examples, and whether it finds the same ones in "
         "another run.",
     ),
     "recall_curves": (

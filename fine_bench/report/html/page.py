@@ -21,6 +21,8 @@ from fine_bench.retraining.truth import Truth
 from fine_bench.types import End
 
 HERE = Path(__file__).parent
+LONGEST = 2000
+"""Characters of a problem: it says what to do at its end, and may name every task before."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _overview(
         tag("tbody", *body),
         class_="plain",
     )
-    problems = [view.one_line(line) for line in (*board.problems, *notes)]
+    problems = [view.one_line(line, LONGEST) for line in (*board.problems, *notes)]
     how: tuple[object, ...] = (
         join(
             [

@@ -82,16 +82,20 @@
   const pages = Array.from(document.querySelectorAll("section.page"));
   const links = Array.from(document.querySelectorAll("nav a"));
   const show = () => {
-    const id = decodeURIComponent(location.hash.slice(1));
+    let id = location.hash.slice(1);
+    try { id = decodeURIComponent(id); } catch { /* no address of ours; the overview is shown */ }
     if (id === "main") return;
-    const page = pages.find((each) => each.id === id) ?? pages[0];
+    // a link may lead to a page or to a place in one
+    const place = document.getElementById(id);
+    const page = place?.closest("section.page") ?? pages[0];
     for (const each of pages) each.hidden = each !== page;
     fill(page);
     for (const link of links) {
       if (link.hash === `#${page.id}`) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
-    window.scrollTo(0, 0);
+    if (place && place !== page) place.scrollIntoView();
+    else window.scrollTo(0, 0);
   };
   window.addEventListener("hashchange", show);
   window.addEventListener("beforeprint", () => pages.forEach(fill));

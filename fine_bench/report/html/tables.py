@@ -130,7 +130,9 @@ def _entry(entry: Entry, head: Head) -> Safe:
         "td",
         tag("span", entry.text.replace("-", "−"), class_="mean best" if entry.best else "mean"),
         *(tag("abbr", sign, title=means) for sign, means in entry.marks),
-        tag("span", f"{entry.short}{entry.few}", class_="ci") if entry.short else "",
+        tag("span", f"{entry.short}{entry.few}".replace("-", "−"), class_="ci")
+        if entry.short
+        else "",
         data_value=repr(entry.value),
     )
 
