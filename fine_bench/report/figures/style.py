@@ -191,8 +191,10 @@ def _broken(text: Text, room: float) -> bool:
     if not text.get_visible() or not most or length() <= room:
         return False
     for width in range(most - 1, 11, -1):
-        kept = {"break_long_words": False, "break_on_hyphens": False}
-        text.set_text("\n".join("\n".join(wrap(line, width, **kept)) for line in lines))
+        parts = (
+            wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in lines
+        )
+        text.set_text("\n".join("\n".join(part) for part in parts))
         if length() <= room:
             break
     return text.get_text().count("\n") >= len(lines)
