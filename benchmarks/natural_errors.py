@@ -11,7 +11,9 @@ cleanlab/label-errors; looked for as ``label_errors/mnist_test_set_pyx.npy`` bel
 ``FINE_BENCH_DATA``), which stand as an outside row: − log of the probability of the given label, by
 networks that were not trained on the image. They chose the 100.
 
-Written are ``natural_errors.md`` and ``.csv``. Exit status: 0, or 2 where there is nothing to read.
+Written are ``natural_errors.md`` and ``.csv``. Runs need not all be at hand: a row of the ``.csv``
+that is there stays where no scores measure it again. Exit status: 0, or 2 where there is nothing to
+read.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from outputs import Outputs, add_results, shown
+from outputs import Outputs, add_results, made_earlier, shown
 
 from fine_bench.data import downloads
 from fine_bench.metrics.detection import detection_metrics, suspicion
@@ -38,6 +40,13 @@ from fine_bench.store.scores import asked_about, carried_truth
 
 TASK = "mnist_natural"
 N_TEST = 10_000
+OUTSIDE = "outside"
+NUMBERS = (
+    "runs", "average_precision", "average_precision_lower", "average_precision_upper",
+    "reviewed_average_precision", "reviewed_lower", "reviewed_upper", "recall", "stable_recall",
+)  # fmt: skip
+"""Columns of the ``.csv`` after the names, in this order."""
+
 PROBABILITIES = Path("label_errors") / "mnist_test_set_pyx.npy"
 
 
@@ -88,7 +97,7 @@ def line(
 
 
 def measure(store: RecordStore, probabilities: Path | None) -> list[Line]:
-    """All lines, the best among the reviewed first, by model; the outside row last.
+    """All lines of the runs at hand, in order.
 
     Raises:
         SystemExit: the probabilities do not fit; says what is expected.
@@ -114,7 +123,6 @@ def measure(store: RecordStore, probabilities: Path | None) -> list[Line]:
         return []
     bad, reviewed = masks
     lines = [line(model, row, found, bad, reviewed) for (model, row, *_), found in runs.items()]
-    lines.sort(key=lambda x: (x.model, -x.reviewed.mean, x.row))
     if probabilities is not None:
         labels = given_labels()
         p = np.load(probabilities, allow_pickle=False)
@@ -126,8 +134,27 @@ def measure(store: RecordStore, probabilities: Path | None) -> list[Line]:
             )
         own = p[np.arange(len(labels)), labels]
         outside = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
-        lines.append(line("outside", "cross-validated probability", {0: outside}, bad, reviewed))
-    return lines
+        lines.append(line(OUTSIDE, "cross-validated probability", {0: outside}, bad, reviewed))
+    return ordered(lines)
+
+
+def ordered(lines: Sequence[Line]) -> list[Line]:
+    """The best among the reviewed first, by model; the outside row last."""
+    return sorted(lines, key=lambda x: (x.model == OUTSIDE, x.model, -x.reviewed.mean, x.row))
+
+
+def kept(table: Path, measured: Sequence[Line]) -> list[Line]:
+    """The rows of a ``.csv`` made earlier that ``measured`` does not measure again.
+
+    Raises:
+        SystemExit: the file is no such table; says what to do.
+    """
+    again = {(x.model, x.row) for x in measured}
+    rows = made_earlier(table, ["model", "row"], NUMBERS).itertuples(index=False)
+    found = [
+        Line(x[0], x[1], int(x[2]), Interval(*x[3:6]), Interval(*x[6:9]), *x[9:]) for x in rows
+    ]
+    return [x for x in found if (x.model, x.row) not in again]
 
 
 def given_labels() -> NDArray[np.int64]:
@@ -167,7 +194,8 @@ def markdown(lines: Sequence[Line]) -> str:
         "among all 10,000 test images, where an error that the study's own network did not suspect "
         "counts as right, and among the 100 reviewed, the fair comparison: mean over the runs with "
         "a 95 % interval over seeds. *One run*, *all runs*: share of the 15 among the 15 most "
-        "suspicious of the reviewed, in one run and in every run.",
+        "suspicious of the reviewed, in one run and in every run. Rows whose scores were not at "
+        "hand are those of `natural_errors.csv`.",
         "",
         "| model | method | runs | AP, reviewed | AP, all test images | one run | all runs |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -211,10 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    earlier = kept(arguments.results / "natural_errors.csv", lines)
+    lines = ordered([*lines, *earlier])
     paths = (out / "natural_errors.md", out / "natural_errors.csv")
     files = Outputs(paths, default=arguments.out is None, force=arguments.force)
     files.write(paths[0], markdown(lines))
     files.write(paths[1], frame(lines))
+    if earlier:
+        print(f"{len(earlier)} rows kept from natural_errors.csv: their scores are not at hand")
     print(f"written: {', '.join(map(str, paths))}")
     return 0
 

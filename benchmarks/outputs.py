@@ -127,3 +127,25 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace files that are there, where you name a place"
     )
+
+
+def made_earlier(table: Path, names: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """The ``.csv`` that a script wrote before, for rows whose scores are no longer at hand.
+
+    Args:
+        table: the file; no rows where there is none.
+        names, numbers: its columns of text (empty where they say nothing) and of numbers (NaN).
+
+    Raises:
+        SystemExit: the file is another table; says what to do.
+    """
+    if not table.is_file():
+        return pd.DataFrame(columns=[*names, *numbers])
+    try:
+        frame = pd.read_csv(table, dtype=str, keep_default_na=False)[[*names, *numbers]]
+        return frame.assign(**{name: pd.to_numeric(frame[name]) for name in numbers})
+    except (ValueError, KeyError) as error:
+        raise SystemExit(
+            f"{table} cannot be read as a table of this script ({error}); move it away, or name "
+            "another folder with --results"
+        ) from error

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from outputs import Outputs, add_results, shown
+from outputs import Outputs, add_results, made_earlier, number_text, shown
 
 from fine_bench.metrics.consistency import inclusion
 from fine_bench.metrics.detection import detection_metrics, suspicion
@@ -248,23 +248,13 @@ def kept(table: Path, measured: Sequence[Line]) -> list[Line]:
     Raises:
         SystemExit: the file is no such table; says what to do.
     """
-    if not table.is_file():
-        return []
-    try:
-        empty = {name: [""] for name in NUMBERS}
-        cells = pd.read_csv(table, keep_default_na=False, na_values=empty)
-        found = []
-        for key, cell in cells.groupby(["row", "note", "target", "differs"], sort=False):
-            row, note, target, source = key
-            numbers = cell[["share", "jaccard", "lower", "upper"]].to_numpy(np.float64)
-            jaccard = {share: Interval(mean, low, high) for share, mean, low, high in numbers}
-            precision = Interval(float(cell["average_precision"].iloc[0]), math.nan, math.nan)
-            n = int(cell["runs"].iloc[0])
-            found.append(Line(str(row), str(note), str(target), str(source), n, jaccard, precision))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise SystemExit(
-            f"{table} cannot be read as the table of this script ({error}); move it away"
-        ) from error
+    cells = made_earlier(table, ["row", "note", "target", "differs"], ["runs", "share", *NUMBERS])
+    found = []
+    for key, cell in cells.groupby(["row", "note", "target", "differs"], sort=False):
+        numbers = cell[["share", "jaccard", "lower", "upper"]].to_numpy(np.float64)
+        jaccard = {share: Interval(mean, low, high) for share, mean, low, high in numbers}
+        precision = Interval(float(cell["average_precision"].iloc[0]), math.nan, math.nan)
+        found.append(Line(*key, int(cell["runs"].iloc[0]), jaccard, precision))
     strange = sorted(
         {x.target for x in found} - set(READINGS) | {x.source for x in found} - set(SOURCES)
     )
@@ -300,8 +290,7 @@ def frame(lines: Sequence[Line]) -> pd.DataFrame:
 def precision_of(lines: Sequence[Line]) -> str:
     """Average precision of a row, of the first source that has it."""
     known = (x.precision.mean for x in lines if not math.isnan(x.precision.mean))
-    value = next(known, math.nan)
-    return "–" if math.isnan(value) else f"{value:.3f}"
+    return number_text(next(known, math.nan))
 
 
 def markdown(lines: Sequence[Line]) -> str:

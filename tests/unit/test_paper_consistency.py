@@ -168,7 +168,7 @@ def test_cells_without_scores_are_kept_from_the_table(
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda text: text.replace(",note,", ",remark,"), "cannot be read as the table"),
+        (lambda text: text.replace(",note,", ",remark,"), "cannot be read as a table"),
         (lambda text: text.replace(",self,", ",selves,"), "holds selves"),
         (lambda text: text.replace(",0.2000,", ",0.3000,"), "other shares than 0.01"),
     ],
@@ -295,3 +295,34 @@ def test_the_studys_own_probabilities(
     np.save(tmp_path / natural.PROBABILITIES, p)
     assert natural.main(["--results", str(tmp_path / "r")]) == 0
     assert "| outside | cross-validated prob" in (tmp_path / "r" / "natural_errors.md").read_text()
+
+
+def test_natural_rows_without_scores_are_kept(
+    natural: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, later = tmp_path / "first", tmp_path / "later"
+    store = RecordStore(first)
+    for seed in range(2):
+        add(store, "fine", seed, noisy(seed), task="mnist_natural", truth=TRUTH)
+        add(store, "aum", seed, noisy(5 + seed), task="mnist_natural", truth=TRUTH)
+    assert natural.main(["--results", str(first)]) == 0
+    assert "kept" not in capsys.readouterr().out
+    known = {x.row: x for x in natural.measure(store, None)}
+    table = first / "natural_errors.csv"
+
+    store = RecordStore(later)
+    add(store, "fine", 0, noisy(9), task="mnist_natural", truth=TRUTH)
+    add(store, "fine", 0, noisy(9), task="mnist_natural", truth=TRUTH, model="cnn")
+    (later / table.name).write_bytes(table.read_bytes())
+    assert natural.main(["--results", str(later)]) == 0
+    assert "1 rows kept" in capsys.readouterr().out
+    lines = natural.ordered(natural.kept(later / table.name, []))
+    assert (lines[0].model, lines[0].row, lines[0].n) == ("cnn", "fine", 1)
+    assert {(x.row, x.n) for x in lines if x.model == "mlp"} == {("fine", 1), ("aum", 2)}
+    aum = next(x for x in lines if x.row == "aum")
+    assert aum.reviewed == pytest.approx(known["aum"].reviewed, abs=1e-4, nan_ok=True)
+    assert aum.known == pytest.approx(known["aum"].known, abs=1e-4, nan_ok=True)
+    assert (aum.recall, aum.stable) == pytest.approx((known["aum"].recall, known["aum"].stable))
+    table.write_text("model,row\n")
+    with pytest.raises(SystemExit, match="move it away"):
+        natural.kept(table, [])
