@@ -104,7 +104,7 @@ def test_nothing_is_replaced_and_the_same_seed_gives_the_same_files(
 
 
 def test_an_interrupted_call_goes_on(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = [str(home / "fruit.csv"), "--runs", "2", "--epochs", "4", "--lr", "0.2", "--level",
             "0.4", "--out", str(tmp_path / "out"), "--no-page"]  # fmt: skip
@@ -119,8 +119,14 @@ def test_an_interrupted_call_goes_on(
 
     monkeypatch.setattr(cleaning, "train_run", stopped)
     assert main(call) == 130
-    kept = sorted((tmp_path / "out" / "runs").iterdir())
+    kept = sorted((tmp_path / "out" / "runs").glob("*.npz"))
     assert len(kept) == 2
+    # the first run has been answered
+    early = pd.read_csv(tmp_path / "out" / "runs" / "first_ranking.csv")
+    assert len(early) == 299
+    assert set(early["runs"]) == {1}
+    assert not (tmp_path / "out" / "ranking.csv").exists()
+    assert "after the first run, most suspicious: " in capsys.readouterr().err
     times = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.undo()
     assert main(call) == 0

@@ -107,6 +107,7 @@ def clean(
     folder: Path | None = None,
     read: Callable[[Items], None] = lambda items: None,
     advance: Advance = lambda what, done, total: None,
+    first: Callable[[pd.DataFrame], None] = lambda table: None,
     **reading: Unpack[Reading],
 ) -> Cleaning:
     """Find rows whose labels are likely wrong, how often that repeats, and at which error rate.
@@ -130,6 +131,7 @@ def clean(
         folder: where finished halves are kept; nowhere without.
         read: told the items once they are read.
         advance: told how far it is.
+        first: told the ranking of the first run, when others follow.
         reading: ``kind``, ``label``, ``text``, … of ``inputs.items.Reading``.
 
     Raises:
@@ -155,7 +157,12 @@ def clean(
         changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
         base = replace(base, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
         recipe = base if model is None else own_recipe(base, model, x, n_classes)
-        found = _train(x, y, n_classes, recipe, runs, seed, influence, folder, advance)
+
+        def told(run: Run) -> None:
+            if runs > 1:
+                first(ranking(items, [run], score, None))
+
+        found = _train(x, y, n_classes, recipe, runs, seed, influence, folder, advance, told)
     flags = None
     if mask is not None:
         from fine_bench.runner.clean.scoring import score_of
@@ -196,6 +203,7 @@ def _train(
     influence: bool,
     folder: Path | None,
     advance: Advance,
+    first: Callable[[Run], None],
 ) -> list[Run]:
     place: AbstractContextManager[Any] = (
         nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory()
@@ -221,6 +229,8 @@ def _train(
             )  # fmt: skip
             # early stopping ends before the most epochs there may be
             said(HALVES * recipe.epochs)
+            if number == 0:
+                first(found[0])
     return found
 
 

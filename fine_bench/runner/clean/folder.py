@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RANKING, ISSUES, LEFT_OUT, SUMMARY = "ranking.csv", "issues.csv", "left_out.csv", "summary.md"
 VERIFY, PAGE, VERIFY_PAGE = "verify_first.csv", "review.html", "verify_first.html"
 RUNS = "runs"
+FIRST = "first_ranking.csv"
+"""In ``RUNS``: the ranking of the first run, while the others are on their way."""
 TRUSTED, TRUSTED_CLEANED = "trusted.txt", "trusted_cleaned.txt"
 SHOWN = 10
 
@@ -104,7 +106,9 @@ def _options(arguments: argparse.Namespace) -> Reading:
 
 def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
     from fine_bench.runner.clean.cleaning import clean
-    from fine_bench.terminal import bar_on
+    from fine_bench.store.files import write_output
+    from fine_bench.store.spreadsheet import to_csv
+    from fine_bench.terminal import bar_on, visible
 
     with bar_on() as progress:
         bar = progress.add_task("reading", total=None)
@@ -114,6 +118,12 @@ def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
 
         def read(items: Items) -> None:
             say(f"read: {data}: {items.kind}, {items.what}", error=True)
+
+        def first(table: pd.DataFrame) -> None:
+            path = folder / RUNS / FIRST
+            write_output(path, to_csv(table, float_format="%.6g").encode(), force=True)
+            top = ", ".join(visible(name) for name in table["name"].head(5))
+            say(f"after the first run, most suspicious: {top}; all in {path}", error=True)
 
         return clean(
             data,
@@ -134,6 +144,7 @@ def _clean(arguments: argparse.Namespace, data: str, folder: Path) -> Cleaning:
             folder=folder / RUNS,
             read=read,
             advance=advance,
+            first=first,
         )
 
 
