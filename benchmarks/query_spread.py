@@ -1,6 +1,7 @@
 """Is f-INE's σ_q the spread of a query's margin over runs, and do its intervals hold other runs?
 
     python benchmarks/query_spread.py --task mnist_mlp [--results results]
+    python benchmarks/query_spread.py --task mnist_mlp --truth-alone
 
 Reads the scores of the row ``fine_queries`` that runs of several seeds have left in the working
 store, and the ground truth; nothing is trained. Of the *development* half, means over the seeds:
@@ -10,6 +11,10 @@ store, and the ground truth; nothing is trained. Of the *development* half, mean
   through the origin;
 - *effect*: the subsets' margins on the sum of Δ = μσ over their members, both about their means
   over the subsets, through the origin, all queries together.
+
+Of the truth alone, without any scores (``--truth-alone``): the range of σ_q over the queries,
+how well the two halves of the subsets agree on it, and how much of the distance between two
+subsets' outcomes their widths make up (``metrics.outcome_spread.mean_share``).
 
 Of the runs alone: how often ± z ``std_error`` of one run holds the mean μ of the others, all pairs
 of a query and an example, and the fifth of them with the smallest and the largest mean |μ|.
@@ -25,9 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fine_bench.metrics.outcome_spread import mean_share
 from fine_bench.metrics.reliability import spearman
-from fine_bench.retraining.truth import SubsetTruth
-from fine_bench.retraining.truth_files import find, folders
+from fine_bench.retraining.truth import HALVES, SubsetTruth
+from fine_bench.retraining.truth_files import find, folders, named
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores
 
@@ -52,6 +58,22 @@ def against_truth(scores: InfluenceScores, subsets: SubsetTruth) -> dict[str, fl
     }
 
 
+def of_truth(subsets: SubsetTruth) -> str:
+    """What the margins of the subsets say of the spread between runs."""
+    first, second = (subsets.spread(half) for half in HALVES)
+    lines = [f"σ_q: rank correlation of the halves over {len(first)} queries, "
+             f"{spearman(first, second):.3f}"]  # fmt: skip
+    for half in HALVES:
+        sigma, own = subsets.spread(half), subsets.of(half)
+        ends = ", ".join(f"{x:.3f}" for x in np.quantile(sigma, (0, 0.1, 0.9, 1)))
+        share = mean_share(subsets.margin_first[own], subsets.margin_second[own], subsets.n_seeds)
+        lines.append(
+            f"{half}: least, 10 %, 90 %, largest σ_q: {ends} logits; widths make up "
+            f"{1 - share.mean:.2%} of the squared distance between outcomes"
+        )
+    return "\n".join(lines)
+
+
 def coverage(mu: Tensor, error: Tensor) -> dict[float, list[float]]:
     """Level → share of all, of the smallest and of the largest fifth of |μ| that is covered.
 
@@ -73,8 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True)
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--truth-alone", action="store_true", help="read no scores")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.truth_alone:
+        known = named(arguments.task, folders(arguments.results))
+        if known.subsets is None:
+            raise SystemExit(f"the ground truth {known.name} has no subsets with several seeds")
+        print(of_truth(known.subsets))
+        return
     store = RecordStore(arguments.results)
     asked = (arguments.task, "fine_queries", "queries", "finished")
     records = [

@@ -53,3 +53,26 @@ def test_runs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(SystemExit, match="found 0 seeds of fine_queries on mnist_mlp"):
         loaded("query_spread").main()
+
+
+def test_what_the_truth_alone_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = loaded("query_spread")
+    rng = np.random.default_rng(0)
+    members, spread = rng.random((400, 20)) < 0.5, np.linspace(0.5, 2.0, 12)
+    mean = 3.0 * rng.normal(size=(400, 12))
+    one, other = (mean + rng.normal(size=(400, 12)) * spread / 3**0.5 for _ in range(2))
+    truth = SubsetTruth(members, (one + other) / 2, one, other, 6)
+    said = script.of_truth(truth).split("\n")
+    assert float(said[0].split(", ")[-1]) > 0.95
+    for line in said[1:]:
+        least, *_, largest = line.split("σ_q: ")[1].split(" logits")[0].split(", ")
+        assert (float(least), float(largest)) == pytest.approx((0.5, 2.0), rel=0.15)
+        assert float(line.split("make up ")[1].split("%")[0]) < 2  # one width after every subset
+    monkeypatch.setattr(sys, "argv", ["query_spread.py", "--task", "mnist_mlp", "--truth-alone"])
+    monkeypatch.chdir(Path(__file__).parents[2])
+    script.main()
+    out = capsys.readouterr().out
+    assert "rank correlation of the halves over 200 queries, 0.867" in out  # as in docs/methods.md
+    assert "0.354, 0.551, 1.043, 1.423 logits; widths make up 3.78% of" in out
