@@ -53,7 +53,9 @@ from fine_bench.theory.p_values import permutation_p_value
 from fine_bench.types import InfluenceScores, Target
 
 VERSION = 1
-"""Raised when results may change."""
+"""Raised when scores may change. It stayed when intervals learnt of the correlation between steps
+and became longer, since every μ and p-value remained the same bit for bit. A record tells by its
+date which interval it holds, and ``fine-bench audit`` computes it anew from the samples."""
 
 N_EXTREME = 3
 """Traced single examples at either end of μ, and in the middle."""

@@ -44,6 +44,16 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
         )
 
 
+def test_every_script_stands_on_a_page() -> None:
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    asked = {f"benchmarks/{s.name}" for s in scripts if "__main__" in s.read_text()}
+    results = (ROOT / "results").glob("*.md")  # which name the script that made them
+    pages = " ".join(page.read_text() for page in [*PAGES, ROOT / "README.md", *results])
+    named = set(re.findall(r"benchmarks/\w+\.py", pages))
+    assert asked <= named, sorted(asked - named)
+    assert all((ROOT / name).is_file() for name in named)
+
+
 FILES = [
     (page.stem, *found)
     for page in PAGES

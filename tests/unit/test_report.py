@@ -35,11 +35,17 @@ from fine_bench.report.figures.titles import caption_of, titles_of
 from fine_bench.report.html.build import _drawing
 from fine_bench.report.html.examples import Gallery, between, galleries_block
 from fine_bench.report.html.figures import PageFigure, figure_block, packed, size_of, slim
-from fine_bench.report.html.gallery import ShownExample, group_lines, largest_examples, rows_shown
+from fine_bench.report.html.gallery import (
+    GroupLine,
+    ShownExample,
+    group_lines,
+    largest_examples,
+    rows_shown,
+)
 from fine_bench.report.html.headlines import Headline, headlines
 from fine_bench.report.html.images import PngEncoder, TaskExamples, task_examples
 from fine_bench.report.html.markup import Safe, number, p_value, slug, tag, text
-from fine_bench.report.html.page import page
+from fine_bench.report.html.page import _groups, page
 from fine_bench.report.html.tables import breaking, target_tables
 from fine_bench.retraining.truth_files import save
 from fine_bench.store.records import RecordStore
@@ -278,6 +284,25 @@ def test_a_sample_shows_its_own_intervals_and_p_values(complete: Path) -> None:
         assert example.truth.mu == pytest.approx(-1 + 4 * example.index / (N - 1), abs=1e-5)
     line = group_lines(results, row)[0]
     assert (line.name, line.size, line.mu, line.run_level) == ("flips_1_to_2", 7, 1.44, 40.0)
+
+
+def test_no_interval_of_a_group_is_shown_that_took_samples_as_independent(complete: Path) -> None:
+    results = results_of(complete)
+    (row,) = [r for r in results.rows("self") if r.estimator == "fine_paper"]
+
+    def lines(day: str) -> list[GroupLine]:
+        records = {key: replace(r, created=f"{day}T10:00:00+00:00")
+                   for key, r in results.records.items()}  # fmt: skip
+        return group_lines(replace(results, records=records), row)
+
+    new, old = lines("2026-11-27"), lines("2026-11-26")
+    assert [math.isnan(line.lower) for line in new] == [False] * len(new)
+    assert all(math.isnan(line.lower) and math.isnan(line.upper) and line.old for line in old)
+    assert [(line.mu, line.p_value) for line in new] == [(line.mu, line.p_value) for line in old]
+    for found, said in ((new, False), (old, True)):
+        html = "".join(_groups([Gallery("fine_paper", "self", (), found)]))
+        assert ("no interval is shown" in html) is said
+        assert (">–</td>" in html) is said
 
 
 def test_the_truths_rank_counts_from_the_largest(complete: Path) -> None:

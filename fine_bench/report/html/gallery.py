@@ -18,6 +18,11 @@ from fine_bench.types import InfluenceScores
 
 F_INE = ("f-INE", "f-INE (paper)")
 
+CORRELATED_SINCE = "2026-11-27"
+"""Day from which a group's interval knows that samples of neighbouring steps go together. Those of
+older records took them as independent and hold far less often than they say, so they are not shown.
+"""
+
 
 @dataclass(frozen=True)
 class RetrainedMu:
@@ -171,7 +176,10 @@ def _retraining(truth: Truth, example: int) -> RetrainedMu:
 
 @dataclass(frozen=True)
 class GroupLine:
-    """The paper's estimate for a group of examples in one run."""
+    """The paper's estimate for a group of examples in one run.
+
+    The ends are NaN where the record is older than ``CORRELATED_SINCE`` (``old``).
+    """
 
     name: str
     seed: int
@@ -181,21 +189,22 @@ class GroupLine:
     upper: float
     p_value: float
     run_level: float
+    old: bool = False
 
 
 def group_lines(results: TableResults, row: Row) -> list[GroupLine]:
     """Groups that a row's records hold (metrics ``group/<name>/…``), by name and seed."""
     lines = []
     for seed in row.seeds:
-        metrics = results.record(row, seed).metrics
+        record = results.record(row, seed)
+        metrics, old = record.metrics, record.created[:10] < CORRELATED_SINCE
         names = {key.split("/")[1] for key in metrics if key.startswith("group/")}
         for name in names:
             m = {k: metrics.get(f"group/{name}/{k}", math.nan)
                  for k in ("mu", "lower", "upper", "p_value", "size", "mu_run")}  # fmt: skip
             size = int(m["size"]) if math.isfinite(m["size"]) else 0
+            low, high = (math.nan, math.nan) if old else (m["lower"], m["upper"])
             lines.append(
-                GroupLine(
-                    name, seed, size, m["mu"], m["lower"], m["upper"], m["p_value"], m["mu_run"]
-                )
+                GroupLine(name, seed, size, m["mu"], low, high, m["p_value"], m["mu_run"], old)
             )
     return sorted(lines, key=lambda line: (line.name, line.seed))

@@ -12,6 +12,7 @@ from fine_bench.leaderboard.sensitivity import Spread
 from fine_bench.leaderboard.tables import Leaderboard, Table
 from fine_bench.report.html.examples import Gallery, galleries_block, groups
 from fine_bench.report.html.figures import ORDER, PageFigure, figure_block
+from fine_bench.report.html.gallery import CORRELATED_SINCE
 from fine_bench.report.html.headlines import Headline, headlines
 from fine_bench.report.html.images import TaskExamples
 from fine_bench.report.html.markup import Safe, document, join, slug, tag
@@ -227,13 +228,28 @@ def _section(board: Leaderboard, section: TableSection) -> Safe:
         ),
         tag("h3", "Gallery"),
         galleries_block(section.galleries, section.task_examples, section.truth),
-        *([tag("h3", "Groups"), _GROUPS, *map(groups, with_groups)] if with_groups else []),
+        *(_groups(with_groups)),
         tag("h3", "How it was made"),
         _made_by(section),
         id=section.anchor,
         class_="page",
     )
 
+
+def _groups(galleries: Sequence[Gallery]) -> list[Safe]:
+    if not galleries:
+        return []
+    parts = [tag("h3", "Groups"), _GROUPS]
+    if any(line.old for gallery in galleries for line in gallery.groups):
+        parts.append(tag("p", _OLD, class_="hint"))
+    return [*parts, *map(groups, galleries)]
+
+
+_OLD = (
+    f"–: of records older than {CORRELATED_SINCE} no interval is shown. Theirs took the samples of "
+    "neighbouring steps as independent and are too short; run them again, or let fine-bench audit "
+    "compute the interval from the stored samples."
+)
 
 _GROUPS = tag(
     "p",
