@@ -11,9 +11,12 @@ Where we deviate:
 - The paper keeps the largest θ_k and drops the rest of the space, as if C were infinite there. We
   keep all of the Krylov space, and give its complement the eigenvalue that it has if C is zero
   there: λ. So the approximation is C's compression V Vᵀ C V Vᵀ, exact when the space is whole.
-- New vectors are orthogonalised against all earlier ones, twice ("twice is enough": Parlett, *The
-  Symmetric Eigenvalue Problem*, §6.9). Without it rounding brings found eigenvectors back as
-  copies, and each copy is counted again.
+- New vectors are orthogonalised against the last two, which is all that exact arithmetic would
+  ask for, then against all, and once more where that shortened them: what is left of a vector is
+  rounding's share of the whole ("twice is enough": Parlett, *The Symmetric Eigenvalue Problem*,
+  §6.9; the test is that of Daniel, Gragg, Kaufman and Stewart, Mathematics of Computation 30,
+  1976). Without it rounding brings found eigenvectors back as copies, and each copy is counted
+  again.
 - Where the space closes before it is whole (C maps it into itself: repeated eigenvalues), it is
   continued from a fresh random vector.
 
@@ -29,6 +32,9 @@ from torch import Tensor
 
 CLOSED = 1e-10
 """Relative length below which the next vector is rounding: the space is closed under C."""
+
+KEPT = 0.7
+"""Share of its length that a vector keeps where it was orthogonal to all others already."""
 
 
 def krylov_space(
@@ -52,11 +58,14 @@ def krylov_space(
         product = apply(basis[k : k + 1])[0]
         scale = max(scale, float(product.norm()))
         rest = product.clone()
-        for _ in range(2):
-            along = basis[: k + 1] @ rest
-            compressed[: k + 1, k] += along
-            rest -= along @ basis[: k + 1]
-        length = float(rest.norm())
+        for first in (max(0, k - 1), 0, 0):
+            before = float(rest.norm())
+            along = basis[first : k + 1] @ rest
+            compressed[first : k + 1, k] += along
+            rest -= along @ basis[first : k + 1]
+            length = float(rest.norm())
+            if first == 0 and length > KEPT * before:
+                break
         following = rest / length if length > CLOSED * scale else None
     # rows and columns agree but for rounding: what stands above the diagonal is the whole of it
     upper = compressed.triu()
