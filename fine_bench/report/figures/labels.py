@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import BboxBase
 from numpy.typing import NDArray
 
 from fine_bench.terminal import visible_lines
@@ -49,6 +50,12 @@ def _crosses(ends: tuple[float, float, float, float], box: Box) -> bool:
         near, far = sorted(((low - start) / way, (high - start) / way))
         enter, leave = max(enter, near), min(leave, far)
     return enter < leave
+
+
+def _outside(box: Box, window: BboxBase) -> float:
+    """What it costs to leave the panel, by how far."""
+    far = max(window.x0 - box[0], box[2] - window.x1, window.y0 - box[1], box[3] - window.y1, 0.0)
+    return 1000 * (far > 0) + far
 
 
 def place(axes: Axes, names: Sequence[Name], bars: Sequence[NDArray[np.float64]] = ()) -> list[Box]:
@@ -97,17 +104,23 @@ def place(axes: Axes, names: Sequence[Name], bars: Sequence[NDArray[np.float64]]
                 near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
                 line = (x, y, near[0], near[1])
                 area = width * height
+                others = boxes.values()
+                charges: tuple[Iterator[float], ...] = (
+                    (2000 * _overlap(box, other) / area for other in others),
+                    (300 * _overlap(box, d) / area for j, d in enumerate(dots) if j != i),
+                    (7.0 for bar in ends if _crosses(bar, box)),
+                    (60.0 for other in leaders if _crosses(other, box)),
+                    (60.0 for other in others if _crosses(line, other)),
+                    (25.0 for j, d in enumerate(dots) if j != i and _crosses(line, d)),
+                    iter((_outside(box, window),)),
+                )
                 cost = 0.25 * radius + 0.1 * number
-                cost += sum(2000 * _overlap(box, other) / area for other in boxes.values())
-                cost += sum(300 * _overlap(box, d) / area for j, d in enumerate(dots) if j != i)
-                cost += sum(7.0 for bar in ends if _crosses(bar, box))
-                cost += sum(60.0 for other in leaders if _crosses(other, box))
-                cost += sum(60.0 for other in boxes.values() if _crosses(line, other))
-                cost += sum(25.0 for j, d in enumerate(dots) if j != i and _crosses(line, d))
-                outside = max(window.x0 - box[0], box[2] - window.x1, window.y0 - box[1], 0.0)
-                outside = max(outside, box[3] - window.y1)
-                cost += 1000 * (outside > 0) + outside
-                if best is None or cost < best[0] - 1e-9:
+                limit = math.inf if best is None else best[0] - 1e-9
+                for charge in charges:
+                    if cost >= limit:  # none is negative: most places lose by the first ones
+                        break
+                    cost += sum(charge)
+                if cost < limit:
                     best = (cost, box, near, radius)
         assert best is not None
         _, box, near, radius = best

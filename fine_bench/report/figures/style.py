@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, ParamSpec
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
@@ -236,6 +237,9 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     file = io.BytesIO()
     with style.context(["default", dict(STYLE)]):
+        if isinstance(figure.get_layout_engine(), PlaceHolderLayoutEngine):
+            # with one, savefig draws once more to find a layout that is settled
+            figure.set_layout_engine(None)
         figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
