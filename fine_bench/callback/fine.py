@@ -210,6 +210,8 @@ class FINECallback(InRunMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """The loss has its graph: that of the first batch is looked at."""
+        if not self._watched.looks:
+            return
         with self._timed():
             self._watched.before_backward(loss, trainer.accumulate_grad_batches)
 
@@ -247,6 +249,8 @@ class FINECallback(InRunMethod):
         batch_idx: int,
     ) -> None:
         """The step is done: time for a snapshot?"""
+        if not self._watched.hears_batch_ends:
+            return
         with self._timed():
             loss = None
             if self._watched.asks_for_loss:

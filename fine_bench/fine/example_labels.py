@@ -44,20 +44,21 @@ class ExampleLabels:
         Raises:
             ValueError: a position had another label before, or has two in this batch.
         """
-        index = index.cpu()
-        before = self.known[index]
-        other = (before != UNKNOWN) & (before != labels)
-        if bool(other.any()):
-            i = int(other.nonzero()[0])
+        # by NumPy: on a few dozen numbers faster than tensors
+        known, where, new = self.known.numpy(), index.cpu().numpy(), labels.numpy()
+        before = known[where]
+        other = (before != UNKNOWN) & (before != new)
+        if other.any():
+            i = int(other.argmax())
             raise ValueError(
-                f"example {int(index[i])} had the label {int(before[i])} before and has "
-                f"{int(labels[i])} now ({int(other.sum())} of {len(index)} examples of this batch "
+                f"example {where[i]} had the label {before[i]} before and has "
+                f"{new[i]} now ({int(other.sum())} of {len(where)} examples of this batch "
                 "have changed): the batch's index must be the position of each example in the "
                 "training set, the same in every batch and epoch, and a run that is resumed needs "
                 "the data of its checkpoint"
             )
-        self.known[index] = labels
-        if not torch.equal(self.known[index], labels):
+        known[where] = new  # writes into the tensor
+        if (known[where] != new).any():
             raise ValueError(
                 "an example stands in a batch twice with different labels: the batch's index must "
                 "be the position of each example in the training set "

@@ -9,6 +9,7 @@ softmax cross-entropy of hard labels, and 1 − p can be read off.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -62,10 +63,16 @@ class HeadGradients:
             UnsupportedProblemError: 1 − p is asked for and cannot be read off.
             ValueError: the loss was taken of the labels in another order.
         """
+        looks = self.looks(epoch)
+        if not looks and not self.options.needs_complement:
+            return None
         head, ends = recorder.last_call, []
+        known = head is not None and head.name == self._name and not head.again
+        if not looks and known and head is not None and head.grad is not None:
+            return plain_gradient(head)  # nearly every step
         # of what a checkpoint runs again the graph tells nothing
         calls = [] if head is None or head.again else [c for c in recorder.calls if not c.again]
-        if self.looks(epoch) and recorder.keep_outputs:
+        if looks and recorder.keep_outputs:
             found = ends_of(calls)
             ends = [call.name for call in found]
             self._name = ends[-1] if ends else None
@@ -74,15 +81,24 @@ class HeadGradients:
         gradient = None
         if self.options.needs_complement:
             # what is not finite is no reason to refuse: such a step is left out and reported
-            fits = is_cross_entropy(head, scale) if self.looks(epoch) else None
+            fits = is_cross_entropy(head, scale) if looks else None
             if fits is not None:
                 self._decide(head, scale, fits, ends if len(ends) > 1 else self.ends_of_loss)
         if self.options.needs_complement:
-            gradient = plain_gradient(head)
-            if gradient is None:
-                self._refuse_without_gradient()
-        if head is not None and self.looks(epoch):
+            gradient = self._gradient_of(head)
+        if head is not None and looks:
             self._compare_order(head, epoch, scale, labels)
+        return gradient
+
+    def _gradient_of(self, head: Call | None) -> Tensor:
+        """The head's gradient where 1 − p is needed.
+
+        Raises:
+            UnsupportedProblemError: there is none.
+        """
+        gradient = plain_gradient(head)
+        if gradient is None:
+            self._refuse_without_gradient()
         return gradient
 
     def _decide(self, head: Call | None, scale: float, fits: bool, ends: Sequence[str]) -> None:
@@ -106,13 +122,12 @@ class HeadGradients:
         plain = plain_gradient(head)
         if plain is None or head is None or head.grad is None or head.output is None:
             self._refuse_without_gradient()
-            return
         what = ('observable="margin"', 'observable="loss"')
         if not self.options.divides:
             what = ('step_weight="uncertainty"', 'step_weight="lr"')
         refuse_other_losses(head.output, plain * scale, *what, torch.finfo(head.grad.dtype).eps)
 
-    def _refuse_without_gradient(self) -> None:
+    def _refuse_without_gradient(self) -> NoReturn:
         """Refuse 1 − p where no gradient tells it.
 
         Raises:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
-from fine_bench import clock
 from fine_bench.fine import loop_checks as checks
 from fine_bench.fine.aside import beside_training
+from fine_bench.fine.at_work import AtWork
 from fine_bench.fine.batch_adapter import BatchAdapter
 from fine_bench.fine.first_batch import FirstBatch
 from fine_bench.fine.loop_batch import (
@@ -38,7 +38,6 @@ class WatchedLoop:
     """A loop that is watched; made by ``watch``, which says what the arguments are.
 
     Attributes:
-        seconds: time spent here so far.
         step, epoch: steps and epochs so far.
     """
 
@@ -64,7 +63,7 @@ class WatchedLoop:
         self.optimizer = optimizer
         self.accumulate = accumulate
         self.scaler = scaler
-        self.seconds = 0.0
+        self._work = AtWork()
         self.step = self.epoch = 0
         about = {name: getattr(options, name) for name in ("queries", "layers")}
         self._question = digest({k: value for k, value in about.items() if value is not None})
@@ -99,7 +98,6 @@ class WatchedLoop:
         self._told_epochs = False
         self._begun = False  # whether this epoch has had a batch
         self._looked = self._told_loss = False
-        self._busy = False
         self._closed = False
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
@@ -125,7 +123,7 @@ class WatchedLoop:
         """
         if self._closed:
             raise RuntimeError(checks.OVER)
-        with self._at_work():
+        with self._work:
             self._settle()
             if self._announced is not None:
                 raise RuntimeError(checks.TWO_BATCHES)
@@ -158,16 +156,21 @@ class WatchedLoop:
         if self._announced is None:
             raise RuntimeError(checks.NO_BATCH)
         if self._observation.asks_for_loss and loss.numel() == 1:
-            with self._at_work():
+            with self._work:
                 self._observation.before_backward(loss, self.accumulate)
                 self._observation.loss_is(float(loss.detach()) * self.accumulate)
         self._told_loss = True
         return loss
 
     @property
+    def seconds(self) -> float:
+        """Time spent here so far."""
+        return self._work.seconds
+
+    @property
     def busy(self) -> bool:
         """Whether a pass of f-INE's own is on."""
-        return self._busy
+        return self._work.on
 
     @property
     def question(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class WatchedLoop:
 
     def step_is_over(self) -> None:
         """The optimiser was asked for a step, which a gradient scaler may have kept back."""
-        with self._at_work():
+        with self._work:
             self._settle()
             if self._parts:
                 self._leave_out()
@@ -196,7 +199,7 @@ class WatchedLoop:
 
     def epoch_ends(self) -> None:
         """An epoch is over: needed where something is done once an epoch."""
-        with self._at_work():
+        with self._work:
             self._settle()
             self._told_epochs = True
             self._observation.batch_ends(self.step, self.epoch, epoch_ends=True)
@@ -264,7 +267,7 @@ class WatchedLoop:
 
     def finish(self) -> None:
         """The training is over: account for what is left. The end of a with block calls it."""
-        with self._at_work():
+        with self._work:
             self._settle()
             if self._parts >= self.accumulate and self.scaler is not None:
                 self._leave_out()
@@ -287,16 +290,16 @@ class WatchedLoop:
     # ------------------------------------------------------------------ what shows by itself
 
     def _forward_begins(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._busy:
+        if self._work.on:
             return
         if self._arrived:
-            with self._at_work():  # whatever comes now is no part of the pass that is recorded
+            with self._work:  # whatever comes now is no part of the pass that is recorded
                 self._settle()
         if self._announced is None or not torch.is_grad_enabled():
             return
         new = not self._looked or self._observation.layers_are_new
         if new or self._observation.wants(self._announced):
-            with self._at_work():
+            with self._work:
                 self._look(self._announced, args, kwargs)
 
     def _look(self, announced: AnnouncedBatch, args: Any, kwargs: Any) -> None:
@@ -338,7 +341,7 @@ class WatchedLoop:
         return self.model(*args, **kwargs)
 
     def _gradient_arrives(self, parameter: Tensor) -> None:
-        if self._busy:
+        if self._work.on:
             return
         if self._announced is None:
             raise RuntimeError(checks.NO_INDEX)
@@ -347,7 +350,7 @@ class WatchedLoop:
         self._arrived.add(id(parameter))
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with self._at_work():
+        with self._work:
             if kwargs.get("closure") is not None or any(callable(a) for a in args[1:]):
                 raise UnsupportedProblemError(checks.CLOSURE)
             self._settle()
@@ -359,21 +362,12 @@ class WatchedLoop:
             self._observation.before_step(optimizer, self.step, self.epoch, taken=taken)
 
     def _step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        with self._at_work():
-            self.step += 1
-            self._observation.batch_ends(self.step, self.epoch, epoch_ends=False)
+        self.step += 1
+        if self._observation.hears_batch_ends:
+            with self._work:
+                self._observation.batch_ends(self.step, self.epoch, epoch_ends=False)
 
     # ------------------------------------------------------------------ within
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """The time counts, and passes of f-INE's own are none of the loop's."""
-        start, self._busy = clock.now(), True
-        try:
-            yield
-        finally:
-            self._busy = False
-            self.seconds += clock.now() - start
 
     def _settle(self) -> None:
         """Take in the batch whose backward pass is over."""
@@ -384,7 +378,8 @@ class WatchedLoop:
         checks.refuse_unseen(self._looked)
         self._refuse_unknown_loss()
         # what the recorder's hooks did within the backward pass
-        self.seconds, self._recorder.seconds = self.seconds + self._recorder.seconds, 0.0
+        self._work.seconds += self._recorder.seconds
+        self._recorder.seconds = 0.0
         self._parts += 1
         if self._parts > self.accumulate:
             raise checks.too_many_parts(self.accumulate)

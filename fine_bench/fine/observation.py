@@ -102,6 +102,16 @@ class Observation:
         """Whether ``batch_ends`` is to be told the loss: that of the first batch is looked at."""
         return self._first is not None and self._first.asks_for_loss
 
+    @property
+    def looks(self) -> bool:
+        """Whether the first batch is still looked at: ``before_backward`` does nothing else."""
+        return self._first is not None
+
+    @property
+    def hears_batch_ends(self) -> bool:
+        """Whether ``batch_ends`` does anything: in-batch it only ends the look."""
+        return self._first is not None or not isinstance(self.schedule, InBatchSchedule)
+
     def wants(self, batch: Any) -> bool:
         """Whether the look at the first batch goes on with this one: see ``FirstBatch``."""
         return self._first is not None and self._first.wants(batch)

@@ -196,6 +196,8 @@ def as_positions(index: Any) -> Tensor:
     Raises:
         ValueError: it is something else, such as names of files.
     """
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1 and len(index):
+        return index  # nearly always
     names = isinstance(index, str) or (
         isinstance(index, list | tuple) and any(isinstance(i, str | bytes) for i in index)
     )

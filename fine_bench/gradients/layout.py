@@ -119,7 +119,8 @@ class Layouts:
         self._numbers[name] += 1
         if not known:
             return None
-        if len(set(known)) == 1:  # whatever their order: checkpoints run parts of a pass again
+        # whatever their order: checkpoints run parts of a pass again
+        if len(known) == 1 or len(set(known)) == 1:
             return known[0]
         return known[number] if number < len(known) else None
 

@@ -57,9 +57,10 @@ def factors(
     assert call.kind is not None
     x, grad, layer, kind = call.input, call.grad, call.layer, call.kind
     layout = layout_in(call, kind, x, batch_size, layouts, tap=tap)
+    first = layout is FIRST or layout == FIRST
     if call.features is None:
         try:
-            if layout == FIRST:
+            if first:
                 call.features = kind.features(layer, x)
             else:
                 rows = layout.examples_first(x, batch_size)
@@ -71,7 +72,7 @@ def factors(
         grad = grad.float()  # products of a mixed-precision pass are taken in float32
     if scale != 1.0:
         grad = grad * scale
-    if layout == FIRST:
+    if first:
         b = kind.positions(layer, grad)
     else:
         rows = layout.examples_first(grad, batch_size)

@@ -151,6 +151,10 @@ class LayerRecorder:
     @property
     def last_call(self) -> Call | None:
         """The call of the layer that ran last; a checkpoint runs others again after it."""
+        if self.calls and self.calls[-1].name == self._ran_last:  # nearly always
+            last = self.calls[-1]
+            if last.grad is not None and not last.again:
+                return last
         found = [call for call in self.calls if call.name == self._ran_last]
         first = [call for call in found if not call.again] or found
         return next((c for c in reversed(first) if c.grad is not None), None) or (
@@ -196,10 +200,12 @@ class LayerRecorder:
 
     def clear(self) -> None:
         """Release the recorded tensors."""
-        last = self.last_call
-        if self.tap and last is not None:
-            self._last = last.layer
         self.armed = False
+        if not self.calls and self._uncovered is None:
+            return
+        last = self.last_call if self.tap else None
+        if last is not None:
+            self._last = last.layer
         for call in self.calls:
             call.edge = None  # it leads to the graph, whose hooks lead here: a circle of its own
         self.calls = []

@@ -58,7 +58,7 @@ class TrainerLoop(WatchedLoop):
         return logits.bfloat16() if self._low_precision else logits
 
     def _forward_ends(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._busy or self._announced is None or not torch.is_grad_enabled():
+        if self._work.on or self._announced is None or not torch.is_grad_enabled():
             return
         logits = logits_of(output)
         self._logits = logits.detach()
