@@ -229,6 +229,18 @@ def test_nothing_is_wider_than_the_window(browser: Any, pixels: int) -> None:
             assert not too_wide(browser), name
 
 
+def test_captions_stay_in_a_narrow_window(browser: Any) -> None:
+    with width(browser, 390):
+        visit(browser, "digits_mislabel")
+        script = """
+            return Array.from(document.querySelectorAll("section:not([hidden]) caption"),
+              (each) => each.firstElementChild.getBoundingClientRect().right)
+        """
+        ends = browser.execute_script(script)
+        assert len(ends) > 2
+        assert max(ends) <= 390
+
+
 def test_the_dark_scheme_is_followed(browser: Any) -> None:
     colours = set()
     for name in ("light", "dark"):

@@ -109,7 +109,7 @@ def _gallery(gallery: Gallery, task_examples: TaskExamples, images: bool) -> Saf
     if known:
         words += f", {sum(known)} of {len(known)} known to be bad"
     if math.isfinite(gallery.auroc):
-        words += f"; over all examples this row's AUROC is {number(gallery.auroc, 2)}"
+        words += f"; over all that this row scores its AUROC is {number(gallery.auroc, 2)}"
     return join(
         [
             tag("h4", tag("code", gallery.label), f" · {gallery.asks}"),
@@ -208,10 +208,10 @@ def groups(gallery: Gallery) -> Safe:
         "div",
         tag(
             "table",
-            tag("caption", tag("code", gallery.label), f" · {title}"),
+            tag("caption", tag("span", tag("code", gallery.label), f" · {title}")),
             tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head))),
             tag("tbody", *body),
-            class_="plain",
+            class_="plain groups",
         ),
         class_="scroll",
         role="region",
