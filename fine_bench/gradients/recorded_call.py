@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,17 @@ class Call:
 def in_backward_pass() -> bool:
     """Whether a backward pass is on its way, in which checkpoints run layers again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def last_of(calls: Sequence[Call], name: str) -> Call | None:
+    """The last call of a layer, those with a gradient first, and those of checkpoints last."""
+    if calls and calls[-1].name == name and calls[-1].grad is not None and not calls[-1].again:
+        return calls[-1]  # nearly always
+    found = [call for call in calls if call.name == name]
+    first = [call for call in found if not call.again] or found
+    return next((c for c in reversed(first) if c.grad is not None), None) or (
+        first[-1] if first else None
+    )
 
 
 def factors(

@@ -21,7 +21,7 @@ from fine_bench.gradients.blocks.protocol import Block
 from fine_bench.gradients.coverage import chosen_modules, covered_blocks, other_layers, remedy
 from fine_bench.gradients.layers import LayerKind
 from fine_bench.gradients.layout import FIRST, SHARED, Layouts, Pass, repeated
-from fine_bench.gradients.recorded_call import Call, factors, in_backward_pass
+from fine_bench.gradients.recorded_call import Call, factors, in_backward_pass, last_of
 from fine_bench.gradients.sum_check import disagreeing
 from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
@@ -151,15 +151,7 @@ class LayerRecorder:
     @property
     def last_call(self) -> Call | None:
         """The call of the layer that ran last; a checkpoint runs others again after it."""
-        if self.calls and self.calls[-1].name == self._ran_last:  # nearly always
-            last = self.calls[-1]
-            if last.grad is not None and not last.again:
-                return last
-        found = [call for call in self.calls if call.name == self._ran_last]
-        first = [call for call in found if not call.again] or found
-        return next((c for c in reversed(first) if c.grad is not None), None) or (
-            first[-1] if first else None
-        )
+        return last_of(self.calls, self._ran_last)
 
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
