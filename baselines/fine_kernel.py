@@ -22,10 +22,11 @@ from torch import Tensor
 
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.fine.effects import Contrast, choose
-from fine_bench.fine.kernel_scores import VERSION, KernelAccumulator, curvature
+from fine_bench.fine.kernel_scores import VERSION, KernelAccumulator
 from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
 from fine_bench.fine.standard_error import inflation
 from fine_bench.fine.step_sizes import carry
+from fine_bench.fine.training_time import curvature
 from fine_bench.gradients.curvature.products import output_gradient
 from fine_bench.gradients.engine import GradientEngine
 from fine_bench.gradients.margin import (
@@ -141,7 +142,7 @@ class FINEKernel(InfluenceEstimator):
                 first = problem.n_train
 
         assert sums.residual is not None
-        kernels, scale = take_kernels(
+        kernels, scales = take_kernels(
             self.model,
             self._kept,
             [name for name, p in self.model.named_parameters() if p.requires_grad],
@@ -154,5 +155,5 @@ class FINEKernel(InfluenceEstimator):
             seed=self.seed,
         )
         engine.close()
-        sums.solve(kernels, scale)
+        sums.solve(kernels, scales)
         return sums.scores(self.name, problem.target, inflation(problem.target, "kernel"))

@@ -21,8 +21,9 @@ here is fitted to a truth:
 
 - K̄: half the mean over the run's kernels, half that over fresh initialisations
   (``fine.kernel_states``), each kernel divided by its mean diagonal, K̄ once more.
-- τ = κ̄/n Σ_t η_t c_t h_t over the steps: κ̄ the scale of the kernels
-  (``kernel_states.take_kernels``), c_t what momentum makes of a step (``StepSizes.carry``), and
+- τ = Σ_t η_t c_t h_t κ_t / n over the steps: κ_t the scale of the run's kernel along K̄
+  (``kernel_states.take_kernels``), linear in between, c_t what momentum makes of a step
+  (``StepSizes.carry``), and
   h_t = mean_i Σ_c p_c(1 − p_c)/(k − 1) the curvature of the cross-entropy in the logits, by which
   residuals shrink as logits move, read at the snapshot after the step. 1/τ is kept between 0.01 and
   1000. Weight decay is left out of account.
@@ -62,6 +63,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fine_bench.fine.effects import Contrast
+from fine_bench.fine.training_time import training_time
 from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.gradients.tangent_kernel import KernelFlow, KernelRidge
 from fine_bench.types import InfluenceScores, QueryWeighting, Target
@@ -184,19 +186,6 @@ def matched_ridge(kernel: Tensor, targets: Tensor, level: float) -> float:
     return math.exp(x)
 
 
-def curvature(logits: Tensor) -> float:
-    """h, mean_i Σ_c p_c(1 − p_c)/(k − 1): 1/k where nothing is known, 0 where all is certain.
-
-    The mean eigenvalue of the cross-entropy's Hessian diag(p) − ppᵀ in the logits, but for the one
-    of adding a constant to all of them.
-
-    Args:
-        logits: ``(n, k)``.
-    """
-    p = logits.double().softmax(1)
-    return float((p * (1 - p)).sum(1).mean()) / (logits.shape[1] - 1)
-
-
 def rows_of(groups: Tensor, weighting: QueryWeighting) -> Rows:
     """How queries are averaged into rows.
 
@@ -240,7 +229,7 @@ class KernelAccumulator:
         logits: of the training examples at the last snapshot, ``(n, k)``.
         labels: ``(n,)``.
         n_snapshots: so far.
-        time: Σ η c h; NaN where it is not known.
+        times: Σ η c h of each snapshot; NaN where that is not known.
         found: the regression and its error, once they are computed.
     """
 
@@ -256,7 +245,7 @@ class KernelAccumulator:
     labels: Tensor | None = None
     n_snapshots: int = 0
     n_steps: int = 0
-    time: float = 0.0
+    times: list[float] = field(default_factory=list)
     found: tuple[Regression, Tensor] | None = None
 
     def observe(
@@ -278,7 +267,7 @@ class KernelAccumulator:
             labels: theirs, ``(n,)``.
             time: Σ η c h over the steps since the last snapshot; NaN if that is not known.
         """
-        self.time += time
+        self.times.append(time)
         if self.residual is None or self.slope is None:
             self.residual = residual.new_zeros(BLOCKS, *residual.shape)
             self.slope = slope.new_zeros(BLOCKS, *slope.shape)
@@ -292,12 +281,13 @@ class KernelAccumulator:
         self.n_snapshots += 1
         self.found = None
 
-    def solve(self, kernels: Sequence[Tensor], scale: float = math.nan) -> None:
+    def solve(self, kernels: Sequence[Tensor], scales: Sequence[float] = ()) -> None:
         """Compute μ and its error.
 
         Args:
             kernels: of each block, what its kernels add to K̄, ``(N, N)``; all G.
-            scale: κ̄; NaN for ridge regression.
+            scales: κ before the first step and after each snapshot that ``is_due``; none for
+                ridge regression.
 
         Raises:
             UnsupportedProblemError: see ``regression``.
@@ -310,7 +300,7 @@ class KernelAccumulator:
         kernel, weight = sum_of(kernels), sum(self.weight)
         targets = F.one_hot(self.labels, k).to(kernel) - 1 / k
         rows = rows_of(self.groups, self.weighting)
-        time = scale * self.time / self.n_train
+        time = training_time(self.times, scales) / self.n_train
         known = self.ridge is None and 0 < time < math.inf  # not where it is NaN
 
         def estimate(
@@ -391,7 +381,7 @@ class KernelAccumulator:
         tensors = {name: getattr(self, name) for name in names}
         kept = {name: None if x is None else x.clone().cpu() for name, x in tensors.items()}
         counts = (self.n_snapshots, self.n_steps)
-        numbers = {"weight": list(self.weight), "counts": counts, "time": self.time}
+        numbers = {"weight": list(self.weight), "counts": counts, "times": list(self.times)}
         return {"kernel": True, **kept, **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -416,7 +406,8 @@ class KernelAccumulator:
             setattr(self, name, None if value is None else value.clone())
         self.weight = list(state["weight"])
         self.n_snapshots, self.n_steps = state["counts"]
-        self.time = state.get("time", math.nan)  # states of earlier versions have none
+        unknown = [math.nan] * self.n_snapshots  # states of earlier versions have none
+        self.times = list(state.get("times", unknown))
         self.found = None
 
 

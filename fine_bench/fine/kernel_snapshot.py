@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fine_bench.fine.example_labels import hard_labels
-from fine_bench.fine.kernel_scores import KernelAccumulator, curvature
+from fine_bench.fine.kernel_scores import KernelAccumulator
 from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
 from fine_bench.fine.observable import say_loss
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.fine.snapshot_accumulator import SnapshotInterval
+from fine_bench.fine.training_time import curvature
 from fine_bench.fine.window import Window
 from fine_bench.gradients.curvature.products import output_gradient
 from fine_bench.gradients.engine import GradientEngine
@@ -129,7 +130,7 @@ class KernelSchedule(SnapshotSchedule):
         with passes.aside():
             engine = GradientEngine(model, probe, options.layers, forward)
             try:
-                kernels, scale = take_kernels(
+                kernels, scales = take_kernels(
                     model,
                     self._kept,
                     trained,
@@ -143,7 +144,7 @@ class KernelSchedule(SnapshotSchedule):
                 )
             finally:
                 engine.close()
-        accumulator.solve(kernels, scale)
+        accumulator.solve(kernels, scales)
 
     def _gradients(
         self, engine: GradientEngine, start: int

@@ -37,6 +37,9 @@ from fine_bench.types import UnsupportedProblemError
 MOST_EXAMPLES = 12_000
 """Training examples and queries together: 0.6 GB a matrix in float32, of which about seven live."""
 
+PROJECTED = 512
+"""Rows of the kernels from which their scales are read."""
+
 State = dict[str, Tensor]
 
 Take = Callable[[int], Iterator[tuple[slice, PerExampleGradients]]]
@@ -114,12 +117,17 @@ def take_kernels(
     n_classes: int,
     n_initialisations: int,
     seed: int,
-) -> tuple[list[Tensor], float]:
-    """What the kernels of each block add to K̄, G times ``(N, N)``, and their scale κ̄.
+) -> tuple[list[Tensor], list[float]]:
+    """What the kernels of each block add to K̄, G times ``(N, N)``, and the run's scales.
 
-    A kernel's own scale κ is its mean diagonal over training examples by |v|² of its probe v, by
-    which it is divided; κ̄ is the geometric mean, weighted as the kernels are in K̄ (κ grows
-    tenfold in a run, and where it grows late it would alone make an arithmetic mean).
+    A kernel K_t counts in K̄ divided by its mean diagonal. How fast the run trained along K̄ at that
+    time is said by its scale
+
+        κ_t = ⟨K_t, K̄⟩ / (|v|² ⟨K̄, K̄⟩),
+
+    of its projection on K̄, |v|² that of its probe v: what a kernel gains on its diagonal alone, as
+    it does where a network learns single examples by heart, brings K̄'s directions nowhere. Products
+    are over ``PROJECTED`` rows, equally spaced, and all columns of training examples.
 
     Args:
         module: whose parameters are exchanged meanwhile.
@@ -131,11 +139,16 @@ def take_kernels(
         n_initialisations: fresh ones, ≥ 0; they make half of K̄.
         seed: of initialisations and probes.
 
+    Returns:
+        The blocks, and κ_t of each in ``kept``, NaN for a kernel that is not finite or zero.
+
     Raises:
         UnsupportedProblemError: no kernel is finite and above zero.
     """
+    rows = slice(0, n_train, -(-n_train // PROJECTED))
+    parts: dict[int, tuple[float, Tensor]] = {}
     blocks: list[Tensor] = []
-    usable, log_scale = 0.0, 0.0
+    usable = 0
     share = 0.5 if n_initialisations else 1.0
     with other_parameters(module) as load:
         for number in range(n_initialisations + len(kept)):
@@ -151,11 +164,18 @@ def take_kernels(
             if scale > 0 and bool(torch.isfinite(kernel).all()):
                 # the run's own and the fresh ones each in turn
                 blocks[(own if own >= 0 else number) % BLOCKS].add_(kernel, alpha=weight / scale)
-                usable += weight
-                log_scale += weight * math.log(scale / float(probe.weights.square().sum()))
+                usable += 1
+                if own >= 0:
+                    part = kernel[rows, :n_train].double()
+                    parts[own] = 1 / float(probe.weights.square().sum()), part
     if not usable:
         raise UnsupportedProblemError(
             'geometry="kernel": all gradients of the outputs vanish or are not finite, so no '
             "kernel tells examples apart; look at the network's initialisation"
         )
-    return blocks, math.exp(log_scale / usable)
+    mean = torch.stack([block[rows, :n_train] for block in blocks]).double().sum(0)
+    mean /= sum(float(block.diagonal()[:n_train].mean()) for block in blocks)
+    scales = [math.nan] * len(kept)
+    for own, (factor, part) in parts.items():
+        scales[own] = factor * float((part * mean).sum() / mean.square().sum())
+    return blocks, scales

@@ -3,7 +3,6 @@ refitted regressions, and against repeated runs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def slow(
     train, asked = data(shape)
     x, y = torch.cat([train.tensors[0], asked.tensors[0]]), train.tensors[1]
     kernels: list[tuple[int, Tensor]] = []
-    log_scale = 0.0
+    raw: list[Tensor] = []
     after = [k for k in range(len(states)) if k in (0, 1, 2, 4)]
     for number in range(FRESH + len(after)):
         if number < FRESH:
@@ -142,7 +141,10 @@ def slow(
         share = 0.5 / FRESH if number < FRESH else 0.5 / len(after)
         kernel, scale = slow_kernel(net, probe.weights, x)
         kernels.append((own % 4, share * kernel))
-        log_scale += share * math.log(scale)
+        if number >= FRESH:
+            raw.append((scale * kernel)[:N, :N])
+    average = torch.stack([kernel for _, kernel in kernels]).sum(0)[:N, :N]
+    scales = [float((one * average).sum() / (average * average).sum()) for one in raw]
     seen, time = [], 0.0
     for number, state in enumerate(states[1:]):
         net.load_state_dict(state)
@@ -155,7 +157,14 @@ def slow(
         if momentum is not None:
             hessians = p[:, :, None] * torch.eye(CLASSES) - p[:, :, None] * p[:, None, :]
             h = hessians.diagonal(dim1=1, dim2=2).sum(1).mean() / (CLASSES - 1)
-            time += math.exp(log_scale) / N * LR / (1 - momentum) * N / 4 * float(h)
+            later = after.index(number) if number in after else after.index(number - 1)
+            ends = [scales[min(later + j, len(scales) - 1)] for j in (0, 1)]
+            if number == 2:  # from after 2 to after 3 of 4 snapshots
+                ends[1] = (ends[0] + ends[1]) / 2
+            if number == 3:
+                ends = [(ends[0] + ends[1]) / 2, ends[1]]
+            kappa = (ends[0] + ends[1]) / 2
+            time += kappa / N * LR / (1 - momentum) * N / 4 * float(h)
         weight = LR * N / 4 * float((1 - (p * F.one_hot(y, CLASSES)).sum(1)).mean())
         seen.append((number % 4, weight, residual, slope))
     targets = F.one_hot(y, CLASSES) - 1 / CLASSES

@@ -19,12 +19,12 @@ from fine_bench.callback import FINECallback
 from fine_bench.fine import accumulator, kernel_scores
 from fine_bench.fine.kernel_scores import (
     KernelAccumulator,
-    curvature,
     matched_ridge,
     regression,
     rows_of,
 )
 from fine_bench.fine.step_sizes import step_sizes
+from fine_bench.fine.training_time import curvature, training_time
 from fine_bench.gradients.tangent_kernel import FLOW_STEPS, KernelFlow, KernelRidge
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner.plan import version_of
@@ -264,8 +264,18 @@ def test_checkpoints_of_unknown_time_match_a_ridge(step: int | None) -> None:
     estimator.update(Checkpoint(net.state_dict(), 0.1, step))
     with torch.no_grad():
         expected = 0.6 * curvature(net(x[:N])) if step == 3 else math.nan
-    assert estimator._sums.time == pytest.approx(expected, nan_ok=True)
+    assert estimator._sums.times == pytest.approx([expected], nan_ok=True)
     assert bool(torch.isfinite(estimator.compute().values).all())
+
+
+def test_scales_are_linear_between_the_kernels() -> None:
+    times = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    # κ after 0, 1, 2 and 4 snapshots; at the middles 1.5, 3, 4.5, 5.5, 6, 6
+    assert training_time(times, [1.0, 2.0, 4.0, 6.0]) == pytest.approx(26.5)
+    assert training_time(times, [3.0]) == pytest.approx(18.0)
+    assert training_time(times, [math.nan, 3.0]) == pytest.approx(18.0)
+    assert math.isnan(training_time(times, []))
+    assert math.isnan(training_time([1.0, math.nan], [3.0]))
 
 
 def test_times_beyond_all_bounds_are_bounded() -> None:
@@ -280,10 +290,10 @@ def test_a_state_of_an_earlier_version_has_no_time() -> None:
     sums.observe(0.5, targets(), slopes(), targets(), labels(), 0.25)
     state = sums.state_dict()
     other.load_state_dict(state)
-    assert other.time == 0.25
-    del state["time"]
+    assert other.times == [0.25]
+    del state["times"]
     other.load_state_dict(state)
-    assert math.isnan(other.time)
+    assert math.isnan(other.times[0])
 
 
 def test_the_kernel_geometry_has_a_version_of_its_own() -> None:
