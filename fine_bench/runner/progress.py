@@ -35,7 +35,8 @@ def describe(record: RunRecord) -> str:
     found = f"AUROC {record.metrics['auroc']:.3f}" if "auroc" in record.metrics else " " * 11
     for metric, label in (("fidelity", "fidelity"), ("lds", "LDS")):
         if metric in record.metrics:
-            found += f"  {label} {record.metrics[metric]:.3f}"
+            value = record.metrics[metric]  # scores that are the same for all rank nothing
+            found += f"  {label} {value:.3f}" if math.isfinite(value) else f"  {label} undefined"
     return f"{name} {found}   {record.cost.get('seconds', math.nan):6.1f} s"
 
 

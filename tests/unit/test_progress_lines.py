@@ -6,7 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any, cast
 
-from fine_bench.runner.progress import describe_groups
+from fine_bench.runner.progress import describe, describe_groups
 
 
 def lines(**parts: float) -> list[str]:
@@ -21,3 +21,12 @@ def test_what_a_run_cannot_tell_is_said_to_be_unknown() -> None:
     assert nothing == ["  flips (3): μ unknown: too few samples with and without it in this run"]
     wide = lines(mu=0.5, lower=-math.inf, upper=math.inf, p_value=math.nan, size=3)
     assert wide == ["  flips (3): μ +0.50, interval unknown"]
+
+
+def test_what_ranks_nothing_is_undefined() -> None:
+    record = SimpleNamespace(
+        estimator="constant", target="self", status="finished", cost={"seconds": 0.5},
+        metrics={"auroc": 0.5, "fidelity": math.nan},
+    )  # fmt: skip
+    said = describe(cast(Any, record)).split()
+    assert said == ["constant", "self", "AUROC", "0.500", "fidelity", "undefined", "0.5", "s"]
