@@ -16,7 +16,7 @@ standardised with w = 1. Standardised, observables and scales of a step drop out
 
 ``table`` compares them with the *development* half of each bank: fidelity over the ceiling, and the
 Jaccard index of the 20 % largest scores of two runs, means over runs and over pairs of them;
-*shortfall* is the largest distance to the best line on any bank. It writes ``step_weights.md``.
+*shortfall* is the largest distance to the best form on any bank. It writes ``step_weights.md``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from fine_bench.runner.backends import images
 Array: TypeAlias = NDArray[np.float64]
 COLUMNS = ("index", "effect", "sigma", "complement", "lr", "uncertainty")
 WORK = Path("results/step_weights")
+CONTROL = "(mean loss)"
 TOP = 0.2
 _TINY = 1e-9  # of 1 − p: an example that is fitted to the last digit
 
@@ -132,8 +133,8 @@ def forms(steps: Mapping[str, Array], n: int) -> dict[str, Array]:
     for power in (0.5, 1.0, 1.5, 2.0, 3.0):
         found[f"standardised, u^{power:g}"] = standardised(u**power)
         found[f"standardised, η u^{power:g}"] = standardised(lr * u**power)
-    # not f-INE: what one run knows without gradients
-    found["(mean loss)"] = -total(np.log1p(-np.minimum(p, 1 - _TINY)))
+    # what one run knows without gradients: no form, and sets no mark
+    found[CONTROL] = -total(np.log1p(-np.minimum(p, 1 - _TINY)))
     return found
 
 
@@ -158,6 +159,7 @@ def compare(runs: Sequence[Mapping[str, Array]], truth: Truth) -> pd.DataFrame:
 def markdown(tables: Mapping[str, pd.DataFrame], runs: Mapping[str, int]) -> str:
     """The page: forms by their largest shortfall."""
     fidelity = pd.DataFrame({task: table["fidelity"] for task, table in tables.items()})
+    fidelity = fidelity.drop(index=CONTROL)
     worst = (fidelity.max() - fidelity).max(axis=1).sort_values(kind="stable")
     lines = [
         "# How f-INE weighs the steps",
@@ -171,12 +173,13 @@ def markdown(tables: Mapping[str, pd.DataFrame], runs: Mapping[str, int]) -> str
         + " | largest shortfall |",
         "| --- |" + " ---: |" * (len(tables) + 1),
     ]
-    for name, shortfall in worst.items():
+    for name in (*worst.index, CONTROL):
+        shortfall = f"{worst[name]:.3f}" if name in worst.index else "–"
         cells = [
             f"{table.loc[name, 'fidelity']:.3f} / {table.loc[name, 'jaccard']:.2f}"
             for table in tables.values()
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {shortfall:.3f} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {shortfall} |")
     return "\n".join(lines) + "\n"
 
 
