@@ -14,14 +14,11 @@ import pandas as pd
 ROOT = Path(__file__).parents[2]
 LEADERBOARD = ROOT / "results" / "published" / "leaderboard.csv"
 
-MOST = 4
+MOST = 1
 """Length of the list below: lower it with the list, never raise it."""
 
 WITHOUT_RESULTS = {
-    "arnoldi": "200 products with the curvature a seed; numbers for one checkpoint only",
-    "lissa": "a series of 100 steps for every example of self",
-    "mean_over_runs": "five trainings a seed",
-    "seed_ensemble": "five trainings a seed",
+    "lissa": "100 steps of 256 examples for every query, minutes a seed",
 }
 
 
