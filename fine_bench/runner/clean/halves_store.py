@@ -26,7 +26,7 @@ from fine_bench.runner.clean.recipe import Recipe, build
 from fine_bench.runner.clean.training import Run
 from fine_bench.store.files import write_atomic
 
-VERSION = 1
+VERSION = 2
 """Raised when what a half holds for the same digest changes."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _ARRAYS = ("probabilities", "during", "mu", "std_error")
