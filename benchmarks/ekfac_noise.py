@@ -137,7 +137,8 @@ def main() -> None:
         f"{', '.join(arguments.layers or ['all'])}, batches of {BATCH}, relative damping "
         f"{arguments.damping:g}; Spearman with μ of retraining, development half.",
         "",
-        '| after epoch | geometry | effect alone | μ, `noise="sample"` | μ, `noise="model"` | mates |',
+        "| after epoch | geometry | effect alone "
+        '| μ, `noise="sample"` | μ, `noise="model"` | mates |',
         "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     for epoch in arguments.epochs:
