@@ -43,6 +43,23 @@ def test_products_are_those_of_the_formed_directions() -> None:
                 close(mine, theirs)
 
 
+def test_parameters_that_the_optimiser_does_not_move_have_no_part_in_products() -> None:
+    net, x, y = made()
+    engine = GradientEngine(net, F.cross_entropy)
+    queries, train = engine(x[:4], y[:4]), engine(x[4:], y[4:])
+    weights = torch.tensor([0.5, 2.0, -1.0, 3.0], dtype=torch.float64)
+    last = train.blocks[-1]
+    sizes = [15, 3]  # of the weight and the bias
+    for factors in ([1.0, 0.0], [0.0, 1.0], [2.0, 0.5]):
+        moved = last.by_parameter(factors, sizes)
+        assert moved is not None
+        direction = queries.each(weights)[-1]
+        assert isinstance(direction, SingleExamples)
+        each = torch.repeat_interleave(torch.tensor(factors).double(), torch.tensor(sizes))
+        own = weights[:, None] * queries.blocks[-1].dense()
+        close(direction.products(moved), own * each @ last.dense().T)
+
+
 def test_solved_directions_stay_in_the_eigenbasis() -> None:
     net, x, y = made()
     engine = GradientEngine(net, F.cross_entropy)

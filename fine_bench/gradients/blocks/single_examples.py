@@ -66,8 +66,15 @@ class SingleExamples(HeldDirection):
         self.block = block
 
     def products(self, block: Block) -> Tensor:
-        """From the factors, ``(R, B)``."""
-        return self.block.gram(block)
+        """From the factors, ``(R, B)``.
+
+        Of the weight and the bias those count that ``block`` has: what the optimiser does not move
+        is left out of it (``FactorBlock.by_parameter``), and a product of factors would add it.
+        """
+        own = self.block
+        if type(block) is FactorBlock and (block.weight, block.bias) != (own.weight, own.bias):
+            own = own.trained(weight=block.weight, bias=block.bias)
+        return own.gram(block)
 
     def formed(self) -> BlockDirection:
         """``(R, O, I)`` and ``(R, O)``."""
