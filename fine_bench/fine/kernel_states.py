@@ -166,7 +166,8 @@ def take_kernels(
                 blocks[(own if own >= 0 else number) % BLOCKS].add_(kernel, alpha=weight / scale)
                 usable += 1
                 if own >= 0:
-                    part = kernel[rows, :n_train].double()
+                    # a copy: of a kernel in float64 it would be a view that keeps all of it
+                    part = kernel[rows, :n_train].to(torch.float64, copy=True)
                     parts[own] = 1 / float(probe.weights.square().sum()), part
     if not usable:
         raise UnsupportedProblemError(

@@ -4,8 +4,10 @@ runs that start at random, and the exact derivative of a logistic regression's t
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from baselines.fine_kernel import FINEKernel
 from fine_bench import Checkpoint, Problem
 from fine_bench.callback import FINECallback
-from fine_bench.fine import accumulator, kernel_scores
+from fine_bench.fine import accumulator, kernel_scores, kernel_states
 from fine_bench.fine.kernel_scores import (
     KernelAccumulator,
     matched_ridge,
@@ -25,7 +27,7 @@ from fine_bench.fine.kernel_scores import (
 )
 from fine_bench.fine.step_sizes import step_sizes
 from fine_bench.fine.training_time import curvature, training_time
-from fine_bench.gradients.tangent_kernel import FLOW_STEPS, KernelFlow, KernelRidge
+from fine_bench.gradients.tangent_kernel import FLOW_STEPS, KernelFlow, KernelRidge, Probe
 from fine_bench.models.classifier import Classifier
 from fine_bench.runner.plan import version_of
 from fine_bench.types import TrainingSteps
@@ -300,3 +302,24 @@ def test_the_kernel_geometry_has_a_version_of_its_own() -> None:
     assert version_of(FINECallback, {"geometry": "kernel"}) == kernel_scores.VERSION
     assert version_of(FINECallback, {"geometry": "ekfac"}) == accumulator.VERSION
     assert version_of(FINEKernel, {}) == kernel_scores.VERSION
+
+
+def test_kernels_in_float64_are_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def gram(_: Any, n: int) -> Tensor:
+        alive.append(sum(array() is not None for array in made))
+        array = np.eye(n)
+        made.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(kernel_states, "gram_matrix", gram)
+    layer = nn.Linear(DIM, CLASSES).double()
+    kept = [kernel_states.state_of(layer)] * 5
+    sizes = {"n_train": N, "n_query": V, "n_classes": CLASSES}
+    none = {"n_initialisations": 0, "seed": 0}
+    kernel_states.take_kernels(
+        layer, kept, ["weight", "bias"], Probe(), lambda start: iter(()), **sizes, **none
+    )
+    assert max(alive) == 1  # the one before, until it is exchanged
