@@ -24,6 +24,11 @@ def now() -> float:
     return _read()
 
 
+def in_use() -> str:
+    """Its name."""
+    return next(name for name, read in CLOCKS.items() if read is _read)
+
+
 @contextmanager
 def measured_by(name: str) -> Iterator[None]:
     """Costs are measured by this clock inside the block, in the whole process.

@@ -193,7 +193,8 @@ def _table(
             complaint = complaint.replace(f"{comparisons.store.root}{os.sep}", "")
             problems.append(f"{estimator} {target}: {complaint}")
         git = [r.environment for r in finished.values()]
-        clocks = {str(r.training.get(CLOCK, WALL)) for r in finished.values()} - {WALL}
+        said = (str(r.training.get(CLOCK, WALL)) for r in finished.values())
+        clocks = {clock for words in said for clock in words.split()}
         rows.append(
             Row(
                 estimator,
@@ -204,7 +205,7 @@ def _table(
                 tuple(sorted(finished)),
                 {},
                 dirty=any(e.get("dirty") is True for e in git),
-                clock=" ".join(sorted(clocks)),
+                clock=" ".join(sorted(clocks)) if clocks - {WALL} else "",
                 commits=tuple(sorted({str(e.get("commit", "unknown")) for e in git})),
                 watched=watched,
                 k=own_k,

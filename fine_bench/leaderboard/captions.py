@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fine_bench.clock import CPU
 from fine_bench.leaderboard.sheet import in_words, number
 from fine_bench.leaderboard.tables import Table, TableKey, shows
 from fine_bench.metrics.fidelity import VERSION
@@ -225,9 +226,15 @@ def notes(table: Table, columns: Sequence[Metric]) -> list[str]:
             "retraining_effect is Data Banzhaf of an example's own margin, retraining_banzhaf "
             "(few models) of the queries' margin."
         )
-    timed = sorted({row.label for row in table.rows if row.clock})
+    timed = sorted({row.label for row in table.rows if row.clock == CPU})
     if timed:
         lines.append(f"Cost in CPU seconds, of all threads, not in wall time: {', '.join(timed)}.")
+    mixed = sorted({row.label for row in table.rows if row.clock not in ("", CPU)})
+    if mixed:
+        lines.append(
+            "Cost partly in CPU seconds and partly in wall time, so its mean says nothing: "
+            f"{', '.join(mixed)}."
+        )
     if any(row.dirty for row in table.rows):
         lines.append(f"{DIRTY} {MADE_DIRTY}.")
     if table.superseded:

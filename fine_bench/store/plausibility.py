@@ -40,7 +40,8 @@ N_TRAIN = "n_train"
 FILES = "files"
 """Among the same facts, of data from the user's own files: option → ``sha256`` and ``samples``."""
 CLOCK = "clock"
-"""Among the same facts, where costs are not in wall time: the clock that measured them."""
+"""Among the same facts, where costs are not in wall time: the clock that measured them, or both,
+with a space between, where the training was measured by the other one."""
 _SIZED = "fine_bench.data."
 """Tasks below it have as many examples as their option ``n_train`` says, where it says a number."""
 

@@ -45,3 +45,13 @@ def test_records_say_the_clock_of_their_costs(cli: Commands, tmp_path: Path) -> 
         # the same run by every other measure
         assert wall.scores_sha256 == cpu.scores_sha256
         assert (wall.setting, wall.config) == (cpu.setting, cpu.config)
+
+
+def test_checkpoints_measured_by_another_clock_are_told(cli: Commands, tmp_path: Path) -> None:
+    chosen = (f"results_dir={tmp_path}", *SMALL, "targets=[self]", "seed=0")
+    for more in (("estimator=tracin", "clock=cpu"), ("estimator=trak",)):
+        done = cli.run("fine_bench", *chosen, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    clocks = {r.estimator: r.training.get("clock") for r in RecordStore(tmp_path).scan().records}
+    # trained under one clock, read by a method under the other
+    assert clocks == {"tracin": "cpu", "trak": "cpu wall"}

@@ -587,6 +587,19 @@ def test_costs_in_cpu_seconds_are_told_from_wall_time(tmp_path: Path) -> None:
     assert (list(clocks["fine"]), list(clocks["tracin"])) == (["cpu"], ["wall"])
 
 
+def test_seconds_of_two_clocks_are_said_not_to_be_comparable(tmp_path: Path) -> None:
+    def edit(r: RunRecord) -> RunRecord:
+        # one seed of fine by the other clock; tracin from checkpoints measured by the other
+        clock = "cpu wall" if r.estimator == "tracin" else "cpu" if r.seed == 1 else None
+        return r if clock is None else replace(r, training={**r.training, "clock": clock})
+
+    board = build(fill(tmp_path, edit=edit))
+    assert row_of(board, "fine").clock == row_of(board, "tracin").clock == "cpu wall"
+    words = "Cost partly in CPU seconds and partly in wall time, so its mean says nothing: "
+    assert f"{words}constant, fine, tracin." in view.to_markdown(board)
+    assert "Cost in CPU seconds" not in view.to_markdown(board)
+
+
 # ------------------------------------------------------------------------------- looks and CLI
 
 

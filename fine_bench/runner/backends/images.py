@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 
+from fine_bench import clock
 from fine_bench import terminal as bars
 from fine_bench.callback.base import InRunMethod
 from fine_bench.data.batches import loader
@@ -28,6 +29,7 @@ from fine_bench.runner.fit import fit
 from fine_bench.runner.monitor import Watcher
 from fine_bench.runner.plan import Job
 from fine_bench.seeds import derive, stream
+from fine_bench.store.plausibility import CLOCK
 from fine_bench.types import Checkpoint, InfluenceScores, LRSchedule, Target, TrainingSteps
 
 _EVALUATION_BATCH = 1024
@@ -184,6 +186,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         facts = {
             "seconds": done.seconds - sum(callback.seconds for callback in callbacks),
             "seconds_with_callbacks": done.seconds,
+            CLOCK: clock.in_use(),
             "n_steps": trainer.global_step,
             "test_accuracy": float(trainer.callback_metrics["test_accuracy"]),
             "test_loss": float(trainer.callback_metrics["test_loss"]),

@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
+from fine_bench import clock
 from fine_bench.callback.base import InRunMethod
 from fine_bench.gradients.cache import GradientMemory
 from fine_bench.llm.net import CausalNet
@@ -35,6 +36,7 @@ from fine_bench.runner.backends.language_tuning import (
 from fine_bench.runner.backends.trained import TrainedRun, detected, folder_of, run_of
 from fine_bench.runner.monitor import Watcher
 from fine_bench.runner.plan import Job
+from fine_bench.store.plausibility import CLOCK
 from fine_bench.types import InfluenceScores, Target
 
 
@@ -69,6 +71,7 @@ def train(job: Job, callbacks: Sequence[Watcher], logger: Logger | None) -> Trai
         facts: dict[str, Any] = {
             "seconds": seconds - sum(callback.seconds for callback in callbacks),
             "seconds_with_callbacks": seconds,
+            CLOCK: clock.in_use(),
             "n_steps": steps,
             "train_loss": tuner.losses[-1],
             "curves": {"train_loss": tuner.losses},
