@@ -40,8 +40,9 @@ KERNEL_INFLATION = 2.4
 
 ``learn_inflation`` gave 2.37 at 95 % on two runs of mnist_mlp (seeds 101 and 102, 200 queries).
 Four blocks have heavy tails: at 80 % the same runs asked for 1.72, so that narrower intervals cover
-more than they say. On six other runs each, 95 % intervals covered the mean of the other runs for
-94.9 % of the pairs on mnist_mlp and 96.0 % on mnist_mlp_interpolating
+more than they say. That was with a ridge (version 2 of the scores); with the training time, on six
+other runs each, 95 % intervals covered the mean of the other runs for 94.5 % of the pairs on
+mnist_mlp and 95.9 % on mnist_mlp_interpolating
 (``benchmarks/query_spread.py``)."""
 
 

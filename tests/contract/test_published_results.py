@@ -59,7 +59,7 @@ def test_lines_are_whole_in_order_and_as_the_store_writes_them() -> None:
 
 
 def test_git_holds_little() -> None:
-    """Under 20 MB without the tests, and nothing that a run leaves."""
+    """Under 22 MB without the tests (a quarter of it as an archive), nothing that a run leaves."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -67,7 +67,7 @@ def test_git_holds_little() -> None:
         pytest.skip("no checkout")
     names = [n for n in listed.stdout.split("\0") if n and not n.startswith("tests/")]
     size = sum((ROOT / name).stat().st_size for name in names if (ROOT / name).is_file())
-    assert size < 20e6
+    assert size < 22e6
     left = ("records", "scores", "figures", "checkpoints", "leaderboard.md", "leaderboard.csv")
     tracked = {name.split("/")[1] for name in names if name.startswith("results/")}
     assert tracked.isdisjoint(left)
