@@ -42,6 +42,7 @@ from fine_bench.runner.clean.training import (
     Run,
     halves,
     joined,
+    logits_of,
     train_half,
     train_run,
     whole_batches,
@@ -151,6 +152,24 @@ def test_the_mean_over_the_steps_of_an_epoch_scores(items: Items, recipe: Recipe
     twin.load_state_dict(steps[-1])
     last = torch.softmax(twin(x[1::2].double()), 1).detach().numpy()
     assert np.abs(run.probabilities[1::2] - last).max() > 1e-3
+
+
+def test_a_model_with_a_shared_weight_is_scored_by_its_mean() -> None:
+    class Shared(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.second(self.first(x).relu())
+            return out
+
+    module, x = Shared(), torch.randn(4, 3)
+    state = {name: 2 * value.clone() for name, value in module.state_dict().items()}
+    found = logits_of(module, x, state)
+    module.load_state_dict(state)
+    assert torch.equal(found, logits_of(module, x))
 
 
 def test_joined_runs_are_means_of_what_is_known() -> None:

@@ -178,7 +178,11 @@ def logits_of(
 
 
 def _call(module: pl.LightningModule, x: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
-    out: Tensor = module(x) if state is None else functional_call(module, dict(state), (x,))
+    if state is None:
+        out: Tensor = module(x)
+        return out
+    # the state names a shared parameter once a place, with equal values in tensors of their own
+    out = functional_call(module, dict(state), (x,), tie_weights=False)
     return out
 
 
