@@ -23,8 +23,7 @@ def parser() -> argparse.ArgumentParser:
         },
         examples=[
             "results/banks/mnist_mlp --name mnist_mlp --version 1",
-            "results/banks/mnist_cnn --name mnist_cnn --version 2 "
-            "--extend results/ground_truth/mnist_cnn.safetensors",
+            "results/banks/more --name mnist_cnn --version 2 --extend mnist_cnn.safetensors",
         ],
     )
     made.add_argument("bank", metavar="BANK_FOLDER", type=Path, help="a folder below results/banks")

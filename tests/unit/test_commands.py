@@ -154,8 +154,9 @@ def understand(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif program == "python" and rest[0].startswith("benchmarks/"):
         script = ROOT / rest[0]
         assert script.is_file(), script
-        # gain.py has a file of its own for the options of its table
-        source = "".join(part.read_text() for part in script.parent.glob(f"{script.stem}*.py"))
+        # gain.py has a file of its own for the options of its table; others share theirs
+        parts = [*script.parent.glob(f"{script.stem}*.py"), script.with_name("seed_files.py")]
+        source = "".join(part.read_text() for part in parts)
         for option in (a for a in rest[1:] if a.startswith("--")):
             assert f'"{option}"' in source, option
     elif program == "wandb":
