@@ -1,6 +1,6 @@
-"""The README's table, figure and list of commands: ``python benchmarks/readme.py`` makes them.
+"""The README's table and figure, and the list of commands of ``docs/index.md``.
 
-Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else:
+``python benchmarks/readme.py`` makes them. Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else:
 each cell of the table is the text of a cell there, and the figure draws the same numbers. A row or
 a number that a task does not have is a dash; a row that no task has is an error.
 """
@@ -22,6 +22,7 @@ from fine_bench.store.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 LEADERBOARD = ROOT / "results" / "published" / "leaderboard.md"
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
 IMAGE = ROOT / "results" / "images" / "fidelity.png"
 
 EASY, FITTED = "mnist_mlp", "mnist_mlp_interpolating"
@@ -187,11 +188,13 @@ def filled(text: str, parts: Mapping[str, str]) -> str:
 
 
 def main() -> int:
-    """Rewrite the README's table and list of commands, and draw its figure."""
+    """Rewrite the table, the list of commands and the figure."""
     cells = read(LEADERBOARD.read_text())
-    readme = ROOT / "README.md"
-    text = filled(readme.read_text(), {"table": table(cells), "commands": commands()})
-    write_atomic(readme, text.encode())
+    for page, parts in (
+        (README, {"table": table(cells)}),
+        (INDEX, {"commands": commands()}),
+    ):
+        write_atomic(page, filled(page.read_text(), parts).encode())
     write_atomic(IMAGE, to_bytes(figure(cells), "png"))
     return 0
 
