@@ -1,8 +1,9 @@
 """The README's table and figure, and the list of commands of ``docs/index.md``.
 
-``python benchmarks/readme.py`` makes them. Table and figure show a choice of rows of ``results/published/leaderboard.md`` and nothing else:
-each cell of the table is the text of a cell there, and the figure draws the same numbers. A row or
-a number that a task does not have is a dash; a row that no task has is an error.
+``python benchmarks/readme.py`` makes them. Table and figure show a choice of rows of
+``results/published/leaderboard.md`` and nothing else: each cell of the table is the text of a cell
+there, and the figure draws the same numbers. A row or a number that a task does not have is a dash;
+a row that no task has is an error.
 """
 
 from __future__ import annotations
