@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from gain import job_of
 from outputs import Outputs, add_force
 from scipy.stats import spearmanr
+from seed_files import job_of
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback import FINECallback

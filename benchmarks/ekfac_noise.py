@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from outputs import Outputs, add_results
+from seed_files import job_of
 from torch import Tensor
 
 from fine_bench.fine.effects import self_effects, whitened_effects
@@ -32,25 +31,12 @@ from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.metrics.reliability import spearman
 from fine_bench.retraining.truth_files import folders, named
 from fine_bench.runner.backends import images
-from fine_bench.runner.config import check, config_folder, register
-from fine_bench.runner.plan import Job, plan
 from fine_bench.seeds import stream
 
 BATCH, FIT_BATCH, FIT_EXAMPLES = 64, 250, 2000
 GEOMETRIES = ("euclidean", "ekfac")
 FORMS = ("effect", "sample", "model")
 """Of a score, in the order of the table's columns."""
-
-
-def job_of(experiment: str, seed: int, results: Path) -> Job:
-    """The run of a seed."""
-    register()
-    overrides = [
-        f"+experiment={experiment}", "estimator=[random]", "targets=[self]", f"seed={seed}",
-        f"results_dir={results}", "trainer.progress=false",
-    ]  # fmt: skip
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        return plan(check(compose("config", overrides)))
 
 
 def fitted(engine: GradientEngine, x: Tensor, y: Tensor, damping: float) -> EKFAC:
@@ -114,7 +100,7 @@ def main() -> None:
     folder = arguments.out or arguments.results
     page = folder / f"ekfac_noise--{arguments.experiment}.md"
     outputs = Outputs([page], default=arguments.out is None, force=arguments.force)
-    job = job_of(arguments.experiment, arguments.seed, arguments.results)
+    job = job_of(arguments.experiment, arguments.seed, ["targets=[self]"], arguments.results)
     run = images.stored(job, print)
     if run is None:
         raise SystemExit(

@@ -36,8 +36,8 @@ import gain_table
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
+from seed_files import job_of
 from summation_forms import FormSums, set_row
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -50,8 +50,7 @@ from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.reciprocal import inverse_or_zero
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.runner.backends import images
-from fine_bench.runner.config import check, config_folder, register
-from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.plan import Job
 from fine_bench.seeds import stream
 from fine_bench.types import Problem
 
@@ -187,7 +186,43 @@ class Curvature:
         return ekfac
 
 
-class InBatch(pl.Callback):
+class Tap(pl.Callback):
+    """Records each training pass; who is below it looks at the batch before its step is taken.
+
+    Attributes:
+        recorder: of the pass.
+        index: positions of the batch's examples, ``(m,)``.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the hooks."""
+        self.recorder = LayerRecorder(pl_module, None, tap=True)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the pass."""
+        self.index: Tensor = batch[2]
+        self.recorder.start()
+
+    def complement(self) -> Tensor:
+        """Stop recording; 1 − p of the batch's examples, ``(m,)``."""
+        self.recorder.stop()
+        logits = self.recorder.calls[-1].grad
+        assert logits is not None
+        return complement_of(logits * len(self.index))
+
+    def gradients(self) -> PerExampleGradients:
+        """Of the batch's examples, each of its own loss."""
+        m = len(self.index)
+        return PerExampleGradients(self.recorder.blocks(m, scale=float(m)))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach the hooks."""
+        self.recorder.close()
+
+
+class InBatch(Tap):
     """The schedule ``steps``: what the training batches show, in every way."""
 
     def __init__(self, problem: Problem, geometries: Sequence[str]) -> None:
@@ -206,7 +241,7 @@ class InBatch(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the hooks."""
-        self.recorder = LayerRecorder(pl_module, None, tap=True)
+        super().on_fit_start(trainer, pl_module)
         self.engine = GradientEngine(pl_module, F.cross_entropy)
         self.curvature = Curvature(self.problem)
         self.step = 0
@@ -218,27 +253,16 @@ class InBatch(pl.Callback):
             self.ekfac = self.curvature.fit(self.engine)
             self.costs["ekfac"] += time.perf_counter() - start
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Record the pass."""
-        self.index = batch[2]
-        self.recorder.start()
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Look at the batch."""
         start = time.perf_counter()
-        self.recorder.stop()
-        m = len(self.index)
+        complement = self.complement()
         lr = float(optimizer.param_groups[0]["lr"])
         self.rates[trainer.current_epoch].append(lr)
-        self.m = max(self.m, m)
-        logits = self.recorder.calls[-1].grad
-        assert logits is not None
-        complement = complement_of(logits * m)
-        g = PerExampleGradients(self.recorder.blocks(m, scale=float(m)))
+        self.m = max(self.m, len(self.index))
+        g = self.gradients()
         u = float(complement.mean())
         weights = {"lr": (lr, lr**2), "uncertainty": (lr * u, (lr * u) ** 2)}
         if self.step % REFRESH == 0:
@@ -295,7 +319,7 @@ class InBatch(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detach the hooks."""
-        self.recorder.close()
+        super().on_fit_end(trainer, pl_module)
         self.engine.close()
 
 
@@ -380,20 +404,6 @@ def score_run(job: Job, n_query: int, geometries: Sequence[str]) -> tuple[dict[s
         found |= epochs.result(math.sqrt(m) / n) | final.result(math.sqrt(m) / n)
     facts = {key: run.facts[key] for key in ("seconds", "test_accuracy", "train_accuracy")}
     return found, {**facts, **{f"seconds {key}": value for key, value in costs.items()}}
-
-
-def job_of(experiment: str, seed: int, overrides: Sequence[str], results: Path) -> Job:
-    """The experiment's job, with one control instead of its estimators."""
-    register()
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        config = compose(
-            "config",
-            [
-                f"+experiment={experiment}", "estimator=[random]", f"seed={seed}",
-                f"results_dir={results}", "trainer.progress=false", *overrides,
-            ],
-        )  # fmt: skip
-    return plan(check(config))
 
 
 def compute(arguments: argparse.Namespace) -> None:

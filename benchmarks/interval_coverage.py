@@ -23,7 +23,6 @@ from statistics import NormalDist
 import pandas as pd
 import seed_files
 import torch
-from gain import job_of
 from outputs import add_out, number_text, table_files
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -81,7 +80,9 @@ def compute(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     name = arguments.name or arguments.experiment
     for seed, path in seed_files.missing(arguments.work / name, arguments.seeds):
-        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        job = seed_files.job_of(
+            arguments.experiment, seed, arguments.override, arguments.work / "runs"
+        )
         queries = TensorDataset(job.data.query_x, job.data.query_y)
         single = TensorDataset(*(part[:N_QUERIES] for part in queries.tensors))
         asked = {"self": None, "validation": queries, "queries": single}

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import pandas as pd
 import seed_files
 import torch
-from gain import job_of
 from outputs import add_out, table_files
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -56,7 +55,9 @@ def compute(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     name = arguments.name or arguments.experiment
     for seed, path in seed_files.missing(arguments.work / name, arguments.seeds):
-        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        job = seed_files.job_of(
+            arguments.experiment, seed, arguments.override, arguments.work / "runs"
+        )
         data = job.data
         watchers = {
             "self": FINECallback("self", step_weight="uncertainty"),

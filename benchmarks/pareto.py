@@ -31,7 +31,6 @@ import numpy as np
 import pandas as pd
 import seed_files
 import torch
-from gain import job_of
 from matplotlib.figure import Figure
 from outputs import Outputs, add_out
 from safetensors.torch import load_file
@@ -155,7 +154,9 @@ def compute(arguments: argparse.Namespace) -> None:
     """Score the seeds that have no file yet."""
     torch.set_num_threads(arguments.threads)
     for seed, path in seed_files.missing(arguments.work / arguments.experiment, arguments.seeds):
-        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        job = seed_files.job_of(
+            arguments.experiment, seed, arguments.override, arguments.work / "runs"
+        )
         found, costs = score_seed(job, arguments.every)
         about = {"costs": costs, "data_sha256": job.data.sha256, "setting": job.setting}
         write_atomic(path.with_suffix(".json"), json.dumps(about, indent=1).encode())

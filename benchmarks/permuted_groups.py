@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from gain import job_of
 from outputs import seeds_and_files
 from scipy import stats
+from seed_files import job_of
 from torch.utils.data import TensorDataset
 
 from fine_bench.callback.paper import PaperFINECallback

@@ -35,7 +35,6 @@ import numpy as np
 import pandas as pd
 import seed_files
 import torch
-from hydra import compose, initialize_config_dir
 from matplotlib.figure import Figure
 from outputs import Outputs, add_results
 from outputs import interval_text as shown
@@ -58,8 +57,6 @@ from fine_bench.retraining.truth import HALVES, Half, Truth
 from fine_bench.retraining.truth_files import folders, named
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
-from fine_bench.runner.config import check, config_folder, register
-from fine_bench.runner.plan import Job, plan
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import RunRecord
 
@@ -127,7 +124,9 @@ def models_row(work: Path, truth: Truth, half: Half) -> Row | None:
 def terms(arguments: argparse.Namespace) -> None:
     """What each model adds to TRAK's two means, for the seeds that have no file yet."""
     for seed, path in seed_files.missing(arguments.work, arguments.seeds):
-        job = job_of(arguments.experiment, seed, arguments.results)
+        job = seed_files.job_of(
+            arguments.experiment, seed, ["targets=[queries]"], arguments.results
+        )
         run = images.stored(job, print)
         if run is None:
             raise SystemExit(
@@ -146,17 +145,6 @@ def terms(arguments: argparse.Namespace) -> None:
         }  # fmt: skip
         seed_files.save(path, {"kernel": kernel.float(), "residual": residual}, about)
         print(f"{path.name}: {seconds:.1f} s", flush=True)
-
-
-def job_of(experiment: str, seed: int, results: Path) -> Job:
-    """The run of a seed."""
-    register()
-    overrides = [
-        f"+experiment={experiment}", "estimator=[random]", "targets=[queries]", f"seed={seed}",
-        f"results_dir={results}", "trainer.progress=false",
-    ]  # fmt: skip
-    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
-        return plan(check(compose("config", overrides)))
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -1,6 +1,7 @@
-"""A file of tensors a seed, ``WORK/TASK/seed7.safetensors``: what long scripts keep of a run.
+"""The run of a seed, and a file of tensors a seed: what long scripts train, and keep of it.
 
-A seed that has its file is not computed again, so a script that was stopped goes on where it was.
+A seed that has its file, ``WORK/TASK/seed7.safetensors``, is not computed again, so a script that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -9,8 +10,33 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.plan import Job, plan
+
+
+def job_of(experiment: str, seed: int, overrides: Sequence[str], results: Path) -> Job:
+    """The experiment's job, with one control instead of its estimators.
+
+    Args:
+        experiment: a name in ``conf/experiment``.
+        seed: of the run.
+        overrides: of Hydra's kind, after all others.
+        results: folder of its checkpoints.
+    """
+    register()
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        config = compose(
+            "config",
+            [
+                f"+experiment={experiment}", "estimator=[random]", f"seed={seed}",
+                f"results_dir={results}", "trainer.progress=false", *overrides,
+            ],
+        )  # fmt: skip
+    return plan(check(config))
 
 
 def missing(folder: Path, seeds: Sequence[int]) -> Iterator[tuple[int, Path]]:

@@ -32,15 +32,13 @@ import pandas as pd
 import pytorch_lightning as pl
 import seed_files
 import torch
-from gain import complement_of, job_of
+from gain import Tap
 from numpy.typing import NDArray
 from outputs import Outputs, add_force
 from scipy.stats import spearmanr
 from which_form import BANKS
 
 from fine_bench.fine.effects import self_effects
-from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import folders, named
@@ -54,7 +52,7 @@ TOP = 0.2
 _TINY = 1e-9  # of 1 − p: an example that is fitted to the last digit
 
 
-class Steps(pl.Callback):
+class Steps(Tap):
     """Keeps what every step shows of the examples in its batch."""
 
     seconds = 0.0
@@ -62,37 +60,18 @@ class Steps(pl.Callback):
     def __init__(self) -> None:
         self.rows: list[tuple[Array, ...]] = []
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach the hooks."""
-        self.recorder = LayerRecorder(pl_module, None, tap=True)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Record the pass."""
-        self.index = batch[2]
-        self.recorder.start()
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Look at the batch."""
-        self.recorder.stop()
-        m = len(self.index)
-        logits = self.recorder.calls[-1].grad
-        assert logits is not None
-        complement = complement_of(logits * m).double()
-        gram = PerExampleGradients(self.recorder.blocks(m, scale=float(m))).gram()
+        complement = self.complement().double()
+        gram = self.gradients().gram()
         effect, sigma = self_effects(gram, None)
         self.recorder.clear()
         lr, u = float(optimizer.param_groups[0]["lr"]), float(complement.mean())
-        one = np.ones(m)
+        one = np.ones(len(self.index))
         found = (self.index, effect, sigma, complement)
         self.rows.append((*(x.cpu().double().numpy() for x in found), lr * one, u * one))
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Detach the hooks."""
-        self.recorder.close()
 
 
 def forms(steps: Mapping[str, Array], n: int) -> dict[str, Array]:
@@ -188,7 +167,9 @@ def compute(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = arguments.work / arguments.experiment
     for seed, path in seed_files.missing(folder, arguments.seeds):
-        job = job_of(arguments.experiment, seed, arguments.override, arguments.work / "runs")
+        job = seed_files.job_of(
+            arguments.experiment, seed, arguments.override, arguments.work / "runs"
+        )
         watcher = Steps()
         run = images.train(job, [watcher], None)  # type: ignore[list-item]
         columns = (
