@@ -8,11 +8,12 @@ e_it = K_ii − mean_j K_ij and its noise σ_it = std_j K_ij (*self*, Euclidean)
 size η_t and the batch's mean uncertainty u_t = mean(1 − p). From these every form follows:
 
     accumulated   Σ_t w_t e_it/d_it / sqrt(Σ_t w_t² σ_it²/d_it²),   d = 1 − p (margin) or 1 (loss)
-    standardised  Σ_t w_t e_it/σ_it / sqrt(Σ_t w_t²)
+    standardised  Σ_t w_t e_it/σ_it / sqrt(Σ_t w_t²)      (the callback's ``weighted``)
 
 with the weights w named in the table. ``fine`` is accumulated on the margin with w = η u,
 ``fine_plain`` with w = η, ``fine_loss`` accumulated on the loss with w = η, ``fine_standardised``
-standardised with w = 1. Standardised, observables and scales of a step drop out: only w is left.
+standardised with w = 1, ``fine_weighted`` with w = η u. Standardised, observables and scales of a
+step drop out: only w is left.
 
 ``table`` compares them with the *development* half of each bank: fidelity over the ceiling, and the
 Jaccard index of the 20 % largest scores of two runs, means over runs and over pairs of them;
@@ -111,7 +112,8 @@ def forms(steps: Mapping[str, Array], n: int) -> dict[str, Array]:
     }
     for power in (0.5, 1.0, 1.5, 2.0, 3.0):
         found[f"standardised, u^{power:g}"] = standardised(u**power)
-        found[f"standardised, η u^{power:g}"] = standardised(lr * u**power)
+        own = " (`fine_weighted`)" if power == 1.0 else ""
+        found[f"standardised, η u^{power:g}{own}"] = standardised(lr * u**power)
     # what one run knows without gradients: no form, and sets no mark
     found[CONTROL] = -total(np.log1p(-np.minimum(p, 1 - _TINY)))
     return found

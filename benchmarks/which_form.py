@@ -38,7 +38,7 @@ BANKS = {
 }
 """Tasks with a ground truth that have *self* scores, easy ones first."""
 
-FORMS = ("fine", "fine_plain", "fine_loss", "fine_standardised", "fine_ekfac")
+FORMS = ("fine", "fine_weighted", "fine_plain", "fine_loss", "fine_standardised", "fine_ekfac")
 OTHERS = ("trak", "tracin", "influence_function", "mean_loss", "el2n", "aum")
 METRICS = {
     "fidelity_of_ceiling": "of ceiling ↑",

@@ -8,22 +8,26 @@ c_i,t = ⟨g_i, ∇h⟩; its standard deviation over batches is σ_t/√m. Hence
 was observed,
 
     accumulated   μ_i = Σ_t η_t (c_i,t − c̄_t) / sqrt( n_train · Σ_t η_t² σ_t² )
+    weighted      μ_i = Σ_t η_t z_i,t / sqrt( n_train · Σ_t η_t² ),      z_i,t = (c_i,t − c̄_t)/σ_t
     standardised  μ_i = Σ_t μ_i,t / sqrt(number of observations),  μ_i,t = (c_i,t − c̄_t)/(√m σ_t)
     bound         |μ_i| ≤ sqrt( Σ_t μ_i,t² )                          (Gaussian composition)
 
 with c̄_t and σ_t (n − 1) over the reference examples j ≠ i of the batch. *Accumulated* is the test
 on X = Σ_t η_t x_t: seeing i shifts X by Σ η_t (c_i,t − c̄_t)/m, and the variance of X over *all*
 steps, n/m times as many as i was seen in, is (n/m) Σ η_t² σ_t²/m. μ > 0: i helps the target.
+*Weighted* is the test on X = Σ_t η_t x_t/σ_t, whose steps all have the same noise: a step counts by
+η_t alone, not by how large its gradients are (*accumulated*), nor as much as any other
+(*standardised*).
 
 ``contrast="substitution"`` compares i with an average example, as above; ``"removal"`` leaves c_i
 uncentred. Only the second one speaks of harm: with substitution a third of perfectly clean
 examples come out slightly negative.
 
-``step_weight`` replaces η_t in the accumulated μ by a weight w_t, that is, tests X = Σ_t w_t x_t:
-``"lr"`` takes w_t = η_t, ``"uncertainty"`` w_t = η_t · (batch mean of 1 − p), the mean probability
-that the model still gives to other labels: it favours the steps before the data are fitted. It
-exists for softmax cross-entropy, where the training pass holds it (half the sum of the absolute
-gradient at the logits).
+``step_weight`` replaces η_t in the accumulated and the weighted μ by a weight w_t: ``"lr"`` takes
+w_t = η_t, ``"uncertainty"`` w_t = η_t · (batch mean of 1 − p), the mean probability that the model
+still gives to other labels: it favours the steps before the data are fitted. It exists for softmax
+cross-entropy, where the training pass holds it (half the sum of the absolute gradient at the
+logits).
 
 ``noise`` says where σ comes from: ``"sample"``, from the reference examples; or, for *self* in the
 EK-FAC geometry, ``"model"``: the geometry states it (``whitened_effects``).
@@ -51,7 +55,8 @@ VERSION = 2
 """Raised when scores may change."""
 
 SUMS = ("shift", "shift2", "variance", "mu", "mu2", "cross", "variance2")
-"""Σ u, Σ u², Σ v, Σ μ_t, Σ μ_t², Σ u v, Σ v², with u = η(c − c̄) and v = η²σ²."""
+"""Σ u, Σ u², Σ v, Σ μ_t, Σ μ_t², Σ u v, Σ v², with u = η(c − c̄) and v = η²σ²; weighted: u = ηz and
+v = η²."""
 
 SUMS_BEFORE_BLOCKS = 5
 """States saved by earlier versions hold the first five only."""
@@ -159,6 +164,9 @@ class FineAccumulator:
         if n_usable < usable.numel():
             self.n_without_noise += usable.numel() - n_usable
             effect = torch.where(usable, effect, 0.0)
+        if self.composition == "weighted":  # in units of the step's own noise
+            effect = effect / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)
+            sigma = usable.double()
         return effect, sigma
 
     def pass_over(self, index: Tensor) -> None:
@@ -188,7 +196,7 @@ class FineAccumulator:
         k = self.n_observations.double()
         times = self._times_in_batch()
         tiny = torch.finfo(torch.float64).tiny
-        if self.composition == "accumulated":
+        if self.composition != "standardised":
             scale = (self._n_draws() * s["variance"]).sqrt()
             known = scale > 0
             inverse = inverse_or_zero(scale)

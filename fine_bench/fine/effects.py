@@ -18,7 +18,7 @@ from torch import Tensor
 from fine_bench.gradients.reciprocal import inverse_or_zero
 
 Observable: TypeAlias = Literal["margin", "loss"]
-Composition: TypeAlias = Literal["accumulated", "standardised"]
+Composition: TypeAlias = Literal["accumulated", "weighted", "standardised"]
 Contrast: TypeAlias = Literal["substitution", "removal"]
 StepWeight: TypeAlias = Literal["lr", "uncertainty"]
 Noise: TypeAlias = Literal["sample", "model"]

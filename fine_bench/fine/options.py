@@ -49,7 +49,8 @@ class Options:
         observable: ``"margin"``, h = −log(p/(1−p)), for softmax cross-entropy on the output of
             the last layer; or ``"loss"``. None: chosen by the loss of the first batch, the margin
             where it exists, and said in ``scores().observable`` (``fine_bench.fine.observable``).
-        composition: ``"accumulated"`` or ``"standardised"``; see ``fine_bench.fine.accumulator``.
+        composition: ``"accumulated"``, ``"weighted"`` (each step in units of its own noise, times
+            its weight) or ``"standardised"``; see ``fine_bench.fine.accumulator``.
         schedule: ``"in_batch"``: an example is observed when it is in the batch; ``"snapshot"``:
             all are scored at the same parameters, now and then
             (``fine_bench.fine.snapshot_accumulator``).
@@ -61,8 +62,8 @@ class Options:
             moves (``fine_bench.fine.geometry_optimiser``): Adam's and AdamW's second moments; none
             for SGD. None: the gradients as they are.
         contrast: ``"substitution"`` (against an average example) or ``"removal"``.
-        step_weight: what a step counts in the accumulated μ: ``"lr"``, η_t, or ``"uncertainty"``,
-            η_t times the batch mean of 1 − p, for softmax cross-entropy.
+        step_weight: what a step counts in the accumulated or the weighted μ: ``"lr"``, η_t, or
+            ``"uncertainty"``, η_t times the batch mean of 1 − p, for softmax cross-entropy.
         noise: where σ comes from: ``"sample"``, the reference examples; ``"model"``, for *self* in
             ``geometry="ekfac"``: the geometry states it, and estimating it from a few examples
             only adds noise. Other targets take the sample's.
@@ -179,11 +180,11 @@ class Options:
                 f'{self.geometry!r}; use noise="sample"'
             )
         check_weighting(self.query_weighting)
-        if self.step_weight != "lr" and self.composition != "accumulated":
+        if self.step_weight != "lr" and self.composition == "standardised":
             raise ValueError(
-                f"step_weight={self.step_weight!r} weighs the steps of the accumulated μ, but "
-                f"composition={self.composition!r} gives every step the same weight; use "
-                'composition="accumulated" or step_weight="lr"'
+                f"step_weight={self.step_weight!r} weighs the steps of the accumulated or the "
+                f"weighted μ, but composition={self.composition!r} gives every step the same "
+                'weight; use composition="accumulated", composition="weighted" or step_weight="lr"'
             )
         check_queries(self.target, self.queries)
         self._check_group_errors()

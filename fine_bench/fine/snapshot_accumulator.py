@@ -13,6 +13,7 @@ shifts x_t by (c_i − c̄)/m_t. In expectation a step shifts X by η_t (c_i −
 With c_i, c̄ and σ taken at the snapshot for all of T_s,
 
     accumulated   μ_i = Σ_s H_s (c_i,s − c̄_s)/n / sqrt( Σ_s V_s σ_s² )
+    weighted      μ_i = Σ_s H_s z_i,s/n / sqrt( Σ_s V_s ),  z_i,s = (c_i,s − c̄_s)/σ_s
     standardised  μ_i = Σ_s r_s (c_i,s − c̄_s)/σ_s / sqrt( Σ_s k_s )
     bound         sqrt( Σ_s (|T_s|/n) (c_i,s − c̄_s)²/σ_s² )
 

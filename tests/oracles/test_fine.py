@@ -89,6 +89,7 @@ def twin(
         "self": [],
     }[target]
     numerator, denominator, total, squares = (torch.zeros(rows, N).double() for _ in range(4))
+    weighted, weights = torch.zeros(rows, N).double(), torch.zeros(rows, N).double()
     seen = torch.zeros(N)
     directions: list[Tensor] = []
     for t, (params, index) in enumerate(diary.steps):
@@ -125,11 +126,15 @@ def twin(
                 sigma = c.std()
                 numerator[r, i] += weight * effect
                 denominator[r, i] += (weight * sigma) ** 2
+                weighted[r, i] += weight * effect / sigma
+                weights[r, i] += weight**2
                 mu_t = effect / (m**0.5 * sigma)
                 total[r, i] += mu_t
                 squares[r, i] += mu_t**2
     if composition == "accumulated":
         mu = numerator / (N * denominator).sqrt()
+    elif composition == "weighted":
+        mu = weighted / (N * weights).sqrt()
     else:
         mu = total / seen.sqrt()
     return mu, squares.sqrt(), seen
@@ -137,7 +142,7 @@ def twin(
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("observable", ["margin", "loss"])
-@pytest.mark.parametrize("composition", ["accumulated", "standardised"])
+@pytest.mark.parametrize("composition", ["accumulated", "weighted", "standardised"])
 @pytest.mark.parametrize("contrast", ["substitution", "removal"])
 def test_self(name: str, observable: Any, composition: Any, contrast: Any) -> None:
     options = {"observable": observable, "composition": composition, "contrast": contrast}
@@ -159,6 +164,7 @@ def test_self(name: str, observable: Any, composition: Any, contrast: Any) -> No
         ("margin", "accumulated", "substitution", "noise", 1),
         ("margin", "accumulated", "substitution", "norm", 3),
         ("loss", "standardised", "substitution", None, 1),
+        ("margin", "weighted", "substitution", "noise", 2),
         ("loss", "accumulated", "removal", "noise", 2),
         ("margin", "standardised", "removal", "noise", 5),
     ],
@@ -191,26 +197,29 @@ def test_queries(
     close(scores.values, mu, 1e-5)
     close(scores.extras["bound"], bound, 1e-5)
     assert (scores.values.abs() <= scores.extras["bound"] + 1e-6).all() or (
-        composition == "accumulated"
+        composition != "standardised"
     )
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 @pytest.mark.parametrize("target", ["self", "queries", "validation", "validation_per_class"])
 @pytest.mark.parametrize("observable", ["margin", "loss"])
-def test_steps_weighted_by_uncertainty(name: str, target: Any, observable: Any) -> None:
+@pytest.mark.parametrize("composition", ["accumulated", "weighted"])
+def test_steps_weighted_by_uncertainty(
+    name: str, target: Any, observable: Any, composition: Any
+) -> None:
     _, _, xq, yq = data(networks()[name][1])
     queries = None if target == "self" else TensorDataset(xq, yq)
     options: dict[str, Any] = {"queries": queries, "refresh_every": 1}
-    plain = FINECallback(target, observable, **options)
-    callback = FINECallback(target, observable, step_weight="uncertainty", **options)
+    plain = FINECallback(target, observable, composition, **options)
+    callback = FINECallback(target, observable, composition, step_weight="uncertainty", **options)
     _, diary = fit(name, [plain, callback])
     mu, bound, _ = twin(
         name,
         diary,
         target=target,
         observable=observable,
-        composition="accumulated",
+        composition=composition,
         contrast="substitution",
         step_weight="uncertainty",
     )

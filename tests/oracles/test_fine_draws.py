@@ -84,7 +84,7 @@ def twin(
     """μ, step by step, row by row."""
     xq, yq = data(2, V)
     rows = V if target == "queries" else 1
-    shift, noise, total = torch.zeros(3, rows, N, dtype=torch.float64)
+    shift, noise, total, counted, weights = torch.zeros(5, rows, N, dtype=torch.float64)
     seen, drawn = torch.zeros(N, dtype=torch.float64), 0
     per_epoch = -(-DRAWN // BATCH)
     steps = [
@@ -116,8 +116,13 @@ def twin(
                 shift[r, i] += LR * effect
                 noise[r, i] += LR**2 * variance
                 total[r, i] += effect / (m * variance) ** 0.5
+                # on X = Σ η x/σ, σ that of single examples: a step of ρ² = mean w² has η ρ of noise
+                counted[r, i] += LR * effect / float(c[others].std())
+                weights[r, i] += LR**2 * float(w.double().square().mean())
     if composition == "standardised":
         return (total / seen.sqrt()).nan_to_num(0.0)
+    if composition == "weighted":
+        return (counted / (drawn / seen * weights).sqrt()).nan_to_num(0.0)
     return (shift / (drawn / seen * noise).sqrt()).nan_to_num(0.0)
 
 
@@ -139,7 +144,7 @@ def test_an_example_counts_as_often_as_it_stands_in_the_batch(
 
 @pytest.mark.any_trainer("sampling with replacement, `WeightedRandomSampler`")
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-@pytest.mark.parametrize("composition", ["accumulated", "standardised"])
+@pytest.mark.parametrize("composition", ["accumulated", "weighted", "standardised"])
 def test_over_the_micro_batches_of_a_step(accumulate: int, composition: Any) -> None:
     callback, module = FINECallback("self", composition=composition), Module(uneven=True)
     fit(module, callback, accumulate_grad_batches=accumulate)

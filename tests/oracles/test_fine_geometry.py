@@ -200,6 +200,7 @@ def twin(
     assert schedule is not None
     metric = torch.eye(6 * 7 + 8 * CLASSES).double()
     shift, variance, total, times, squares = (torch.zeros(rows, N).double() for _ in range(5))
+    counted, weights = torch.zeros(rows, N).double(), torch.zeros(rows, N).double()
     kept: list[Tensor] = []
     moments = range(STEPS) if snapshots is None else snapshots
     last = 0
@@ -249,13 +250,19 @@ def twin(
                 effect = g[position] @ d - (c.mean() if o.contrast == "substitution" else 0.0)
                 shift[row, i] += u * H * effect
                 variance[row, i] += (u * sigma) ** 2 * V
+                counted[row, i] += u * H * effect / sigma
+                weights[row, i] += u**2 * V
                 total[row, i] += r * effect / sigma
                 squares[row, i] += T * (effect / sigma) ** 2
                 times[row, i] += k
     # in-batch, H is a step size and n·V its square: shift / sqrt(n · Σ η²σ²)
     if snapshots is None:
-        variance = variance * N * N
-    mu = shift / variance.sqrt() if o.composition == "accumulated" else total / times.sqrt()
+        variance, weights = variance * N * N, weights * N * N
+    mu = {
+        "accumulated": shift / variance.sqrt(),
+        "weighted": counted / weights.sqrt(),
+        "standardised": total / times.sqrt(),
+    }[o.composition]
     return mu, squares.sqrt()
 
 
@@ -273,7 +280,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("self", {"contrast": "removal"}),
     ("self", {"observable": "loss", "composition": "standardised"}),
     ("self", {"step_weight": "uncertainty"}),
+    ("self", {"composition": "weighted", "step_weight": "uncertainty"}),
     ("queries", {"composition": "standardised"}),
+    ("validation", {"composition": "weighted"}),
     ("validation", {"step_weight": "uncertainty"}),
     ("validation", {"query_weighting": "norm", "contrast": "removal"}),
     ("validation_per_class", {"observable": "loss"}),

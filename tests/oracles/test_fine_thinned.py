@@ -61,7 +61,7 @@ def fit(*callbacks: pl.Callback, shuffle: bool = True, **options: Any) -> tuple[
     return net, diary
 
 
-@pytest.mark.parametrize("composition", ["accumulated", "standardised"])
+@pytest.mark.parametrize("composition", ["accumulated", "weighted", "standardised"])
 @pytest.mark.parametrize("every", [2, 3])
 def test_self_loss_is_the_formula_over_the_observed_steps(every: int, composition: str) -> None:
     callback = FINECallback(
@@ -89,6 +89,8 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
         for row, i in enumerate(index.tolist()):
             others = torch.cat([gram[row, :row], gram[row, row + 1 :]])
             effect, sigma = gram[row, row] - others.mean(), others.std()
+            if composition == "weighted":
+                effect, sigma = effect / sigma, torch.ones(()).double()
             blocks[i].append((float(LR * effect), float((LR * sigma) ** 2)))
             shift[i] += LR * effect
             variance[i] += (LR * sigma) ** 2
@@ -96,7 +98,7 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
             squares[i] += (effect / (BATCH**0.5 * sigma)) ** 2
             seen[i] += 1
     ratio = times / seen.clamp_min(1)
-    if composition == "accumulated":
+    if composition != "standardised":
         expected = ratio * shift / (N * ratio * variance).sqrt()
     else:
         expected = ratio * total / times.sqrt()
@@ -105,7 +107,7 @@ def test_self_loss_is_the_formula_over_the_observed_steps(every: int, compositio
     assert torch.equal(scores.n_observations, seen.long())
     assert 0 < float(seen.sum()) < EPOCHS * N
     torch.testing.assert_close(scores.values[0].double(), expected, rtol=1e-4, atol=1e-5)
-    if composition == "accumulated":
+    if composition != "standardised":
         # the linear jackknife over an example's observations, each standing for ``ratio`` of them
         for i in range(N):
             k, found = len(blocks[i]), float(scores.std_error[0, i])

@@ -143,7 +143,7 @@ class Still(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("target", ["self", "validation"])
-@pytest.mark.parametrize("composition", ["accumulated", "standardised"])
+@pytest.mark.parametrize("composition", ["accumulated", "weighted", "standardised"])
 def test_both_schedules_estimate_the_same_number(target: Any, composition: Any) -> None:
     """Where nothing moves, the in-batch estimate converges to that of the snapshots."""
 
@@ -202,7 +202,7 @@ def test_standard_error_is_the_spread_over_runs() -> None:
     for _ in range(6):
         interval.add(0.1, 10)
     everyone = torch.arange(3)
-    for composition in ("accumulated", "standardised"):
+    for composition in ("accumulated", "weighted", "standardised"):
         values, errors = [], []
         for _ in range(400):
             sums = SnapshotAccumulator(20, 1, composition)  # type: ignore[arg-type]
@@ -519,7 +519,7 @@ def test_a_state_of_the_other_schedule_is_refused() -> None:
         ({"step_weight": "time"}, "step_weight must be one of"),
         (
             {"step_weight": "uncertainty", "composition": "standardised"},
-            'use composition="accumulated" or step_weight="lr"',
+            'use composition="accumulated", composition="weighted" or step_weight="lr"',
         ),
     ],
 )

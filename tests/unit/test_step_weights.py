@@ -52,6 +52,7 @@ def joined(steps: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
         ("accumulated, margin, η u (`fine`)", True, True),
         ("accumulated, margin, η (`fine_plain`)", True, False),
         ("accumulated, loss, η (`fine_loss`)", False, False),
+        ("standardised, η u^1 (`fine_weighted`)", True, True),
     ],
 )
 def test_the_callback_s_own_forms(
@@ -59,7 +60,7 @@ def test_the_callback_s_own_forms(
 ) -> None:
     n, m = 12, 4
     steps = drawn(n, m, 9)
-    accumulator = FineAccumulator(n, 1)
+    accumulator = FineAccumulator(n, 1, "weighted" if "standardised" in name else "accumulated")
     for s in steps:
         w = float(s["lr"][0]) * (float(s["uncertainty"][0]) if weighted else 1.0)
         effects = margin_effects(s["effect"], s["sigma"], s["complement"] if margin else None)

@@ -55,7 +55,8 @@ def test_shortfall_is_the_largest_distance_to_the_best_form(
     assert "| `fine_loss` | 0.030 | `mnist_mlp` |" in page
     assert "| `fine` | 0.100 | `cifar10n_small` |" in page
     assert page.index("| `fine_loss` | 0.030") < page.index("| `fine` | 0.100")
-    assert "Not on every bank: `fine_plain`, `fine_standardised`, `fine_ekfac`." in page
+    missing = "`fine_weighted`, `fine_plain`, `fine_standardised`, `fine_ekfac`"
+    assert f"Not on every bank: {missing}." in page
     assert "| `fine_ekfac` | 0.970 [0.960, 0.980] | – |" in page
 
 
