@@ -44,13 +44,14 @@ def add(
     store: RecordStore, estimator: str, seed: int, values: torch.Tensor, *,
     trainer: dict[str, Any] | None = None, task: str = "paper_consistency", model: str = "mlp",
     truth: GroundTruth | None = None, target: Target = "self", weights: str | None = None,
-    **changes: Any,
+    metrics: dict[str, float] | None = None, **changes: Any,
 ) -> None:  # fmt: skip
     fixed = {"init_seed": None, "order_seed": None} | (trainer or {})
     config = {"trainer": fixed, "model": {"name": model}, "task": {}, "query_weighting": weights}
     record = make_record(
         task=task, estimator=estimator, seed=seed, setting=digest([fixed, model])[:16],
         config=config, target=target, estimator_hash=digest([estimator, weights]),
+        **({} if metrics is None else {"metrics": metrics}),
     )  # fmt: skip
     extras = {**truth_extras(truth or GroundTruth(BAD, "x")), **changes.pop("extras", {})}
     store.save(record, InfluenceScores(values, estimator, target, extras=extras, **changes))
@@ -233,12 +234,25 @@ def precision(values: torch.Tensor, bad: torch.Tensor) -> float:
     return float(np.mean([(i + 1) / (place + 1) for i, place in enumerate(hits)]))
 
 
+def add_natural(
+    store: RecordStore, estimator: str, seed: int, values: torch.Tensor, model: str = "mlp"
+) -> None:
+    metrics = {
+        "average_precision": precision(values[0, KNOWN], WRONG[KNOWN]),
+        "reviewed_average_precision": precision(values[0, REVIEWED], WRONG[REVIEWED]),
+    }
+    add(
+        store, estimator, seed, values, task="mnist_natural", truth=TRUTH, model=model,
+        metrics=metrics,
+    )  # fmt: skip
+
+
 def test_natural_errors_by_hand(natural: ModuleType, tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     runs = {seed: noisy(seed) + 2.0 * WRONG for seed in range(3)}
     for seed, run in runs.items():
-        add(store, "fine", seed, run, task="mnist_natural", truth=TRUTH)
-    add(store, "aum", 0, noisy(8), task="mnist_natural", truth=TRUTH, model="cnn")
+        add_natural(store, "fine", seed, run)
+    add_natural(store, "aum", 0, noisy(8), model="cnn")
     add(store, "aum", 0, noisy(8), task="another", truth=TRUTH)
     add(store, "old", 0, noisy(8), task="mnist_natural")  # its truth knows of no reviews
     lines = natural.measure(store, None)
@@ -266,7 +280,7 @@ def test_the_studys_own_probabilities(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     store = RecordStore(tmp_path / "r")
-    add(store, "fine", 0, noisy(0), task="mnist_natural", truth=TRUTH)
+    add_natural(store, "fine", 0, noisy(0))
     n = int(KNOWN.sum())
     labels = np.arange(n) % 10
     monkeypatch.setattr(natural, "given_labels", lambda: labels)
@@ -303,26 +317,35 @@ def test_natural_rows_without_scores_are_kept(
     first, later = tmp_path / "first", tmp_path / "later"
     store = RecordStore(first)
     for seed in range(2):
-        add(store, "fine", seed, noisy(seed), task="mnist_natural", truth=TRUTH)
-        add(store, "aum", seed, noisy(5 + seed), task="mnist_natural", truth=TRUTH)
+        add_natural(store, "fine", seed, noisy(seed))
+        add_natural(store, "aum", seed, noisy(5 + seed))
     assert natural.main(["--results", str(first)]) == 0
     assert "kept" not in capsys.readouterr().out
     known = {x.row: x for x in natural.measure(store, None)}
     table = first / "natural_errors.csv"
 
     store = RecordStore(later)
-    add(store, "fine", 0, noisy(9), task="mnist_natural", truth=TRUTH)
-    add(store, "fine", 0, noisy(9), task="mnist_natural", truth=TRUTH, model="cnn")
+    for seed in range(3):  # three records, of which one has its scores
+        add_natural(store, "fine", seed, noisy(9 + seed))
+    for path in (later / "scores").rglob("fine*seed[12]*.safetensors"):
+        path.unlink()
+    add_natural(store, "fine", 0, noisy(9), model="cnn")
     (later / table.name).write_bytes(table.read_bytes())
     assert natural.main(["--results", str(later)]) == 0
-    assert "1 rows kept" in capsys.readouterr().out
-    lines = natural.ordered(natural.kept(later / table.name, []))
-    assert (lines[0].model, lines[0].row, lines[0].n) == ("cnn", "fine", 1)
-    assert {(x.row, x.n) for x in lines if x.model == "mlp"} == {("fine", 1), ("aum", 2)}
-    aum = next(x for x in lines if x.row == "aum")
-    assert aum.reviewed == pytest.approx(known["aum"].reviewed, abs=1e-4, nan_ok=True)
-    assert aum.known == pytest.approx(known["aum"].known, abs=1e-4, nan_ok=True)
-    assert (aum.recall, aum.stable) == pytest.approx((known["aum"].recall, known["aum"].stable))
+    assert "recalls of 2 rows kept" in capsys.readouterr().out
+    lines = natural.earlier(later / table.name)
+    assert (lines[0].model, lines[0].row, lines[0].n, lines[0].scored) == ("cnn", "fine", 1, 1)
+    at = {x.row: x for x in lines if x.model == "mlp"}
+    assert {(x.row, x.n, x.scored) for x in at.values()} == {("fine", 3, 2), ("aum", 2, 2)}
+    expected = [precision(noisy(9 + s)[0, REVIEWED], WRONG[REVIEWED]) for s in range(3)]
+    assert at["fine"].reviewed.mean == pytest.approx(np.mean(expected), abs=1e-4)
+    assert at["aum"].reviewed == pytest.approx(known["aum"].reviewed, abs=1e-4, nan_ok=True)
+    assert at["aum"].known == pytest.approx(known["aum"].known, abs=1e-4, nan_ok=True)
+    for row, x in at.items():  # of two runs, before
+        assert (x.recall, x.stable) == pytest.approx(
+            (known[row].recall, known[row].stable), abs=1e-4
+        )
+    assert f"| {at['fine'].stable:.2f} (2) |" in (later / "natural_errors.md").read_text()
     table.write_text("model,row\n")
     with pytest.raises(SystemExit, match="move it away"):
-        natural.kept(table, [])
+        natural.earlier(table)
