@@ -112,8 +112,7 @@ def forms(steps: Mapping[str, Array], n: int) -> dict[str, Array]:
     }
     for power in (0.5, 1.0, 1.5, 2.0, 3.0):
         found[f"standardised, u^{power:g}"] = standardised(u**power)
-        own = " (`fine_weighted`)" if power == 1.0 else ""
-        found[f"standardised, η u^{power:g}{own}"] = standardised(lr * u**power)
+        found[f"standardised, η u^{power:g}"] = standardised(lr * u**power)
     # what one run knows without gradients: no form, and sets no mark
     found[CONTROL] = -total(np.log1p(-np.minimum(p, 1 - _TINY)))
     return found

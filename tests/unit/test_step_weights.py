@@ -52,7 +52,7 @@ def joined(steps: list[dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
         ("accumulated, margin, η u (`fine`)", True, True),
         ("accumulated, margin, η (`fine_plain`)", True, False),
         ("accumulated, loss, η (`fine_loss`)", False, False),
-        ("standardised, η u^1 (`fine_weighted`)", True, True),
+        ("standardised, η u^1", True, True),  # ``fine_weighted``
     ],
 )
 def test_the_callback_s_own_forms(
