@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             refuse_empty_groups(argv)
             with narrow(sys.argv[1:]):
                 entry(_job)()
+            interruption.raise_lost()
         except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
             if not swept.running:
                 sweep.refuse(error)

@@ -40,7 +40,7 @@ from fine_bench.metrics.limits import Limit
 from fine_bench.metrics.many_intervals import mean_intervals
 from fine_bench.metrics.registry import Metric, columns, stat_key, together
 from fine_bench.store.comparisons import Consistency
-from fine_bench.store.plausibility import CLOCK
+from fine_bench.store.plausibility import CLOCK, N_TRAIN
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import TARGETS, RunRecord
 
@@ -166,7 +166,7 @@ def _table(
     variants = variants_of(records)
     problems = _truths(records) + incomplete(records, blocks)
     # rows that score a sample of the examples have a k of their own
-    k, complaint = _k([r for r in records if "n_watched" not in r.metrics])
+    k, complaint = _k([r for r in records if not _samples(r)])
     if complaint:
         problems.append(complaint)
     for (estimator, estimator_hash, target), members in sorted(_by_row(records).items()):
@@ -339,13 +339,21 @@ def _k(records: Iterable[RunRecord]) -> tuple[int, str]:
     return (ks[0] if ks else 0), ""
 
 
+def _samples(record: RunRecord) -> bool:
+    """Whether it scores some of the examples only."""
+    task = record.config.get("task", {})
+    n_train = record.training.get(N_TRAIN, task.get(N_TRAIN) if isinstance(task, dict) else None)
+    return bool(record.metrics.get("n_watched", n_train) != n_train)
+
+
 def _watched(finished: Iterable[RunRecord], k: int) -> tuple[int | None, int, str]:
     """How many examples a row scores (None for all), its k, and a complaint."""
     records = list(finished)
-    sizes = sorted({int(n) for n in _values(records, "n_watched")})
-    if not sizes:
+    sampling = [_samples(r) for r in records]
+    if not any(sampling):
         return None, k, ""
-    if len(sizes) > 1 or any("n_watched" not in r.metrics for r in records):
+    sizes = sorted({int(n) for n in _values(records, "n_watched")})
+    if not all(sampling) or len(sizes) > 1:
         return sizes[0], 0, "its seeds score different numbers of examples"
     return sizes[0], *_k(records)
 

@@ -23,11 +23,14 @@ from fine_bench.callback.base import InRunMethod
 from fine_bench.estimator import Schedule, Shared, replay
 from fine_bench.metrics.agreement import agreement
 from fine_bench.metrics.detection import detection_metrics, suspicion
+from fine_bench.runner import interruption
 from fine_bench.runner.backends.backend import backend_of, ensemble
 from fine_bench.runner.backends.trained import TrainedRun
 from fine_bench.runner.monitor import ProgressMonitor
 from fine_bench.runner.plan import Cell, Job
 from fine_bench.runner.progress import Announcer
+from fine_bench.runner.sharing import Claims
+from fine_bench.store.plausibility import CLOCK
 from fine_bench.store.records import RecordStore
 from fine_bench.store.scores import truth_extras
 from fine_bench.types import (
@@ -67,7 +70,10 @@ class Outcome:
 
 
 def outcomes(
-    job: Job, logger: Logger | None = None, announcer: Announcer | None = None
+    job: Job,
+    logger: Logger | None = None,
+    announcer: Announcer | None = None,
+    claims: Claims | None = None,
 ) -> Iterator[Outcome]:
     """Compute the open cells of a job, in order.
 
@@ -78,6 +84,7 @@ def outcomes(
         job: what is to be done.
         logger: is told of the training.
         announcer: is told what is being worked on.
+        claims: where other processes may compute some of the cells: which ones are left.
     """
     announcer = announcer or Announcer(lambda line: None)
     if not job.todo:
@@ -86,6 +93,8 @@ def outcomes(
         try:
             run, watch = _train(job, logger, announcer)
         except _FAILURES as error:
+            if claims is not None and claims.helps:
+                return  # the job itself says so
             reason = f"training failed: {type(error).__name__}: {error}"
             yield from (Outcome(cell, "failed", reason) for cell in job.todo)
             return
@@ -93,11 +102,12 @@ def outcomes(
         shared = Shared(problem_of(job, "self", run.model))
         with announcer.busy("auxiliary run"):
             auxiliary = _Auxiliary(job, watch.methods, announcer)
-        for number, cell in enumerate(job.todo, 1):
+        for number, cell in enumerate(job.todo if claims is None else claims.cells(job), 1):
+            interruption.raise_lost()
             name = f"{number} of {len(job.todo)}: {cell.estimator} {cell.target}"
             with announcer.busy(name):
                 outcome = _outcome(job, cell, run, watch, auxiliary, shared, announcer.say)
-            yield replace(outcome, training=run.facts)
+            yield replace(outcome, training={**run.facts, **outcome.training})
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +203,10 @@ def _outcome(
             return Outcome(cell, "failed", watch.failed[cell])
         if cell in watch.methods:
             scores, cost, further = _watched(job, cell, watch.methods, auxiliary)
+            facts = {}
         else:
-            scores, cost = _replayed(job, cell, run, shared, say)
-            further = {}
+            scores, cost, clocks = _replayed(job, cell, run, shared, say)
+            further, facts = {}, {CLOCK: " ".join(sorted(clocks))}
         # the row's name is the user's choice; the scores carry it too, and the truth beside them,
         # so that figures can be drawn from files alone
         extras = {**scores.extras, **truth_extras(job.data.truth)}
@@ -203,7 +214,7 @@ def _outcome(
         metrics = backend_of(job).measure(job, cell.target, scores, run.facts)
         if job.truth is not None:
             metrics |= job.truth.metrics(scores.values, cell.target, watched=scores.watched)
-        return Outcome(cell, "finished", "", scores, cost, metrics | further)
+        return Outcome(cell, "finished", "", scores, cost, metrics | further, facts)
     except UnsupportedProblemError as error:
         # without the method's name, which stands beside it in every table
         return Outcome(cell, "skipped", re.sub(r"^\w+: ", "", str(error)))
@@ -351,11 +362,12 @@ def problem_of(
 
 def _replayed(
     job: Job, cell: Cell, run: TrainedRun, shared: Shared, say: Callable[[str], None]
-) -> tuple[InfluenceScores, dict[str, float]]:
-    """Scores and cost of a method that reads checkpoints."""
+) -> tuple[InfluenceScores, dict[str, float], set[str]]:
+    """Scores and cost of a method that reads checkpoints, and by which clocks those were timed."""
     estimator = job.estimator(cell)
     problem = problem_of(job, cell.target, run.model, run.steps)
     checkpoints, cost = run.checkpoints, dict[str, float]()
+    clocks = {str(run.facts.get(CLOCK, clock.WALL))}
     several = estimator.schedule in (Schedule.RUNS, Schedule.ALL_RUNS)
     if several and estimator.unsupported(problem) is None:
         members = ensemble(job, run, estimator.runs, say)
@@ -367,6 +379,7 @@ def _replayed(
         ]
         # in the cost of each cell that needs them, also where they were trained for another
         cost["ensemble_seconds"] = float(sum(member.facts["seconds"] for member in members[1:]))
+        clocks |= {str(member.facts.get(CLOCK, clock.WALL)) for member in members}
     memory = getattr(run.model, "memory", None)
     before = 0.0 if memory is None else memory.saved
     start = clock.now()
@@ -378,7 +391,7 @@ def _replayed(
         cost["shared_seconds"] = shared_seconds
         cost["seconds"] += shared_seconds
     cost["gradient_evaluations"] = float(estimator.gradient_evaluations)
-    return scores, cost
+    return scores, cost, clocks
 
 
 @contextmanager

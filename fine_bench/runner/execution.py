@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -15,9 +16,12 @@ from rich.text import Text
 from fine_bench.runner import launchers, loggers, sweep
 from fine_bench.runner.cells import outcomes
 from fine_bench.runner.config import check
-from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.plan import Job, TaskCache, plan
 from fine_bench.runner.progress import Announcer, CellBar
+from fine_bench.runner.sharing import Claims, Process
 from fine_bench.runner.write import Writer, Written
+from fine_bench.store.files import StoreError
+from fine_bench.store.records import RecordStore
 from fine_bench.terminal import hidden, marked
 
 
@@ -26,11 +30,33 @@ def run_job(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     command = sweep.current()
     job = None if command is None else command.take(hydra)
-    if job is None:  # a process of its own
-        job = plan(check(config))
-    folder = Path(
-        hydra.sweep.dir if OmegaConf.is_missing(hydra.job, "num") is False else hydra.run.dir
-    )
+    if job is not None:
+        _run(job, hydra)
+        return
+    # a process of its own
+    tasks, folder = TaskCache(), folder_of(hydra)
+    process = None
+    if not OmegaConf.is_missing(hydra.job, "num"):
+        process = Process.of(folder, hydra.job.num, config)
+    try:
+        _run(plan(check(config), tasks), hydra, None if process is None else process.claims())
+        if process is not None:
+            with hidden(True):
+                for theirs, claims in process.to_help():
+                    help_with(theirs, claims, tasks)
+    finally:
+        if process is not None:
+            process.leave()
+
+
+def folder_of(hydra: Any) -> Path:
+    """Where the sweep, or the single run, keeps its log."""
+    return Path(hydra.run.dir if OmegaConf.is_missing(hydra.job, "num") else hydra.sweep.dir)
+
+
+def _run(job: Job, hydra: Any, claims: Claims | None = None) -> None:
+    """Compute a job, with lines where its launcher has a place for them."""
+    folder = folder_of(hydra)
     silent = launchers.output_of(launchers.name_of(hydra)) == "nowhere"
 
     def say(line: str | Text) -> None:
@@ -43,11 +69,50 @@ def run_job(config: DictConfig) -> None:
         return
     logger = loggers.start_run(job, folder.name, list(hydra.overrides.task))
     with hidden(silent), closing(CellBar(len(job.todo), sweep.out)) as cells:
-        written = execute(job, folder.name, logger, lambda line: say("  " + line), cells)
+        written = execute(
+            job, folder.name, logger, lambda line: say("  " + line), cells, claims=claims
+        )
+    if claims is not None:
+        written = with_others(job, written, folder.name)
     loggers.finish_run(logger, job, written)
-    if command is not None:
+    if (command := sweep.current()) is not None:
         command.note(job, [one.cell for one in written if one.record.status != "failed"])
     sys.stderr.flush()
+
+
+def help_with(config: DictConfig, claims: Claims, tasks: TaskCache | None = None) -> list[Written]:
+    """Compute rows of another process's job that nobody has begun, the last one first.
+
+    Args:
+        config: of that job.
+        claims: on its rows.
+        tasks: data that are at hand.
+
+    Returns:
+        what was computed. Whatever ends it is said by that job, which computes the rest.
+    """
+    written: list[Written] = []
+    with suppress(Exception):
+        job = plan(check(config), tasks)
+        job = job.only(claims.leftover(job))
+        written = execute(job, claims.sweep, say=lambda _: None, claims=claims)
+    return written
+
+
+def with_others(job: Job, written: Sequence[Written], sweep: str) -> list[Written]:
+    """What a job has written, and what others have written of it, in the order of its cells."""
+    own = {one.cell: one for one in written}
+    store, found = RecordStore(job.results), list[Written]()
+    for cell in job.todo:
+        if cell in own:
+            found.append(own[cell])
+        elif (record := job.of_sweep(store, cell, sweep)) is not None:
+            scores = None
+            if record.status == "finished":
+                with suppress(StoreError):  # the leaderboard says what is wrong with it
+                    scores = store.load_scores(record)
+            found.append(Written(cell, record, scores))
+    return found
 
 
 def execute(
@@ -56,6 +121,8 @@ def execute(
     logger: Logger | None = None,
     say: Callable[[str], None] = print,
     busy: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
+    *,
+    claims: Claims | None = None,
 ) -> list[Written]:
     """Compute every open cell of a job, write its record, and say so.
 
@@ -65,13 +132,14 @@ def execute(
         logger: is told of the training.
         say: prints a line.
         busy: shows what is being worked on while it lasts.
+        claims: see ``outcomes``.
     """
     if not job.todo:
         return []
     announcer = Announcer(say, busy)
     writer = Writer(job, sweep)
     written = []
-    for outcome in outcomes(job, logger, announcer):
+    for outcome in outcomes(job, logger, announcer, claims):
         written.append(writer.write(outcome))
         announcer.written(written[-1].record)
     return written

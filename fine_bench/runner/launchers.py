@@ -42,6 +42,19 @@ def output_of(launcher: str) -> Output:
     return "file" if launcher.startswith("submitit") else "nowhere"
 
 
+def at_once(hydra: Any) -> int:
+    """How many jobs run at the same time, on this machine, in processes that outlive them.
+
+    Returns:
+        1 where jobs run one after the other, or nobody here knows.
+    """
+    if name_of(hydra) != "joblib":
+        return 1
+    from joblib import effective_n_jobs
+
+    return int(effective_n_jobs(hydra.launcher.n_jobs))
+
+
 def explain(error: BaseException) -> str | None:
     """What to install, when ``error`` is Hydra's complaint about a launcher that is not there."""
     link: BaseException | None = error

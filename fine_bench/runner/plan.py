@@ -131,6 +131,17 @@ class Job:
                 return record
         return None
 
+    def of_sweep(self, store: RecordStore, cell: Cell, sweep: str) -> RunRecord | None:
+        """The record of a cell that was written during a sweep, whatever its status.
+
+        Args:
+            store: where it would be.
+            cell: of this job.
+            sweep: its name.
+        """
+        record = store.find(**self.identity(cell))
+        return record if record is not None and record.sweep == sweep else None
+
     def opened(self) -> Job:
         """The job with the cells that are open now."""
         store, force = RecordStore(self.results), self.config.force

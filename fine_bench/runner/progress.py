@@ -16,7 +16,7 @@ from threading import Event, Thread
 from rich.console import Console
 from rich.progress import TaskID
 
-from fine_bench.runner.plan import Cell, Job
+from fine_bench.runner.plan import Job
 from fine_bench.store.records import RecordStore
 from fine_bench.terminal import bar_on
 from fine_bench.types import RunRecord
@@ -161,7 +161,7 @@ class Follower:
         """Lines for the cells finished since the last look."""
         lines, still = [], []
         for store, job, cell in self.open:
-            record = self._record(store, job, cell)
+            record = job.of_sweep(store, cell, self.sweep)
             if record is None:
                 still.append((store, job, cell))
                 continue
@@ -169,10 +169,6 @@ class Follower:
             lines.append(f"{task}seed {job.config.seed}: {describe(record)}")
         self.open = still
         return lines
-
-    def _record(self, store: RecordStore, job: Job, cell: Cell) -> RunRecord | None:
-        record = store.find(**job.identity(cell))
-        return record if record is not None and record.sweep == self.sweep else None
 
     def _follow(self) -> None:
         with bar_on(self.out) as progress:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.errors import ConfigError, DataError
-from fine_bench.runner import interruption, launchers
+from fine_bench.runner import interruption, launchers, sharing
 from fine_bench.runner.conclusion import Draw, conclude
 from fine_bench.runner.config import check, explain
 from fine_bench.runner.plan import Cell, Job, plan_sweep
@@ -67,11 +67,21 @@ class Sweep:
         self._follower: Follower | None = None
 
     def begin(
-        self, configs: Callable[[], Sequence[DictConfig]], folder: Path, launcher: str
+        self,
+        configs: Callable[[], Sequence[DictConfig]],
+        folder: Path,
+        launcher: str,
+        at_once: int = 1,
     ) -> None:
         """Plan all jobs, say what will run, and follow those that run in other processes.
 
         Bad input ends the process: Hydra would turn an exception into a warning and go on.
+
+        Args:
+            configs: composes those of the jobs.
+            folder: of the sweep.
+            launcher: its name.
+            at_once: see ``launchers.at_once``.
         """
         try:
             composed = configs()
@@ -86,6 +96,7 @@ class Sweep:
         }
         self.folder = folder
         announce(self.jobs, folder, launcher)
+        sharing.open_folder(folder, len(self.jobs), at_once)
         self.running = True
         if launcher != launchers.BASIC:
             self._follower = Follower(self.jobs, folder.name, out)
@@ -107,6 +118,8 @@ class Sweep:
 
     def end(self) -> None:
         """Show the leaderboard and keep the exit status; never raises."""
+        if self.running:
+            sharing.close_folder(self.folder)
         self.running, self.concluding = False, True
         if self._follower is not None:
             self._follower.stop()
@@ -203,7 +216,8 @@ class SweepHook(Callback):
         """Check and announce."""
         hydra = config.hydra
         folder = Path(hydra.sweep.dir)
-        _COMMAND.get().begin(lambda: expand(config), folder, launchers.name_of(hydra))
+        name, at_once = launchers.name_of(hydra), launchers.at_once(hydra)
+        _COMMAND.get().begin(lambda: expand(config), folder, name, at_once)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """The same for a single job (``hydra.mode=RUN``)."""

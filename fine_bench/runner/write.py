@@ -90,8 +90,9 @@ class Writer:
         The number of examples that its scores must have, and digests of the user's own files.
         """
         facts = dict(outcome.training)
-        # checkpoints of an earlier call may have been measured by another clock than their methods
-        clocks = {facts.pop(CLOCK, clock.WALL), self.job.config.clock}
+        # checkpoints of an earlier call may have been measured by another clock than their methods,
+        # and those of an ensemble by several
+        clocks = {*str(facts.pop(CLOCK, clock.WALL)).split(), self.job.config.clock}
         if facts and clocks != {clock.WALL}:
             facts[CLOCK] = " ".join(sorted(clocks))
         if outcome.scores is not None:

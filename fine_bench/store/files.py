@@ -29,6 +29,9 @@ from fine_bench.store.guarded import kind_of, reason_of
 # Windows has no fcntl; the exclusive link then protects alone
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
+CAN_LOCK = fcntl is not None
+"""Whether this system locks files between processes."""
+
 _STALE_SECONDS = 24 * 3600
 _YOUNG_SECONDS = 60
 
@@ -63,6 +66,32 @@ def lock(folder: Path) -> Iterator[bool]:
         except OSError:
             locked = False
         yield locked
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def held(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a file, which is made where there is none, against other processes.
+
+    The system lets go when a process dies. Yields False, at once, where another process holds it
+    and where there are no such locks.
+
+    Args:
+        path: in a folder that exists.
+        wait: whether to wait until no other process holds it.
+    """
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except OSError:
+            mine = False
+        yield mine
     finally:
         os.close(handle)
 

@@ -85,3 +85,51 @@ def test_the_signal_is_raised_and_its_handler_given_back() -> None:
     assert interruption.status_of(interruption.Terminated()) == 143
     assert interruption.status_of(KeyboardInterrupt()) == 130
     assert interruption.of(SystemExit(1)) is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_gets_lost_is_raised_again() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with interruption.caught():
+        interruption.raise_lost()
+        Finalised()  # Python ignores what is raised in a finaliser
+        with pytest.raises(interruption.Terminated):
+            interruption.raise_lost()
+    interruption.raise_lost()  # it was the signal of that command
+
+
+def test_a_sweep_whose_signal_got_lost_does_not_end_well(cli: Commands, tmp_path: Path) -> None:
+    """It ended with 0 although cells were missing."""
+    done = cli(
+        tmp_path, "logger.mode=disabled", "targets=[self]", "seed=0,1", "estimator=[random]",
+        "+estimators.loses._target_=support.broken_estimators.LosesSignal",
+        "+estimators.loses.seed=null", "+estimators.last._target_=baselines.controls.RandomScores",
+        "+estimators.last.seed=null", "allow_packages=[support]",
+    )  # fmt: skip
+    assert done.returncode == 143, done.stderr
+    assert "interrupted by SIGTERM: what is finished is kept" in done.stderr
+    records = RecordStore(tmp_path).scan().records
+    assert {(r.estimator, r.seed) for r in records} == {("random", 0), ("loses", 0)}
+    assert "missing" in done.stderr
+
+
+def test_sigterm_in_a_process_that_does_not_listen_is_no_failed_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a launcher's job Lightning alone hears it, and ends the fit by an exception of its own."""
+
+    def stops(self: FINECallback, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(FINECallback, "on_train_epoch_start", stops)
+    fine = {"_target_": "fine_bench.callback.FINECallback"}
+    config = {
+        "seed": 0, **digits_run(num_threads=1), "targets": ["self"],
+        "estimators": {"fine": fine}, "results_dir": str(tmp_path),
+    }  # fmt: skip
+    with pytest.raises(interruption.Terminated):
+        execute(plan(check(OmegaConf.create(config))), "test", say=lambda _: None)
+    assert RecordStore(tmp_path).scan().records == []

@@ -47,3 +47,19 @@ class NotesItsParent(RandomScores):
             with open(os.path.join(os.environ["NOTES"], str(self.seed)), "w") as file:
                 file.write(str(os.getppid()))
         return super().compute()
+
+
+class LosesSignal(RandomScores):
+    """Is sent SIGTERM where Python ignores what the handler raises."""
+
+    name = "loses_signal"
+
+    def compute(self) -> InfluenceScores:
+        """The scores, with the signal in a finaliser."""
+
+        class Finalised:
+            def __del__(self) -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Finalised()
+        return super().compute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,13 @@ def test_a_further_run_that_diverges_fails_its_cells_only(
     assert status == "failed"
     assert "run 2 of 3 of the ensemble (seed" in reason
     assert "RuntimeError: the training loss became nan" in reason
+
+
+def test_members_timed_by_another_clock_are_told(tmp_path: Path) -> None:
+    """They are part of the row's seconds."""
+    planned = job(tmp_path, "estimators.seed_ensemble.runs=2", "seed=0")
+    ensemble(planned, images.train(planned, [], None), 2, pytest.fail)  # by the wall clock
+    by_cpu = replace(planned, config=replace(planned.config, clock="cpu", force=True))
+    done = execute(by_cpu, "s", say=lambda _: None)
+    clocks = {one.cell.estimator: one.record.training["clock"] for one in done if one.scores}
+    assert clocks == {"seed_ensemble": "cpu wall", "final_loss": "cpu"}

@@ -779,6 +779,18 @@ def test_a_row_of_some_examples_is_measured_on_them(tmp_path: Path) -> None:
 PAIRS = [(0, 1), (0, 2), (1, 2)]
 
 
+def test_a_sample_of_all_examples_is_none(tmp_path: Path) -> None:
+    """The paper's estimator may test every example; its row stands beside the others."""
+    store = fill(tmp_path)
+    for seed in (0, 1, 2):
+        save_watched(store, seed, torch.arange(N))
+    board = build(store)
+    assert board.problems == ()
+    row = row_of(board, "fine_paper")
+    assert (row.label, row.watched, row.k) == ("fine_paper", None, row_of(board, "fine").k)
+    assert "scores a sample of the training examples" not in " ".join(printed(board).split())
+
+
 def test_rows_of_other_examples_are_not_ranked_against_each_other(tmp_path: Path) -> None:
     seeds = tuple(range(6))
     store = fill(tmp_path, seeds)

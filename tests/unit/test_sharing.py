@@ -1,0 +1,148 @@
+"""Jobs of a sweep that help each other: each row once, by whomever, with the same scores."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from fine_bench.runner import sharing
+from fine_bench.runner.config import check
+from fine_bench.runner.execution import execute, help_with, with_others
+from fine_bench.runner.plan import plan
+from fine_bench.runner.sharing import Process
+from fine_bench.store import files
+from fine_bench.store.records import RecordStore
+from support.broken_estimators import FailsOnSeedOne
+from support.records import digits_run
+
+ROWS = {
+    "fine": "fine_bench.callback.FINECallback",
+    "tracin": "baselines.tracin.TracIn",
+    "mean_loss": "baselines.controls.MeanTrainingLoss",
+    "random": "baselines.controls.RandomScores",
+}
+
+pytestmark = pytest.mark.skipif(not files.CAN_LOCK, reason="this system does not lock files")
+
+
+def config(results: Path, seed: int = 0, **more: dict[str, object]) -> DictConfig:
+    estimators = {name: {"_target_": target} for name, target in ROWS.items()} | more
+    estimators["random"]["seed"] = None  # type: ignore[assignment]
+    return OmegaConf.create(
+        {
+            "seed": seed, **digits_run(num_threads=1), "targets": ["self", "validation"],
+            "estimators": estimators, "results_dir": str(results), "allow_packages": ["support"],
+        }
+    )  # fmt: skip
+
+
+def sweep_of(folder: Path, jobs: int = 2, at_once: int = 2) -> Path:
+    sharing.open_folder(folder / "sweep", jobs, at_once)
+    return folder / "sweep"
+
+
+def said(results: Path) -> dict[tuple[str, str], tuple[str, str, int]]:
+    found = RecordStore(results).scan().records
+    return {(r.estimator, r.target): (r.status, r.scores_sha256, r.revision) for r in found}
+
+
+def test_a_helper_computes_what_its_own_job_would_have(tmp_path: Path) -> None:
+    broken = {"broken": {"_target_": "support.broken_estimators.FailsOnSeedOne", "seed": None}}
+    assert FailsOnSeedOne is not None
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    execute(plan(check(config(alone, 1, **broken))), "sweep", say=lambda _: None)
+    sweep = sweep_of(tmp_path)
+    own = Process(sweep, 0, config(both, 1, **broken))
+    helper = Process(sweep, 1, config(both, 2))
+    job = plan(check(config(both, 1, **broken)))
+    ((theirs, claims),) = [pair for _, pair in zip(range(1), helper.to_help(), strict=False)]
+    helped = help_with(theirs, claims)
+    names = [one.cell.estimator for one in helped]
+    assert list(dict.fromkeys(names)) == ["broken", "random", "mean_loss", "tracin"]
+    written = execute(job, sweep.name, say=lambda _: None, claims=own.claims())
+    assert {one.cell.estimator for one in written} == {"fine"}
+    assert said(both) == said(alone)
+    found = with_others(job, written, sweep.name)
+    assert [one.cell for one in found] == list(job.todo)
+    assert all((one.scores is None) == (one.record.status != "finished") for one in found)
+    assert help_with(theirs, claims) == []  # nothing is open any more
+    # the records of another sweep are none of this one
+    assert with_others(job, [], "another") == []
+
+
+def test_a_row_that_a_helper_leaves_is_computed_by_its_job(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    own = Process(sweep, 0, config(tmp_path))
+    job = plan(check(config(tmp_path)))
+    claims = own.claims()
+    row = next(row for row in sharing.rows(job.todo) if row[0].estimator == "tracin")
+    held = files.held(claims._path(row))
+    assert held.__enter__()
+    order: list[str] = []
+
+    def let_go(line: str) -> None:
+        order.append(line.split()[0])
+        if line.startswith("random") and order.count("random") == 2:
+            held.__exit__(None, None, None)
+
+    written = execute(job, sweep.name, say=let_go, claims=claims)
+    assert [one.cell.estimator for one in written[-2:]] == ["tracin", "tracin"]
+    assert len(written) == len(job.todo) == 8
+
+
+def test_a_helper_whose_training_fails_leaves_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path)
+    own = Process(sweep, 0, config(tmp_path))
+    helper = Process(sweep, 1, config(tmp_path, 1))
+    bad = config(tmp_path)
+    bad.trainer.lr = 1e30
+    for theirs, claims in helper.to_help():
+        assert help_with(bad, claims) == []
+        assert theirs.seed == 0
+    assert said(tmp_path) == {}
+    own.leave()
+
+
+def test_who_is_free_begins_the_next_job(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, jobs=3)
+    first, second = (Process(sweep, n, config(tmp_path, n)) for n in (0, 1))
+    assert list(first.to_help()) == []  # the third job waits for it
+    # the second process does not leave with it: another one is free for the third job
+    begun: list[Process] = []
+    timer = threading.Timer(0.3, lambda: begun.append(Process(sweep, 2, config(tmp_path, 2))))
+    timer.start()
+    helped = [(theirs.seed, claims._number) for theirs, claims in second.to_help()]
+    assert helped == [(2, 2)]
+    begun[0].leave()
+    assert list(second.to_help()) == []
+    sharing.close_folder(sweep)
+    assert list(sweep.iterdir()) == []
+
+
+def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "PATIENCE", 0.3)
+    sweep = sweep_of(tmp_path, jobs=3, at_once=3)
+    assert list(Process(sweep, 0, config(tmp_path)).to_help()) == []
+
+
+@pytest.mark.parametrize(("jobs", "at_once"), [(1, 2), (3, 1)])
+def test_nothing_is_shared_where_there_is_nobody_to_share_with(
+    tmp_path: Path, jobs: int, at_once: int
+) -> None:
+    sweep = sweep_of(tmp_path, jobs, at_once)
+    assert Process.of(sweep, 0, config(tmp_path)) is None
+    assert not sweep.exists()
+
+
+def test_a_file_is_held_once(tmp_path: Path) -> None:
+    with files.held(tmp_path / "row") as mine:
+        assert mine
+        with files.held(tmp_path / "row") as other:
+            assert not other
+    with files.held(tmp_path / "row", wait=True) as again:
+        assert again
