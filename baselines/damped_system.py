@@ -47,7 +47,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DampedSystem:
-    """C + λI at the present parameters of a model in float64.
+    """C + λI at the present parameters of a model.
 
     Attributes:
         engine: gradients of the model.
@@ -58,7 +58,8 @@ class DampedSystem:
         absolute: λ itself, ≥ 0; None for the relative one.
         relative: λ in units of the mean eigenvalue of C, ≥ 0.
         uniforms: see ``curvature.products.Roots``.
-        batches: the training examples in float64.
+        batches: the training examples in the model's precision.
+        cast: brings inputs and real-valued targets into it.
         extras: told ``damping``, and what a solver has to say of its answer.
         count: told how many gradients a product or a solution is worth.
     """
@@ -72,6 +73,7 @@ class DampedSystem:
     relative: float
     uniforms: Tensor
     batches: Batches
+    cast: Callable[[Tensor], Tensor]
     extras: dict[str, Tensor]
     count: Callable[[int], None]
 
@@ -124,16 +126,16 @@ class DampedSystem:
 
         def whole(v: Tensor) -> Tensor:
             self.count(len(v) * n)
-            return products(v) + lam * v
+            return products(v).add_(v, alpha=lam)
 
         def sampled(rows: Tensor) -> Apply:
             x, y = examples(problem, rows)
-            batch = slice(0, size), in_float64(x), in_float64(y)
+            batch = slice(0, size), self.cast(x), self.cast(y)
             draw = self._products_over(lambda: iter([batch]), size, self.uniforms[rows])
 
             def apply(v: Tensor) -> Tensor:
                 self.count(len(v) * size)
-                return draw(v) + lam * v
+                return draw(v).add_(v, alpha=lam)
 
             return apply
 
@@ -146,9 +148,9 @@ class DampedSystem:
                     yield sampled(torch.randperm(n, generator=generator)[:size])
 
         definite = self.kind != "hessian"
-        lissa = Lissa(
-            whole, draws, self.n_params, lam, series.scale, series.depth, series.repeats, definite
-        )
+        dtype = next(self.engine.model.parameters()).dtype
+        of_series = series.scale, series.depth, series.repeats
+        lissa = Lissa(whole, draws, self.n_params, lam, *of_series, definite, dtype)
         self.extras["scale"] = torch.tensor([lissa.scale], dtype=torch.float64)
         self.extras["residual"] = torch.zeros(0, dtype=torch.float64)
         return LissaInverse(lissa, self._add_residual)
@@ -222,6 +224,13 @@ def _require_damping(solver: str, lam: float) -> None:
             f'solver="{solver}" divides by λ where it does not see the curvature, got damping 0; '
             "give damping= or relative_damping= above 0"
         )
+
+
+def in_own_precision(solver: Solver) -> bool:
+    """Whether a solver works in the network's own precision: EK-FAC, whose factors are estimates,
+    and LiSSA, whose draws are. The others answer to a tolerance that float32 does not reach.
+    """
+    return solver in ("ekfac", "lissa")
 
 
 def in_float64(values: Tensor) -> Tensor:

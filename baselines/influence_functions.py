@@ -26,8 +26,9 @@ opposite.)
     an error. (EK-FAC as a preconditioner was tried and *costs* iterations: it spreads the large
     eigenvalues over directions in which the rank-deficient C has none.)
     ``"lissa"``: a truncated Neumann series over sampled batches (``baselines/lissa.py``), the
-    paper's own solver. The relative residual of each row on all the data is in
-    ``extras["residual"]``, the scale used in ``extras["scale"]``; a diverging series is refused.
+    paper's own solver, in the network's own precision: the noise of its draws is far above
+    rounding. The relative residual of each row on all the data is in ``extras["residual"]``, the
+    scale used in ``extras["scale"]``; a diverging series is refused.
     ``"arnoldi"``: C within one Krylov space, λ outside of it (``baselines/arnoldi.py``).
     ``"ekfac"``: C approximated as in ``fine_bench.gradients.curvature.ekfac``, one block a layer.
 ``damping``
@@ -60,6 +61,7 @@ from baselines.damped_system import (
     check_iterations,
     check_options,
     in_float64,
+    in_own_precision,
 )
 from baselines.inverses import Inverse, cholesky
 from baselines.tracin import reference_batches
@@ -222,10 +224,10 @@ class InfluenceFunction(InfluenceEstimator):
         return self.curvature == "empirical_fisher" and problem.n_train < n_params
 
     def setup(self, problem: Problem) -> None:
-        """Prepare the copy of the model; in float64 unless the solver is EK-FAC."""
+        """Prepare the copy of the model; in float64 where a system is solved to the end."""
         super().setup(problem)
         self._dtype = next(self.model.parameters()).dtype
-        if self.solver != "ekfac":
+        if not in_own_precision(self.solver):
             self.model.double()
         self.engine = GradientEngine(self.model, problem.loss, self.layers)
         params = dict(self.model.named_parameters())
@@ -273,7 +275,7 @@ class InfluenceFunction(InfluenceEstimator):
             yield rows, self._cast(x), self._cast(y)
 
     def _cast(self, values: Tensor) -> Tensor:
-        return values if self.solver == "ekfac" else in_float64(values)
+        return values if in_own_precision(self.solver) else in_float64(values)
 
     def _gradients(self, x: Tensor, y: Tensor) -> PerExampleGradients:
         self.gradient_evaluations += len(x)
@@ -302,6 +304,7 @@ class InfluenceFunction(InfluenceEstimator):
             relative=self.relative_damping,
             uniforms=self._uniforms,
             batches=self._batches,
+            cast=self._cast,
             extras=self._extras,
             count=self._count,
         )

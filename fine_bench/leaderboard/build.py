@@ -366,12 +366,14 @@ def _truths(records: Sequence[RunRecord]) -> list[str]:
     """
     finished = [r for r in records if r.status == "finished"]
     lines = []
-    versions = sorted({int(x) for x in _values(finished, VERSION)})
-    if len(versions) > 1:
-        lines.append(
-            f"records compare with different versions of the ground truth: {versions}; compute the "
-            "older ones again with force=true"
-        )
+    for target in sorted({r.target for r in finished}):
+        own = [r for r in finished if r.target == target]
+        versions = sorted({int(x) for x in _values(own, VERSION)})
+        if len(versions) > 1:
+            lines.append(
+                f"{target}: records compare with different versions of the ground truth: "
+                f"{versions}; compute the older ones again with force=true"
+            )
     for (estimator, _, target), members in sorted(_by_row(finished).items()):
         without = sorted({r.seed for r in members if VERSION not in r.metrics})
         if len(without) < len({r.seed for r in members}) and without:

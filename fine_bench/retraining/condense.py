@@ -106,6 +106,7 @@ def with_subsets(truth: Truth, bank: Bank, version: int) -> Truth:
     return replace(
         truth,
         version=version,
+        singles=truth.singles or truth.version,
         subsets=subsets,
         development=replace(truth.development, lds_ceiling=ceilings["development"]),
         published=replace(truth.published, lds_ceiling=ceilings["published"]),

@@ -102,6 +102,8 @@ class Truth:
         development, published: the two halves.
         subsets: for the linear datamodeling score, or None.
         facts: further numbers about the bank, by name.
+        singles: the version since which all that is said of single examples is the same, bit for
+            bit; None for ``version`` itself. Below it where subsets were added later.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Truth:
     published: HalfTruth
     subsets: SubsetTruth | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    singles: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
@@ -123,6 +126,10 @@ class Truth:
             )
         if self.version < 1:
             raise ValueError(f"version counts from 1, got {self.version}")
+        if self.singles is not None and not 1 <= self.singles < self.version:
+            raise ValueError(
+                f"singles is an earlier version than {self.version}, or None, got {self.singles}"
+            )
         if self.is_bad.dtype != np.bool_ or self.is_bad.ndim != 1:
             raise ValueError(
                 f"is_bad must be boolean of shape (n,), got {self.is_bad.dtype} of shape "
@@ -207,7 +214,8 @@ class Truth:
         ``self``: see ``metrics.fidelity.fidelity``, and ``metrics.out_of_sample`` for the truth of
         loss-like scores. ``queries``: the numbers of ``metrics.lds`` and
         ``metrics.outcome_spread``.
-        ``truth_version`` says which version was asked.
+        ``truth_version`` says which version was asked: for ``self`` the one since which single
+        examples have the truth that they have.
 
         Args:
             values: ``(rows, n)`` scores, positive where training on an example lowers the loss.
@@ -226,13 +234,15 @@ class Truth:
                 "training examples, one column each"
             )
         truth = self.half(half)
+        version = self.version
         if target == "self":
             found = self._fidelity(scores, truth, watched)
+            version = self.singles or version
         elif target == "queries" and self.subsets is not None and watched is None:
             found = self._lds(scores, self.subsets, half)
         else:
             found = {}
-        return {**found, "truth_version": float(self.version)} if found else {}
+        return {**found, "truth_version": float(version)} if found else {}
 
     def _fidelity(
         self,

@@ -190,6 +190,8 @@ def _pack(truth: Truth) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     about["format"] = FORMAT
     about["facts"] = {name: _number(value) for name, value in sorted(truth.facts.items())}
     arrays: dict[str, NDArray[Any]] = {"is_bad": np.packbits(truth.is_bad)}
+    if truth.singles is not None:
+        about["singles"] = truth.singles
     about["n"] = truth.n_train
     for half in HALVES:
         part = truth.half(half)
@@ -228,6 +230,7 @@ def _unpack(about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Tru
         published=halves["published"],
         subsets=subsets,
         facts={name: real(value) for name, value in about["facts"].items()},
+        singles=about.get("singles"),
     )
 
 

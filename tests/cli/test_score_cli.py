@@ -321,7 +321,19 @@ def test_seeds_without_a_fidelity_are_named(tmp_path: Path) -> None:
     assert not board.complete
     text = " ".join(board.problems)
     assert "fine self: seeds 2 have no fidelity and are not in its mean" in text
-    assert "different versions of the ground truth: [1, 2]" in text
+    assert "self: records compare with different versions of the ground truth: [1, 2]" in text
+
+
+def test_each_target_may_have_a_version_of_the_truth(tmp_path: Path) -> None:
+    """Subsets that came later: ``queries`` is compared with version 2, ``self`` still with 1."""
+    store = RecordStore(tmp_path / "results")
+    base = make_record(task="small", setting="5e77" * 16, data_sha256="da7a" * 16)
+    for target, version in (("self", 1.0), ("queries", 2.0)):
+        scores = InfluenceScores(values=noisy(0)[None], method="fine", target=target)
+        metrics = {"n_bad": 12.0, "truth_version": version}
+        store.save(replace(base, target=target, metrics=metrics, cost={"seconds": 1.0}), scores)
+    board = build(store)
+    assert not any("ground truth" in line for line in board.problems)
 
 
 def test_records_without_a_truth_show_no_fidelity(tmp_path: Path) -> None:

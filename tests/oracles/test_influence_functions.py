@@ -340,7 +340,7 @@ def test_neither_batch_size_nor_order_matters(queries: str, solver: str, tol: fl
     close(scores(shuffled, solver, **options).values, expected[:, order], tol)
 
 
-@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("solver", ["exact", "cg", "lissa"])
 @pytest.mark.parametrize("name", ["logistic", "relu", "cnn"])
 def test_float32_agrees_with_float64(name: str, solver: str) -> None:
     task = problem(name)

@@ -71,7 +71,8 @@ def test_it_is_the_truth_of_a_bank_with_both_parts(tmp_path: Path) -> None:
     whole = frozen(REPEATED, version=2)
     assert extended.subsets is not None
     assert whole.subsets is not None
-    assert (extended.version, extended.facts) == (2, whole.facts)
+    assert (extended.version, extended.singles) == (2, 1)
+    assert extended.facts == whole.facts
     for half in HALVES:
         for name in ARRAYS:
             np.testing.assert_array_equal(
@@ -95,11 +96,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "LDS: 12 subsets, 5 seeds, 5 queries, ceiling 0." in capsys.readouterr().out
     after = load(path)
     np.testing.assert_array_equal(before.published.mu_margin, after.published.mu_margin)
-    assert (after.version, after.n_query) == (2, Q)
+    assert (after.version, after.singles, after.n_query) == (2, 1, Q)
     assert main([*arguments, "--version", "3"]) == 2
     assert "has 24 subsets already" in capsys.readouterr().err
     assert main([*arguments, "--version", "3", "--evidence", str(tmp_path / "evidence")]) == 2
     assert "do not go together" in capsys.readouterr().err
+
+
+def test_single_examples_keep_the_version_that_their_truth_has() -> None:
+    """Records of before and after the subsets stand in one table: their fidelity is the same."""
+    extended = replace(frozen(REPEATED, version=3), singles=1)
+    assert extended.version == 3
+    scores = np.random.default_rng(4).standard_normal((Q, N))
+    found = extended.metrics(scores[:1], "self")
+    assert found == frozen().metrics(scores[:1], "self")
+    assert found["truth_version"] == 1
+    assert extended.metrics(scores, "queries")["truth_version"] == 3
+    for singles in (0, 3):
+        with pytest.raises(ValueError, match=f"earlier version than 3, or None, got {singles}"):
+            replace(extended, singles=singles)
 
 
 def test_banks_that_do_not_fit(tmp_path: Path) -> None:
