@@ -199,8 +199,11 @@ class DampedSystem:
 
     @cached_property
     def _may_hold(self) -> bool:
+        """Asked of the problem's own model: the engine's copy has the recorder's hooks, and a
+        network with hooks is not known to be what its layers say.
+        """
         _, x, _ = next(self.batches())
-        return has_held_products(self.engine.model, self.names, self.kind, x)
+        return has_held_products(self.problem.model, self.names, self.kind, x)
 
     def _matrix(self) -> Tensor:
         """C itself, ``(P, P)``."""

@@ -73,8 +73,9 @@ class ModuleStack:
             )
         self._tie_weights = not twice
         params, buffers = stack_module_state(list(nets))
+        self._n_models = len(nets)
         self._params = {
-            name: p.detach().to(device).clone().requires_grad_(p.requires_grad)
+            name: self._laid_out(p.detach().to(device).clone()).requires_grad_(p.requires_grad)
             for name, p in params.items()
         }
         # copies: running statistics are written in place
@@ -83,7 +84,6 @@ class ModuleStack:
         self._optimizer = torch.optim.SGD(
             self._trained, lr=1.0, momentum=momentum, weight_decay=weight_decay
         )
-        self._n_models = len(nets)
 
     def __len__(self) -> int:
         return self._n_models
@@ -93,6 +93,26 @@ class ModuleStack:
             self._net, (params, buffers), (x,), tie_weights=self._tie_weights
         )
         return logits
+
+    def _laid_out(self, p: Tensor) -> Tensor:
+        """A stacked parameter; of one model on a CPU with the channels of a convolution last, by
+        which pooling takes less than half the time.
+        """
+        if self._n_models > 1 or p.ndim != 5 or p.device.type != "cpu":
+            return p
+        # a copy: contiguous() would leave kernels of a single channel as they lie
+        return p[0].clone(memory_format=torch.channels_last)[None]
+
+    def _each(self, x: Tensor, same: bool) -> Tensor:
+        """``(M, m, classes)`` on ``x (M, m, ...)``, or on the ``same`` ``x (m, ...)`` for all."""
+        if self._n_models == 1:
+            # mapped over, the convolutions of one model are grouped ones, a third slower on a CPU
+            params = {name: p[0] for name, p in self._params.items()}
+            buffers = {name: b[0] for name, b in self._buffers.items()}
+            return self._call(params, buffers, x if same else x[0])[None]
+        mapped = torch.vmap(self._call, (0, 0, None if same else 0))
+        found: Tensor = mapped(self._params, self._buffers, x)
+        return found
 
     def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
         """One step of SGD of every model; see ``Stack``.
@@ -106,7 +126,7 @@ class ModuleStack:
                 f"{self._normalised} normalises by its batch, so an example that is left out of "
                 "the loss still acts on the others; use group in the place of batch normalisation"
             )
-        logits = torch.vmap(self._call)(self._params, self._buffers, x)
+        logits = self._each(x, same=False)
         # summed over the models, so that each gets the gradient of its own mean
         if weights is None:
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
@@ -125,10 +145,9 @@ class ModuleStack:
         """``(M, c, classes)`` of the same examples under every model."""
         self._net.eval()
         try:
-            found: Tensor = torch.vmap(self._call, (0, 0, None))(self._params, self._buffers, x)
+            return self._each(x, same=True)
         finally:
             self._net.train()
-        return found
 
     def finite(self) -> Tensor:
         """``(M,)`` boolean: whether all parameters of a model are finite numbers."""

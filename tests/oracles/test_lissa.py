@@ -25,6 +25,8 @@ from baselines.damped_system import examples
 from baselines.influence_functions import InfluenceFunction
 from baselines.lissa import DivergedSeriesError, Lissa, power_iteration
 from fine_bench import Problem
+from fine_bench.gradients.curvature.products import CurvatureProducts
+from fine_bench.gradients.held_products import HeldProducts
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
 
@@ -233,3 +235,14 @@ def test_examples_come_in_the_order_of_their_positions() -> None:
     found = examples(Problem(task.model, task.loss, TensorDataset(x, y), "self"), rows)
     assert torch.equal(found[0], x[rows])
     assert torch.equal(found[1], y[rows])
+
+
+@pytest.mark.parametrize("solver", ["cg", "lissa", "arnoldi"])
+@pytest.mark.parametrize(("name", "kind"), [("relu", HeldProducts), ("cnn", CurvatureProducts)])
+def test_solvers_use_the_fastest_products_that_serve_a_network(
+    name: str, kind: type, solver: Any
+) -> None:
+    """Also beside the recorder, whose hooks are on the layers of the estimator's own copy."""
+    estimator = InfluenceFunction(solver=solver)
+    estimator.setup(problem(name))
+    assert type(estimator._system()._products) is kind
