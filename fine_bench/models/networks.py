@@ -41,13 +41,20 @@ def mlp(
     hidden: Sequence[int] = (256,),
     activation: str = "relu",
     bias: bool = True,
+    dropout: float = 0.0,
 ) -> nn.Module:
-    """Fully connected network on the flattened input; 784-256-10 on MNIST by default."""
+    """Fully connected network on the flattened input; 784-256-10 on MNIST by default. In
+    training a share ``dropout`` of each hidden layer's activations is dropped."""
     _positive(hidden, "hidden")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"model.dropout is a share from 0 to below 1, got {dropout}; type model.dropout=0.1"
+        )
     sizes = [prod(in_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out, bias=bias), _activation(activation)]
+        layers += [nn.Dropout(dropout)] if dropout else []
     layers.append(nn.Linear(sizes[-1], n_classes, bias=bias))
     return nn.Sequential(*layers)
 

@@ -108,7 +108,10 @@ class Retraining:
         names = [model.name for model in models]
         # the same stream as a benchmark run with this seed
         orders = [stream(design.order_seed(model), "order") for model in models]
-        stack = train_stack(nets, examples.x, examples.y, subsets, orders, self.recipe, names)
+        draws = [stream(design.order_seed(model), "dropout") for model in models]
+        stack = train_stack(
+            nets, examples.x, examples.y, subsets, orders, self.recipe, names, draws
+        )
         training = evaluate(stack, examples.x, examples.y, names, self.recipe)
         queries = evaluate(stack, examples.query_x, examples.query_y, names, self.recipe)
         loss, margin, query_loss, query_margin = (t.float().numpy() for t in training + queries)

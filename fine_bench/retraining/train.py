@@ -6,7 +6,8 @@ Fully connected networks go the fast way (``fine_bench.retraining.train_dense``)
 model with nothing but autograd and ``torch.optim.SGD``.
 
 A model that is given all examples is, to floating-point accuracy, the benchmark's own run: the
-order of the examples repeats the draws of ``RandomSampler`` under Lightning.
+order of the examples repeats the draws of ``RandomSampler`` under Lightning. With dropout it is
+another run of the same recipe: Lightning's drops by the global random state.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def train_stack(
     orders: Sequence[torch.Generator],
     recipe: Recipe,
     names: Sequence[str] | None = None,
+    draws: Sequence[torch.Generator] | None = None,
 ) -> Stack:
     """Train M models at once.
 
@@ -137,6 +139,7 @@ def train_stack(
         orders: M CPU generators that draw each model's orders.
         recipe: how to train.
         names: what to call each model in an error.
+        draws: M CPU generators for the networks' dropout; None refuses those that have it.
 
     Raises:
         DivergedModelError: with the model's name.
@@ -152,9 +155,12 @@ def train_stack(
         raise ValueError(
             f"batch_size={recipe.batch_size} is larger than a subset of {size} examples"
         )
-    kind = DenseStack if is_dense(nets[0], x) else ModuleStack
     options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
-    stack: Stack = kind(nets, x.device, **options)
+    stack: Stack
+    if is_dense(nets[0], x):
+        stack = DenseStack(nets, x.device, **options)
+    else:
+        stack = ModuleStack(nets, x.device, **options, draws=draws)
     buffer = x.new_empty((n_models * recipe.batch_size, *x.shape[1:]))
     n_steps, t = recipe.max_epochs * recipe.steps_per_epoch(size), 0
     for _ in range(recipe.max_epochs):

@@ -13,21 +13,44 @@ from torch.func import functional_call, stack_module_state
 from fine_bench.types import UnsupportedProblemError
 
 
+class Masked(nn.Module):
+    """Dropout with the mask as an input: a buffer that is set before each step.
+
+    Args:
+        p: the share that is dropped.
+    """
+
+    kept: Tensor
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.register_buffer("kept", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In training, each number zero or divided by 1 − p; else as it is."""
+        return x * self.kept if self.training else x
+
+
 class ModuleStack:
     """M networks of any one architecture.
 
     The forward pass is mapped over the stacked parameters (``torch.vmap``), and one optimiser over
     the stack is M optimisers, because SGD acts on every number by itself. Batch normalisation takes
     the statistics of each model's own batch in training, and its running ones in ``logits``.
+    ``nn.Dropout`` drops by each model's own stream, so that what a model becomes does not depend on
+    which others are in the stack.
 
     Args:
         nets: the initialised networks; they are copied.
         device: where to train.
         momentum, weight_decay: of SGD, as in ``torch.optim.SGD``.
+        draws: M CPU generators for dropout; None refuses networks that have it.
 
     Raises:
         UnsupportedProblemError: a module that has no statistics of its own to be evaluated with,
-            or drops at random, or parameters shared in two ways at once.
+            or drops at random in a way that is not known here or without ``draws``, or parameters
+            shared in two ways at once.
     """
 
     def __init__(
@@ -37,6 +60,7 @@ class ModuleStack:
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        draws: Sequence[torch.Generator] | None = None,
     ) -> None:
         for name, part in nets[0].named_modules():
             if isinstance(part, nn.modules.batchnorm._NormBase) and (
@@ -48,10 +72,16 @@ class ModuleStack:
                     "LayerNorm, or batch normalisation with track_running_stats=True"
                 )
             if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-                raise UnsupportedProblemError(
-                    f"{name} ({type(part).__name__}) draws from the global random state, which a "
-                    "stack of models cannot repeat; set its p to 0"
-                )
+                if type(part) is not nn.Dropout:
+                    raise UnsupportedProblemError(
+                        f"{name} ({type(part).__name__}) draws from the global random state, which "
+                        "a stack of models cannot repeat; use nn.Dropout, or set its p to 0"
+                    )
+                if draws is None:
+                    raise UnsupportedProblemError(
+                        f"{name} ({type(part).__name__}) draws at random, and this training has no "
+                        "stream for it; set its p to 0"
+                    )
         self._normalised = next(
             (
                 f"{name} ({type(part).__name__})"
@@ -80,6 +110,9 @@ class ModuleStack:
         }
         # copies: running statistics are written in place
         self._buffers = {name: b.detach().to(device).clone() for name, b in buffers.items()}
+        self._draws = list(draws or ())
+        self._masked = _masked(self._net)
+        self._shapes: list[torch.Size] | None = None
         self._trained = [p for p in self._params.values() if p.requires_grad]
         self._optimizer = torch.optim.SGD(
             self._trained, lr=1.0, momentum=momentum, weight_decay=weight_decay
@@ -114,6 +147,49 @@ class ModuleStack:
         found: Tensor = mapped(self._params, self._buffers, x)
         return found
 
+    def _drop(self, x: Tensor) -> None:
+        """New masks for a batch ``x (M, m, ...)``, each model's from its own stream."""
+        if self._shapes is None:
+            self._shapes = self._dropped_shapes(x[0, :1])
+        like = next(iter(self._params.values()))
+        for (name, part), shape in zip(self._masked.items(), self._shapes, strict=True):
+            kept = torch.empty(len(x), x.shape[1], *shape, dtype=like.dtype)
+            for mask, generator in zip(kept, self._draws, strict=True):
+                mask.bernoulli_(1.0 - part.p, generator=generator)
+            self._buffers[f"{name}.kept"] = kept.div_(1.0 - part.p).to(like.device)
+
+    def _dropped_shapes(self, x: Tensor) -> list[torch.Size]:
+        """The shape of one example's numbers at each dropout, from one pass of a model.
+
+        Raises:
+            UnsupportedProblemError: one that is not called once in a pass.
+        """
+        found: dict[str, list[torch.Size]] = {name: [] for name in self._masked}
+        hooks = [
+            part.register_forward_hook(
+                lambda _, given, __, name=name: found[name].append(given[0].shape[1:])
+            )
+            for name, part in self._masked.items()
+        ]
+        device = x.device
+        buffers = {name: b[0] for name, b in self._buffers.items()}
+        buffers |= {f"{name}.kept": torch.ones((), device=device) for name in self._masked}
+        with torch.no_grad():
+            self._net.eval()
+            try:
+                self._call({name: p[0] for name, p in self._params.items()}, buffers, x)
+            finally:
+                self._net.train()
+                for hook in hooks:
+                    hook.remove()
+        for name, shapes in found.items():
+            if len(shapes) != 1:
+                raise UnsupportedProblemError(
+                    f"{name} (Dropout) is called {len(shapes)} times in a pass, and a stack of "
+                    "models draws once for each; give every place a dropout of its own"
+                )
+        return [shapes[0] for shapes in found.values()]
+
     def step(self, x: Tensor, y: Tensor, lr: float, weights: Tensor | None = None) -> None:
         """One step of SGD of every model; see ``Stack``.
 
@@ -126,6 +202,8 @@ class ModuleStack:
                 f"{self._normalised} normalises by its batch, so an example that is left out of "
                 "the loss still acts on the others; use group in the place of batch normalisation"
             )
+        if self._masked:
+            self._drop(x)
         logits = self._each(x, same=False)
         # summed over the models, so that each gets the gradient of its own mean
         if weights is None:
@@ -156,3 +234,18 @@ class ModuleStack:
     def parameters(self, k: int) -> dict[str, Tensor]:
         """The parameters of model ``k`` under the names of its network."""
         return {name: p.detach()[k].clone() for name, p in self._params.items()}
+
+
+def _masked(net: nn.Module) -> dict[str, Masked]:
+    """Put ``Masked`` in the place of every dropout of a network; they by their names."""
+    found: dict[str, Masked] = {}
+    instead: dict[nn.Module, Masked] = {}
+    for parent_name, parent in list(net.named_modules()):
+        for name, part in list(parent._modules.items()):
+            if type(part) is not nn.Dropout or part.p == 0:
+                continue
+            if part not in instead:  # the same module may stand in several places
+                instead[part] = Masked(part.p)
+                found[f"{parent_name}.{name}" if parent_name else name] = instead[part]
+            setattr(parent, name, instead[part])
+    return found

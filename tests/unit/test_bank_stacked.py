@@ -367,13 +367,59 @@ def test_outputs_that_overflow_are_named_too() -> None:
     [
         (nn.BatchNorm1d(5, track_running_stats=False), "mixes the examples of a batch"),
         (nn.InstanceNorm1d(5), "use GroupNorm, LayerNorm"),
-        (nn.Dropout(0.1), "draws from the global random state"),
+        (nn.AlphaDropout(0.1), "draws from the global random state"),
+        (nn.Dropout(0.1), "this training has no stream for it"),
     ],
 )
 def test_networks_that_cannot_be_stacked(part: nn.Module, message: str) -> None:
     net = nn.Sequential(nn.Linear(D, 5), part, nn.Linear(5, C)).double()
     with pytest.raises(UnsupportedProblemError, match=message):
         train_stack([net], *data(), subsets_of(13, 1), orders(1), PLAIN)
+
+
+class FromStream(nn.Module):
+    """Dropout by a generator, as torch writes it: the plain twin of what a stack does."""
+
+    def __init__(self, p: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.p, self.generator = p, generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
+        return x * kept / (1 - self.p)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_dropout_draws_from_each_models_own_stream(count: int) -> None:
+    x, y = data()
+    nets = networks(lambda: dense(hidden=(7, 5), dropout=0.4), count)
+    subsets = subsets_of(13, count)  # the last batch of an epoch is a short one
+    draws = [stream(k, "dropout") for k in range(count)]
+    stack = train_stack(nets, x, y, subsets, orders(count), PLAIN, draws=draws)
+    assert isinstance(stack, ModuleStack)
+    undropped = train_stack(
+        networks(lambda: dense(hidden=(7, 5)), count), x, y, subsets, orders(count), PLAIN
+    )
+    for k, net in enumerate(networks(lambda: dense(hidden=(7, 5), dropout=0.4), count)):
+        generator = stream(k, "dropout")
+        parts = [FromStream(p.p, generator) if isinstance(p, nn.Dropout) else p for p in net]
+        twin = train_one(nn.Sequential(*parts), x, y, subsets[k], orders(count)[k], PLAIN)
+        found = stack.parameters(k)
+        for name, expected in twin.named_parameters():
+            assert (found[name] - expected).abs().max() < 1e-12
+        # what is evaluated drops nothing
+        assert (stack.logits(x)[k] - twin.eval()(x)).abs().max() < 1e-12
+        assert (stack.logits(x)[k] - undropped.logits(x)[k]).abs().max() > 0.01
+
+
+def test_a_dropout_that_is_used_twice_is_refused() -> None:
+    same = nn.Dropout(0.1)
+    net = nn.Sequential(nn.Linear(D, 5), same, nn.ReLU(), same, nn.Linear(5, C)).double()
+    draws = [stream(0, "dropout")]
+    with pytest.raises(UnsupportedProblemError, match=r"is called 2 times in a pass.*of its own"):
+        train_stack([net], *data(), subsets_of(13, 1), orders(1), PLAIN, draws=draws)
 
 
 def normalised_dense() -> nn.Module:
