@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from clean_against_cleanlab import PACKAGES, flip, paragraphs
 from numpy.typing import NDArray
-from outputs import Outputs, add_force
+from outputs import page_of
 
 from fine_bench.seeds import derive
 
@@ -190,15 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    add_force(parser)
-    given = parser.parse_args(argv)
-    outputs = Outputs([given.output], default=given.output == OUTPUT, force=given.force)
-    call = "python benchmarks/clean_speed.py"
-    if given.kinds != list(KINDS):
-        call += " --kinds " + " ".join(given.kinds)
-    if given.rows != list(ROWS):
-        call += " --rows " + " ".join(map(str, given.rows))
+    given, outputs, call = page_of("clean_speed", parser, OUTPUT, argv)
     lines: list[Line] = []
     for kind in given.kinds:
         for n in given.rows:

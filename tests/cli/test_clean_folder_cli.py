@@ -176,7 +176,7 @@ def test_decisions_give_a_copy_and_a_trusted_list_for_a_second_call(
     def never(*given: object, **options: object) -> None:
         raise AssertionError("was trained again")
 
-    monkeypatch.setattr("fine_bench.runner.clean.training.train_half", never)
+    monkeypatch.setattr("fine_bench.runner.clean.training.train_model", never)
     second = [*call, "--runs", "2", "--epochs", "4", "--lr", "0.2", "--level", "0.4", "--trusted",
               str(tmp_path / "out" / "trusted.txt"), "--force"]  # fmt: skip
     assert main(second) == 0
@@ -191,14 +191,20 @@ def test_decisions_give_a_copy_and_a_trusted_list_for_a_second_call(
     assert main([*call, "--decisions", str(tmp_path / "d.csv"), "--force"]) == 0
 
 
-def test_neither_data_nor_a_list_in_the_folder_are_replaced(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
+@pytest.fixture
+def drawn_before(home: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with the draw of an earlier call, and a file of one decision."""
+    out, decided = tmp_path / "out", tmp_path / "d.csv"
     out.mkdir()
     shutil.copy(home / "out" / "verify_first.csv", out)
-    decided = tmp_path / "d.csv"
     decided.write_text("row,name,decision,label\n0,0,reject,\n")
+    return out, decided
+
+
+def test_neither_data_nor_a_list_in_the_folder_are_replaced(
+    home: Path, drawn_before: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, decided = drawn_before
     # the copy of an earlier call as data
     data = shutil.copy(home / "fruit.csv", out / "cleaned.csv")
     before = data.read_bytes()
@@ -219,16 +225,16 @@ def test_neither_data_nor_a_list_in_the_folder_are_replaced(
 
 
 def test_a_draw_of_other_data_is_not_trusted(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    drawn_before: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    shutil.copy(home / "out" / "verify_first.csv", out)
+    out, decided = drawn_before
     other = rows()[0]
     other["label"] = other["label"].map({"@plum": "apple", "apple": "@plum"})
     other.to_csv(tmp_path / "other.csv", index=False)
-    (tmp_path / "d.csv").write_text("row,name,decision,label\n0,0,reject,\n")
-    call = ["--out", str(out), "--decisions", str(tmp_path / "d.csv")]
+    call = ["--out", str(out), "--decisions", str(decided)]
     assert main([str(tmp_path / "other.csv"), *call]) == 2
     assert "was drawn from other data: it names row" in " ".join(capsys.readouterr().err.split())
     assert not (out / "cleaned.csv").exists()

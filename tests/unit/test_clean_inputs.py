@@ -226,6 +226,34 @@ def test_json_lines_in_another_encoding(tmp_path: Path) -> None:
     assert read_table(copy, "utf-16")["label"].tolist()[:3] == [1, 1, 0]
 
 
+def test_json_escapes_what_the_encoding_cannot_write(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = [json.dumps({"text": t, "label": "łódź" if k % 2 else "né"}, ensure_ascii=k % 2 == 1)
+             for k, t in enumerate(TEXTS)]  # fmt: skip
+    path.write_bytes("\n".join(lines).encode("latin-1"))
+    items = load(path, encoding="latin-1")
+    assert items.classes == ["né", "łódź"]
+    copy = items.origin.write(tmp_path, range(30), {0: "łódź", 1: "né"}).path
+    assert read_table(copy, "latin-1")["label"].tolist()[:4] == ["łódź", "né", "né", "łódź"]
+    assert copy.read_bytes().splitlines()[1].endswith(b'"label": "n\xe9"}')
+
+
+def test_a_copy_that_its_encoding_cannot_write(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    # an encoding that reads what it cannot write
+    path.write_bytes(
+        b"x,label\n" + b"".join(b"%d,a\x1b\x80\n%d,b\n" % (k, k + 3) for k in range(20))
+    )
+    items = load(path, encoding="iso2022_jp")
+    place = tmp_path / "copy"
+    place.mkdir()
+    with pytest.raises(
+        UserError, match=r"cleaned.csv, line 2: '\\x80' \(U\+0080\) cannot be writt"
+    ):
+        items.origin.write(place, range(40), {1: items.classes[0]})
+    assert list(place.iterdir()) == []
+
+
 def test_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="the extra clean is not installed")
     path = tmp_path / "t.parquet"
@@ -365,6 +393,12 @@ REFUSED: list[tuple[Any, Callable[[Path], None] | None, dict[str, Any], str]] = 
     ),
     ("d.csv", raw(b"\xff\xfea\0"), {}, "it begins as utf-16 does, so add --encoding utf-16"),
     ("d.jsonl", raw(b'{"a": "\xe9"}'), {}, "d.jsonl, line 1, is not UTF-8 (byte 0xe9 at 7); name"),
+    (
+        "d.jsonl",
+        raw(b'{"text": "\\ud83d\\ude00", "label": 1}\n{"text": "a \\ud83d", "label": 0}\n'),
+        {},
+        "d.jsonl, line 2 holds half of a character (\\ud83d, one of a pair that stands alone)",
+    ),
     ("d.csv", csv(HEAD + BODY), {"encoding": "klingon"}, "--encoding klingon is no encoding of"),
     ("d.npz", npz(x=np.zeros((20, 2)), y=Y), {"encoding": "latin-1"}, "goes with .csv and .jsonl"),
     ("d.csv", csv(""), {}, "cannot be read as a csv table"),

@@ -105,7 +105,7 @@ def test_one_run_says_nothing_of_another_unless_mu_ranks() -> None:
     error[5] = np.inf
     held = rng.uniform(size=(2, N)) < 0.1
     with_mu = [
-        Run(runs[0].probabilities, runs[0].during, np.where(h, np.nan, mu),
+        Run(runs[0].probabilities, runs[0].own, np.where(h, np.nan, mu),
             np.where(h, np.nan, error), (), 0)
         for h in held
         for mu in (truth + 0.2 * rng.normal(size=N),)

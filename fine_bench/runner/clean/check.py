@@ -18,7 +18,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from fine_bench.runner.clean.recipe import Recipe
-from fine_bench.runner.clean.training import train_half
+from fine_bench.runner.clean.training import train_model
 from fine_bench.seeds import derive
 
 SEEDS = 5
@@ -104,7 +104,7 @@ def check(
         rest = np.flatnonzero(~held)
         removed.append(int(flagged[rest].sum()))
         for key, rows in (("before", rest), ("after", rest[~flagged[rest]])):
-            run = train_half(
+            run = train_model(
                 x, y, n_classes, rows, recipe,
                 seed=derive(seed, f"clean/check/{number}"), influence=False, advance=advance,
             )  # fmt: skip

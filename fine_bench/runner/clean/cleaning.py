@@ -23,7 +23,7 @@ from fine_bench.errors import ConfigError
 from fine_bench.metrics.error_rate import Flags, flag
 from fine_bench.runner.clean import check as checking
 from fine_bench.runner.clean.features import features
-from fine_bench.runner.clean.halves_store import HalvesStore, key_of
+from fine_bench.runner.clean.fold_store import FoldStore, key_of
 from fine_bench.runner.clean.inputs.items import Items, Reading
 from fine_bench.runner.clean.inputs.recognise import load
 from fine_bench.runner.clean.inputs.trusted import trusted_items, without_trusted
@@ -38,7 +38,7 @@ from fine_bench.runner.clean.scoring import (
     stable_share,
     suspected,
 )
-from fine_bench.runner.clean.training import HALVES, Run, joined, train_run
+from fine_bench.runner.clean.training import Run, joined, train_run
 from fine_bench.runner.clean.verify_first import Draw, draw_to_verify
 from fine_bench.seeds import derive
 
@@ -128,7 +128,7 @@ def clean(
             where no list is trusted.
         seed: of all draws; the same seed gives the same result.
         epochs, batch_size, lr: of the training, where the recipe's should not hold.
-        folder: where finished halves are kept; nowhere without.
+        folder: where finished folds of runs are kept; nowhere without.
         read: told the items once they are read.
         advance: told how far it is.
         first: told the ranking of the first run, when others follow.
@@ -209,12 +209,13 @@ def _train(
         nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory()
     )
     seeds = [derive(seed, f"clean/run/{number}") % 2**31 for number in range(runs)]
-    total = runs * HALVES * recipe.epochs
+    each = recipe.folds * recipe.epochs
+    total = runs * each
     with place as where:
-        store = HalvesStore(Path(where), key_of(x, y, recipe, influence))
+        store = FoldStore(Path(where), key_of(x, y, recipe, influence))
         found = []
         for number, one in enumerate(seeds):
-            before = number * HALVES * recipe.epochs
+            before = number * each
 
             def said(done: int, before: int = before, number: int = number) -> None:
                 what = f"run {number + 1} of {runs}"
@@ -224,11 +225,11 @@ def _train(
             found.append(
                 train_run(
                     x, y, n_classes, recipe, seed=one, influence=influence,
-                    half=store.keeper(one), advance=count,
+                    keep=store.keeper(one), advance=count,
                 )
             )  # fmt: skip
             # early stopping ends before the most epochs there may be
-            said(HALVES * recipe.epochs)
+            said(each)
             if number == 0:
                 first(found[0])
     return found

@@ -187,7 +187,8 @@ def _write(
     shown = found.table[[*_SHOWN, *(c for c in ("p_value",) if c in found.table.columns)]]
     rows = Table(title=f"the first {min(SHOWN, len(shown))} rows")
     for column in shown.columns:
-        rows.add_column(column.replace("_", " "), justify="right")
+        # a name that does not fit goes on in the next line: cut short it names nothing
+        rows.add_column(column.replace("_", " "), justify="right", overflow="fold")
     for row in shown.head(SHOWN).itertuples(index=False):
         rows.add_row(*(f"{v:.3g}" if isinstance(v, float) else visible(v) for v in tuple(row)))
     out.print(rows)
@@ -214,8 +215,8 @@ def _facts(arguments: argparse.Namespace, data: str, found: Cleaning) -> list[tu
         facts.append(
             (
                 "model",
-                f"{found.recipe.name}, {len(found.runs)} run(s) of two halves; epochs {epochs}: as "
-                f"much work as {worth:.0f} epochs on all rows",
+                f"{found.recipe.name}, {len(found.runs)} run(s) of {found.recipe.folds} folds; "
+                f"epochs {epochs}: as much work as {worth:.0f} epochs on all rows",
             )
         )
     facts.append(("score", f"{arguments.score}: {MEANING[arguments.score]}"))

@@ -1,19 +1,27 @@
 """From runs to a line for each row: score, rank, agreement of the runs, μ with interval, p-value.
 
-*Doubt*, the default score of a row with label y, from the probabilities p̄ = 0.7 · out of sample +
-0.3 · during training, each averaged over the runs:
+*Doubt*, the default score of a row with label y, from the probabilities p̄ = 0.7 · of models that
+have not seen the row + 0.3 · of models that were trained on it, each averaged over the runs:
 
     doubt = ½ log max_{k≠y} p̄_k − log p̄_y,       in nats, high is suspicious.
 
 It is the mean of two known scores: the surprise −log p̄_y, which ranks as self-confidence does
 (Northcutt, Jiang, Chuang 2021) and is best where people err because a row is hard, and the log-odds
 log p̄_k/p̄_y of the best other class, the margin of the logits, best where labels are flipped to the
-class that looks alike. What a model said of a row while it was being trained on it adds to what
-another says that has not seen it. On development data (other draws and rows than those of the
-table: wines, diabetes patients, digits, simulated tables, texts, MNIST with two kinds of flips) a
-weight of 0.3 had the highest average precision among 0, 0.2, …, 0.5 on average, and on none more
-than 0.001 less than self-confidence of five-fold cross-validation, three runs against five folds.
+class that looks alike. What a model says of a row that it is trained on adds to what another says
+that has not seen it. On development data (other draws and rows than those of the table: wines,
+diabetes patients, digits, simulated tables, texts, MNIST with two kinds of flips) a weight of 0.3
+had the highest average precision among 0, 0.2, …, 0.5 on average, and on none more than 0.001 less
+than self-confidence of five-fold cross-validation, three runs against five folds.
 ``benchmarks/clean_against_cleanlab.py`` makes the table.
+
+Which words count of a model on its own rows, and how many folds a run has, is the recipe's. On 4,000
+development rows of CIFAR-10N with ``gn_cnn`` the average precision of doubt was, with two folds and
+the words in passing (mean over the epochs), 0.300, 0.311, 0.316 for 1, 2, 3 runs; with those of the
+best epoch 0.319, 0.336, 0.343 (weights of 0.2 to 0.5 differ by 0.006 at most); one run of three folds,
+for the work of two of two, 0.341 in passing and 0.353 at the best epoch. Where rows are learnt by
+heart, the best epoch says less: texts 0.643 for 0.660, MNIST with uniform flips and one hidden layer
+0.941 for 0.952 (three runs).
 
 How many rows of a run are *suspects* follows from the run's own probabilities, by the rule of
 confident learning: class k is confident in a row when p_k reaches the mean of p_k over the rows
@@ -44,7 +52,7 @@ MEANING: dict[Score, str] = {
     "margin": "by how much another label is more probable, out of sample",
     "mu": "f-INE: how strongly training on the row moved its own prediction",
 }
-DURING = 0.3
+OWN = 0.3
 """Weight of what models said of rows that they were being trained on."""
 CONFIDENCE = 0.95
 LEAST = 1e-12
@@ -52,9 +60,9 @@ LEAST = 1e-12
 
 
 def blended(run: Run) -> Floats:
-    """Out of sample with ``DURING`` of what was said in training, where it was, ``(n, K)``."""
-    both = (1.0 - DURING) * run.probabilities + DURING * run.during
-    return np.where(np.isnan(run.during), run.probabilities, both)
+    """Out of sample with ``OWN`` of what was said in training, where it was, ``(n, K)``."""
+    both = (1.0 - OWN) * run.probabilities + OWN * run.own
+    return np.where(np.isnan(run.own), run.probabilities, both)
 
 
 def best_other(p: Floats, y: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,13 +1,13 @@
-"""One run: the rows in two halves, a model on each, every row scored by the one that has not seen
+"""One run: the rows in k folds, a model on all but each, every row scored by one that has not seen
 it.
 
-A run trains as many rows as one training on all of them. The halves are drawn anew for each run,
-class by class. The model that scores is the mean of the parameters after each step of an epoch: at
-a constant step size that takes the noise of the last steps away (Polyak and Juditsky 1992). A tenth
-of each half is held out: training stops when the mean's loss there has not fallen for some epochs,
-and the epoch of the lowest loss counts. Meanwhile f-INE watches, so that a
-row has μ from the half that it was trained in, and probabilities from the other. The held-out tenth
-has probabilities from both, and no μ in this run.
+A run trains k − 1 times as many rows as one training on all of them (``Recipe.folds``). The folds
+are drawn anew for each run, class by class. The model that scores is the mean of the parameters
+after each step of an epoch: at a constant step size that takes the noise of the last steps away
+(Polyak and Juditsky 1992). A tenth of what a model may see is held out: training stops when the
+mean's loss there has not fallen for some epochs, and the epoch of the lowest loss counts.
+Meanwhile f-INE watches, so that a row has probabilities from the model of its own fold, and μ from
+the k − 1 others, their mean. Where a model holds it out, it gives probabilities and no μ.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from fine_bench.runner.fit import fit
 from fine_bench.seeds import derive, stream
 from fine_bench.types import UnsupportedProblemError
 
-HALVES = 2
 HELD_OUT = 0.1
 _ROWS = 1024
 Floats = NDArray[np.float64]
@@ -45,16 +44,16 @@ class Run:
 
     Attributes:
         probabilities: ``(n, n_classes)``, of models that have not been trained on the row.
-        during: ``(n, n_classes)``, of the model that was being trained on it, mean over the epochs
-            up to the best one; NaN for held-out rows.
-        mu, std_error: ``(n,)`` f-INE on itself; NaN for held-out rows, or for all.
-        epochs: of each half, as trained.
+        own: ``(n, n_classes)``, of models that were trained on it, in passing or at the best epoch
+            (``Recipe.own_rows``); NaN for rows that none was trained on.
+        mu, std_error: ``(n,)`` f-INE on itself; NaN for the same rows, or for all.
+        epochs: of each model, as trained.
         examples: rows that went through training steps, all epochs together.
         trouble: why there is no μ, or "".
     """
 
     probabilities: Floats
-    during: Floats
+    own: Floats
     mu: Floats
     std_error: Floats
     epochs: tuple[int, ...]
@@ -62,14 +61,20 @@ class Run:
     trouble: str = ""
 
 
-def halves(y: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """0 or 1 for each row, ``(n,)``, half of each class each, drawn from ``clean/halves``."""
-    rng = np.random.default_rng(derive(seed, "clean/halves"))
-    half = np.zeros(len(y), dtype=np.int64)
+def folds_of(y: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """0 … ``folds`` − 1 for each row, ``(n,)``, as many of each class in each as can be.
+
+    Args:
+        y: ``(n,)`` labels.
+        folds: ≥ 2.
+        seed: of the run; drawn from ``clean/folds``.
+    """
+    rng = np.random.default_rng(derive(seed, "clean/folds"))
+    fold = np.zeros(len(y), dtype=np.int64)
     for label in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == label))
-        half[rows] = (np.arange(len(rows)) + rng.integers(HALVES)) % HALVES
-    return half
+        fold[rows] = (np.arange(len(rows)) + rng.integers(folds)) % folds
+    return fold
 
 
 def whole_batches(n: int, asked: int) -> int:
@@ -186,7 +191,7 @@ def _call(module: pl.LightningModule, x: Tensor, state: Mapping[str, Tensor] | N
     return out
 
 
-def train_half(
+def train_model(
     x: Tensor,
     y: Tensor,
     n_classes: int,
@@ -200,7 +205,7 @@ def train_half(
     """Train on the rows ``trained`` and score all; see ``Run``.
 
     Rows outside of ``trained``, and its held-out tenth, get probabilities; the others get NaN
-    there, and what was said during training.
+    there, and ``own``.
 
     Raises:
         ConfigError: training diverges.
@@ -235,15 +240,19 @@ def train_half(
     unseen = np.setdiff1d(np.arange(n), seen)
     probabilities = np.full((n, n_classes), np.nan)
     probabilities[unseen] = torch.softmax(logits_of(module.cpu(), x[unseen]).double(), 1).numpy()
-    during = np.full((n, n_classes), np.nan)
-    during[seen] = watch.during.numpy()
+    own = np.full((n, n_classes), np.nan)
+    own[seen] = (
+        watch.during.numpy()
+        if recipe.own_rows == "epochs"
+        else torch.softmax(logits_of(module, x[seen]).double(), 1).numpy()
+    )
     mu, uncertain = np.full(n, np.nan), np.full(n, np.nan)
     if influence:
         scores = fine.scores()
         mu[seen] = scores.values[0].double().numpy()
         if scores.std_error is not None:
             uncertain[seen] = scores.std_error[0].double().numpy()
-    return Run(probabilities, during, mu, uncertain, (watch.epochs,), watch.epochs * len(seen))
+    return Run(probabilities, own, mu, uncertain, (watch.epochs,), watch.epochs * len(seen))
 
 
 def train_run(
@@ -254,7 +263,7 @@ def train_run(
     *,
     seed: int,
     influence: bool = True,
-    half: Callable[[int, Callable[[], Run]], Run] = lambda number, make: make(),
+    keep: Callable[[int, Callable[[], Run]], Run] = lambda number, make: make(),
     advance: Callable[[], None] = lambda: None,
 ) -> Run:
     """One run on all rows; deterministic in ``seed``.
@@ -263,23 +272,24 @@ def train_run(
         x, y: ``(n, ...)`` inputs and ``(n,)`` labels.
         n_classes: number of classes.
         recipe: what is trained.
-        seed: of the run; each half draws from streams of its own.
+        seed: of the run; each model draws from streams of its own.
         influence: whether f-INE watches.
-        half: ``half(number, make)`` gives what ``make()`` would: a place to keep finished halves.
+        keep: ``keep(number, make)`` gives what ``make()`` would: a place for finished models'
+            words.
         advance: called at the end of each epoch.
     """
-    side = halves(y.numpy(), seed)
+    fold = folds_of(y.numpy(), recipe.folds, seed)
     found = []
-    for number in range(HALVES):
-        trained = np.flatnonzero(side == number)
+    for number in range(recipe.folds):
+        trained = np.flatnonzero(fold != number)
 
         def make(number: int = number, trained: NDArray[np.int64] = trained) -> Run:
-            own = derive(seed, f"clean/half/{number}")
+            own = derive(seed, f"clean/fold/{number}")
             return _without_mu_if_need_be(x, y, n_classes, trained, recipe, own, influence, advance)
 
-        found.append(half(number, make))
+        found.append(keep(number, make))
     whole = joined(found)
-    if whole.trouble:  # in one half, so the other's μ would be of the same model
+    if whole.trouble:  # with one, so the others' μ would be of the same model
         nothing = np.full(len(x), np.nan)
         return replace(whole, mu=nothing, std_error=nothing)
     return whole
@@ -297,20 +307,20 @@ def _without_mu_if_need_be(
 ) -> Run:
     """A model of the user's may have no per-example gradients: then all but μ is measured."""
     try:
-        return train_half(
+        return train_model(
             x, y, n_classes, trained, recipe, seed=seed, influence=influence, advance=advance
         )
     except UnsupportedProblemError as error:
         if not influence:
             raise
-        run = train_half(
+        run = train_model(
             x, y, n_classes, trained, recipe, seed=seed, influence=False, advance=advance
         )
         return replace(run, trouble=str(error))
 
 
 def joined(parts: list[Run]) -> Run:
-    """The halves as one run: where several have something to say of a row, their mean."""
+    """Several as one run: where more than one has something to say of a row, their mean."""
 
     def mean(arrays: list[Floats]) -> Floats:
         stacked = np.stack(arrays)
@@ -321,7 +331,7 @@ def joined(parts: list[Run]) -> Run:
 
     return Run(
         mean([part.probabilities for part in parts]),
-        mean([part.during for part in parts]),
+        mean([part.own for part in parts]),
         mean([part.mu for part in parts]),
         mean([part.std_error for part in parts]),
         tuple(n for part in parts for n in part.epochs),

@@ -153,6 +153,24 @@ def read_text(path: Path, encoding: str | None = None) -> str:
         raise not_readable(path, error, encoding) from error
 
 
+def encoded(text: str, encoding: str, name: str) -> bytes:
+    """A table's text in the encoding of its source.
+
+    Raises:
+        DataError: it has no such character: a few encodings read what they cannot write.
+    """
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        character = text[error.start]
+        raise DataError(
+            f"{name}, line {line}: {character!r} (U+{ord(character):04X}) cannot be written as "
+            f"{encoding}, the --encoding of the data; nothing was written. Save the data as UTF-8 "
+            "and leave --encoding out"
+        ) from error
+
+
 def not_readable(path: Path, error: Exception, encoding: str | None) -> DataError:
     """What to say of a file that cannot be read: for another encoding the line and the remedy."""
     if isinstance(error, UnicodeError):
@@ -182,5 +200,6 @@ def not_readable(path: Path, error: Exception, encoding: str | None) -> DataErro
 
 
 __all__ = [
-    "CsvForm", "checked_encoding", "csv_form", "not_readable", "read_csv", "read_text", "verbatim",
+    "CsvForm", "checked_encoding", "csv_form", "encoded", "not_readable", "read_csv", "read_text",
+    "verbatim",
 ]  # fmt: skip

@@ -29,6 +29,8 @@ from fine_bench.runner.clean.inputs.items import (
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 LABELS = ("label", "labels", "target", "class", "y")
 TEXTS = ("text", "sentence", "content", "review", "document", "body", "comment")
+_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+"""A JSON escape of one half of a pair."""
 _WORDS = 4
 """A column is text when half of its values have as many words and most of them differ."""
 
@@ -115,6 +117,12 @@ def _read_lines(path: Path, encoding: str | None) -> pd.DataFrame:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is no JSON ({error}); correct it") from error
+        half = _HALF.search(line)
+        if half is not None and not _is_text(line):
+            raise DataError(
+                f"{path}, line {number} holds half of a character ({half.group()}, one of a pair "
+                "that stands alone), which is no text; take it out or write the whole character"
+            )
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}, line {number} holds a {type(row).__name__}; every line must be an object "
@@ -122,6 +130,25 @@ def _read_lines(path: Path, encoding: str | None) -> pd.DataFrame:
             )
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _is_text(line: str) -> bool:
+    """Whether the pairs of a JSON line that make up one character each are whole."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _as_line(row: Mapping[str, Any], encoding: str) -> str:
+    """A row as JSON; what the encoding does not have is escaped, as JSON may."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return line
 
 
 # ------------------------------------------------------------------------------- which column
@@ -228,10 +255,10 @@ class _Rows:
             lines = [line for line in _lines(self.path, self.encoding) if line.strip()]
             found = [json.loads(line) for line in lines]
             given = self._as_given([one.get(self.label) for one in found], labels)
+            encoding = self.encoding or csv_files.UTF_8
             for row, label in given.items():
-                lines[row] = json.dumps({**found[row], self.label: label}, ensure_ascii=False)
-            text = "".join(f"{lines[row]}\n" for row in keep)
-            copy.write_bytes(text.encode(self.encoding or csv_files.UTF_8))
+                lines[row] = _as_line({**found[row], self.label: label}, encoding)
+            copy.write_bytes("".join(f"{lines[row]}\n" for row in keep).encode(encoding))
             return Written(copy, keep)
         if self.path is not None and suffix == ".csv":
             table = csv_files.verbatim(self.path, self.encoding)
@@ -249,9 +276,8 @@ class _Rows:
             table.to_parquet(out, index=False)
             copy.write_bytes(out.getvalue())
         else:
-            table.to_csv(
-                copy, sep=form.separator, index=False, lineterminator="\n", encoding=form.encoding
-            )
+            text = table.to_csv(sep=form.separator, index=False, lineterminator="\n")
+            copy.write_bytes(csv_files.encoded(text, form.encoding, copy.name))
         return Written(copy, keep)
 
 

@@ -1,9 +1,9 @@
-"""Finished halves of runs as files, so that an interrupted call goes on where it was.
+"""What finished models of runs said, as files, so that an interrupted call goes on where it was.
 
-A half is kept below ``FOLDER/runs/`` under a digest of all that decides it: inputs, labels, model,
-optimiser, seed; of a model of somebody's own its code as well. So a second call with a trusted
-list, another level or score trains nothing anew, and other data or options never meet an old file.
-Plain arrays, nothing pickled.
+What one fold's model said is kept below ``FOLDER/runs/`` under a digest of all that decides it:
+inputs, labels, model, optimiser, seed; of a model of somebody's own its code as well. So a second
+call with a trusted list, another level or score trains nothing anew, and other data or options
+never meet an old file. Plain arrays, nothing pickled.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fine_bench.runner.clean.recipe import Recipe, build
 from fine_bench.runner.clean.training import Run
 from fine_bench.store.files import write_atomic
 
-VERSION = 2
-"""Raised when what a half holds for the same digest changes."""
+VERSION = 3
+"""Raised when what a file holds for the same digest changes."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_ARRAYS = ("probabilities", "during", "mu", "std_error")
+_ARRAYS = ("probabilities", "own", "mu", "std_error")
 
 
 @dataclass(frozen=True)
-class HalvesStore:
-    """Where halves of runs are kept.
+class FoldStore:
+    """Where the folds of runs are kept.
 
     Attributes:
         folder: of the files.
@@ -45,28 +45,28 @@ class HalvesStore:
     key: str
 
     def path(self, seed: int, number: int) -> Path:
-        """Of one half of one run."""
-        return self.folder / f"{self.key}-run{seed}-half{number}.npz"
+        """Of one fold of one run."""
+        return self.folder / f"{self.key}-run{seed}-fold{number}.npz"
 
     def keeper(self, seed: int) -> Callable[[int, Callable[[], Run]], Run]:
-        """What ``train_run`` takes as ``half``: reads a half that is there, makes and keeps others.
+        """What ``train_run`` takes as ``keep``: reads what is there, makes and keeps the rest.
 
         A file that cannot be read is made anew.
         """
 
-        def half(number: int, make: Callable[[], Run]) -> Run:
+        def keep(number: int, make: Callable[[], Run]) -> Run:
             path = self.path(seed, number)
-            found = read_half(path)
+            found = read_fold(path)
             if found is None:
                 found = make()
                 write_atomic(path, as_bytes(found))
             return found
 
-        return half
+        return keep
 
-    def finished(self, seeds: list[int], halves: int) -> int:
-        """How many halves are there already."""
-        return sum(self.path(s, k).is_file() for s in seeds for k in range(halves))
+    def finished(self, seeds: list[int], folds: int) -> int:
+        """How many folds are there already."""
+        return sum(self.path(s, k).is_file() for s in seeds for k in range(folds))
 
 
 def key_of(x: Tensor, y: Tensor, recipe: Recipe, influence: bool) -> str:
@@ -104,7 +104,7 @@ def _say_own(recipe: Recipe, x: Tensor, y: Tensor, say: Callable[[bytes], None])
 
 
 def as_bytes(run: Run) -> bytes:
-    """A half as an archive of plain arrays."""
+    """A fold as an archive of plain arrays."""
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -116,13 +116,13 @@ def as_bytes(run: Run) -> bytes:
     return out.getvalue()
 
 
-def read_half(path: Path) -> Run | None:
-    """A half that is there and whole, else None."""
+def read_fold(path: Path) -> Run | None:
+    """A fold that is there and whole, else None."""
     try:
         with np.load(path, allow_pickle=False) as found:
             return Run(
                 found["probabilities"],
-                found["during"],
+                found["own"],
                 found["mu"],
                 found["std_error"],
                 tuple(int(n) for n in found["epochs"]),
