@@ -3,8 +3,8 @@
 Both get the same model, trained in the same way (early stopping on a held-out tenth). Datalab gets
 out-of-sample probabilities of five-fold cross-validation, as its documentation asks, and gives its
 label score. We get 1, 2 and 3 runs of two folds, three where the network is convolutional, and give
-the scores of ``fine_bench.runner.clean.scoring``; a fourth run says what repeats. Everything is done three times,
-with other seeds, on each set but the last, which is done once:
+the scores of ``fine_bench.runner.clean.scoring``; a fourth run says what repeats. Everything is
+done three times, with other seeds, on each set but the last, which is done once:
 
 - ``table``: breast cancer of scikit-learn, 569 rows, 10 % of the labels flipped;
 - ``text``: paragraphs of the docstrings of six packages that this project brings, 300 each; the
