@@ -151,10 +151,11 @@ def test_a_run_trains_on_all_folds_but_one(items: Items, recipe: Recipe, folds: 
     fold = folds_of(items.y, folds, 1)
     assert len(parts) == len(run.epochs) == folds
     for number, part in enumerate(parts):
-        assert not np.isnan(part.probabilities[fold == number]).any()
-        assert np.isnan(part.own[fold == number]).all()
+        left = fold == (number + 1) % folds
+        assert not np.isnan(part.probabilities[left]).any()
+        assert np.isnan(part.own[left]).all()
         seen = ~np.isnan(part.own[:, 0])
-        assert seen.sum() == (fold != number).sum() - 20  # held out: a tenth, at least 20
+        assert seen.sum() == (~left).sum() - 20  # held out: a tenth, at least 20
         assert np.isnan(part.probabilities[seen]).all()
     assert not np.isnan(run.probabilities).any()
     several = np.stack([part.mu for part in parts])
@@ -256,7 +257,7 @@ def test_wrong_labels_are_found_and_runs_agree(items: Items, runs: list[Run]) ->
     assert set(table["runs"]) == {3}
     found = suspected(table)
     assert bad[found["row"].to_numpy()].mean() > 0.8
-    assert stable_share(runs, items.y, "doubt") > 0.4
+    assert stable_share(runs, items.y, "doubt") > 0.5
     assert math.isnan(stable_share(runs[:1], items.y, "doubt"))
 
 

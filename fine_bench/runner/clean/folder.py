@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.terminal import say
@@ -185,17 +185,30 @@ def _write(
         grid.add_row(name, visible(value))
     out.print(grid)
     shown = found.table[[*_SHOWN, *(c for c in ("p_value",) if c in found.table.columns)]]
+    if (shown["name"] == shown["row"].astype(str)).all():
+        shown = shown.drop(columns="name")
     rows = Table(title=f"the first {min(SHOWN, len(shown))} rows")
     for column in shown.columns:
         # a name that does not fit goes on in the next line: cut short it names nothing
         rows.add_column(column.replace("_", " "), justify="right", overflow="fold")
     for row in shown.head(SHOWN).itertuples(index=False):
-        rows.add_row(*(f"{v:.3g}" if isinstance(v, float) else visible(v) for v in tuple(row)))
+        rows.add_row(*map(_shown, shown.columns, tuple(row)))
     out.print(rows)
     for line in lines:
         out.print(line)
     files = ", ".join([*tables, SUMMARY, *written])
     out.print(f"written to {folder}: {files}", soft_wrap=True)
+
+
+def _shown(column: str, value: Any) -> str:
+    """A cell of the first rows: chances in percent, other numbers with three digits."""
+    from fine_bench.terminal import visible
+
+    if not isinstance(value, float):
+        return visible(value)
+    if value != value:
+        return "–"
+    return f"{value:.0%}" if column == "repeats" else f"{value:.3g}"
 
 
 _SHOWN = ("row", "name", "label", "suggested", "score", "runs_found", "repeats", "p_label", "mu")

@@ -67,9 +67,10 @@ def folds_of(y: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
     Args:
         y: ``(n,)`` labels.
         folds: ≥ 2.
-        seed: of the run; drawn from ``clean/folds``.
+        seed: of the run; drawn from ``clean/halves``.
     """
-    rng = np.random.default_rng(derive(seed, "clean/folds"))
+    # the streams' names are from when all runs had two folds: those are as they were
+    rng = np.random.default_rng(derive(seed, "clean/halves"))
     fold = np.zeros(len(y), dtype=np.int64)
     for label in np.unique(y):
         rows = rng.permutation(np.flatnonzero(y == label))
@@ -281,10 +282,10 @@ def train_run(
     fold = folds_of(y.numpy(), recipe.folds, seed)
     found = []
     for number in range(recipe.folds):
-        trained = np.flatnonzero(fold != number)
+        trained = np.flatnonzero(fold != (number + 1) % recipe.folds)
 
         def make(number: int = number, trained: NDArray[np.int64] = trained) -> Run:
-            own = derive(seed, f"clean/fold/{number}")
+            own = derive(seed, f"clean/half/{number}")
             return _without_mu_if_need_be(x, y, n_classes, trained, recipe, own, influence, advance)
 
         found.append(keep(number, make))
