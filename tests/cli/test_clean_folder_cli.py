@@ -126,7 +126,10 @@ def test_an_interrupted_call_goes_on(
     assert len(early) == 299
     assert set(early["runs"]) == {1}
     assert not (tmp_path / "out" / "ranking.csv").exists()
-    assert "after the first run, most suspicious: " in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "after the first run, most suspicious: " in said
+    assert "2 finished part(s) of runs are in" in said
+    assert "the same call goes on from there" in said
     times = [path.stat().st_mtime_ns for path in kept]
     monkeypatch.undo()
     assert main(call) == 0

@@ -58,7 +58,14 @@ def run(arguments: argparse.Namespace, pages: Pages) -> None:
     if arguments.trusted is None:
         names += [VERIFY, *([] if arguments.no_page else [VERIFY_PAGE])]
     _check_folder(folder, names, arguments.force)
-    found = _clean(arguments, data, folder)
+    try:
+        found = _clean(arguments, data, folder)
+    except KeyboardInterrupt:
+        kept = len(list((folder / RUNS).glob("*.npz")))
+        if kept:
+            say(f"{kept} finished part(s) of runs are in {folder / RUNS}; the same call goes on "
+                "from there", error=True)  # fmt: skip
+        raise
     _write(arguments, data, folder, found, pages)
 
 
