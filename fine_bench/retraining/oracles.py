@@ -10,7 +10,8 @@ table of a task with a ground truth shows, apart from the methods and never rank
 - ``retraining_out_of_sample``: minus the mean margin of the models that never saw it, ``self``.
 - ``retraining_banzhaf``: Data Banzhaf for the mean margin of the task's queries, ``validation``,
   from the subsets of the linear datamodeling score. They are tens, not hundreds, so it is noisy:
-  the label says how many.
+  the label says how many. Of so few that an example is in all of them or in none there is no row:
+  nothing was compared for it.
 
 All are taken from the *development* half of the models and compared with the published half, as any
 method is: nothing is scored by itself. They cost hundreds of trainings.
@@ -59,9 +60,9 @@ def limits_of(truth: Truth) -> list[Limit]:
     if truth.subsets is not None:
         values = validation_banzhaf(truth.subsets)
         n_subsets = len(truth.subsets.members[truth.subsets.of("development")])
-        found.append(
-            _limit(truth, "retraining_banzhaf", f"{n_subsets} subsets", "validation", values)
-        )
+        made_of = f"{n_subsets} subsets"
+        if np.isfinite(values).all():
+            found.append(_limit(truth, "retraining_banzhaf", made_of, "validation", values))
     return found
 
 
@@ -78,7 +79,7 @@ def validation_banzhaf(subsets: SubsetTruth) -> NDArray[Any]:
     """Data Banzhaf ``(n,)`` for the mean margin of the queries; positive where an example helps.
 
     Of the development half of the subsets, each with the mean over its seeds and queries as
-    utility; see ``metrics.retraining.effect``.
+    utility; see ``metrics.retraining.effect``. NaN for an example in all subsets or in none.
     """
     own = subsets.of("development")
     members = subsets.members[own]

@@ -147,6 +147,12 @@ def test_one_half_is_scored_by_the_other() -> None:
     detected = detection_metrics(-validation_banzhaf(made.subsets), BAD)
     assert banzhaf.numbers["average_precision"] == pytest.approx(detected["average_precision"])
     assert not any(limit.target == "validation" for limit in limits_of(truth(subsets=None)))
+    always = made.subsets.members.copy()
+    always[:, 3] = True  # without it no subset says anything
+    few = truth(subsets=replace(made.subsets, members=always))
+    assert few.subsets is not None
+    assert np.flatnonzero(~np.isfinite(validation_banzhaf(few.subsets))).tolist() == [3]
+    assert not any(limit.target == "validation" for limit in limits_of(few))
 
 
 # ---------------------------------------------------------------------------------------- tables

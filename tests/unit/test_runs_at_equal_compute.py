@@ -208,6 +208,6 @@ def test_tables_from_files(
                 work=tmp_path / "new",
             )
         )
-    monkeypatch.setattr("sys.argv", ["x", "table", "--experiment", "mnist_cnn", *places])
+    monkeypatch.setattr("sys.argv", ["x", "table", "--experiment", "mnist_atypical", *places])
     with pytest.raises(SystemExit, match="no subsets with several seeds, so there is no LDS"):
         script.main()
