@@ -40,8 +40,9 @@ from fine_bench.runner import bank_config
 from fine_bench.runner.backends import images
 from fine_bench.runner.bank import BankJob
 from fine_bench.runner.cells import problem_of
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import config_folder, register
 from fine_bench.seeds import derive
 
 Floats = NDArray[np.float64]
@@ -94,7 +95,7 @@ class Found:
 
 def bank_of(name: str, n_models: int, work: Path) -> tuple[NDArray[np.bool_], Floats]:
     """Who was in each model's training set, and the margins; trains what is missing."""
-    bank_config.register()
+    register()
     overrides = [*NETWORKS[name], *TASK, f"results_dir={work}", f"bank.models={n_models}"]
     with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
         job = BankJob.prepare(*bank_config.check(compose("bank", [*overrides, "bank.processes=1"])))

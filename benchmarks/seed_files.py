@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.schema import config_folder, register
 
 
 def job_of(experiment: str, seed: int, overrides: Sequence[str], results: Path) -> Job:

@@ -57,8 +57,9 @@ from fine_bench.retraining.truth_files import folders, named
 from fine_bench.runner.backends import images
 from fine_bench.runner.backends.trained import TrainedRun
 from fine_bench.runner.cells import outcomes, problem_of
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.schema import config_folder, register
 from fine_bench.seeds import derive
 
 EXPERIMENT = "mnist_mlp"

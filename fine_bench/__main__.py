@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from fine_bench import __version__
-from fine_bench.commands import COMMANDS
+from fine_bench.commands import COMMANDS, hydra_help
 
 REFUSED = 2
 
@@ -42,6 +42,8 @@ def call(arguments: Sequence[str]) -> int:
 
 
 def _main_of(command: str, arguments: Sequence[str]) -> int:
+    if command in hydra_help.CONFIGS and hydra_help.asked(arguments):
+        return hydra_help.show(command, arguments)
     status: int = importlib.import_module(f"fine_bench.commands.{command}").main(arguments)
     return status
 

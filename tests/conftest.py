@@ -53,7 +53,7 @@ def hydra() -> Iterator[None]:
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from fine_bench.runner.config import config_folder, register
+    from fine_bench.runner.schema import config_folder, register
 
     register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -17,13 +17,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.commands.common import DONE, INCOMPLETE, INTERRUPTED, REFUSED, at_home
-from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.retraining.build import WorkerError
 from fine_bench.retraining.train import DivergedModelError
 from fine_bench.runner import bank_config
 from fine_bench.runner.bank import BankJob, out
-from fine_bench.runner.config import config_folder, explain, refuse_empty_groups
+from fine_bench.runner.config import explain
+from fine_bench.runner.schema import config_folder, refuse_empty_groups, register
 from fine_bench.store.files import StoreError
 from fine_bench.terminal import marked
 from fine_bench.types import UnsupportedProblemError
@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     sys.argv[1:] = argv = at_home(argv)
     if {"-m", "--multirun"} & set(argv):
         _end("a bank is one job, whose models get seeds of their own; leave out -m", REFUSED)
-    bank_config.register()
+    register()
     run = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="bank")
-    with _explained(), narrow(argv):
+    with _explained():
         refuse_empty_groups(argv)
         run(_job)()
     return DONE

@@ -17,12 +17,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.commands.common import at_home
-from fine_bench.commands.hydra_help import narrow
 from fine_bench.errors import ConfigError, DataError
 from fine_bench.leaderboard.tables import Leaderboard
 from fine_bench.runner import execution, interruption, sweep
-from fine_bench.runner.config import config_folder, refuse_empty_groups, register
 from fine_bench.runner.plan import Job
+from fine_bench.runner.schema import config_folder, refuse_empty_groups, register
 from fine_bench.store.records import RecordStore
 
 TOP = 10
@@ -44,8 +43,7 @@ def main(argv: Sequence[str]) -> int:
     with interruption.caught(), sweep.command(figures_of) as swept:
         try:
             refuse_empty_groups(argv)
-            with narrow(sys.argv[1:]):
-                entry(_job)()
+            entry(_job)()
             interruption.raise_lost()
         except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
             if not swept.running:

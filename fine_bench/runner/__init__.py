@@ -3,7 +3,8 @@
 The way of the main command, ``python -m fine_bench``::
 
     commands.run → sweep       Hydra's side: plan and announce all jobs, run each, end
-                   config      the configuration as dataclasses, and its digests
+                   schema      the configuration as dataclasses
+                   config      its checks and its digests
                    calls       its sections that name a function or class
                    addresses   where moved code lies that records name
                    plan        jobs: data, cells, and which are open

@@ -30,10 +30,10 @@ from fine_bench.retraining.design import (
 from fine_bench.retraining.identity import bank_folder
 from fine_bench.runner import bank_config
 from fine_bench.runner.backends.images import images_of
-from fine_bench.runner.bank_config import BankConfig, MakeNetwork
+from fine_bench.runner.bank_config import MakeNetwork
 from fine_bench.runner.calls import ALWAYS_ALLOWED
-from fine_bench.runner.config import RunConfig
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import BankConfig, RunConfig
 from fine_bench.store.files import StoreError
 from fine_bench.terminal import Terminal, bar_on, marked
 

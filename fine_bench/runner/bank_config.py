@@ -1,13 +1,12 @@
-"""The configuration of a bank: its dataclasses, its checks, and the identity that follows."""
+"""The configuration of a bank: its checks, and the identity that follows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,84 +14,13 @@ from torch import nn
 
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
-from fine_bench.retraining.design import LEAST_SEEDS, Design, Vary
+from fine_bench.retraining.design import LEAST_SEEDS, Design
 from fine_bench.retraining.train import Recipe
 from fine_bench.runner import calls
 from fine_bench.runner import config as configuration
-from fine_bench.runner.config import RunConfig, TrainerConfig
+from fine_bench.runner.schema import BankConfig, RunConfig, TrainerConfig
 from fine_bench.seeds import derive
 from fine_bench.types import LRSchedule
-
-
-@dataclass
-class DefinitionConfig:
-    """The part "definition": all data, and all data without a set; only seeds differ.
-
-    Attributes:
-        singles: examples left out one at a time, spread over the ranks of the bank's own μ.
-        groups: whether the task's groups are left out, too.
-        with_runs: models on all data.
-        without_runs: models without each set.
-    """
-
-    singles: int = 0
-    groups: bool = True
-    with_runs: int = 0
-    without_runs: int = 0
-
-
-@dataclass
-class BankConfig:
-    """Which models a bank shall hold, and who trains them.
-
-    Attributes:
-        models: models with a random subset of their own, ≥ 0.
-        keep: share of the examples in a random subset, in (0, 1).
-        subsets: subsets that are trained on with several seeds, ≥ 0.
-        seeds_per_subset: how many, ≥ 5.
-        vary: ``both``, ``initialisation`` or ``order``: what differs between the models.
-        seed: of the bank, ≥ 0.
-        definition: the third part.
-        processes: how many work at once; null: all cores, and one process on a GPU.
-        at_once: models in a stack; null chooses by the network and the device.
-        device: ``cpu`` or ``cuda``.
-        folder: banks lie below it, each in a folder of its own.
-    """
-
-    models: int = 256
-    keep: float = 0.5
-    subsets: int = 0
-    seeds_per_subset: int = 5
-    vary: str = "both"
-    seed: int = 0
-    definition: DefinitionConfig = field(default_factory=DefinitionConfig)
-    processes: int | None = None
-    at_once: int | None = None
-    device: str = "cpu"
-    folder: str = "${results_dir}/banks"
-
-    @property
-    def has_definition(self) -> bool:
-        """Whether the part "definition" is asked for."""
-        return self.definition.with_runs > 0
-
-    @property
-    def design(self) -> Design:
-        """What all its models share."""
-        return Design(self.seed, self.keep, cast(Vary, self.vary))
-
-
-@dataclass
-class BankRunConfig(RunConfig):
-    """The configuration of a run, with a bank."""
-
-    bank: BankConfig = field(default_factory=BankConfig)
-
-
-def register() -> None:
-    """Make the schema known to Hydra."""
-    configuration.register()
-    ConfigStore.instance().store(name="bank_schema", node=BankRunConfig)
 
 
 def check(cfg: DictConfig) -> tuple[RunConfig, BankConfig]:

@@ -21,7 +21,8 @@ from fine_bench.leaderboard.option_grid import declared_for, name_of
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import TruthError, find, folders
 from fine_bench.runner.calls import ALWAYS_ALLOWED, build, target_of
-from fine_bench.runner.config import RunConfig, estimator_digest, setting_digest, varied
+from fine_bench.runner.config import estimator_digest, setting_digest, varied
+from fine_bench.runner.schema import RunConfig
 from fine_bench.seeds import derive
 from fine_bench.store.digest import digest
 from fine_bench.store.files import slug

@@ -23,10 +23,10 @@ from fine_bench.gradients.margin import margins
 from fine_bench.metrics.retraining import models_for_counts, retraining_mu
 from fine_bench.retraining.bank import Bank, find_bank
 from fine_bench.runner import bank as command
-from fine_bench.runner import bank_config
+from fine_bench.runner import bank_config, schema
 from fine_bench.runner.backends import images
-from fine_bench.runner.bank_config import BankConfig
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import BankConfig
 from support.commands import Commands
 
 SMALL = (
@@ -121,16 +121,16 @@ def test_a_bank_with_all_its_parts_grows(main: Main, tmp_path: Path) -> None:
 def config(*arguments: str, folder: str = "results") -> Any:
     from hydra import compose, initialize_config_dir
 
-    from fine_bench.runner.config import config_folder
+    from fine_bench.runner.schema import config_folder
 
-    bank_config.register()
+    schema.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         given = [f"results_dir={folder}", *SMALL, *arguments]
         return bank_config.check(compose("bank", overrides=given))
 
 
 def test_the_defaults_of_the_file_are_those_of_the_code() -> None:
-    from fine_bench.runner.config import config_folder
+    from fine_bench.runner.schema import config_folder
 
     file = OmegaConf.load(config_folder() / "bank.yaml")
     assert OmegaConf.to_container(file.bank) == OmegaConf.to_container(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fine_bench
-from fine_bench.commands import COMMANDS
+from fine_bench.commands import COMMANDS, hydra_help
 from fine_bench.report.figures.requirements import in_full
 from fine_bench.report.figures.style import FORMATS
 from fine_bench.retraining.truth import HALVES
@@ -72,6 +72,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 def test_every_command_has_a_file_and_every_file_is_listed() -> None:
     assert FILES - {"__init__", "common", "hydra_help"} == set(COMMANDS)
+    assert set(HYDRA) == set(hydra_help.CONFIGS)
 
 
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
@@ -119,7 +120,7 @@ def test_everything_else_goes_to_hydra(
     assert called == [("run", arguments)] * 2
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [[], ["--version"], ["-m", "seed=1"]])
 def test_the_module_without_a_command_is_hydras(
     arguments: list[str], called: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,23 @@ def test_help_imports_nothing_that_takes_long() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", HYDRA)
+def test_the_configuration_is_shown_without_what_a_run_needs(name: str) -> None:
+    """The help of a Hydra command took 8 s of CPU, most of them for imports; it takes 1."""
+    code = (
+        "import sys\n"
+        "import fine_bench.__main__ as program\n"
+        f"status = program.call([{name!r}, 'task.seed=7', '--help'])\n"
+        "slow = ('torch', 'numpy', 'pandas', 'scipy', 'matplotlib', 'wandb', 'pytorch_lightning')\n"
+        "print([name for name in slow if name in sys.modules], status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shown, _, imported = done.stdout.strip().rpartition("\n")
+    assert imported == "[] 0"
+    assert "seed: 7" in shown
+    assert "== Configuration groups (group=option) ==" in shown
 
 
 def test_the_callback_imports_little_beside_lightning() -> None:

@@ -24,9 +24,10 @@ from fine_bench.leaderboard.render import to_csv, to_markdown
 from fine_bench.metrics.intervals import mean_interval
 from fine_bench.retraining.truth import HalfTruth, SubsetTruth, Truth
 from fine_bench.retraining.truth_files import save
-from fine_bench.runner.config import check, config_folder
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.schema import config_folder
 from fine_bench.store.records import RecordStore
 from fine_bench.types import InfluenceScores
 from support.commands import Commands

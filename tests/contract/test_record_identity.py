@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from fine_bench.runner import addresses
 from fine_bench.runner.calls import ALWAYS_ALLOWED, Section, target_of
-from fine_bench.runner.config import RunConfig, TrainerConfig, estimator_digest, setting_digest
+from fine_bench.runner.config import estimator_digest, setting_digest
+from fine_bench.runner.schema import RunConfig, TrainerConfig
 from fine_bench.store.records import RecordStore, Scan
 
 RESULTS = Path(__file__).parents[2] / "results"

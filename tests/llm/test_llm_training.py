@@ -26,8 +26,8 @@ from fine_bench.llm.watchers import SequenceFINE, SequencePaperFINE
 from fine_bench.models.classifier import DivergedError
 from fine_bench.runner.backends import language, language_cure
 from fine_bench.runner.backends.language_cure import oracle
-from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.runner.plan import Job
+from fine_bench.runner.schema import RunConfig, TrainerConfig
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 from support.language import build, one_at_a_time
 from support.training import QUIET

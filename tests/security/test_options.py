@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from fine_bench.callback import FINECallback, PaperFINECallback
 from fine_bench.commands import bank, run
 from fine_bench.errors import ConfigError
-from fine_bench.runner.config import check, refuse_empty_groups
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import refuse_empty_groups
 from support.records import digits_run
 
 FINE = {"_target_": "fine_bench.callback.FINECallback"}

@@ -28,8 +28,8 @@ from fine_bench.retraining.train import (
 from fine_bench.retraining.train_dense import DenseStack
 from fine_bench.retraining.train_mapped import ModuleStack
 from fine_bench.runner.backends import images
-from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.runner.plan import Job
+from fine_bench.runner.schema import RunConfig, TrainerConfig
 from fine_bench.seeds import derive, stream
 from fine_bench.types import UnsupportedProblemError
 

@@ -26,7 +26,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from fine_bench.runner import bank_config, launchers
-from fine_bench.runner.config import check, config_folder, explain, register
+from fine_bench.runner.config import check, explain
+from fine_bench.runner.schema import config_folder, register
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +71,6 @@ def understand_overrides(name: str, arguments: Sequence[str]) -> int:
     given = [a for a in arguments if a not in ("-m", "--cfg", "job")]
     assert not [a for a in given if a.startswith("-")], "an option that this test does not know"
     register()
-    bank_config.register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)

@@ -24,9 +24,10 @@ from fine_bench.data.reference_model import set_aside
 from fine_bench.data.sampling import draw_counts
 from fine_bench.data.task import TaskData
 from fine_bench.errors import ConfigError
-from fine_bench.runner.config import RunConfig, check, config_folder
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import RunConfig, config_folder
 from fine_bench.seeds import stream
 
 poisoned = partial(backdoor, trigger_size=2, poison_rate=0.02)

@@ -19,10 +19,11 @@ from fine_bench import terminal
 from fine_bench.commands.run import multirun_first
 from fine_bench.errors import DataError
 from fine_bench.runner import launchers, sweep
-from fine_bench.runner.config import check, config_folder, setting_digest
+from fine_bench.runner.config import check, setting_digest
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
 from fine_bench.runner.progress import Follower
+from fine_bench.runner.schema import config_folder
 from fine_bench.store.records import RecordStore
 
 pytestmark = pytest.mark.usefixtures("hydra")

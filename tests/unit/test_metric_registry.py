@@ -19,9 +19,10 @@ from fine_bench.metrics.detection import detection_metrics
 from fine_bench.metrics.registry import Given, Metric, columns, known, measure, metric, named
 from fine_bench.metrics.top import top_metrics
 from fine_bench.runner.conclusion import conclude
-from fine_bench.runner.config import check, config_folder, register
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import plan
+from fine_bench.runner.schema import config_folder, register
 
 ROOT = Path(__file__).parents[2]
 OWN = "metrics_of_one_file"

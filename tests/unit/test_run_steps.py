@@ -14,8 +14,8 @@ from fine_bench.data.digits import digits_mislabel
 from fine_bench.estimator import replay
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
-from fine_bench.runner.config import RunConfig, TrainerConfig
 from fine_bench.runner.plan import Job
+from fine_bench.runner.schema import RunConfig, TrainerConfig
 
 
 @pytest.mark.parametrize(

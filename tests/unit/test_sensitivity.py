@@ -29,9 +29,10 @@ from fine_bench.report.figures import option_ranges as ranges_figure
 from fine_bench.report.figures.requirements import LeftOutError
 from fine_bench.report.figures.tables import table_results
 from fine_bench.runner.conclusion import conclude
-from fine_bench.runner.config import check, config_folder
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.schema import config_folder
 from fine_bench.runner.sweep import announce
 from fine_bench.runner.verify import verify
 from fine_bench.store.record_json import PENDING
