@@ -20,7 +20,10 @@ from fine_bench.gradients.curvature.products import as_direction, as_rows
 from fine_bench.gradients.per_example import PerExampleGradients
 
 BLOCK_FLOATS = 2**24
-"""Numbers in one block of right-hand sides; CG holds about six of them, LiSSA three."""
+"""Numbers in one block of right-hand sides of CG, which holds about six of them."""
+
+SERIES_FLOATS = 2**23
+"""The same of LiSSA, which holds three, and shares nothing among a block but the draws."""
 
 
 class Inverse(Protocol):
@@ -127,7 +130,7 @@ class LissaInverse(RowsInverse):
 
     def _solve(self, rows: Tensor) -> Tensor:
         parts = []
-        for block in torch.split(rows, max(1, BLOCK_FLOATS // rows.shape[1])):
+        for block in torch.split(rows, max(1, SERIES_FLOATS // rows.shape[1])):
             x, residual = self.lissa.solve(block)
             self.report(residual)
             parts.append(x)

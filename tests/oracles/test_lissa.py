@@ -105,7 +105,7 @@ def test_sampled_scores_do_not_depend_on_how_queries_are_split(
     options: dict[str, Any] = {"damping": 0.3, "depth": 20, "sample_size": 7}
     whole = scores(problem("relu"), "lissa", **options).values
     close(scores(problem("relu", batch_size=5), "lissa", **options).values, whole, 1e-10)
-    monkeypatch.setattr("baselines.inverses.BLOCK_FLOATS", 1)  # one query after the other
+    monkeypatch.setattr("baselines.inverses.SERIES_FLOATS", 1)  # one query after the other
     close(scores(problem("relu"), "lissa", **options).values, whole, 1e-10)
     other = scores(problem("relu"), "lissa", seed=1, **options).values
     assert float((other - whole).abs().max()) > 1e-6
