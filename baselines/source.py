@@ -65,6 +65,10 @@ Factored: TypeAlias = Literal["fisher", "ggn", "empirical_fisher"]
 QUERY_FLOATS = 2**26
 """Numbers that the directions of one chunk of queries may take, all segments together."""
 
+HELD_FLOATS = 2**26
+"""Numbers that the gradients of a batch may take, at the checkpoints of a segment that are summed
+before their product: a quarter of a gigabyte in float32."""
+
 SELF_FLOATS = 2**32
 """Examples × parameters beyond which ``self`` is refused."""
 
@@ -348,17 +352,28 @@ class SOURCE(InfluenceEstimator):
         for x, y in self._training() if only is None else [only]:
             total: Tensor | None = None
             for segment, directions in zip(segments, carried, strict=True):
-                gradients = []
-                for checkpoint in segment.checkpoints:
-                    self._at(checkpoint)
-                    gradients.append(self.engine(x, y))
-                    self.gradient_evaluations += len(x)
                 # one product for the sum over a segment's checkpoints instead of one for each
-                term = contract_sum(gradients, directions) / len(gradients)
+                terms = [contract_sum(some, directions) for some in self._held(segment, x, y)]
+                term = sum(terms[1:], terms[0]) / len(segment.checkpoints)
                 total = term if total is None else total + term
             assert total is not None
             columns.append(total)
         return torch.cat(columns, 1)
+
+    def _held(self, segment: Segment, x: Tensor, y: Tensor) -> Iterator[list[PerExampleGradients]]:
+        """A batch's gradients at the checkpoints of a segment, as many together as may be held."""
+        held: list[PerExampleGradients] = []
+        floats = 0
+        for checkpoint in segment.checkpoints:
+            self._at(checkpoint)
+            held.append(self.engine(x, y))
+            self.gradient_evaluations += len(x)
+            floats += sum(block.n_floats for block in held[-1].blocks)
+            if floats * (len(held) + 1) > HELD_FLOATS * len(held):  # the next one is as large
+                yield held
+                held, floats = [], 0
+        if held:
+            yield held
 
     def _training(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _, x, y in self.problem.batches("train"):

@@ -218,6 +218,25 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         close(replay(SOURCE(), problem(queries), checkpoints()).values, expected, 1e-12)
 
 
+@pytest.mark.parametrize("reduce", [None, "mean"])
+def test_fewer_gradients_held_at_once_give_the_same(
+    reduce: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = replay(SOURCE(segments=2), problem(reduce=reduce), checkpoints()).values
+    sizes: list[int] = []
+    whole = module.contract_sum
+
+    def counted(parts: Any, direction: Any) -> Tensor:
+        sizes.append(len(parts))
+        return whole(parts, direction)
+
+    monkeypatch.setattr(module, "contract_sum", counted)
+    monkeypatch.setattr(module, "HELD_FLOATS", 1)
+    found = replay(SOURCE(segments=2), problem(reduce=reduce), checkpoints()).values
+    assert set(sizes) == {1}
+    close(found, expected, 1e-12)
+
+
 def test_accumulated_keeps_its_digits() -> None:
     s = torch.tensor([0.0, 1e-300, 1e-12, 1e3], dtype=torch.float64)
     expected = torch.tensor([5.0, 5.0, 5.0 - 12.5e-12, 1e-3], dtype=torch.float64)
