@@ -221,7 +221,7 @@ class InRunShapleyCallback(InRunMethod):
         if self._first_batch is not None:
             self._first_batch.starts(batch)  # and where each layer's input has the examples
             self._first_batch = None
-        self._index = batch_index(batch, len(self._accumulator.n_observations), once=False)
+        self._index, _ = batch_index(batch, len(self._accumulator.n_observations))
         self._recorder.start(len(self._index))
 
     def on_before_optimizer_step(

@@ -49,6 +49,9 @@ from fine_bench.fine.micro_batches import GlobalBatch
 from fine_bench.fine.training_data import as_positions
 from fine_bench.gradients.reciprocal import inverse_or_zero
 
+TOGETHER = 64
+"""Batches that wait to be taken in, at most."""
+
 NEARLY_ALL = 0.9
 """Share of the examples after which a new round through them is nothing to wonder at."""
 
@@ -70,6 +73,28 @@ class Draws:
         self._epoch: int | None = None
         # of NumPy: on a few dozen numbers faster than tensors
         self._seen, self._count = np.zeros(0, dtype=bool), 0
+        self._waiting: list[tuple[Tensor, int]] = []
+
+    def later(self, index: Tensor, epoch: int) -> None:
+        """Take in a batch with the next ones: see ``note``, and ``settle`` before asking."""
+        self._waiting.append((index, epoch))
+        if len(self._waiting) >= TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take in the batches that wait."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting or self.accumulator.with_replacement:
+            return
+        if self.told and {epoch for _, epoch in waiting} == {self._epoch}:
+            positions = torch.cat([index for index, _ in waiting]).cpu().numpy()
+            fresh = not self._seen[positions].any()
+            if fresh and len(np.unique(positions)) == len(positions):  # nearly always
+                self._seen[positions] = True
+                self._count += len(positions)
+                return
+        for index, epoch in waiting:
+            self.note(index, epoch)
 
     def note(self, index: Tensor, epoch: int) -> None:
         """Take in a batch.

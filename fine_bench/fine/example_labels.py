@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TOGETHER = 64
+"""Batches that wait to be taken in, at most."""
+
 UNKNOWN = torch.iinfo(torch.int64).min
 """Stands for the label of an example that was not seen yet."""
 
@@ -33,6 +36,38 @@ class ExampleLabels:
     def __init__(self, n_train: int) -> None:
         self.known = torch.full((n_train,), UNKNOWN, dtype=torch.int64)
         self._told_as: dict[int, int] = {}
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def later(self, index: Tensor, labels: Tensor) -> None:
+        """Take in a batch with the next ones; see ``note``, and ``settle`` before asking.
+
+        Args:
+            index: positions ``(m,)``, the caller's own.
+            labels: ``(m,)``; a copy is held.
+        """
+        self._waiting.append((index, labels.clone()))
+        if len(self._waiting) >= TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take in the batches that wait.
+
+        Raises:
+            ValueError: see ``note``.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        where = torch.cat([index for index, _ in waiting]).cpu().numpy()
+        new, known = torch.cat([labels for _, labels in waiting]).numpy(), self.known.numpy()
+        before = known[where]
+        if ((before == UNKNOWN) | (before == new)).all():
+            known[where] = new
+            if (known[where] == new).all():  # nearly always
+                return
+            known[where] = before
+        for index, labels in waiting:  # to say what is wrong
+            self.note(index, labels)
 
     def note(self, index: Tensor, labels: Tensor) -> None:
         """Take in a batch.

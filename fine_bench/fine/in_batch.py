@@ -86,6 +86,7 @@ class InBatchSchedule:
         # other geometries differ from step to step
         self._may_queue = passes.metric.plain and passes.processes.count == 1
         self._index: Tensor | None = None
+        self._repeats = False  # whether an example stands in that batch twice
         self.window: Window[MicroBatch] = Window() if window is None else window
         self.labels = ExampleLabels(passes.data.n)
         self.draws, self._short = Draws(self.accumulator), ShortSteps(self.accumulator)
@@ -125,9 +126,11 @@ class InBatchSchedule:
         """Note who is in the batch and record its pass."""
         if self._index is not None:
             self.n_without_backward += 1
-        index = batch_index(batch, self.accumulator.n_train, self.passes.data.adapter, once=False)
+        index, self._repeats = batch_index(
+            batch, self.accumulator.n_train, self.passes.data.adapter
+        )
         if self.passes.processes.count == 1:
-            self.draws.note(index, epoch)
+            self.draws.later(index, epoch)
         self._note_labels(batch, index, epoch)
         # the epoch moves the pattern on, for loaders that do not shuffle
         if not self.recorder.trains:  # none is trained any more
@@ -203,7 +206,7 @@ class InBatchSchedule:
             logit_gradients = self._head.look(recorder, epoch, scale, self._batch_labels)
         recorder.clear()
         parts = accumulates * n_processes
-        part = MicroBatch(index, gradients, scale, logit_gradients, parts, repeats(index))
+        part = MicroBatch(index, gradients, scale, logit_gradients, parts, self._repeats)
         self.window.add(part, accumulates)
 
     def before_step(self, sizes: StepSizes, step: int, epoch: int, *, taken: bool = True) -> None:
@@ -373,7 +376,9 @@ class InBatchSchedule:
         )
 
     def _settle(self) -> None:
-        """Take the statistics of the steps that wait."""
+        """Take the statistics of the steps that wait, and what was noted of their batches."""
+        self.draws.settle()
+        self.labels.settle()
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -414,5 +419,5 @@ class InBatchSchedule:
         self._labelled_epoch = epoch
         labels = hard_labels(adapter.label(batch), len(index))
         if labels is not None:
-            self.labels.note(index, labels)
+            self.labels.later(index, labels)
             self._batch_labels = labels

@@ -155,18 +155,21 @@ def read_queries(queries: Dataset[Any], device: torch.device | str) -> tuple[Ten
 
 
 def batch_index(
-    batch: Any, n_train: int, adapter: BatchAdapter | None = None, *, once: bool = True
-) -> Tensor:
-    """The positions of a batch's examples in the training set, ``(m,)``.
+    batch: Any, n_train: int, adapter: BatchAdapter | None = None
+) -> tuple[Tensor, bool]:
+    """The positions of a batch's examples in the training set.
 
     Args:
         batch: of the training.
         n_train: number of training examples.
         adapter: reads batches.
-        once: whether an example may stand in it once only.
+
+    Returns:
+        a copy of them, ``(m,)``, since a loop may write its next batch into the memory of this one
+        while steps wait to be accounted for; whether an example stands in it twice.
 
     Raises:
-        ValueError: no index in the batch, repeated or out of range.
+        ValueError: no index in the batch, or out of range.
     """
     index = (adapter or BatchAdapter()).example_index(batch)
     if index is None:
@@ -185,9 +188,7 @@ def batch_index(
             "examples; index must be the position in that set (fine_bench.with_index adds it), or "
             "give train_size=…, the number of examples that are numbered"
         )
-    if once and len(set(positions)) != len(positions):
-        raise ValueError("the batch's index repeats an example; draw batches without replacement")
-    return found
+    return found.clone(), len(set(positions)) != len(positions)
 
 
 def as_positions(index: Any) -> Tensor:

@@ -17,6 +17,7 @@ from fine_bench.callback import FINECallback
 from fine_bench.fine.accumulator import FineAccumulator
 from fine_bench.fine.draws import Draws, Evenness, effects_of_rows
 from fine_bench.fine.effects import direction_effects, self_effects
+from fine_bench.fine.example_labels import ExampleLabels
 from support.tensors import close, observable_gradients
 from support.training import QUIET
 
@@ -337,3 +338,41 @@ def test_rounds_of_which_nobody_tells() -> None:
     draws.note(torch.tensor([3, 4]), 0)
     draws.note(torch.tensor([5, 4]), 0)
     assert accumulator.with_replacement
+
+
+@pytest.mark.parametrize("again", [None, 3, 17])
+@pytest.mark.parametrize("told", [True, False])
+def test_batches_that_wait_tell_what_each_would(again: int | None, told: bool) -> None:
+    """``again``: the batch that holds an example of an earlier one of its epoch."""
+    found = []
+    for waits in (False, True):
+        accumulator = FineAccumulator(30, 1)
+        draws = Draws(accumulator)
+        draws.told = told
+        for epoch in range(3):
+            order = torch.randperm(30, generator=torch.Generator().manual_seed(epoch))
+            for number, batch in enumerate(order.split(4), 8 * epoch):
+                index = torch.cat([batch[:-1], order[:1]]) if number == again else batch
+                (draws.later if waits else draws.note)(index, epoch)
+                if number % 5 == 4:
+                    draws.settle()
+        draws.settle()
+        found.append(accumulator.with_replacement)
+    assert found[0] == found[1] == (again is not None)
+
+
+def test_labels_that_wait_are_compared_as_each_would() -> None:
+    index, labels = torch.tensor([4, 1, 2]), torch.tensor([0, 1, 2])
+    known = ExampleLabels(6)
+    known.later(index, labels)
+    known.later(index.flip(0), labels.flip(0))
+    labels[0] = 7  # the caller's memory, which holds the next batch by now
+    known.settle()
+    assert known.known[index].tolist() == [0, 1, 2]
+    known.later(torch.tensor([3, 5]), torch.tensor([1, 1]))
+    known.later(torch.tensor([0, 3]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="example 3 had the label 1 before and has 2 now"):
+        known.settle()
+    known.later(torch.tensor([0, 0]), torch.tensor([4, 5]))
+    with pytest.raises(ValueError, match=r"had the label|twice with different labels"):
+        known.settle()

@@ -560,3 +560,32 @@ with fine_bench.watch(model, optimizer=optimizer, train_size=4) as fine:
 assert fine.scores().values.abs().max() > 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+def test_a_loop_may_write_its_next_batch_into_the_memory_of_this_one() -> None:
+    """Steps wait to be accounted for together: nothing of them may lie in the loop's own memory."""
+
+    def scores(*, reuses: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train = data(24)
+        buffers = [part[:4].clone() for part in train.tensors]
+        with fine_bench.watch(model, optimizer=optimizer, train_set=train) as fine:
+            for _ in range(2):
+                for batch in zip(*(part.split(4) for part in train.tensors), strict=True):
+                    given = batch
+                    if reuses:
+                        given = tuple(
+                            room.copy_(part) for room, part in zip(buffers, batch, strict=True)
+                        )
+                    x, y, index = given
+                    fine.batch(index, y)
+                    fine.loss(F.cross_entropy(model(x), y)).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                fine.epoch_ends()
+        values: Tensor = fine.scores().values
+        return values
+
+    assert torch.equal(scores(reuses=True), scores(reuses=False))
