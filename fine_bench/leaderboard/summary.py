@@ -102,6 +102,23 @@ def _mean_rank(label: str, found: Sequence[dict[str, Row]], metric: Metric) -> t
     return not ranks, sum(ranks) / len(ranks) if ranks else 0.0
 
 
+def headings(tables: Sequence[Table]) -> list[str]:
+    """The tasks of tables; where one has several, with as much of their settings as tells apart."""
+    found = []
+    for table in tables:
+        of_task = [other for other in tables if other.task == table.task]
+        told: list[str] = []
+        alike = [other for other in of_task if other is not table]
+        for name, value in table.options.items():
+            # what differs somewhere is said of all, so that they can be compared
+            if alike and any(other.options.get(name) != value for other in of_task):
+                told.append(f"{name.rpartition('.')[2]}={value}")
+                alike = [other for other in alike if other.options.get(name) == value]
+        told += [table.setting[:8]] if alike else []
+        found.append(f"{table.task} ({', '.join(told)})" if told else table.task)
+    return found
+
+
 def sheet_of(summary: Summary) -> Sheet:
     """A line a method, a column a task; the best of each column is marked."""
     metric = summary.measure
@@ -118,7 +135,7 @@ def sheet_of(summary: Summary) -> Sheet:
     rows = zip(*columns, strict=True)
     return Sheet(
         f"{metric.label} {metric.arrow}, target *{summary.target}*",
-        (Head("method", left=True), *(Head(table.task) for table in summary.tables)),
+        (Head("method", left=True), *map(Head, headings(summary.tables))),
         tuple(
             Line("", (Entry(label), *entries))
             for label, entries in zip(summary.labels, rows, strict=True)
@@ -131,6 +148,7 @@ def to_markdown(summary: Summary) -> str:
     sheet = sheet_of(summary)
     lines = [f"#### {sheet.title}", "", *markdown(sheet)]
     if summary.measure.table == DETECTION:
-        bad = (f"{table.k:,} of the examples of {table.task}" for table in summary.tables)
+        named = zip(summary.tables, headings(summary.tables), strict=True)
+        bad = (f"{table.k:,} of the examples of {heading}" for table, heading in named)
         lines += ["", f"Known bad: {', '.join(bad)}."]
     return "\n".join(map(visible, lines)) + "\n"

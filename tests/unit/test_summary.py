@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fine_bench.commands.summary import main
 from fine_bench.errors import DataError
-from fine_bench.leaderboard.summary import summarise, to_markdown
+from fine_bench.leaderboard.summary import headings, summarise, to_markdown
 from fine_bench.leaderboard.tables import Leaderboard, Row, Stat, Table
 
 
@@ -44,6 +45,29 @@ def test_methods_by_tasks() -> None:
     assert "| constant | – | undefined | – |" in text
     assert "fine_paper" not in text  # it scores a sample
     assert "Known bad: 20 of the examples of easy" in text
+
+
+def test_tables_of_one_task_are_told_apart() -> None:
+    found = [
+        replace(table(name, row("fine", 0.5)), setting=setting, options=options)
+        for name, setting, options in (
+            ("digits", "aaaaaaaaaa", {}),
+            ("natural", "bbbbbbbbbb", {"model": "mlp", "trainer.lr": 0.1}),
+            ("natural", "cccccccccc", {"model": "cnn", "trainer.lr": 0.2}),
+            ("seeds", "dddddddddd", {"trainer.init_seed": None, "trainer.order_seed": None}),
+            ("seeds", "eeeeeeeeee", {"trainer.init_seed": None, "trainer.order_seed": 0}),
+            ("seeds", "ffffffffff", {"trainer.init_seed": 0, "trainer.order_seed": None}),
+            ("same", "0123456789", {"lr": 1}),
+            ("same", "9876543210", {"lr": 1}),
+        )
+    ]
+    assert headings(found) == [
+        "digits", "natural (model=mlp)", "natural (model=cnn)",
+        "seeds (init_seed=None, order_seed=None)", "seeds (init_seed=None, order_seed=0)",
+        "seeds (init_seed=0)", "same (01234567)", "same (98765432)",
+    ]  # fmt: skip
+    text = to_markdown(summarise(Leaderboard(tuple(found)), "average_precision", "self"))
+    assert "| natural (model=mlp) | natural (model=cnn) |" in text
 
 
 def test_order_of_tasks_and_direction() -> None:
