@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -280,15 +281,19 @@ def train_run(
         advance: called at the end of each epoch.
     """
     fold = folds_of(y.numpy(), recipe.folds, seed)
-    found = []
-    for number in range(recipe.folds):
+
+    def scored(number: int) -> Run:
         trained = np.flatnonzero(fold != (number + 1) % recipe.folds)
+        own = derive(seed, f"clean/half/{number}")
 
-        def make(number: int = number, trained: NDArray[np.int64] = trained) -> Run:
-            own = derive(seed, f"clean/half/{number}")
-            return _without_mu_if_need_be(x, y, n_classes, trained, recipe, own, influence, advance)
+        def train(watched: bool) -> Run:
+            return train_model(
+                x, y, n_classes, trained, recipe, seed=own, influence=watched, advance=advance
+            )
 
-        found.append(keep(number, make))
+        return _without_mu_if_need_be(train, influence)
+
+    found = [keep(number, partial(scored, number)) for number in range(recipe.folds)]
     whole = joined(found)
     if whole.trouble:  # with one, so the others' μ would be of the same model
         nothing = np.full(len(x), np.nan)
@@ -296,28 +301,19 @@ def train_run(
     return whole
 
 
-def _without_mu_if_need_be(
-    x: Tensor,
-    y: Tensor,
-    n_classes: int,
-    trained: NDArray[np.int64],
-    recipe: Recipe,
-    seed: int,
-    influence: bool,
-    advance: Callable[[], None],
-) -> Run:
-    """A model of the user's may have no per-example gradients: then all but μ is measured."""
+def _without_mu_if_need_be(train: Callable[[bool], Run], influence: bool) -> Run:
+    """A model of the user's may have no per-example gradients: then all but μ is measured.
+
+    Args:
+        train: trains, with f-INE or without.
+        influence: whether it is asked for.
+    """
     try:
-        return train_model(
-            x, y, n_classes, trained, recipe, seed=seed, influence=influence, advance=advance
-        )
+        return train(influence)
     except UnsupportedProblemError as error:
         if not influence:
             raise
-        run = train_model(
-            x, y, n_classes, trained, recipe, seed=seed, influence=False, advance=advance
-        )
-        return replace(run, trouble=str(error))
+        return replace(train(False), trouble=str(error))
 
 
 def joined(parts: list[Run]) -> Run:
