@@ -215,7 +215,9 @@ def _shown(column: str, value: Any) -> str:
         return visible(value)
     if value != value:
         return "–"
-    return f"{value:.0%}" if column == "repeats" else f"{value:.3g}"
+    if column != "repeats":
+        return f"{value:.3g}"
+    return "< 1%" if value < 0.005 else "> 99%" if value > 0.995 else f"{value:.0%}"
 
 
 _SHOWN = ("row", "name", "label", "suggested", "score", "runs_found", "repeats", "p_label", "mu")
