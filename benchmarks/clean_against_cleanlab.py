@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from outputs import page_of
+from outputs import Outputs, add_force
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
@@ -392,7 +392,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--times", type=int, help="repetitions (default: 3, of cifar10n 1)")
-    given, outputs, call = page_of("clean_against_cleanlab", parser, OUTPUT, argv)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    add_force(parser)
+    given = parser.parse_args(argv)
+    outputs = Outputs([given.output], default=given.output == OUTPUT, force=given.force)
+    call = "python benchmarks/clean_against_cleanlab.py"
+    if given.cases != list(CASES):
+        call += " --cases " + " ".join(given.cases)
+    if given.times is not None:
+        call += f" --times {given.times}"
     lines: list[Line] = []
     promises: list[str] = []
     repeats: list[str] = []

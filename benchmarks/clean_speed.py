@@ -4,7 +4,8 @@ Each call runs in a process of its own, as typed (three runs, with f-INE's μ), 
 before: images of MNIST with ``--model mlp``, of CIFAR-10 with the default of images (``gn_cnn``),
 paragraphs of docstrings (twelve words or more, of twelve packages), and a table of 20 numbers and a
 category. A tenth of the labels is flipped. CPU seconds are those of the call and its children, its
-imports among them; *first* is counted until the ranking of the first run is in the folder.
+imports among them, and are what counts where the machine is shared: there the seconds on the clock
+say as much of others. *First* is counted until the ranking of the first run is in the folder.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from clean_against_cleanlab import PACKAGES, flip, paragraphs
 from numpy.typing import NDArray
-from outputs import page_of
+from outputs import add_out, made_earlier, table_files
 
 from fine_bench.seeds import derive
 
-OUTPUT = Path("results/clean_speed.md")
+RESULTS = Path("results")
+NUMBERS = ("rows", "first_wall", "first_cpu", "wall", "cpu")
 ROWS = (2000, 10_000)
 KINDS = ("mnist", "cifar10", "text", "table")
 MORE = ("numpy", "scipy", "pandas", "sklearn", "torch", "matplotlib")
@@ -164,23 +166,40 @@ def _cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def to_markdown(lines: Sequence[Line], call: str) -> str:
+def joined(measured: Sequence[Line], before: Sequence[Line]) -> list[Line]:
+    """All rows in the order of the kinds; what was measured takes the place of what was before."""
+    found = {(one.kind, one.rows): one for one in (*before, *measured)}
+    return sorted(found.values(), key=lambda one: (KINDS.index(one.kind), one.rows))
+
+
+def recalled(table: Path) -> list[Line]:
+    """The rows of a file that this script wrote before.
+
+    Raises:
+        SystemExit: the file is no such table; says what to do.
+    """
+    found = made_earlier(table, ["kind"], NUMBERS).itertuples(index=False)
+    return [Line(x[0], int(x[1]), *map(float, x[2:])) for x in found if x[0] in KINDS]
+
+
+def to_markdown(lines: Sequence[Line]) -> str:
     """The page."""
     said = [
         "# Cleaning: how long it takes",
         "",
-        f"Made by `{call}`, on {os.cpu_count()} cores, one call at a time; threads of PyTorch: "
+        "Made by `python benchmarks/clean_speed.py`; a row alone by `--kinds KIND --rows N`, which "
+        f"leaves the others. {os.cpu_count()} cores, one call at a time; threads of PyTorch: "
         f"{os.environ.get('OMP_NUM_THREADS', 'as it chooses')}.",
         "",
         *(part for part in (__doc__ or "").split("\n\n", 1)[1].strip().splitlines()),
         "",
-        "| data | rows | first ranking, s | of CPU | end, s | of CPU |",
+        "| data | rows | first ranking, s of CPU | end, s of CPU | first, s | end, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in lines:
         said.append(
-            f"| {one.kind}: {WHAT[one.kind]} | {one.rows:,} | {one.first_wall:.0f} | "
-            f"{one.first_cpu:.0f} | {one.wall:.0f} | {one.cpu:.0f} |"
+            f"| {one.kind}: {WHAT[one.kind]} | {one.rows:,} | {one.first_cpu:.0f} | "
+            f"{one.cpu:.0f} | {one.first_wall:.0f} | {one.wall:.0f} |"
         )
     return "\n".join([*said, ""])
 
@@ -190,13 +209,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
-    given, outputs, call = page_of("clean_speed", parser, OUTPUT, argv)
-    lines: list[Line] = []
+    add_out(parser, RESULTS)
+    given = parser.parse_args(argv)
+    outputs, table, page = table_files("clean_speed", given.out, RESULTS, force=given.force)
     for kind in given.kinds:
         for n in given.rows:
-            lines.append(measure(kind, n))
-            print(lines[-1], flush=True)
-            outputs.write(given.output, to_markdown(lines, call))
+            found = measure(kind, n)
+            print(found, flush=True)
+            # read anew each time: another call may have written its own
+            lines = joined([found], recalled(table))
+            outputs.write(table, pd.DataFrame([asdict(one) for one in lines]))
+            outputs.write(page, to_markdown(lines))
 
 
 if __name__ == "__main__":

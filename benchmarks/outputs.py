@@ -92,34 +92,6 @@ def seeds_and_files(
     return arguments.seeds, *table_files(name, arguments.out, default, force=arguments.force)
 
 
-def page_of(
-    script: str, parser: argparse.ArgumentParser, output: Path, argv: Sequence[str] | None = None
-) -> tuple[argparse.Namespace, Outputs, str]:
-    """The command line of a script that writes one page, and the call that made it.
-
-    Args:
-        script: name of its file, without its ending.
-        parser: its own options; ``--output`` and ``--force`` are added.
-        output: the page, where ``--output`` is not given.
-        argv: the words; those of the process by default.
-
-    Returns:
-        The options, where to write, and what to type for the same page: the script's own options
-        where they are not as by default.
-    """
-    own = list(vars(parser.parse_args([])))
-    parser.add_argument("--output", type=Path, default=output)
-    add_force(parser)
-    given = parser.parse_args(argv)
-    outputs = Outputs([given.output], default=given.output == output, force=given.force)
-    call = [f"python benchmarks/{script}.py"]
-    for name in own:
-        value = getattr(given, name)
-        if value != parser.get_default(name):
-            call += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return given, outputs, " ".join(call)
-
-
 def number_text(value: float, digits: int = 3) -> str:
     """``0.608``, or a dash where there is nothing to say."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
