@@ -81,11 +81,11 @@ def _run(job: Job, hydra: Any, claims: Claims | None = None) -> None:
 
 
 def help_with(config: DictConfig, claims: Claims, tasks: TaskCache | None = None) -> list[Written]:
-    """Compute rows of another process's job that nobody has begun, the last one first.
+    """Compute cells of another process's job that nobody has begun, from the last ones on.
 
     Args:
         config: of that job.
-        claims: on its rows.
+        claims: on its cells.
         tasks: data that are at hand.
 
     Returns:

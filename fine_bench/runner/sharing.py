@@ -1,17 +1,18 @@
-"""Jobs of a sweep that help each other: whose job has ended takes rows of one that goes on.
+"""Jobs of a sweep that help each other: whose job has ended takes cells of one that goes on.
 
 Three runs on two cores leave a core idle while the third one runs. The process that has nothing
 left to do then reads the checkpoints of that run, or trains it once more, unwatched, and computes
-rows from the end of the list while their own job computes them from its beginning. A row is all of
-an estimator's targets, which share work; those that watch the training stay with their job. Scores
-do not depend on who computes them, and each row is computed once.
+cells from the end of the list while their own job computes them from its beginning. The targets of
+an estimator, which share work, come one after the other all the same: the two processes meet in one
+row. What watches the training stays with its job. Scores do not depend on who computes them, and
+each cell is computed once.
 
 All that the processes share is a folder of the sweep:
 
     shared/sweep.json    how many jobs there are, and how many run at once
     shared/N.yaml        the configuration of job N once it has begun; locked until its process is
                          free for another one
-    shared/N.ROW         locked while somebody computes that row of job N
+    shared/N.CELL        locked while somebody computes that cell of job N
 
 The system lets go of a lock when its process dies, so nobody waits for a process that is gone, and
 the job itself computes what a helper has left.
@@ -22,9 +23,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +64,7 @@ def close_folder(sweep: Path) -> None:
 
 
 class Claims:
-    """The rows of a job that this process computes: those that nobody else works on.
+    """The cells of a job that this process computes: those that nobody else works on.
 
     Args:
         folder: that is shared.
@@ -77,41 +78,35 @@ class Claims:
         self.sweep, self.helps = sweep, helps
 
     def cells(self, job: Job) -> Iterator[Cell]:
-        """The open cells of a job, a row at a time, each locked until the next one is asked for.
+        """The open cells of a job in their order, each locked until the next one is asked for.
 
-        A row that a helper works on comes last, with what the helper has not recorded of it.
+        One that a helper works on comes last, unless the helper has recorded it by then.
         """
-        store, taken = RecordStore(job.results), list[list[Cell]]()
-        for row in rows(job.todo):
-            with files.held(self._path(row)) as mine:
-                if mine:
-                    yield from self._open(job, row, store)
-                else:
-                    taken.append(row)
-        for row in [] if self.helps else taken:
-            with files.held(self._path(row), wait=True):
-                yield from self._open(job, row, store)
+        store, taken = RecordStore(job.results), list[Cell]()
+        for cell in job.todo:
+            with files.held(self._path(cell)) as mine:
+                if not mine:
+                    taken.append(cell)
+                elif job.of_sweep(store, cell, self.sweep) is None:
+                    yield cell
+        for cell in [] if self.helps else taken:
+            with files.held(self._path(cell), wait=True):
+                if job.of_sweep(store, cell, self.sweep) is None:
+                    yield cell
 
     def leftover(self, job: Job) -> list[Cell]:
-        """The open cells of a job with which a helper would begin, the last row first."""
+        """The open cells of a job that a helper may take: the last estimator's first."""
+        rows = [list(row) for _, row in groupby(job.todo, key=lambda cell: cell.estimator)]
         found: list[Cell] = []
-        for row in reversed(rows(job.todo)):
-            if not row[0].in_run:
-                with files.held(self._path(row)) as free:
-                    found += row if free else ()
+        for cell in chain.from_iterable(reversed(rows)):
+            if not cell.in_run:
+                with files.held(self._path(cell)) as free:
+                    found += [cell] if free else []
         return found
 
-    def _path(self, row: Sequence[Cell]) -> Path:
-        name = digest([row[0].estimator, row[0].estimator_hash])
+    def _path(self, cell: Cell) -> Path:
+        name = digest([cell.estimator, cell.estimator_hash, cell.target])
         return self._folder / f"{self._number}.{name[:16]}"
-
-    def _open(self, job: Job, row: Sequence[Cell], store: RecordStore) -> Iterator[Cell]:
-        return (cell for cell in row if job.of_sweep(store, cell, self.sweep) is None)
-
-
-def rows(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells by their estimator, in their order."""
-    return [list(row) for _, row in groupby(cells, key=lambda cell: cell.estimator)]
 
 
 class Process:
