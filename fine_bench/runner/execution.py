@@ -41,7 +41,7 @@ def run_job(config: DictConfig) -> None:
     try:
         _run(plan(check(config), tasks), hydra, None if process is None else process.claims())
         if process is not None:
-            with hidden(True):
+            with hidden(True), suppress(OSError):  # the own job is done, whatever the disk says
                 for theirs, claims in process.to_help():
                     help_with(theirs, claims, tasks)
     finally:

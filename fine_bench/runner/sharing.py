@@ -129,8 +129,13 @@ class Process:
 
     @classmethod
     def of(cls, sweep: Path, number: int, config: DictConfig) -> Process | None:
-        """None where the jobs of the sweep do not help each other."""
-        return cls(sweep, number, config) if (sweep / FOLDER / SWEEP).is_file() else None
+        """None where the jobs of the sweep do not help each other, or the disk refuses."""
+        if not (sweep / FOLDER / SWEEP).is_file():
+            return None
+        try:
+            return cls(sweep, number, config)
+        except (OSError, files.StoreError):  # a record will say why
+            return None
 
     def claims(self) -> Claims:
         """Of the own job."""

@@ -139,6 +139,19 @@ def test_nothing_is_shared_where_there_is_nobody_to_share_with(
     assert not sweep.exists()
 
 
+def test_a_disk_that_refuses_costs_the_help_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path)
+
+    def refuses(path: Path, data: bytes) -> None:
+        raise files.StoreError(f"could not write {path}")
+
+    monkeypatch.setattr(files, "write_atomic", refuses)
+    assert Process.of(sweep, 0, config(tmp_path)) is None
+    assert sweep_of(tmp_path / "full").parent.is_dir() is False
+
+
 def test_a_file_is_held_once(tmp_path: Path) -> None:
     with files.held(tmp_path / "row") as mine:
         assert mine
