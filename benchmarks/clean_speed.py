@@ -3,9 +3,10 @@
 Each call runs in a process of its own, as typed (three runs, with f-INE's μ), on files made
 before: images of MNIST with ``--model mlp``, of CIFAR-10 with the default of images (``gn_cnn``),
 paragraphs of docstrings (twelve words or more, of twelve packages), and a table of 20 numbers and a
-category. A tenth of the labels is flipped. CPU seconds are those of the call and its children, its
-imports among them, and are what counts where the machine is shared: there the seconds on the clock
-say as much of others. *First* is counted until the ranking of the first run is in the folder.
+category. A tenth of the labels is flipped; CIFAR-10 has people's labels. CPU seconds are those of
+the call and its children, its imports among them, and are what counts where the machine is shared:
+there the seconds on the clock say as much of others. *First* is counted until the ranking of the
+first run is in the folder.
 """
 
 from __future__ import annotations
