@@ -9,6 +9,9 @@
     FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5
     python benchmarks/runs_at_equal_compute.py table
 
+``fine_queries_8``, and likewise ``fine_queries_4`` (n_initialisations=4, in a sweep of its own), is
+f-INE's way for queries with fewer fresh initialisations, so that it takes less time.
+
 What R runs say together is the mean of their scores, read off the score files of a method's
 records, whatever the method. ``trak over models`` is TRAK as its paper has it, the product of two
 means over the last checkpoints of R models, each with a projection of its own; ``terms`` computes
