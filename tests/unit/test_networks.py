@@ -137,6 +137,7 @@ def test_a_small_set_is_learned() -> None:
     [
         (mlp, (1, 8, 8), {"hidden": [0]}, r"model\.hidden must be positive"),
         (mlp, (1, 8, 8), {"activation": "swish"}, r"type model\.activation=relu"),
+        (mlp, (1, 8, 8), {"dropout": 1.0}, r"below 1, got 1\.0; type model\.dropout=0\.1"),
         (cnn, (1, 2, 2), {}, r"type model\.channels=\[16\]"),
         (gn_cnn, (3, 32, 32), {"channels": [32, 0, 8]}, "must be positive numbers"),
         (gn_cnn, (3, 32, 32), {"groups": 0}, "must be positive numbers"),
