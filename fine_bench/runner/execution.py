@@ -73,7 +73,7 @@ def _run(job: Job, hydra: Any, claims: Claims | None = None) -> None:
             job, folder.name, logger, lambda line: say("  " + line), cells, claims=claims
         )
     if claims is not None:
-        written = with_others(job, written, folder.name)
+        written = with_others(job, written, claims)
     loggers.finish_run(logger, job, written)
     if (command := sweep.current()) is not None:
         command.note(job, [one.cell for one in written if one.record.status != "failed"])
@@ -99,14 +99,14 @@ def help_with(config: DictConfig, claims: Claims, tasks: TaskCache | None = None
     return written
 
 
-def with_others(job: Job, written: Sequence[Written], sweep: str) -> list[Written]:
+def with_others(job: Job, written: Sequence[Written], claims: Claims) -> list[Written]:
     """What a job has written, and what others have written of it, in the order of its cells."""
     own = {one.cell: one for one in written}
     store, found = RecordStore(job.results), list[Written]()
     for cell in job.todo:
         if cell in own:
             found.append(own[cell])
-        elif (record := job.of_sweep(store, cell, sweep)) is not None:
+        elif (record := job.of_sweep(store, cell, claims.sweep, claims.since)) is not None:
             scores = None
             if record.status == "finished":
                 with suppress(StoreError):  # the leaderboard says what is wrong with it

@@ -132,16 +132,21 @@ class Job:
                 return record
         return None
 
-    def of_sweep(self, store: RecordStore, cell: Cell, sweep: str) -> RunRecord | None:
+    def of_sweep(
+        self, store: RecordStore, cell: Cell, sweep: str, since: str = ""
+    ) -> RunRecord | None:
         """The record of a cell that was written during a sweep, whatever its status.
 
         Args:
             store: where it would be.
             cell: of this job.
             sweep: its name.
+            since: when it began, as in ``RunRecord.created``: an earlier one that had its log in
+                the same folder, by ``hydra.sweep.dir=…``, has the same name.
         """
         record = store.find(**self.identity(cell))
-        return record if record is not None and record.sweep == sweep else None
+        ours = record is not None and record.sweep == sweep and record.created >= since
+        return record if ours else None
 
     def opened(self) -> Job:
         """The job with the cells that are open now."""

@@ -137,11 +137,12 @@ class Follower:
     Args:
         jobs: the jobs of the sweep.
         sweep: its name, which its records carry.
+        since: when it began; earlier records are none of it.
         out: where to say it.
     """
 
-    def __init__(self, jobs: Sequence[Job], sweep: str, out: Console) -> None:
-        self.sweep, self.out = sweep, out
+    def __init__(self, jobs: Sequence[Job], sweep: str, since: str, out: Console) -> None:
+        self.sweep, self.since, self.out = sweep, since, out
         stores = {root: RecordStore(root) for root in {job.results for job in jobs}}
         self.open = [(stores[job.results], job, cell) for job in jobs for cell in job.todo]
         self.several_tasks = len({job.data.name for job in jobs}) > 1
@@ -161,7 +162,7 @@ class Follower:
         """Lines for the cells finished since the last look."""
         lines, still = [], []
         for store, job, cell in self.open:
-            record = job.of_sweep(store, cell, self.sweep)
+            record = job.of_sweep(store, cell, self.sweep, self.since)
             if record is None:
                 still.append((store, job, cell))
                 continue

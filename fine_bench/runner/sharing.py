@@ -9,7 +9,7 @@ each cell is computed once.
 
 All that the processes share is a folder of the sweep:
 
-    shared/sweep.json    how many jobs there are, and how many run at once
+    shared/sweep.json    how many jobs there are, how many run at once, and when the sweep began
     shared/N.yaml        the configuration of job N once it has begun; locked until its process is
                          free for another one
     shared/N.CELL        locked while somebody computes that cell of job N
@@ -44,16 +44,18 @@ PAUSE, PATIENCE = 0.2, 10.0
 """Seconds between two looks at jobs that others are to begin, and after which to stop looking."""
 
 
-def open_folder(sweep: Path, jobs: int, at_once: int) -> None:
+def open_folder(sweep: Path, jobs: int, at_once: int, since: str) -> None:
     """Let the jobs of a sweep help each other, where there are several and files can be locked.
 
     Args:
         sweep: its folder.
         jobs: how many there are.
         at_once: how many of them run at the same time, each in a process of its own.
+        since: when it began, see ``Job.of_sweep``.
     """
+    close_folder(sweep)  # of a sweep that was killed, and had the same folder
     if jobs > 1 and at_once > 1 and files.CAN_LOCK:
-        about = json.dumps({"jobs": jobs, "at_once": min(at_once, jobs)})
+        about = json.dumps({"jobs": jobs, "at_once": min(at_once, jobs), "since": since})
         with suppress(files.StoreError):  # a record will say why this disk refuses
             files.write_atomic(sweep / FOLDER / SWEEP, about.encode())
 
@@ -70,12 +72,15 @@ class Claims:
         folder: that is shared.
         number: of the job.
         sweep: the name that the records carry.
+        since: when it began; earlier records are none of it.
         helps: whether the job is another process's, which computes what is left over.
     """
 
-    def __init__(self, folder: Path, number: int, sweep: str, *, helps: bool = False) -> None:
+    def __init__(
+        self, folder: Path, number: int, sweep: str, since: str, *, helps: bool = False
+    ) -> None:
         self._folder, self._number = folder, number
-        self.sweep, self.helps = sweep, helps
+        self.sweep, self.since, self.helps = sweep, since, helps
 
     def cells(self, job: Job) -> Iterator[Cell]:
         """The open cells of a job in their order, each locked until the next one is asked for.
@@ -87,21 +92,23 @@ class Claims:
             with files.held(self._path(cell)) as mine:
                 if not mine:
                     taken.append(cell)
-                elif job.of_sweep(store, cell, self.sweep) is None:
+                elif job.of_sweep(store, cell, self.sweep, self.since) is None:
                     yield cell
         for cell in [] if self.helps else taken:
             with files.held(self._path(cell), wait=True):
-                if job.of_sweep(store, cell, self.sweep) is None:
+                if job.of_sweep(store, cell, self.sweep, self.since) is None:
                     yield cell
 
     def leftover(self, job: Job) -> list[Cell]:
         """The open cells of a job that a helper may take: the last estimator's first."""
         rows = [list(row) for _, row in groupby(job.todo, key=lambda cell: cell.estimator)]
-        found: list[Cell] = []
+        store, found = RecordStore(job.results), list[Cell]()
         for cell in chain.from_iterable(reversed(rows)):
             if not cell.in_run:
                 with files.held(self._path(cell)) as free:
-                    found += [cell] if free else []
+                    # by force, and where they failed, cells of this sweep are open to a plan
+                    if free and job.of_sweep(store, cell, self.sweep, self.since) is None:
+                        found.append(cell)
         return found
 
     def _path(self, cell: Cell) -> Path:
@@ -122,6 +129,7 @@ class Process:
         self.folder, self.number, self.name = sweep / FOLDER, number, sweep.name
         about = json.loads((self.folder / SWEEP).read_text())
         self._jobs, self._at_once = int(about["jobs"]), int(about["at_once"])
+        self._since = str(about["since"])
         self._own = ExitStack()
         with files.lock(self.folder):
             files.write_atomic(self._path(number), OmegaConf.to_yaml(config, resolve=True).encode())
@@ -139,7 +147,7 @@ class Process:
 
     def claims(self) -> Claims:
         """Of the own job."""
-        return Claims(self.folder, self.number, self.name)
+        return Claims(self.folder, self.number, self.name, self._since)
 
     def to_help(self) -> Iterator[tuple[DictConfig, Claims]]:
         """Configurations of jobs that go on, one after the other, and what to claim of each.
@@ -164,7 +172,7 @@ class Process:
             helped.add(going_on[0])
             config = OmegaConf.load(self._path(going_on[0]))
             assert isinstance(config, DictConfig)
-            yield config, Claims(self.folder, going_on[0], self.name, helps=True)
+            yield config, Claims(self.folder, going_on[0], self.name, self._since, helps=True)
 
     def leave(self) -> None:
         """The job has ended, and its process is free."""

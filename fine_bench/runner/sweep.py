@@ -34,6 +34,7 @@ from fine_bench.runner.conclusion import Draw, conclude
 from fine_bench.runner.config import check, explain
 from fine_bench.runner.plan import Cell, Job, plan_sweep
 from fine_bench.runner.progress import Follower
+from fine_bench.store.records import now
 from fine_bench.terminal import Terminal, marked
 
 BAD_INPUT = 2
@@ -96,10 +97,11 @@ class Sweep:
         }
         self.folder = folder
         announce(self.jobs, folder, launcher)
-        sharing.open_folder(folder, len(self.jobs), at_once)
+        since = now()
+        sharing.open_folder(folder, len(self.jobs), at_once, since)
         self.running = True
         if launcher != launchers.BASIC:
-            self._follower = Follower(self.jobs, folder.name, out)
+            self._follower = Follower(self.jobs, folder.name, since, out)
             self._follower.start()
 
     def take(self, hydra: Any) -> Job | None:

@@ -68,6 +68,11 @@ from fine_bench.types import InfluenceScores, RunRecord
 _ADDRESS = re.compile(r"--[0-9a-f]{8}--r\d+\.json$")
 
 
+def now() -> str:
+    """The time as ``RunRecord.created`` has it; later ones are larger as texts."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 @dataclass(frozen=True)
 class Scan:
     """Everything readable below ``published/`` and ``records/``, and what was not.
@@ -135,8 +140,7 @@ class RecordStore:
                 raise ValueError(f"the record names scores {given[:8]}…, given were {sha[:8]}…")
             if scores.target != record.target:
                 raise ValueError(f"the record's target is {record.target!r}, {scores.target!r} not")
-        created = datetime.now(UTC).isoformat(timespec="microseconds")
-        record = replace(record, scores_sha256=sha, scores_file="", created=created, format=FORMAT)
+        record = replace(record, scores_sha256=sha, scores_file="", created=now(), format=FORMAT)
         record_from(json.loads(record_json(record)))  # refuse before anything is written
 
         table, stem = table_folder(record.task, record.setting), file_stem(record)

@@ -211,7 +211,7 @@ def test_what_other_processes_finish_is_named_once(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "seed=0"), job(tmp_path, "seed=1"), job(tmp_path, "seed=2")]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    follower = Follower(jobs, "now", console)
+    follower = Follower(jobs, "now", "", console)
     assert len(follower.open) == 4  # seed 2 is done
     assert follower.look() == []
     execute(jobs[0], "another sweep", say=lambda line: None)
@@ -232,7 +232,7 @@ def test_what_other_processes_finish_is_named_once(tmp_path: Path) -> None:
 
 def test_several_tasks_are_told_apart(tmp_path: Path) -> None:
     jobs = [job(tmp_path), job(tmp_path, "task=digits_transition")]
-    follower = Follower(jobs, "now", sweep.out)
+    follower = Follower(jobs, "now", "", sweep.out)
     execute(jobs[1], "now", say=lambda line: None)
     lines = follower.look()
     assert len(lines) == 2

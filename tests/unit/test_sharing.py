@@ -12,9 +12,9 @@ from fine_bench.runner import sharing
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute, help_with, with_others
 from fine_bench.runner.plan import plan
-from fine_bench.runner.sharing import Process
+from fine_bench.runner.sharing import Claims, Process
 from fine_bench.store import files
-from fine_bench.store.records import RecordStore
+from fine_bench.store.records import RecordStore, now
 from support.broken_estimators import FailsOnSeedOne
 from support.records import digits_run
 
@@ -40,7 +40,7 @@ def config(results: Path, seed: int = 0, **more: dict[str, object]) -> DictConfi
 
 
 def sweep_of(folder: Path, jobs: int = 2, at_once: int = 2) -> Path:
-    sharing.open_folder(folder / "sweep", jobs, at_once)
+    sharing.open_folder(folder / "sweep", jobs, at_once, now())
     return folder / "sweep"
 
 
@@ -65,12 +65,34 @@ def test_a_helper_computes_what_its_own_job_would_have(tmp_path: Path) -> None:
     written = execute(job, sweep.name, say=lambda _: None, claims=own.claims())
     assert {one.cell.estimator for one in written} == {"fine"}
     assert said(both) == said(alone)
-    found = with_others(job, written, sweep.name)
+    found = with_others(job, written, own.claims())
     assert [one.cell for one in found] == list(job.todo)
     assert all((one.scores is None) == (one.record.status != "finished") for one in found)
     assert help_with(theirs, claims) == []  # nothing is open any more
     # the records of another sweep are none of this one
-    assert with_others(job, [], "another") == []
+    assert with_others(job, [], Claims(sweep, 0, "another", "")) == []
+
+
+def test_an_earlier_sweep_in_the_same_folder_computed_nothing_of_this_one(tmp_path: Path) -> None:
+    """As with ``hydra.sweep.dir=…``: ``force=true`` and what failed are computed again."""
+    results = tmp_path / "results"
+    for _ in range(2):
+        sweep = sweep_of(tmp_path)
+        job = plan(check(OmegaConf.merge(config(results), {"force": True})))
+        own = Process(sweep, 0, config(results))
+        assert len(execute(job, sweep.name, say=lambda _: None, claims=own.claims())) == 8
+        assert own.claims().leftover(job) == []  # so nobody trains for it
+        own.leave()
+    revisions = [record.revision for record in RecordStore(results).scan().records]
+    assert revisions.count(2) == 8
+
+
+def test_what_a_killed_sweep_left_is_taken_away(tmp_path: Path) -> None:
+    assert Process(sweep_of(tmp_path), 1, config(tmp_path)).leave() is None
+    second = Process(sweep_of(tmp_path), 0, config(tmp_path))
+    assert second._state(1) == "waiting"
+    sweep = sweep_of(tmp_path, jobs=1)
+    assert Process.of(sweep, 0, config(tmp_path)) is None
 
 
 def test_a_cell_that_a_helper_leaves_is_computed_by_its_job(tmp_path: Path) -> None:
