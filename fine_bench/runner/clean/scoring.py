@@ -54,14 +54,14 @@ MEANING: dict[Score, str] = {
     "mu": "f-INE: how strongly training on the row moved its own prediction",
 }
 OWN = 0.3
-"""Weight of what models said of rows that they were being trained on."""
+"""Weight of what models say of rows that they were trained on."""
 CONFIDENCE = 0.95
 LEAST = 1e-12
 """Smaller probabilities count as this one."""
 
 
 def blended(run: Run) -> Floats:
-    """Out of sample with ``OWN`` of what was said in training, where it was, ``(n, K)``."""
+    """Out of sample with ``OWN`` of what was said of own rows, where it was, ``(n, K)``."""
     both = (1.0 - OWN) * run.probabilities + OWN * run.own
     return np.where(np.isnan(run.own), run.probabilities, both)
 
