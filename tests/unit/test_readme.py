@@ -16,6 +16,7 @@ from support.benchmarks import loaded
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_python_blocks_run() -> None:
@@ -68,11 +69,11 @@ def test_the_figure_shows_the_rows_of_the_table(script: ModuleType) -> None:
     assert script.IMAGE.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/language_models.md"])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in DOCS)])
 def test_every_number_with_an_interval_is_published(page: str) -> None:
     texts = [path.read_text() for path in (ROOT / "results").rglob("*.md")]
     published = " ".join(" ".join(texts).split())
-    shown = " ".join((ROOT / page).read_text().split())
+    shown = " ".join((ROOT / page).read_text().replace("−", "-").split())
     for number in re.findall(r"(?<![\w.])[-+]?\d+\.\d{3} \[[^\]]+\]", shown):
         assert number in published, number
 

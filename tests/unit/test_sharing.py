@@ -15,7 +15,6 @@ from fine_bench.runner.plan import plan
 from fine_bench.runner.sharing import Claims, Process
 from fine_bench.store import files
 from fine_bench.store.records import RecordStore, now
-from support.broken_estimators import FailsOnSeedOne
 from support.records import digits_run
 
 ROWS = {
@@ -51,7 +50,6 @@ def said(results: Path) -> dict[tuple[str, str], tuple[str, str, int]]:
 
 def test_a_helper_computes_what_its_own_job_would_have(tmp_path: Path) -> None:
     broken = {"broken": {"_target_": "support.broken_estimators.FailsOnSeedOne", "seed": None}}
-    assert FailsOnSeedOne is not None
     alone, both = tmp_path / "alone", tmp_path / "both"
     execute(plan(check(config(alone, 1, **broken))), "sweep", say=lambda _: None)
     sweep = sweep_of(tmp_path)
