@@ -4,7 +4,7 @@ Both get the same model, trained in the same way (early stopping on a held-out t
 out-of-sample probabilities of five-fold cross-validation, as its documentation asks, and gives its
 label score. We get 1, 2 and 3 runs of two folds, three where the network is convolutional, and give
 the scores of ``fine_bench.runner.clean.scoring``; a fourth run says what repeats. Everything is
-done three times, with other seeds, on each set but the last, which is done once:
+done ten times, with other seeds, on each set but the last, which is done once:
 
 - ``table``: breast cancer of scikit-learn, 569 rows, 10 % of the labels flipped;
 - ``text``: paragraphs of the docstrings of six packages that this project brings, 300 each; the
@@ -57,7 +57,7 @@ from fine_bench.seeds import derive
 OUTPUT = Path("results/clean.md")
 CASES = ("table", "text", "uniform", "asymmetric", "cifar10n")
 TIMES = {"cifar10n": 1}
-"""Repetitions of a set; three of the others."""
+"""Repetitions of a set; ten of the others."""
 MODELS = {"uniform": "mlp", "asymmetric": "mlp"}
 """Models besides the defaults."""
 RUNS = 3
@@ -391,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--times", type=int, help="repetitions (default: 3, of cifar10n 1)")
+    parser.add_argument("--times", type=int, help="repetitions (default: 10, of cifar10n 1)")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     add_force(parser)
     given = parser.parse_args(argv)
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     promises: list[str] = []
     repeats: list[str] = []
     for name in given.cases:
-        found, promise, repeat = compare(make(name), given.times or TIMES.get(name, 3))
+        found, promise, repeat = compare(make(name), given.times or TIMES.get(name, 10))
         lines += found
         promises.append(promise)
         repeats.append(repeat)
