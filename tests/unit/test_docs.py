@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+
+from fine_bench.runner import bank_config
+from fine_bench.runner.config import check
+from fine_bench.runner.schema import config_folder, register
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -206,3 +212,34 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         ("api_results", "fine_bench.store.records.RecordStore"),
     ):
         assert f'id="{name}"' in (tmp_path / f"{page}.html").read_text()
+
+
+# --------------------------------------------------------------------- commands as they are typed
+
+COMMAND = re.compile(r"(?:python -m fine_bench|fine-bench (bank|run)) ([^`#\n]*)")
+OF_A_PACKAGE = {"two_clouds", "surprise"}
+"""Names of the files that ``docs/extending.md`` has its reader write."""
+
+
+def typed() -> list[tuple[str, str, str]]:
+    """The commands with a configuration: page, file of ``conf``, overrides."""
+    pages = [ROOT / "README.md", *PAGES, *sorted((ROOT / "results").glob("*.md"))]
+    return sorted({
+        (page.name, "bank" if match[1] == "bank" else "config", " ".join(match[2].split()))
+        for page in pages
+        for match in COMMAND.finditer(page.read_text().replace("\\\n", " "))
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "kind", "overrides"), typed())
+def test_what_is_typed_makes_a_configuration(page: str, kind: str, overrides: str) -> None:
+    """Nothing runs: the files are found, the options known and their values allowed."""
+    words = [word for word in shlex.split(overrides) if "=" in word or word[0] in "~+"]
+    if any(name in word for word in words for name in (*OF_A_PACKAGE, "…", "$", "NAME")):
+        pytest.skip("names what its reader has")
+    # one job of a sweep
+    words = [re.sub(r"^(\w[\w.]*=[\w.]+),[\w.,]+$", r"\1", word) for word in words]
+    register()
+    with initialize_config_dir(config_dir=str(config_folder()), version_base="1.3"):
+        config = compose(kind, overrides=words)
+    (bank_config.check if kind == "bank" else check)(config)
