@@ -141,6 +141,14 @@ def to_markdown(board: Leaderboard) -> str:
     return "\n".join(map(visible, lines)).rstrip("\n") + "\n"
 
 
+COLUMNS = (
+    "task", "setting", "data", "estimator", "options", "estimator_hash", "version", "target",
+    "seeds", "failed", "skipped", "missing", "dirty", "clock", "watched", "k", "limit", "metric",
+    "label", "unit", "direction", "mean", "lower", "upper", "n", "tie",
+)  # fmt: skip
+"""Of ``frame`` and ``leaderboard.csv``."""
+
+
 def frame(board: Leaderboard) -> pd.DataFrame:
     """Tidy: one line for each table, estimator, target and metric, at full precision.
 
@@ -193,7 +201,7 @@ def frame(board: Leaderboard) -> pd.DataFrame:
                         "tie": key in row.ties,
                     }
                 )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=list(COLUMNS))  # named also where nothing is finished yet
 
 
 def _numbers(seeds: Sequence[int]) -> str:

@@ -680,6 +680,11 @@ def test_cli_prints_and_writes(
     assert (tmp_path / "leaderboard.csv").read_text() == view.to_csv(board)
 
 
+def test_a_sweep_that_was_stopped_before_its_first_cell_has_an_empty_table() -> None:
+    empty = view.to_csv(Leaderboard(tables=(), problems=()))
+    assert empty.strip().split(",") == list(view.COLUMNS)
+
+
 def test_cli_prints_one_task_but_writes_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
