@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from fine_bench.clock import WALL
+from fine_bench.clock import CPU, WALL
 from fine_bench.leaderboard.captions import (
+    CPU_SECONDS,
     TRAINING_FACTS,
     options_of,
     variants_of,
@@ -403,17 +404,24 @@ def _stats(rows: Sequence[Mapping[int, RunRecord]]) -> list[dict[str, Stat]]:
 
 
 def _training(records: Sequence[RunRecord]) -> dict[str, Stat]:
-    """Facts about plain training over the seeds; rows that share a training run count once."""
-    found: dict[str, dict[int, float]] = {}
-    for name, _, _ in TRAINING_FACTS:
-        by_seed: dict[int, set[float]] = {}
-        for record in records:
+    """Facts about plain training over the seeds; rows that share a training run count once.
+
+    Seconds are kept apart by their clock, and those of two clocks at once are left out.
+    """
+    by_name: dict[str, dict[int, set[float]]] = {}
+    for record in records:
+        clock = str(record.training.get(CLOCK, WALL))
+        names = {name: name for name, _, _ in TRAINING_FACTS}
+        names["seconds"] = {WALL: "seconds", CPU: CPU_SECONDS}.get(clock, "")
+        for name, fact in names.items():
             value = record.training.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
-                by_seed.setdefault(record.seed, set()).add(float(value))
-        means = {seed: math.fsum(values) / len(values) for seed, values in by_seed.items()}
-        if means:
-            found[name] = means
+            if fact and isinstance(value, int | float) and math.isfinite(value):
+                by_seed = by_name.setdefault(fact, {}).setdefault(record.seed, set())
+                by_seed.add(float(value))
+    found = {
+        name: {seed: math.fsum(values) / len(values) for seed, values in by_seed.items()}
+        for name, by_seed in by_name.items()
+    }
     intervals = mean_intervals(list(found.values()), LEVEL)
     return {
         name: Stat(*interval, n=len(found[name]))

@@ -32,6 +32,8 @@ TRAINING_FACTS = (
     ("steering_rate_others", "on others", ""),
     (TOOK, "the poison took", " of the seeds"),
 )
+CPU_SECONDS = "seconds_cpu"
+"""``seconds`` of the runs that were timed by the CPU: a mean over both clocks is of neither."""
 
 
 # ----------------------------------------------------------------- names of rows and settings
@@ -163,7 +165,8 @@ def caption(table: Table) -> list[str]:
     """The setting in words, and what plain training gave."""
     lines = [" · ".join(_value(name, value) for name, value in table.options.items())]
     facts = []
-    for name, label, unit in TRAINING_FACTS:
+    by_cpu = (CPU_SECONDS, "plain training, of the CPU,", " s a seed")
+    for name, label, unit in (*TRAINING_FACTS[:2], by_cpu, *TRAINING_FACTS[2:]):
         stat = table.training.get(name)
         if stat is not None and name != TOOK:
             entry = number(stat.mean, stat.lower, stat.upper, None if unit else 3)

@@ -576,13 +576,22 @@ def test_a_damaged_record_is_named_and_its_seed_missing(tmp_path: Path) -> None:
 
 def test_costs_in_cpu_seconds_are_told_from_wall_time(tmp_path: Path) -> None:
     def edit(r: RunRecord) -> RunRecord:
-        return replace(r, training={**r.training, "clock": "cpu"}) if r.estimator == "fine" else r
+        if r.estimator != "fine":
+            return r
+        return replace(r, training={**r.training, "seconds": 0.5, "clock": "cpu"})
 
     board = build(fill(tmp_path, edit=edit))
     assert (row_of(board, "fine").clock, row_of(board, "tracin").clock) == ("cpu", "")
     words = "Cost in CPU seconds, of all threads, not in wall time: fine."
     for text in (" ".join(printed(board).split()), view.to_markdown(board)):
         assert words in text
+    # and what the training took is no mean of both
+    assert "plain training, of the CPU, 0.500 [0.500, 0.500] s a seed (n = 3)" in text
+    by_wall = {
+        name: stat.mean for name, stat in build(fill(tmp_path / "wall")).tables[0].training.items()
+    }
+    assert board.tables[0].training["seconds"].mean == by_wall["seconds"] != 0.5
+    assert "seconds_cpu" not in by_wall
     clocks = view.frame(board).groupby("estimator")["clock"].unique()
     assert (list(clocks["fine"]), list(clocks["tracin"])) == (["cpu"], ["wall"])
 
