@@ -97,7 +97,7 @@ class Sweep:
         }
         self.folder = folder
         announce(self.jobs, folder, launcher)
-        since = now()
+        since = now() if at_once > 1 else ""  # clocks of other machines may be behind
         sharing.open_folder(folder, len(self.jobs), at_once, since)
         self.running = True
         if launcher != launchers.BASIC:
