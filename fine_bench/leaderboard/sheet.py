@@ -178,14 +178,17 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
     first, *others = sheet.heads
     # where the intervals do not fit beside the means, they stand below them
     longest = max((len(line.entries[0].name) + INDENT for line in sheet.lines), default=0)
-    wide = min(longest, NAME_WIDTH) + 2 * len(others)
-    headings = []
-    for i, head in enumerate(others, 1):
-        cells = [f"{e.name} {e.short}{e.few}" for e in (line.entries[i] for line in sheet.lines)]
-        widest = max((len(cell.strip()) for cell in cells), default=0)
-        headings.append(_in_two_lines(visible(head.text), widest))
-        wide += max(widest, *map(len, headings[-1].split("\n")))
-    gap = " " if wide <= WIDTH else "\n"
+    for gap in (" ", "\n"):
+        wide = min(longest, NAME_WIDTH) + 2 * len(others)
+        headings = []
+        for i, head in enumerate(others, 1):
+            entries = [line.entries[i] for line in sheet.lines]
+            cells = [f"{e.name}{gap}{e.short}{e.few}".strip() for e in entries]
+            widest = _widest(cells)
+            headings.append(_in_two_lines(visible(head.text), widest))
+            wide += max(widest, _widest([headings[-1]]))
+        if wide <= WIDTH:
+            break
     rich.add_column(Text(visible(first.text)), overflow="fold", ratio=1)
     for head, heading in zip(others, headings, strict=True):
         side: Literal["right", "left"] = "right" if head.count else "left"
@@ -195,16 +198,21 @@ def rich_table(sheet: Sheet, title: str = "") -> RichTable:
         if line.target != target:
             target = line.target
             rich.add_row(Text(visible(target), style="bold"))
-        name, *entries = line.entries
+        name, *numbers = line.entries
         row: RenderableType = Text(visible(name.name))
         if name.below:
             row = Group(row, Text("\n".join(map(visible, name.below)), style="dim"))
         parts = [
             Text.assemble(visible(e.name), (f"{gap}{e.short}{e.few}" if e.short else "", "dim"))
-            for e in entries
+            for e in numbers
         ]
         rich.add_row(Padding(row, (0, 0, 0, INDENT)), *parts)
     return rich
+
+
+def _widest(cells: Iterable[str]) -> int:
+    """Characters of the longest line."""
+    return max((len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
 def _in_two_lines(heading: str, width: int) -> str:

@@ -24,6 +24,7 @@ from fine_bench.leaderboard import captions
 from fine_bench.leaderboard import render as view
 from fine_bench.leaderboard.build import build, build_from, cells
 from fine_bench.leaderboard.consistency import Comparisons
+from fine_bench.leaderboard.sheet import Entry, Head, Line, Sheet, number, rich_table, show
 from fine_bench.leaderboard.tables import Leaderboard, Row
 from fine_bench.metrics.consistency import agreements, pairwise_consistency
 from fine_bench.metrics.detection import detection_metrics, suspicion
@@ -687,6 +688,22 @@ def test_cli_prints_and_writes(
         assert out == getattr(view, f"to_{'markdown' if form == 'md' else form}")(board)
     assert (tmp_path / "leaderboard.md").read_text() == view.to_markdown(board)
     assert (tmp_path / "leaderboard.csv").read_text() == view.to_csv(board)
+
+
+def test_names_stay_whole_where_every_column_has_an_interval() -> None:
+    heads = ("Spearman", "Kendall", "Jaccard@k", "corrected", "found in all runs", "extra s")
+    entries = (*[number(0.802, 0.778, 0.831)] * 5, number(0.00072, 0.00068, 0.00081, None))
+    lines = tuple(
+        Line("self", (Entry(name), Entry("3"), *entries))
+        for name in ("influence_function", "confident_learning", "forgetting_events =")
+    )
+    columns = tuple(Head(head, "higher") for head in heads)
+    sheet = Sheet("", (Head("estimator", left=True), Head("n", count=True), *columns), lines)
+    out = io.StringIO()
+    show([rich_table(sheet)], Console(file=out, width=100, highlight=False))
+    text = out.getvalue()
+    assert all(line.entries[0].text in text for line in lines)
+    assert "Jaccard@k" in text
 
 
 def test_a_sweep_that_was_stopped_before_its_first_cell_has_an_empty_table() -> None:

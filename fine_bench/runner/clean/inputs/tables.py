@@ -15,7 +15,7 @@ import pandas as pd
 
 from fine_bench.data.views import RowView, TextView, View
 from fine_bench.errors import ConfigError, DataError, UserError
-from fine_bench.runner.clean.inputs import csv_files
+from fine_bench.runner.clean.inputs import csv_files, json_lines
 from fine_bench.runner.clean.inputs.items import (
     Items,
     LeftOut,
@@ -29,8 +29,6 @@ from fine_bench.runner.clean.inputs.items import (
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 LABELS = ("label", "labels", "target", "class", "y")
 TEXTS = ("text", "sentence", "content", "review", "document", "body", "comment")
-_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-"""A JSON escape of one half of a pair."""
 _WORDS = 4
 """A column is text when half of its values have as many words and most of them differ."""
 
@@ -55,7 +53,7 @@ def read_table(path: Path, encoding: str | None = None) -> pd.DataFrame:
         elif suffix == ".parquet":
             table = pd.read_parquet(path)
         else:
-            table = _read_lines(path, encoding)
+            table = json_lines.read(path, encoding)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file sets off below
@@ -101,54 +99,6 @@ def require(package: str, because: str, extra: str) -> Any:
         raise ConfigError(
             f"{because}, which needs the package {package}; type: pip install '{extra}'"
         ) from error
-
-
-def _lines(path: Path, encoding: str | None) -> list[str]:
-    # not splitlines: a text may hold other signs that end a line, such as U+2028
-    return [line.removesuffix("\r") for line in csv_files.read_text(path, encoding).split("\n")]
-
-
-def _read_lines(path: Path, encoding: str | None) -> pd.DataFrame:
-    rows = []
-    for number, line in enumerate(_lines(path, encoding), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number} is no JSON ({error}); correct it") from error
-        half = _HALF.search(line)
-        if half is not None and not _is_text(line):
-            raise DataError(
-                f"{path}, line {number} holds half of a character ({half.group()}, one of a pair "
-                "that stands alone), which is no text; take it out or write the whole character"
-            )
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number} holds a {type(row).__name__}; every line must be an object "
-                'such as {"text": "…", "label": "…"}'
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _is_text(line: str) -> bool:
-    """Whether the pairs of a JSON line that make up one character each are whole."""
-    try:
-        json.dumps(json.loads(line), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _as_line(row: Mapping[str, Any], encoding: str) -> str:
-    """A row as JSON; what the encoding does not have is escaped, as JSON may."""
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:
-        return json.dumps(row)
-    return line
 
 
 # ------------------------------------------------------------------------------- which column
@@ -252,12 +202,12 @@ class _Rows:
         suffix = ".csv" if self.path is None else self.path.suffix.lower()
         copy = folder / f"cleaned{suffix}"
         if self.path is not None and suffix == ".jsonl":
-            lines = [line for line in _lines(self.path, self.encoding) if line.strip()]
+            lines = [line for line in json_lines.lines(self.path, self.encoding) if line.strip()]
             found = [json.loads(line) for line in lines]
             given = self._as_given([one.get(self.label) for one in found], labels)
             encoding = self.encoding or csv_files.UTF_8
             for row, label in given.items():
-                lines[row] = _as_line({**found[row], self.label: label}, encoding)
+                lines[row] = json_lines.as_line({**found[row], self.label: label}, encoding)
             copy.write_bytes("".join(f"{lines[row]}\n" for row in keep).encode(encoding))
             return Written(copy, keep)
         if self.path is not None and suffix == ".csv":
