@@ -18,9 +18,10 @@ from fine_bench.llm.instructions import InstructionSet
 from fine_bench.llm.jsonl import write_jsonl
 from fine_bench.llm.steering import Steering
 from fine_bench.runner.backends import language
-from fine_bench.runner.config import check, name_of_file
+from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
 from fine_bench.runner.plan import Job, plan
+from fine_bench.runner.schema import name_of_file
 from fine_bench.store.records import RecordStore
 from fine_bench.types import RunRecord
 from support.commands import Commands
