@@ -6,6 +6,7 @@ in ``write``, lines are said in ``progress``.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ from fine_bench.types import (
     TrainingSteps,
     UnsupportedProblemError,
 )
+
+log = logging.getLogger(__name__)
 
 _FAILURES = (Exception, SystemExit)
 """What fails a cell; an interruption is none of these, and ends the run."""
@@ -94,6 +97,7 @@ def outcomes(
             run, watch = _train(job, logger, announcer)
         except _FAILURES as error:
             if claims is not None and claims.helps:
+                log.debug("left a training to its own process", exc_info=True)
                 return  # the job itself says so
             reason = f"training failed: {type(error).__name__}: {error}"
             yield from (Outcome(cell, "failed", reason) for cell in job.todo)
@@ -107,6 +111,11 @@ def outcomes(
             name = f"{number} of {len(job.todo)}: {cell.estimator} {cell.target}"
             with announcer.busy(name):
                 outcome = _outcome(job, cell, run, watch, auxiliary, shared, announcer.say)
+            if claims is not None and claims.helps and outcome.status == "failed":
+                # two processes at work need more memory than one: the job itself computes the
+                # cell again, and says what fails there
+                log.debug("left %s to its own process: %s", name, outcome.reason)
+                continue
             yield replace(outcome, training={**run.facts, **outcome.training})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
@@ -23,6 +24,8 @@ from fine_bench.runner.write import Writer, Written
 from fine_bench.store.files import StoreError
 from fine_bench.store.records import RecordStore
 from fine_bench.terminal import hidden, marked
+
+log = logging.getLogger(__name__)
 
 
 def run_job(config: DictConfig) -> None:
@@ -89,14 +92,16 @@ def help_with(config: DictConfig, claims: Claims, tasks: TaskCache | None = None
         tasks: data that are at hand.
 
     Returns:
-        what was computed. Whatever ends it is said by that job, which computes the rest.
+        what was computed. Whatever ends it is said by that job, which computes the rest; here it is
+        in the log of Hydra's job alone, with ``hydra.verbose=true``.
     """
-    written: list[Written] = []
-    with suppress(Exception):
+    try:
         job = plan(check(config), tasks)
         job = job.only(claims.leftover(job))
-        written = execute(job, claims.sweep, say=lambda _: None, claims=claims)
-    return written
+        return execute(job, claims.sweep, say=lambda _: None, claims=claims)
+    except Exception:
+        log.debug("gave up helping with seed %s of this sweep", config.get("seed"), exc_info=True)
+    return []
 
 
 def with_others(job: Job, written: Sequence[Written], claims: Claims) -> list[Written]:

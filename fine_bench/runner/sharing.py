@@ -15,7 +15,8 @@ All that the processes share is a folder of the sweep:
     shared/N.CELL        locked while somebody computes that cell of job N
 
 The system lets go of a lock when its process dies, so nobody waits for a process that is gone, and
-the job itself computes what a helper has left.
+the job itself computes what a helper has left, and once more what has failed in one: memory that
+two processes do not find may be there for one.
 """
 
 from __future__ import annotations

@@ -14,10 +14,21 @@ from fine_bench.callback import FINECallback
 from fine_bench.runner import interruption
 from fine_bench.runner.config import check
 from fine_bench.runner.execution import execute
-from fine_bench.runner.plan import plan
+from fine_bench.runner.plan import Job, plan
 from fine_bench.store.records import RecordStore
 from support.commands import Commands
 from support.records import digits_run
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Job:
+    """A run with the callback, whose hooks the tests replace."""
+    fine = {"_target_": "fine_bench.callback.FINECallback"}
+    config = {
+        "seed": 0, **digits_run(num_threads=1), "targets": ["self"],
+        "estimators": {"fine": fine}, "results_dir": str(tmp_path),
+    }  # fmt: skip
+    return plan(check(OmegaConf.create(config)))
 
 
 @pytest.mark.parametrize(
@@ -53,21 +64,16 @@ def test_what_is_finished_is_kept(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, interruption.Terminated])
 def test_an_interrupted_training_is_no_failed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[KeyboardInterrupt]
+    watched: Job, monkeypatch: pytest.MonkeyPatch, error: type[KeyboardInterrupt]
 ) -> None:
     def stops(self: FINECallback, *_: object) -> None:
         raise error
 
     monkeypatch.setattr(FINECallback, "on_train_epoch_start", stops)
-    fine = {"_target_": "fine_bench.callback.FINECallback"}
-    config = {
-        "seed": 0, **digits_run(num_threads=1), "targets": ["self"],
-        "estimators": {"fine": fine}, "results_dir": str(tmp_path),
-    }  # fmt: skip
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(error):
-        execute(plan(check(OmegaConf.create(config))), "test", say=lambda _: None)
-    assert RecordStore(tmp_path).scan().records == []
+        execute(watched, "test", say=lambda _: None)
+    assert RecordStore(watched.results).scan().records == []
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -117,7 +123,7 @@ def test_a_sweep_whose_signal_got_lost_does_not_end_well(cli: Commands, tmp_path
 
 
 def test_sigterm_in_a_process_that_does_not_listen_is_no_failed_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a launcher's job Lightning alone hears it, and ends the fit by an exception of its own."""
 
@@ -125,11 +131,6 @@ def test_sigterm_in_a_process_that_does_not_listen_is_no_failed_training(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(FINECallback, "on_train_epoch_start", stops)
-    fine = {"_target_": "fine_bench.callback.FINECallback"}
-    config = {
-        "seed": 0, **digits_run(num_threads=1), "targets": ["self"],
-        "estimators": {"fine": fine}, "results_dir": str(tmp_path),
-    }  # fmt: skip
     with pytest.raises(interruption.Terminated):
-        execute(plan(check(OmegaConf.create(config))), "test", say=lambda _: None)
-    assert RecordStore(tmp_path).scan().records == []
+        execute(watched, "test", say=lambda _: None)
+    assert RecordStore(watched.results).scan().records == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 
@@ -59,9 +60,10 @@ def test_a_helper_computes_what_its_own_job_would_have(tmp_path: Path) -> None:
     ((theirs, claims),) = [pair for _, pair in zip(range(1), helper.to_help(), strict=False)]
     helped = help_with(theirs, claims)
     names = [one.cell.estimator for one in helped]
-    assert list(dict.fromkeys(names)) == ["broken", "random", "mean_loss", "tracin"]
+    assert list(dict.fromkeys(names)) == ["random", "mean_loss", "tracin"]
     written = execute(job, sweep.name, say=lambda _: None, claims=own.claims())
-    assert {one.cell.estimator for one in written} == {"fine"}
+    # what failed in the helper, for want of memory perhaps, is its own job's to say
+    assert {one.cell.estimator for one in written} == {"fine", "broken"}
     assert said(both) == said(alone)
     found = with_others(job, written, own.claims())
     assert [one.cell for one in found] == list(job.todo)
@@ -91,6 +93,61 @@ def test_what_a_killed_sweep_left_is_taken_away(tmp_path: Path) -> None:
     assert second._state(1) == "waiting"
     sweep = sweep_of(tmp_path, jobs=1)
     assert Process.of(sweep, 0, config(tmp_path)) is None
+
+
+def test_a_helper_does_not_count_what_others_work_on(tmp_path: Path) -> None:
+    """It would train for cells that it may not compute."""
+    sweep = sweep_of(tmp_path)
+    own = Process(sweep, 0, config(tmp_path))
+    helper = Claims(own.folder, 0, sweep.name, "", helps=True)
+    job = plan(check(config(tmp_path)))
+    taken = next(cell for cell in job.todo if cell.estimator == "mean_loss")
+    with files.held(helper._path(taken)) as held:
+        assert held
+        left = helper.leftover(job)
+        assert taken not in left
+        assert len(left) == 5
+    assert [cell.estimator for cell in helper.leftover(job)] == [
+        name for name in ("random", "mean_loss", "tracin") for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("CUDA out of memory")])
+def test_a_cell_that_fails_in_a_helper_is_its_own_jobs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    """It stayed *failed* until the command was typed again, where one process had had room."""
+    sweep = sweep_of(tmp_path)
+    own = Process(sweep, 0, config(tmp_path))
+    job = plan(check(config(tmp_path)))
+    helper = Claims(own.folder, 0, sweep.name, "", helps=True)
+
+    def full(self: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.DEBUG, "fine_bench"):
+        patched.setattr("baselines.controls.RandomScores.compute", full)
+        helped = help_with(config(tmp_path), helper)
+    assert {one.cell.estimator for one in helped} == {"mean_loss", "tracin"}
+    assert str(error) in caplog.text
+    written = execute(job, sweep.name, say=lambda _: None, claims=own.claims())
+    assert {one.cell.estimator for one in written} == {"fine", "random"}
+    assert "failed" not in {status for status, _, _ in said(tmp_path).values()}
+
+
+def test_what_ends_a_helper_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sweep = sweep_of(tmp_path)
+    claims = Process(sweep, 0, config(tmp_path)).claims()
+    bad = OmegaConf.merge(config(tmp_path), {"targets": ["everything"]})
+    with caplog.at_level(logging.DEBUG, "fine_bench"):
+        assert help_with(bad, claims) == []
+    (record,) = caplog.records
+    assert (record.levelname, record.name) == ("DEBUG", "fine_bench.runner.execution")
+    assert "gave up helping with seed 0" in caplog.text
+    assert "targets=['everything']" in caplog.text  # with its reason
 
 
 def test_a_cell_that_a_helper_leaves_is_computed_by_its_job(tmp_path: Path) -> None:
