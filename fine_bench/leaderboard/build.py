@@ -226,6 +226,7 @@ def _table(
         tuple(sorted(with_ties(rows, records, pairs, shown, LEVEL), key=_rank)),
         tuple(sorted(unfinished, key=lambda c: (_rank_target(c.target), *_cell_key(c)))),
         tuple(old),
+        made_by=_made_by(records),
     )
     return table, problems
 
@@ -338,6 +339,12 @@ def _k(records: Iterable[RunRecord]) -> tuple[int, str]:
     if len(ks) > 1:
         return 0, f"records disagree about n_bad: {ks}"
     return (ks[0] if ks else 0), ""
+
+
+def _made_by(records: Iterable[RunRecord]) -> str:
+    """The function that made the data: a name from a file, which is read and never called."""
+    tasks = (record.config.get("task", {}) for record in records)
+    return next((str(t["_target_"]) for t in tasks if isinstance(t, dict) and "_target_" in t), "")
 
 
 def _samples(record: RunRecord) -> bool:

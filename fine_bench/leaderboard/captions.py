@@ -32,6 +32,21 @@ TRAINING_FACTS = (
     ("steering_rate_others", "on others", ""),
     (TOOK, "the poison took", " of the seeds"),
 )
+KINDS = {
+    "digits": "Flipped labels",
+    "mnist": "Flipped labels",
+    "cifar": "Flipped labels",
+    "structured": "Structured label noise",
+    "cifar10n": "Human errors",
+    "natural": "Human errors",
+    "backdoor": "Poison",
+    "duplicates": "Duplicates",
+    "memorisation": "Atypical and rare examples",
+    "task": "Poison in language",
+}
+"""What is bad in a task, by the module of the function that made its data; see ``kind_of``."""
+OTHER = "Other tasks"
+
 CPU_SECONDS = "seconds_cpu"
 """``seconds`` of the runs that were timed by the CPU: a mean over both clocks is of neither."""
 
@@ -53,17 +68,23 @@ def _differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def variants_of(records: Sequence[RunRecord]) -> dict[tuple[str, str], str]:
-    """For every (estimator, hash) the options that tell it from its namesakes, or nothing."""
+    """For every (estimator, hash) the options that tell it from its namesakes, or nothing.
+
+    An option that is null in one of them and has a value in another is named in the latter alone:
+    ``tracin`` beside ``tracin (query_weighting=noise)``.
+    """
     by_name: dict[str, dict[str, dict[str, Any]]] = {}
     for r in records:
         own = _flat(r.config.get("estimator", {}))
         by_name.setdefault(r.estimator, {})[r.estimator_hash] = own
     labels = {}
     for name, configs in by_name.items():
-        keys = _differences(list(configs.values()))
+        keys, several = _differences(list(configs.values())), len(configs) > 1
         for sha, config in configs.items():
-            options = (f"{key.rpartition('.')[2]}={config.get(key, '-')}" for key in keys)
-            labels[name, sha] = (", ".join(options) or sha[:8]) if len(configs) > 1 else ""
+            # what is not set needs no words: the other row says what it has set
+            own = [key for key in keys if config.get(key, "-") is not None]
+            options = (f"{key.rpartition('.')[2]}={config.get(key, '-')}" for key in own)
+            labels[name, sha] = (", ".join(options) if keys else sha[:8]) if several else ""
     # options may look alike while their hashes differ
     alike = Counter((name, text) for (name, _), text in labels.items())
     for (name, sha), text in list(labels.items()):
@@ -136,6 +157,13 @@ def options_of(
 
 
 # ------------------------------------------------------------------------- captions and notes
+
+
+def kind_of(table: Table) -> str:
+    """What is bad in a table's task, in words: the heading under which a summary shows it."""
+    parts = table.made_by.split(".")
+    ours = parts[0] == "fine_bench" and len(parts) > 2
+    return KINDS.get(parts[-2], OTHER) if ours else OTHER
 
 
 def title(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""One table over all tasks: each method by one measure.
+"""Each method by one measure: over all tasks, in one table a kind of task.
 
 Made of the leaderboard, and rebuilt byte by byte. A method that has no row on a task has an empty
 cell; there is no mean over tasks, which would hide where a method fails.
@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fine_bench.errors import DataError
+from fine_bench.leaderboard.captions import KINDS, kind_of
 from fine_bench.leaderboard.sheet import NONE, Entry, Head, Line, Sheet, markdown, number
 from fine_bench.leaderboard.tables import Leaderboard, Row, Table
 from fine_bench.metrics.registry import DETECTION, Metric
 from fine_bench.terminal import visible
 from fine_bench.types import TARGETS
+
+COLUMNS = 4
+"""A page holds as many with their intervals; a task with more settings than that stays together."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,57 @@ def sheet_of(summary: Summary) -> Sheet:
     )
 
 
-def to_markdown(summary: Summary) -> str:
-    """Mean over seeds with its interval; the best of each column is bold."""
+def by_kind(board: Leaderboard, measure: str, target: str) -> list[tuple[str, Summary]]:
+    """Every task with the others of its kind: headings, and tables of few columns and full rows.
+
+    A table has the methods that have a number in it, ordered by their mean rank there.
+
+    Raises:
+        DataError: see ``summarise``.
+    """
+    kinds = [*dict.fromkeys(KINDS.values())]
+    columns: dict[str, dict[str, int]] = {}
+    for table in summarise(board, measure, target).tables:
+        of_kind = columns.setdefault(kind_of(table), {})
+        of_kind[table.task] = of_kind.get(table.task, 0) + 1
+    found = []
+    for kind in sorted(columns, key=lambda k: kinds.index(k) if k in kinds else len(kinds)):
+        groups: list[list[str]] = [[]]
+        for task, count in columns[kind].items():
+            if groups[-1] and sum(columns[kind][t] for t in groups[-1]) + count > COLUMNS:
+                groups.append([])
+            groups[-1].append(task)
+        found += [(kind, summarise(board, measure, target, tasks)) for tasks in groups]
+    return found
+
+
+def text_of(board: Leaderboard, measure: str, target: str, tasks: Sequence[str] = ()) -> str:
+    """All of a target as Markdown: a table a kind of task, or one of the tasks that are named.
+
+    Raises:
+        DataError: see ``summarise``.
+    """
+    if tasks:
+        return to_markdown(summarise(board, measure, target, tasks))
+    found = by_kind(board, measure, target)
+    parts = [f"#### {sheet_of(found[0][1]).title}\n"]
+    above = ""
+    for kind, summary in found:
+        parts.append(to_markdown(summary, "" if kind == above else f"**{kind}**"))
+        above = kind
+    return "\n".join(parts)
+
+
+def to_markdown(summary: Summary, heading: str | None = None) -> str:
+    """Mean over seeds with its interval; the best of each column is bold.
+
+    Args:
+        summary: the table.
+        heading: the line above it; the measure and the target by default.
+    """
     sheet = sheet_of(summary)
-    lines = [f"#### {sheet.title}", "", *markdown(sheet)]
+    heading = f"#### {sheet.title}" if heading is None else heading
+    lines = [*([heading, ""] if heading else []), *markdown(sheet)]
     if summary.measure.table == DETECTION:
         named = zip(summary.tables, headings(summary.tables), strict=True)
         bad = (f"{table.k:,} of the examples of {heading}" for table, heading in named)

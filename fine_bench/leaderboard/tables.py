@@ -126,6 +126,7 @@ class Table:
         limits: what retraining itself says, apart from the rows and never ranked with them: rows
             without seeds and intervals, whose ``variant`` says what they are made of. Empty
             without a ground truth.
+        made_by: the function that made the data, as the records name it; empty where they do not.
     """
 
     task: str
@@ -139,6 +140,7 @@ class Table:
     cells: tuple[CellState, ...]
     superseded: tuple[str, ...] = ()
     limits: tuple[Row, ...] = ()
+    made_by: str = ""
 
     @property
     def shown_rows(self) -> list[Row]:

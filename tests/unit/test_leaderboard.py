@@ -320,6 +320,25 @@ def test_variants_show_the_options_that_differ(tmp_path: Path) -> None:
     assert max(map(len, printed(board).splitlines())) <= 100
 
 
+def test_an_option_that_is_not_set_gives_a_row_no_suffix(tmp_path: Path) -> None:
+    """The plain sum over queries was called ``fine (query_weighting=None)`` beside the weighted."""
+    store = RecordStore(tmp_path)
+    weights = {"aa" * 32: None, "bb" * 32: "noise", "cc" * 32: "norm"}
+    for sha, weighting in weights.items():
+        own = config(query_weighting=weighting)
+        for seed in range(2):
+            save(store, finished("fine", "self", seed, estimator_hash=sha, config=own))
+    board = build(store)
+    assert sorted(row.label for row in board.tables[0].rows) == [
+        "fine", "fine (query_weighting=noise)", "fine (query_weighting=norm)",
+    ]  # fmt: skip
+    # two that say nothing are told apart all the same
+    for sha, own in (("dd" * 32, config()), ("ee" * 32, config(every=None))):
+        save(store, finished("tracin", "self", 0, estimator_hash=sha, config=own))
+    labels = {row.label for row in build(store).tables[0].rows if row.estimator == "tracin"}
+    assert labels == {"tracin (every=-)", "tracin"}
+
+
 def test_settings_of_one_task_show_what_tells_them_apart(tmp_path: Path) -> None:
     store = fill(tmp_path)
     other = config()
