@@ -88,8 +88,10 @@ def _build(store: RecordStore) -> Leaderboard:
 
 
 def _publish(store: RecordStore, tasks: Sequence[str]) -> int:
+    from dataclasses import replace
+
     from fine_bench.leaderboard import render
-    from fine_bench.leaderboard.summary import summarise, to_markdown
+    from fine_bench.leaderboard.summary import text_of
     from fine_bench.store.files import write_atomic
     from fine_bench.store.publication import publish
     from fine_bench.store.records import RecordStore
@@ -103,18 +105,29 @@ def _publish(store: RecordStore, tasks: Sequence[str]) -> int:
     if own:
         _build(store)  # compares the seeds of new rows, so that the comparisons are published too
     done = publish(store, tasks)
+    packed = RecordStore(store.root, published_only=True)
+    found = _build(packed)
+    if packed.compared:
+        # of records that were published before there was this comparison, or that came since the
+        # first look: the tables have its numbers, so it is published with them, whatever the task
+        more = publish(store, comparisons=packed.compared)
+        done = replace(
+            more,
+            new_records=done.new_records,
+            new_comparisons=done.new_comparisons + more.new_comparisons,
+            written=tuple(sorted({*done.written, *more.written})),
+        )
     common.say(
         f"published: {done.records:,} records and {done.comparisons:,} comparisons of seeds in "
         f"{len(done.files)} files, {done.size / 1e6:.1f} MB; new: {done.new_records:,} records, "
         f"{done.new_comparisons:,} comparisons"
     )
-    found = _build(RecordStore(store.root, published_only=True))
     folder = store.published.folder
     written = [*done.written, *render.write(found, folder)]
     parts, reasons = [], []
     for target in ("self", "validation"):
         try:
-            parts.append(to_markdown(summarise(found, "average_precision", target)))
+            parts.append(text_of(found, "average_precision", target))
         except DataError as error:
             reasons.append(f"summary.md without target {target}: {error}")
     if parts:

@@ -15,7 +15,7 @@ from pathlib import Path
 from fine_bench.errors import DataError
 from fine_bench.store.comparisons import Consistency
 from fine_bench.store.files import StoreError, lock, make_folder, remove_leftovers, write_atomic
-from fine_bench.store.published import Entry
+from fine_bench.store.published import Entry, comparison_key
 from fine_bench.store.records import RecordStore
 from fine_bench.types import RunRecord
 
@@ -43,12 +43,15 @@ class Publication:
     problems: tuple[str, ...]
 
 
-def publish(store: RecordStore, tasks: Sequence[str] = ()) -> Publication:
+def publish(
+    store: RecordStore, tasks: Sequence[str] = (), comparisons: Sequence[Consistency] | None = None
+) -> Publication:
     """Add the working store's records and comparisons to the packed tables.
 
     Args:
         store: a results folder.
         tasks: whose; all when empty.
+        comparisons: publish these of the working store's alone, and no record.
 
     Raises:
         DataError: an unknown task.
@@ -62,6 +65,9 @@ def publish(store: RecordStore, tasks: Sequence[str] = ()) -> Publication:
     with lock(folder) as locked:
         remove_leftovers(folder, locked)
         published, own, problems = store.entries()
+        if comparisons is not None:
+            wanted = {comparison_key(one) for one in comparisons}
+            own = [entry for entry in own if entry.key in wanted]
         new = _new(published, own, tasks)
         damaged = [line for line in problems if line.startswith("published/")]
         if damaged:

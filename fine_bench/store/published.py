@@ -28,6 +28,11 @@ from fine_bench.types import RunRecord
 Key: TypeAlias = tuple[Any, ...]
 
 
+def comparison_key(c: Consistency) -> Key:
+    """What was compared."""
+    return ("comparison", c.task, c.setting, c.estimator, c.target, c.digest)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A record or a comparison, with its text.
@@ -54,8 +59,7 @@ class Entry:
         """Identity and revision of a record; what was compared, of a comparison."""
         if isinstance(self.found, RunRecord):
             return (*key_of(self.found), self.found.revision)
-        c = self.found
-        return ("comparison", c.task, c.setting, c.estimator, c.target, c.digest)
+        return comparison_key(self.found)
 
     @property
     def order(self) -> Key:

@@ -106,6 +106,7 @@ class RecordStore:
         self.published = Published(self.root)
         self.published_only = published_only
         self.sources = ""  # what the last scan read, in words
+        self.compared: list[Consistency] = []  # what this object has saved of them
         self.records = self.root / "records"
         self.scores = self.root / "scores"
 
@@ -331,6 +332,7 @@ class RecordStore:
         """Cache a comparison. Its name follows from what was compared, so it may be replaced."""
         path = self.records / comparison_file(consistency)
         write_atomic(path, consistency_json(consistency))
+        self.compared.append(consistency)
         return path
 
     def find_consistency(

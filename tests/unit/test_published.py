@@ -367,6 +367,59 @@ def test_a_wrong_archive_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ command
 
 
+def test_comparisons_are_published_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They came with the second call where records were published before anybody compared them."""
+    root = tmp_path / "results"
+    store = RecordStore(root)
+    arguments = ["--results", str(root), "--task", "digits"]
+
+    def add(seed: int) -> None:
+        metrics = {"auroc": 0.8, "average_precision": 0.5, "n_bad": 4.0}
+        store.save(published_record(seed=seed, metrics=metrics), make_scores(seed))
+
+    def numbers() -> list[tuple[int, int]]:
+        entries = store.published.table("digits--01234567.jsonl").entries
+        found = [e.found for e in entries if isinstance(e.found, Consistency)]
+        return sorted(pair for one in found for pair in one.pairs)
+
+    for seed in range(2):
+        add(seed)
+    publish(store)  # records alone, as long as there was no comparison of theirs
+    assert numbers() == []
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "new: 0 records, 1 comparisons" in capsys.readouterr().out
+    assert numbers() == [(0, 1)]
+    before = bytes_of(root / "published")
+    assert main(arguments) == 0
+    assert "new: 0 records, 0 comparisons" in capsys.readouterr().out
+    assert bytes_of(root / "published") == before
+
+    # a run that goes on writes a record between the look and the packing
+    from fine_bench.store import publication
+
+    packs = publication.publish
+
+    def late(*given: object, **named: object) -> publication.Publication:
+        if not named:
+            add(2)
+        return packs(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(publication, "publish", late)
+    add(3)
+    assert main(arguments) == 0
+    assert "new: 2 records, 2 comparisons" in capsys.readouterr().out
+    assert numbers() == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    # what the tables say is packed, all of it
+    monkeypatch.undo()
+    before = bytes_of(root / "published")
+    only_published(root)
+    assert main(arguments) == 0
+    assert bytes_of(root / "published") == before
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "results"
     arguments = ["--results", str(root)]
