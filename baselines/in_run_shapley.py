@@ -20,6 +20,7 @@ from fine_bench.callback.base import InRunMethod, WatchedRun
 from fine_bench.callback.trainer import AROUND, Events, training_data
 from fine_bench.fine.aside import beside_training
 from fine_bench.fine.first_batch import FirstBatch
+from fine_bench.fine.setup import refuse_private
 from fine_bench.fine.trained_parameters import TrainedParameters
 from fine_bench.fine.training_data import batch_index, read_queries, step_size
 from fine_bench.gradients.batch_norm import (
@@ -161,6 +162,7 @@ class InRunShapleyCallback(InRunMethod):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the optimiser, the data and the queries."""
+        refuse_private(pl_module, trainer.optimizers)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 shapley.refuse_other_updates(

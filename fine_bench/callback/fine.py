@@ -31,7 +31,7 @@ from fine_bench.fine.in_batch import InBatchSchedule
 from fine_bench.fine.observation import Observation
 from fine_bench.fine.options import Options
 from fine_bench.fine.question import distinguishing
-from fine_bench.fine.setup import make_recorder, refuse_compiled
+from fine_bench.fine.setup import make_recorder, refuse_compiled, refuse_private
 from fine_bench.fine.snapshot import SnapshotSchedule
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import InfluenceScores
@@ -164,6 +164,8 @@ class FINECallback(InRunMethod):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the training data and the queries, and lay out the sums."""
         refuse_optimizers(trainer)
+        # not before: configure_optimizers may have made it private
+        refuse_private(pl_module, trainer.optimizers)
         assert self._recorder is not None
         options, recorder, device = self.options, self._recorder, pl_module.device
         data = training_data(

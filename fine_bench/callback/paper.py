@@ -26,6 +26,7 @@ from fine_bench.fine import subset_test
 from fine_bench.fine.aside import beside_training, own_randomness
 from fine_bench.fine.geometry import Euclidean
 from fine_bench.fine.passes import Passes, QueryDirections
+from fine_bench.fine.setup import refuse_private
 from fine_bench.fine.subset_options import SubsetOptions
 from fine_bench.fine.subset_sampler import SubsetSampler
 from fine_bench.fine.subset_samples import PaperAccumulator, Signal
@@ -183,6 +184,7 @@ class PaperFINECallback(InRunMethod):
             raise UnsupportedProblemError(
                 f"training on {trainer.world_size} processes is not supported yet; use devices=1"
             )
+        refuse_private(pl_module, trainer.optimizers)
         options = self.options
         data = training_data(trainer, pl_module, "PaperFINECallback")
         size = options.batch_size or getattr(trainer.train_dataloader, "batch_size", None)

@@ -29,7 +29,7 @@ from fine_bench.fine.loop_batch import (
 from fine_bench.fine.observation import Observation
 from fine_bench.fine.options import Options
 from fine_bench.fine.question import digest, distinguishing
-from fine_bench.fine.setup import make_recorder, refuse_compiled
+from fine_bench.fine.setup import make_recorder, refuse_compiled, refuse_private
 from fine_bench.fine.training_data import TrainingData, as_positions
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 
@@ -55,6 +55,7 @@ class WatchedLoop:
         scaler: Any = None,
         total_steps: int | None = None,
     ) -> None:
+        refuse_private(model, [optimizer])
         checks.refuse_setting(model, optimizer, accumulate)
         checks.refuse_unknown_length(options, total_steps)
         compiled = refuse_compiled(model, options.schedule)

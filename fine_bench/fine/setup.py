@@ -45,6 +45,35 @@ def refuse_compiled(module: nn.Module, schedule: str) -> bool:
     return bool(parts)
 
 
+def refuse_private(module: nn.Module, optimizers: Sequence[object]) -> None:
+    """Refuse DP-SGD by Opacus, whose steps are not the gradients that are seen here.
+
+    A step there is the sum of clipped gradients plus noise. The gradients that go backward are
+    neither, and a score of them, read as what can be told of an example, says too much: with noise
+    of four times the clipping norm, an audit's lower bound lay above the true ε in 54 % of cases
+    (``benchmarks/known_epsilon.py``). Opacus marks each parameter with ``grad_sample``, however its
+    hooks are attached.
+
+    Args:
+        module: in training.
+        optimizers: of the run, wrapped or not.
+
+    Raises:
+        UnsupportedProblemError: it is such a training.
+    """
+    marked = any(hasattr(p, "grad_sample") for p in module.parameters())
+    kinds = {kind for one in optimizers for kind in type(one).__mro__}
+    if marked or any(kind.__module__.split(".")[0] == "opacus" for kind in kinds):
+        raise UnsupportedProblemError(
+            "the model or its optimizer is Opacus' (GradSampleModule, DPOptimizer): its steps are "
+            "clipped and noisy, and f-INE sees the gradients before both, so that its scores would "
+            "be those of another training, and what audit says at least no bound. Watch the same "
+            "training without PrivacyEngine. Of the private run itself Opacus' accountant says ε, "
+            "and fine_bench.theory.privacy.one_run_epsilon a lower bound by canaries; "
+            "benchmarks/known_epsilon.py scores clipped and noisy steps by hand"
+        )
+
+
 def make_recorder(options: Options, module: nn.Module) -> LayerRecorder:
     """Hooks in the layers to watch."""
     return LayerRecorder(module, options.layers, tap=options.schedule == "in_batch")
