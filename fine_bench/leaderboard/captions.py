@@ -82,8 +82,8 @@ def variants_of(records: Sequence[RunRecord]) -> dict[tuple[str, str], str]:
         keys, several = _differences(list(configs.values())), len(configs) > 1
         for sha, config in configs.items():
             # what is not set needs no words: the other row says what it has set
-            own = [key for key in keys if config.get(key, "-") is not None]
-            options = (f"{key.rpartition('.')[2]}={config.get(key, '-')}" for key in own)
+            named = [key for key in keys if config.get(key, "-") is not None]
+            options = (f"{key.rpartition('.')[2]}={config.get(key, '-')}" for key in named)
             labels[name, sha] = (", ".join(options) if keys else sha[:8]) if several else ""
     # options may look alike while their hashes differ
     alike = Counter((name, text) for (name, _), text in labels.items())
