@@ -24,6 +24,7 @@ from torch import Tensor
 
 from baselines.kernel_regression import KernelRegression
 from fine_bench.estimator import Schedule
+from fine_bench.gradients.input_kernel import gaussian, total_variance
 from fine_bench.types import Checkpoint, InfluenceScores, Problem, QueryWeighting
 
 
@@ -81,23 +82,17 @@ class GaussianKernel(KernelRegression):
         x, y = self._inputs("train"), problem.labels("train")
         centre = x.mean(0)
         x = x - centre
-        width = self.bandwidth or float(x.square().sum(1).mean()) or 1.0
-        kernel = _gaussian(x, x, width)
+        width = self.bandwidth or total_variance(x)
+        kernel = gaussian(x, x, width)
         itself = isinstance(problem.queries, str)
         xq, yq = (x, y) if itself else (self._inputs("queries") - centre, problem.labels("queries"))
         targets: tuple[Tensor, Tensor] | None = None
         if self.residual == "leave_one_out":
             k = int(max(y.max(), yq.max())) + 1
             targets = F.one_hot(y, k).to(x) - 1 / k, F.one_hot(yq, k).to(x) - 1 / k
-        cross = None if itself else _gaussian(xq, x, width)
+        cross = None if itself else gaussian(xq, x, width)
         return self.scores(kernel, cross, x.new_ones(len(xq)), targets)
 
     def _inputs(self, which: Literal["train", "queries"]) -> Tensor:
         dtype = next(self.model.parameters()).dtype
         return torch.cat([x.flatten(1) for _, x, _ in self.problem.batches(which)]).to(dtype)
-
-
-def _gaussian(a: Tensor, b: Tensor, width: float) -> Tensor:
-    """exp(−‖a_i − b_j‖²/2σ²), ``(len(a), len(b))``."""
-    found = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
-    return found.square_().div_(-2 * width).exp_()

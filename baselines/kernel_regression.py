@@ -34,6 +34,7 @@ from torch import Tensor
 from fine_bench.estimator import InfluenceEstimator
 from fine_bench.gradients.curvature.products import output_gradient
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.input_products import InputProducts
 from fine_bench.gradients.margin import classification_reason, negative_margin
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.query_weighting import check_weighting, reduced_rows
@@ -171,6 +172,7 @@ class TangentKernel(KernelRegression):
         self._probe = Probe()
         self.engine = GradientEngine(self.model, self._probe, self.layers)
         self._generator = stream(self.seed, "tangent-kernel/probes")
+        self._products = InputProducts()
         self._kernel: Tensor | None = None
         self._cross: Tensor | None = None
         self._own: Tensor | None = None
@@ -187,12 +189,15 @@ class TangentKernel(KernelRegression):
         assert self._residual is not None
         problem, n = self.problem, self.problem.n_train
         self._probe.draw(self._residual.shape[1], self._generator)
-        kernel = gram_matrix(lambda start: self._gradients("train", start), n)
+        products = self._products
+        kernel = gram_matrix(lambda start: self._gradients("train", start), n, products)
         scale = kernel.diagonal().mean()
         self._kernel = _added(self._kernel, kernel.div_(scale))
         if isinstance(problem.queries, str):
             return
-        cross, own = cross_gram(self._gradients("queries"), lambda: self._gradients("train"), n)
+        cross, own = cross_gram(
+            self._gradients("queries"), lambda: self._gradients("train"), n, products=products
+        )
         self._cross = _added(self._cross, cross / scale)
         self._own = _added(self._own, own / scale)
 

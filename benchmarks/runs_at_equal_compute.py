@@ -1,16 +1,13 @@
 """Averages over runs: LDS against the number of trainings, and against the time they take.
 
-    e=+estimators.fine_queries_8
     python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' -m seed=0,1,2,3,4,5 clock=cpu \
-        'estimator=[fine_queries,tangent_kernel,gaussian_kernel_run,kfac,influence_function,trak,'\
-        'tracin]' \
-        $e._target_=fine_bench.callback.FINECallback $e.observable=margin $e.schedule=snapshot \
-        $e.geometry=kernel $e.contrast=substitution $e.n_initialisations=8
+        'estimator=[fine_queries,fine_queries_fast,tangent_kernel,gaussian_kernel_run,kfac,'\
+        'influence_function,trak,tracin]'
     FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5
     python benchmarks/runs_at_equal_compute.py table
 
-``fine_queries_8``, and likewise ``fine_queries_4`` (n_initialisations=4, in a sweep of its own), is
-f-INE's way for queries with fewer fresh initialisations, so that it takes less time.
+All rows of a table come from one such sweep, by one clock: what a training costs, and a method
+beside it, depends on what else the machine does.
 
 What R runs say together is the mean of their scores, read off the score files of a method's
 records, whatever the method. ``trak over models`` is TRAK as its paper has it, the product of two
@@ -27,14 +24,14 @@ where R ≤ (N + 1)/2. A difference of two methods is jackknifed as one number: 
 both. Beside it stands its bootstrap interval over the queries.
 
 Time is counted in trainings: a run costs 1 + extra/training, where extra is what the method takes
-beyond plain training in the same record; the median over the seeds. Within a budget of B trainings'
+beyond plain training in the same record, both by the record's clock; the median over the seeds.
+Rows by different clocks are refused. Within a budget of B trainings'
 time a method has as many runs as fit, and one that a single run does not fit into is not compared.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,6 +46,7 @@ from run_groups import RUNS, Array, Predict, Row, curves, differences, runs_with
 from safetensors import safe_open
 
 from baselines.trak import TRAK
+from fine_bench import clock
 from fine_bench.estimator import replay
 from fine_bench.report.figures.style import (
     BLACK,
@@ -64,14 +62,15 @@ from fine_bench.retraining.truth import HALVES, Half, Truth
 from fine_bench.retraining.truth_files import folders, named
 from fine_bench.runner.backends import images
 from fine_bench.runner.cells import problem_of
+from fine_bench.store.plausibility import CLOCK
 from fine_bench.store.records import RecordStore, newest
 from fine_bench.types import RunRecord
 
 MODELS = "trak over models"
 COLOURS = (BLACK, BLUE, VERMILLION, GREEN, GREY)
 MARKS = "os^Dv<>P*X"
-BUDGET = 5
-"""Trainings' time in which methods are compared."""
+BUDGETS = (1.5, 2, 3, 4, 5)
+"""Trainings' times in which methods are compared."""
 DIM = 512
 """Of the projections, as in ``conf/estimator/trak.yaml``."""
 
@@ -79,8 +78,14 @@ DIM = 512
 # -------------------------------------------------------------------------------- rows from files
 
 
-def rows_of(store: RecordStore, truth: Truth, half: Half, names: Sequence[str]) -> list[Row]:
-    """A row for each method that has scores of single queries of the truth's task."""
+def rows_of(
+    store: RecordStore, truth: Truth, half: Half, names: Sequence[str]
+) -> tuple[list[Row], str]:
+    """A row for each method that has scores of single queries of the truth's task, and the clock.
+
+    Raises:
+        SystemExit: costs by different clocks; says what to do.
+    """
     assert truth.subsets is not None
     members = truth.subsets.members[truth.subsets.of(half)].astype(np.float64)
     found: dict[str, dict[int, RunRecord]] = {}
@@ -89,14 +94,22 @@ def rows_of(store: RecordStore, truth: Truth, half: Half, names: Sequence[str]) 
         wanted = record.target == "queries" and record.status == "finished" and not record.varies
         if same and wanted and (not names or record.estimator in names):
             found.setdefault(record.estimator, {})[record.seed] = record
-    rows = []
+    rows, clocks = [], dict[str, list[str]]()
     for name, by_seed in sorted(found.items()):
         kept = {seed: r for seed, r in sorted(by_seed.items()) if store.has_scores(r)}
         if kept:
             each = [store.load_scores(r).values.double().numpy() @ members.T for r in kept.values()]
             shares = [r.cost["seconds"] / r.training["seconds"] for r in kept.values()]
             rows.append(Row(name, tuple(kept), mean_of(each), 1 + float(np.median(shares))))
-    return rows
+            for used in {str(r.training.get(CLOCK, clock.WALL)) for r in kept.values()}:
+                clocks.setdefault(used, []).append(name)
+    if len(clocks) > 1:
+        by = "; ".join(f"{used}: {', '.join(names)}" for used, names in sorted(clocks.items()))
+        raise SystemExit(
+            f"costs by different clocks cannot be compared ({by}): run all in one sweep with "
+            "clock=cpu force=true, or name rows of one clock with --rows"
+        )
+    return rows, next(iter(clocks), clock.CPU)
 
 
 def mean_of(each: Sequence[Array]) -> Predict:
@@ -144,9 +157,10 @@ def terms(arguments: argparse.Namespace) -> None:
                 f"'estimator=[trak]' seed={seed} results_dir={arguments.results}"
             )
         trak = TRAK("factorized", DIM, seed=seed)
-        start = time.process_time()
+        read = clock.CLOCKS[str(run.facts.get(CLOCK, clock.WALL))]
+        start = read()
         replay(trak, problem_of(job, "queries", run.model), run.checkpoints[-1:])
-        seconds = time.process_time() - start
+        seconds = read() - start
         kernel, residual = trak.means()
         about = {
             "data_sha256": job.data.sha256, "setting": job.setting, "seconds": f"{seconds:.3f}",
@@ -166,6 +180,7 @@ def page(
     frame: pd.DataFrame,
     compared: Sequence[tuple[str, pd.DataFrame]],
     ceiling: float,
+    used: str,
 ) -> str:
     """The tables, with what is to be known about them."""
     runs = [r for r in RUNS if r in set(frame.runs)]
@@ -179,7 +194,7 @@ def page(
         "",
         "LDS of the mean of R runs' scores: mean over the groups of R of a method's runs, with its "
         "95 % jackknife interval over the runs where R is at most about half of them. *Cost*: one "
-        "run with its scores, in trainings' time.",
+        f"run with its scores, in trainings' time ({used} clock).",
         "",
         f"| method | runs | cost | {' | '.join(f'R = {r}' for r in runs)} |",
         f"| --- | ---: | ---: | {' | '.join('---:' for _ in runs)} |",
@@ -248,7 +263,7 @@ def table(arguments: argparse.Namespace) -> None:
             f"the ground truth {arguments.experiment} has no subsets with several seeds, so there "
             "is no LDS; take mnist_mlp or mnist_mlp_interpolating"
         )
-    rows = rows_of(RecordStore(arguments.results), truth, half, arguments.rows)
+    rows, used = rows_of(RecordStore(arguments.results), truth, half, arguments.rows)
     models = models_row(arguments.work, truth, half)
     rows += [] if models is None else [models]
     rows, shared = common(rows, arguments.least)
@@ -257,18 +272,19 @@ def table(arguments: argparse.Namespace) -> None:
     n = len(shared[0].seeds)
     # as many as still leave an interval over the runs
     several = min(5, (n + 1) // 2)
-    within = {r.name: runs_within(BUDGET, r.cost, n) for r in shared if r.cost <= BUDGET}
     choices = {
         "One run each": dict.fromkeys((row.name for row in shared), 1),
         f"Means of {several} runs each": dict.fromkeys((row.name for row in shared), several),
-        f"Within the time of {BUDGET} trainings": within,
     }
+    for budget in BUDGETS:
+        within = {r.name: runs_within(budget, r.cost, n) for r in shared if r.cost <= budget}
+        choices[f"Within the time of {budget:g} trainings"] = within
     compared = [
         (title, differences([row for row in shared if row.name in runs], runs, margin))
         for title, runs in choices.items()
-        if runs
+        if len(runs) > 1
     ]
-    files.write(paths[0], page(arguments.experiment, rows, shared, frame, compared, ceiling))
+    files.write(paths[0], page(arguments.experiment, rows, shared, frame, compared, ceiling, used))
     files.write(paths[1], frame)
     files.write(paths[2], to_bytes(draw(arguments.experiment, frame, ceiling), "png"))
     print(f"written: {', '.join(map(str, paths))}")

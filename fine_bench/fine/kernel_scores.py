@@ -37,6 +37,11 @@ here is fitted to a truth:
 In logits the regression is too small by one factor, a = ⟨z, f⟩/⟨f, f⟩ over training examples
 (z the run's last logits). It is in Δ and in σ, so μ does without; ``extras["spread"]`` is a σ_q.
 
+*From some rows alone* (``landmarks``): K̄ is taken between L examples and all others, so that
+nothing is cubic in n (``gradients.landmark_kernel``). All queries are among the L: their kernel
+with every example stays what it is, and what is left out of K̄ are directions that no query and
+none of the other landmarks has.
+
 A row over several queries, weights v: Σ v_q Δ_q over sqrt(vᵀ Cov v). ``contrast="substitution"``
 subtracts from Δ_qi the mean over the other examples.
 
@@ -63,9 +68,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fine_bench.fine.effects import Contrast
+from fine_bench.fine.kernel_system import (
+    LEAST_RIDGE,
+    MOST_RIDGE,
+    matched_ridge,
+    system_of,
+    train_diagonal,
+)
 from fine_bench.fine.training_time import training_time
 from fine_bench.gradients.reciprocal import inverse_or_zero
-from fine_bench.gradients.tangent_kernel import KernelFlow, KernelRidge
+from fine_bench.gradients.tangent_kernel import FLOW_STEPS
 from fine_bench.types import InfluenceScores, QueryWeighting, Target
 
 VERSION = 3
@@ -73,9 +85,6 @@ VERSION = 3
 
 BLOCKS = 4
 """G, blocks of the jackknife."""
-
-LEAST_RIDGE, MOST_RIDGE = 0.01, 1000.0
-_TOLERANCE, _MOST_TRIALS = 1e-3, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +118,13 @@ def regression(
     ridge: float | None = None,
     contrast: Contrast = "removal",
     time: float | None = None,
+    landmarks: Tensor | None = None,
 ) -> Regression:
     """μ of every row and training example.
 
     Args:
-        kernel: ``(N, N)``, training examples before queries, of any scale > 0.
+        kernel: ``(N, N)``, training examples before queries, of any scale > 0; with landmarks
+            their rows alone, ``(L, N)``.
         residual: r̄, ``(n, k)``.
         slope: ḡ, ``(V, k)``.
         targets: y, ``(n, k)``.
@@ -121,22 +132,24 @@ def regression(
         ridge: λ, > 0; None: matched to ``residual``.
         contrast: see the module's text.
         time: τ, > 0; None for ridge regression.
+        landmarks: which rows ``kernel`` has, ``(L,)``, training examples, then all queries; None
+            for all rows.
 
     Raises:
         UnsupportedProblemError: K̄ + λI is numerically singular.
     """
     n, k = targets.shape
-    kernel = kernel / kernel.diagonal()[:n].mean()
-    train, cross, asked = kernel[:n, :n], kernel[n:, :n], kernel[n:, n:]
-    solver: KernelRidge | KernelFlow
+    system = system_of(kernel, landmarks, n)
     if time is not None:
         time = min(max(time, 1 / MOST_RIDGE), 1 / LEAST_RIDGE)
-        ridge, solver = 1 / time, KernelFlow(train.clone(), time)
+        ridge, solver = 1 / time, system.flow(time, FLOW_STEPS)
     else:
         if ridge is None:
-            ridge = matched_ridge(train, targets, float(residual.square().sum()) / n)
-        solver = KernelRidge(train.clone(), ridge)
-    smoother, alpha = solver.smoother(cross), solver.solve(targets)
+            level = float(residual.square().sum()) / n
+            ridge = matched_ridge(lambda some: system.flow(1 / some, 1), targets, level)
+        solver = system.flow(1 / ridge, 1)
+    cross, asked = system.cross, system.asked
+    smoother, alpha = solver.smoother(system.sought), solver.solve(targets)
     prior = (targets * alpha).sum() / (n * (k - 1))
     covariance = prior * (asked - smoother @ cross.T) * (slope @ slope.T)
     norms = asked.diagonal().sqrt() * torch.linalg.vector_norm(slope, dim=1)
@@ -145,45 +158,8 @@ def regression(
     if contrast == "substitution":
         effect = (effect - effect.mean(1, keepdim=True)) * (n / (n - 1))
     sigma = ((weights @ covariance) * weights).sum(1).clamp_min(0.0).sqrt()
-    return Regression(effect * inverse_or_zero(sigma)[:, None], sigma, ridge, train @ alpha)
-
-
-def matched_ridge(kernel: Tensor, targets: Tensor, level: float) -> float:
-    """λ at which the mean squared residual mean_i ‖y_i − f(x_i)‖² is ``level``.
-
-    It rises with λ from 0 to mean_i ‖y_i‖²; found by secants of its log-odds over log λ, in which
-    it is nearly straight.
-
-    Args:
-        kernel: ``(n, n)`` of mean diagonal 1.
-        targets: y, ``(n, k)``.
-        level: ≥ 0.
-
-    Returns:
-        λ between ``LEAST_RIDGE`` and ``MOST_RIDGE``, the nearest of them where none will do.
-    """
-    n = len(targets)
-    most = float(targets.square().sum()) / n
-
-    def log_odds(value: float) -> float:
-        share = min(max(value / most, 1e-12), 1 - 1e-12)
-        return math.log(share / (1 - share))
-
-    def excess(x: float) -> float:
-        alpha = KernelRidge(kernel.clone(), math.exp(x)).solve(targets)
-        return log_odds(math.exp(2 * x) * float(alpha.square().sum()) / n) - log_odds(level)
-
-    least, largest = math.log(LEAST_RIDGE), math.log(MOST_RIDGE)
-    before, at_before = 0.0, excess(0.0)
-    x = min(max(-2 * at_before, least), largest)  # the log-odds rise about half as fast as log λ
-    for _ in range(_MOST_TRIALS):
-        at_x = excess(x)
-        if abs(at_x) < _TOLERANCE or x == before:
-            break
-        rise = (at_x - at_before) / (x - before)
-        before, at_before = x, at_x
-        x = min(max(x - at_x / rise if rise > 0 else x, least), largest)
-    return math.exp(x)
+    mu = effect * inverse_or_zero(sigma)[:, None]
+    return Regression(mu, sigma, ridge, system.fitted(alpha))
 
 
 def rows_of(groups: Tensor, weighting: QueryWeighting) -> Rows:
@@ -222,6 +198,7 @@ class KernelAccumulator:
         weighting: see ``rows_of``; no row of a single query is weighted.
         contrast: see the module's text.
         ridge: λ, or None for the training time, or where that is not known to match it.
+        errors: whether the jackknife is computed.
 
     Attributes:
         residual, slope: Σ w r ``(G, n, k)`` and Σ w ḡ ``(G, V, k)`` of each block's snapshots.
@@ -238,6 +215,7 @@ class KernelAccumulator:
     weighting: QueryWeighting = None
     contrast: Contrast = "substitution"
     ridge: float | None = None
+    errors: bool = True
     residual: Tensor | None = None
     slope: Tensor | None = None
     weight: list[float] = field(default_factory=lambda: [0.0] * BLOCKS)
@@ -281,13 +259,20 @@ class KernelAccumulator:
         self.n_snapshots += 1
         self.found = None
 
-    def solve(self, kernels: Sequence[Tensor], scales: Sequence[float] = ()) -> None:
+    def solve(
+        self,
+        kernels: Sequence[Tensor],
+        scales: Sequence[float] = (),
+        landmarks: Tensor | None = None,
+    ) -> None:
         """Compute μ and its error.
 
         Args:
-            kernels: of each block, what its kernels add to K̄, ``(N, N)``; all G.
+            kernels: of each block, what its kernels add to K̄, ``(N, N)``, or the landmarks' rows of
+                it, ``(L, N)``; all G.
             scales: κ before the first step and after each snapshot that ``is_due``; none for
                 ridge regression.
+            landmarks: which rows the kernels have; see ``regression``.
 
         Raises:
             UnsupportedProblemError: see ``regression``.
@@ -304,27 +289,28 @@ class KernelAccumulator:
         known = self.ridge is None and 0 < time < math.inf  # not where it is NaN
 
         def estimate(
-            without: Tensor | float, residual: Tensor, slope: Tensor, w: float, ridge: float | None
+            kernel: Tensor, residual: Tensor, slope: Tensor, w: float, ridge: float | None
         ) -> Regression:
             averages = (residual / w).to(kernel), (slope / w).to(kernel)
             return regression(
-                kernel - without,
+                kernel,
                 *averages,
                 targets,
                 rows,
                 ridge,
                 self.contrast,
                 time if known else None,
+                landmarks,
             )
 
         all_of, all_slopes = residual.sum(0), slope.sum(0)
-        full = estimate(0.0, all_of, all_slopes, weight, self.ridge)
+        full = estimate(kernel, all_of, all_slopes, weight, self.ridge)
         parts = []
-        for block in range(BLOCKS):
-            left = weight - self.weight[block]
-            if left > 0 and bool((kernel - kernels[block]).diagonal()[: self.n_train].any()):
+        for block in range(BLOCKS if self.errors else 0):
+            left, others = weight - self.weight[block], kernel - kernels[block]
+            if left > 0 and bool(train_diagonal(others, landmarks, self.n_train).any()):
                 part = estimate(
-                    kernels[block],
+                    others,
                     all_of - residual[block],
                     all_slopes - slope[block],
                     left,
@@ -367,7 +353,7 @@ class KernelAccumulator:
             extras = {"spread": (self.scale() * self.found[0].sigma).float().cpu()}
         return InfluenceScores(
             values=values.float(),
-            std_error=(inflation * error).float(),
+            std_error=(inflation * error).float() if self.errors else None,
             n_observations=seen,
             method=method,
             target=target,
@@ -419,4 +405,13 @@ def sum_of(kernels: Sequence[Tensor]) -> Tensor:
     return total
 
 
-__all__ = ["BLOCKS", "KernelAccumulator", "Regression", "jackknife", "matched_ridge", "regression"]
+__all__ = [
+    "BLOCKS",
+    "LEAST_RIDGE",
+    "MOST_RIDGE",
+    "KernelAccumulator",
+    "Regression",
+    "jackknife",
+    "matched_ridge",
+    "regression",
+]

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from fine_bench.fine.example_labels import hard_labels
 from fine_bench.fine.kernel_scores import KernelAccumulator
-from fine_bench.fine.kernel_states import State, is_due, state_of, take_kernels, too_many
+from fine_bench.fine.kernel_states import (
+    State,
+    is_due,
+    landmarks_of,
+    state_of,
+    take_kernels,
+    too_many,
+)
 from fine_bench.fine.observable import say_loss
 from fine_bench.fine.options import Options
 from fine_bench.fine.passes import Passes, warn_of_gradients
@@ -25,6 +32,7 @@ from fine_bench.fine.training_time import curvature
 from fine_bench.fine.window import Window
 from fine_bench.gradients.curvature.products import output_gradient
 from fine_bench.gradients.engine import GradientEngine
+from fine_bench.gradients.input_kernel import input_kernel
 from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.tangent_kernel import Probe
@@ -68,6 +76,12 @@ class KernelSchedule(SnapshotSchedule):
                 "(batch, classes) and integer labels (batch,) of training examples and queries; "
                 'use geometry="euclidean" or, with class logits, labels that are not soft'
             )
+        if options.input_share and not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise UnsupportedProblemError(
+                f"input_share={options.input_share} takes distances of inputs, which have to be "
+                f"real-valued tensors, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+                "; use input_share=0"
+            )
         super().__init__(options, passes, total_steps, window)
         if queries.observable is None:
             queries.observable = "margin"
@@ -79,7 +93,12 @@ class KernelSchedule(SnapshotSchedule):
         queries, options = self.passes.queries, self.options
         assert queries is not None
         return KernelAccumulator(
-            n, queries.groups, queries.weighting, options.contrast, options.ridge
+            n,
+            queries.groups,
+            queries.weighting,
+            options.contrast,
+            options.ridge,
+            options.errors,
         )
 
     def _observe(self, step: int, epoch: int) -> None:
@@ -127,6 +146,8 @@ class KernelSchedule(SnapshotSchedule):
         assert passes.queries is not None
         model, forward = passes.engine.model, passes.engine.forward
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        n, n_query = passes.data.n, len(passes.queries)
+        landmarks = landmarks_of(options.n_landmarks, n, n_query, options.seed)
         with passes.aside():
             engine = GradientEngine(model, probe, options.layers, forward)
             try:
@@ -136,15 +157,19 @@ class KernelSchedule(SnapshotSchedule):
                     trained,
                     probe,
                     lambda start: self._gradients(engine, start),
-                    n_train=passes.data.n,
-                    n_query=len(passes.queries),
+                    n_train=n,
+                    n_query=n_query,
                     n_classes=accumulator.residual.shape[2],
                     n_initialisations=options.n_initialisations,
                     seed=options.seed,
+                    landmarks=landmarks,
+                    some=lambda: self._at_landmarks(engine, landmarks),
+                    of_inputs=self._of_inputs(landmarks) if options.input_share else None,
+                    input_share=options.input_share,
                 )
             finally:
                 engine.close()
-        accumulator.solve(kernels, scales)
+        accumulator.solve(kernels, scales, landmarks)
 
     def _gradients(
         self, engine: GradientEngine, start: int
@@ -163,6 +188,28 @@ class KernelSchedule(SnapshotSchedule):
             if rows.stop > start:
                 passes.evaluations += len(y)
                 yield rows, engine(x, y)
+
+    def _of_inputs(self, landmarks: Tensor | None) -> Tensor:
+        """The kernel of the inputs, of all rows or of the landmarks'."""
+        passes = self.passes
+        assert passes.queries is not None
+        parts = [x for _, x, _ in passes.data.batches(self.index, READ_AT_ONCE)]
+        return input_kernel(torch.cat([*parts, passes.queries.x]), passes.data.n, landmarks)
+
+    def _at_landmarks(
+        self, engine: GradientEngine, landmarks: Tensor | None
+    ) -> Iterator[tuple[slice, PerExampleGradients]]:
+        """Of the training examples among them, then of all queries."""
+        assert landmarks is not None
+        own = landmarks[landmarks < self.passes.data.n]
+        first = 0
+        for part in own.split(READ_AT_ONCE):
+            self.passes.evaluations += len(part)
+            yield slice(first, first + len(part)), engine(*self.passes.data.read(self.index[part]))
+            first += len(part)
+        for rows, gradients in self._gradients(engine, self.passes.data.n):
+            first = len(own) - self.passes.data.n
+            yield slice(rows.start + first, rows.stop + first), gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after an interruption."""

@@ -10,6 +10,10 @@ scale, for which nothing has to be called. It is no initialisation of weights th
 elsewhere (``n_initialisations=0`` leaves them out) and only roughly one of orthogonal matrices.
 Frozen parameters and buffers stay.
 
+*Of the inputs*, where ``input_share`` is above 0: exp(−‖x − x'‖²/2σ²), the same in every run, and
+free of passes. It stands where fresh initialisations stand, for what does not depend on
+the run: random networks have kernels of the inputs, too.
+
 So the kernel that a run would have *on average* over its seeds costs passes over the data and no
 training. A kernel is that of one random combination of the logits (``tangent_kernel.Probe``), each
 of another.
@@ -29,8 +33,10 @@ import torch
 from torch import Tensor, nn
 
 from fine_bench.fine.kernel_scores import BLOCKS
+from fine_bench.fine.kernel_system import train_diagonal
+from fine_bench.gradients.input_products import InputProducts
 from fine_bench.gradients.per_example import PerExampleGradients
-from fine_bench.gradients.tangent_kernel import Probe, gram_matrix
+from fine_bench.gradients.tangent_kernel import Probe, cross_gram, gram_matrix
 from fine_bench.seeds import stream
 from fine_bench.types import UnsupportedProblemError
 
@@ -44,6 +50,9 @@ State = dict[str, Tensor]
 
 Take = Callable[[int], Iterator[tuple[slice, PerExampleGradients]]]
 """Gradients of the probe by position, of all batches that end after a position."""
+
+Some = Callable[[], Iterator[tuple[slice, PerExampleGradients]]]
+"""Those of the landmarks, in their order."""
 
 
 def too_many(n_train: int, n_query: int) -> str | None:
@@ -86,6 +95,19 @@ def fresh(state: Mapping[str, Tensor], trained: Sequence[str], seed: int, number
     return found
 
 
+def landmarks_of(n_landmarks: int | None, n_train: int, n_query: int, seed: int) -> Tensor | None:
+    """Whose rows of the kernels are taken: so many random training examples, and all queries.
+
+    Returns:
+        Positions, ascending, ``(L,)``; None for all, where there are not more examples.
+    """
+    if n_landmarks is None or n_landmarks >= n_train:
+        return None
+    order = torch.randperm(n_train, generator=stream(seed, "fine/kernel/landmarks"))
+    own = order[:n_landmarks].sort().values
+    return torch.cat([own, torch.arange(n_train, n_train + n_query)])
+
+
 @contextmanager
 def other_parameters(module: nn.Module) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
     """Gives a function that puts other parameters and buffers into the module; afterwards all are
@@ -117,6 +139,10 @@ def take_kernels(
     n_classes: int,
     n_initialisations: int,
     seed: int,
+    landmarks: Tensor | None = None,
+    some: Some | None = None,
+    of_inputs: Tensor | None = None,
+    input_share: float = 0.0,
 ) -> tuple[list[Tensor], list[float]]:
     """What the kernels of each block add to K̄, G times ``(N, N)``, and the run's scales.
 
@@ -127,7 +153,8 @@ def take_kernels(
 
     of its projection on K̄, |v|² that of its probe v: what a kernel gains on its diagonal alone, as
     it does where a network learns single examples by heart, brings K̄'s directions nowhere. Products
-    are over ``PROJECTED`` rows, equally spaced, and all columns of training examples.
+    are over ``PROJECTED`` rows, equally spaced, and all columns of training examples. With
+    landmarks only their rows are taken, ``(L, N)``, and mean diagonals and products are over them.
 
     Args:
         module: whose parameters are exchanged meanwhile.
@@ -138,6 +165,10 @@ def take_kernels(
         n_train, n_query, n_classes: n, V, k.
         n_initialisations: fresh ones, ≥ 0; they make half of K̄.
         seed: of initialisations and probes.
+        landmarks: see ``landmarks_of``; None for all rows.
+        some: gradients of the landmarks.
+        of_inputs: a kernel of the inputs, of diagonal 1, in the shape of the others.
+        input_share: what it makes of K̄, in [0, 1); the others make the rest.
 
     Returns:
         The blocks, and κ_t of each in ``kept``, NaN for a kernel that is not finite or zero.
@@ -146,10 +177,20 @@ def take_kernels(
         UnsupportedProblemError: no kernel is finite and above zero.
     """
     rows = slice(0, n_train, -(-n_train // PROJECTED))
+    if landmarks is not None:
+        rows = slice(0, int((landmarks < n_train).sum()))
+    products, n = InputProducts(), n_train + n_query
+
+    def taken() -> Tensor:
+        if landmarks is None or some is None:
+            return gram_matrix(gradients, n, products)
+        return cross_gram(some(), lambda: gradients(0), n, products=products)[0]
+
     parts: dict[int, tuple[float, Tensor]] = {}
     blocks: list[Tensor] = []
     usable = 0
     share = 0.5 if n_initialisations else 1.0
+    rest = 1.0 if of_inputs is None else 1.0 - input_share
     with other_parameters(module) as load:
         for number in range(n_initialisations + len(kept)):
             own = number - n_initialisations
@@ -157,13 +198,14 @@ def take_kernels(
             weight = share / len(kept) if own >= 0 else 0.5 / n_initialisations
             load(state)
             probe.draw(n_classes, stream(seed, f"fine/kernel/probe {number}"))
-            kernel = gram_matrix(gradients, n_train + n_query)
+            kernel = taken()
             kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
             blocks = blocks or [torch.zeros_like(kernel) for _ in range(BLOCKS)]
-            scale = float(kernel.diagonal()[:n_train].mean())
+            scale = float(train_diagonal(kernel, landmarks, n_train).mean())
             if scale > 0 and bool(torch.isfinite(kernel).all()):
                 # the run's own and the fresh ones each in turn
-                blocks[(own if own >= 0 else number) % BLOCKS].add_(kernel, alpha=weight / scale)
+                block = blocks[(own if own >= 0 else number) % BLOCKS]
+                block.add_(kernel, alpha=rest * weight / scale)
                 usable += 1
                 if own >= 0:
                     # a copy: of a kernel in float64 it would be a view that keeps all of it
@@ -174,8 +216,12 @@ def take_kernels(
             'geometry="kernel": all gradients of the outputs vanish or are not finite, so no '
             "kernel tells examples apart; look at the network's initialisation"
         )
+    if of_inputs is not None:
+        # of every block alike: it is the same in all runs
+        for block in blocks:
+            block.add_(of_inputs.to(block), alpha=input_share / BLOCKS)
     mean = torch.stack([block[rows, :n_train] for block in blocks]).double().sum(0)
-    mean /= sum(float(block.diagonal()[:n_train].mean()) for block in blocks)
+    mean /= sum(float(train_diagonal(block, landmarks, n_train).mean()) for block in blocks)
     scales = [math.nan] * len(kept)
     for own, (factor, part) in parts.items():
         scales[own] = factor * float((part * mean).sum() / mean.square().sum())

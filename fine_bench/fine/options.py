@@ -94,6 +94,14 @@ class Options:
         relative_damping: λ of EK-FAC in units of each layer's mean eigenvalue, > 0.
         n_initialisations: fresh initialisations whose kernels stand for other runs', ≥ 0, in
             ``geometry="kernel"``; 0 for weights that were trained before.
+        n_landmarks: training examples whose rows of the kernel are taken in
+            ``geometry="kernel"``, ≥ 2: the regression follows from these and the queries' rows
+            (``fine_bench.gradients.landmark_kernel``), at a cost that grows with n and not with n³;
+            None for all.
+        input_share: what a Gaussian kernel of the inputs, the same in every run, makes of the mean
+            kernel of ``geometry="kernel"``, in [0, 1).
+        errors: whether ``geometry="kernel"`` computes ``std_error``, which takes four more
+            regressions; without it there is None.
         ridge: λ of ``geometry="kernel"`` in units of the kernel's mean diagonal, > 0; None takes
             gradient flow for as long as the run trained, or where SGD did not train it matches λ to
             how well the run fitted its labels.
@@ -143,6 +151,9 @@ class Options:
     fit_examples: int = 2000
     relative_damping: float = 0.1
     n_initialisations: int = 16
+    n_landmarks: int | None = None
+    input_share: float = 0.0
+    errors: bool = True
     ridge: float | None = None
     batch_norm: BatchNorm = "rows"
     group_errors: bool = False
@@ -204,6 +215,7 @@ class Options:
             fit_examples=2,
             train_size=1,
             n_initialisations=0,
+            n_landmarks=2,
             seed=0,
         )
         if not 0 < self.relative_damping < float("inf"):
@@ -274,12 +286,16 @@ class Options:
     def _check_kernel(self) -> None:
         if self.ridge is not None and not 0 < self.ridge < float("inf"):
             raise ValueError(f"ridge must be a finite number > 0 or None, got {self.ridge}")
+        if not 0 <= self.input_share < 1:
+            raise ValueError(f"input_share must be in [0, 1), got {self.input_share}")
         if self.geometry != "kernel":
-            if self.ridge is not None:
-                raise ValueError(
-                    f'ridge={self.ridge} is that of geometry="kernel", but geometry='
-                    f"{self.geometry!r}; leave it out"
-                )
+            usual = {"ridge": None, "n_landmarks": None, "input_share": 0.0, "errors": True}
+            for name, value in usual.items():
+                if (given := getattr(self, name)) != value:
+                    raise ValueError(
+                        f'{name}={given} is that of geometry="kernel", but geometry='
+                        f"{self.geometry!r}; leave it out"
+                    )
             return
         if self.target == "self":
             raise UnsupportedProblemError(

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fine_bench.gradients.input_products import InputProducts
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.types import UnsupportedProblemError
 
@@ -62,7 +63,9 @@ class Probe:
 
 
 def gram_matrix(
-    train: Callable[[int], Iterator[tuple[slice, PerExampleGradients]]], n: int
+    train: Callable[[int], Iterator[tuple[slice, PerExampleGradients]]],
+    n: int,
+    products: InputProducts | None = None,
 ) -> Tensor:
     """Dot products of all pairs of training examples, ``(n, n)``.
 
@@ -72,6 +75,7 @@ def gram_matrix(
     Args:
         train: positions and gradients of the batches that end after a position, in order.
         n: examples, at least 1.
+        products: of the same batches at other parameters; what they have in common is taken once.
     """
     kernel: Tensor | None = None
     start = 0
@@ -86,7 +90,7 @@ def gram_matrix(
                 held.append((rows, gradients))
                 size, start = size + floats, rows.stop
             for own, mine in held:
-                part = mine.gram(gradients)
+                part = _gram(products, mine, own.start, gradients, rows.start)
                 if kernel is None:
                     kernel = part.new_empty(n, n)
                 kernel[own, rows] = part
@@ -100,6 +104,7 @@ def cross_gram(
     train: Callable[[], Batches],
     n: int,
     prepare: Callable[[PerExampleGradients], PerExampleGradients] | None = None,
+    products: InputProducts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dot products of queries and training examples ``(V, n)``, and squared norms ``(V,)``.
 
@@ -112,19 +117,37 @@ def cross_gram(
         n: training examples, at least 1.
         prepare: what becomes of gradients before their products are taken; by default they are
             formed in full where that is small.
+        products: of the same batches at other parameters; see ``gram_matrix``.
     """
     prepare = prepare or _formed
-    norms, rows_of_cross = [], []
+    norms: list[Tensor] = []
+    rows_of_cross = []
     for asked in _shares(prepare(gradients) for _, gradients in queries):
+        # batches of queries are named by numbers below zero
+        first = -1 - len(norms)
         norms += [gradients.norm2() for gradients in asked]
         cross = norms[-1].new_empty(sum(map(len, asked)), n)
         for rows, gradients in train():
             theirs = prepare(gradients)
-            cross[:, rows] = torch.cat([mine.gram(theirs) for mine in asked])
+            parts = [
+                _gram(products, mine, first - number, theirs, rows.start)
+                for number, mine in enumerate(asked)
+            ]
+            cross[:, rows] = torch.cat(parts)
         rows_of_cross.append(cross)
         del asked
     one = len(rows_of_cross) == 1  # no copy of what may be large
     return rows_of_cross[0] if one else torch.cat(rows_of_cross), torch.cat(norms)
+
+
+def _gram(
+    products: InputProducts | None,
+    mine: PerExampleGradients,
+    own: int,
+    theirs: PerExampleGradients,
+    other: int,
+) -> Tensor:
+    return mine.gram(theirs) if products is None else products.gram(mine, own, theirs, other)
 
 
 def _shares(batches: Iterable[PerExampleGradients]) -> Iterator[list[PerExampleGradients]]:

@@ -32,6 +32,7 @@ from fine_bench.fine.kernel_scores import (
 )
 from fine_bench.fine.kernel_states import fresh, is_due, state_of
 from fine_bench.fine.standard_error import KERNEL_INFLATION
+from fine_bench.gradients.landmark_kernel import JITTER
 from fine_bench.gradients.tangent_kernel import Probe
 from fine_bench.models.classifier import Classifier
 from fine_bench.seeds import stream
@@ -102,22 +103,33 @@ def fit(
 # ------------------------------------------------------------------------------------ the slow twin
 
 
-def slow_kernel(net: nn.Module, probe: Tensor, x: Tensor) -> tuple[Tensor, float]:
-    """One (N + V, N + V) kernel from the gradients of each example alone, of mean diagonal 1, and
-    the scale that it had."""
+def slow_kernel(net: nn.Module, probe: Tensor, x: Tensor, own: Tensor) -> tuple[Tensor, float]:
+    """One (N + V, N + V) kernel from the gradients of each example alone, of mean diagonal 1 at
+    ``own``, and the scale that it had."""
     rows = []
     for xi in x:
         grads = torch.autograd.grad((net(xi[None])[0] * probe).sum(), list(net.parameters()))
         rows.append(torch.cat([g.flatten() for g in grads]))
     gram = torch.stack(rows) @ torch.stack(rows).T
-    scale = gram.diagonal()[:N].mean()
+    scale = gram.diagonal()[own].mean()
     return gram / scale, float(scale / (probe @ probe))
 
 
 def slow(
-    name: str, states: list[dict[str, Tensor]], target: str, contrast: str, momentum: float | None
+    name: str,
+    states: list[dict[str, Tensor]],
+    target: str,
+    contrast: str,
+    momentum: float | None,
+    landmarks: int | None = None,
+    inputs: float = 0.0,
 ) -> dict[str, Any]:
     """μ and its jackknife, formula by formula, with inverses; ``momentum`` None for no SGD."""
+    own_rows = torch.arange(N)
+    if landmarks is not None:
+        order = torch.randperm(N, generator=stream(0, "fine/kernel/landmarks"))
+        own_rows = order[:landmarks].sort().values
+    chosen = torch.cat([own_rows, torch.arange(N, N + V)])
     net, shape = models()[name]
     net = net.double()
     train, asked = data(shape)
@@ -139,11 +151,15 @@ def slow(
         probe.draw(CLASSES, stream(0, f"fine/kernel/probe {number}"))
         own = number - FRESH if number >= FRESH else number
         share = 0.5 / FRESH if number < FRESH else 0.5 / len(after)
-        kernel, scale = slow_kernel(net, probe.weights, x)
-        kernels.append((own % 4, share * kernel))
+        kernel, scale = slow_kernel(net, probe.weights, x, own_rows)
+        kernels.append((own % 4, (1 - inputs) * share * kernel))
         if number >= FRESH:
-            raw.append((scale * kernel)[:N, :N])
-    average = torch.stack([kernel for _, kernel in kernels]).sum(0)[:N, :N]
+            raw.append((scale * kernel)[own_rows, :N])
+    flat = x.flatten(1)
+    variance = (flat[:N] - flat[:N].mean(0)).square().sum() / N
+    distance = (flat[:, None] - flat[None]).square().sum(2)
+    kernels += [(block, inputs / 4 * torch.exp(-distance / 2 / variance)) for block in range(4)]
+    average = torch.stack([kernel for _, kernel in kernels]).sum(0)[own_rows, :N]
     scales = [float((one * average).sum() / (average * average).sum()) for one in raw]
     seen, time = [], 0.0
     for number, state in enumerate(states[1:]):
@@ -171,7 +187,10 @@ def slow(
 
     def mu(without: int | None, ridge: float | None) -> tuple[Tensor, float, Tensor]:
         k = torch.stack([k for block, k in kernels if block != without]).sum(0)
-        k = k / k.diagonal()[:N].mean()
+        k = exact = k / k.diagonal()[own_rows].mean()
+        if landmarks is not None:  # what the rows of the landmarks say of all others
+            small = k[chosen][:, chosen] + JITTER * torch.eye(len(chosen))
+            k = k[:, chosen] @ torch.linalg.solve(small, k[chosen])
         total = sum(w for block, w, _, _ in seen if block != without)
         r: Any = sum(w * r for block, w, r, _ in seen if block != without) / total
         s: Any = sum(w * s for block, w, _, s in seen if block != without) / total
@@ -185,14 +204,19 @@ def slow(
                 low, high = (ridge, high) if left.norm() < r.norm() else (low, ridge)
         assert ridge is not None
         inverse = (k[:N, :N] + ridge * torch.eye(N)).inverse()
-        if time:  # four implicit steps from f = 0, each with the same step of time
+        if time and landmarks is not None:  # the same steps, of a kernel without an inverse
+            powers = [inverse]
+            for _ in range(3):
+                powers.append(ridge * inverse @ powers[-1])
+            inverse = torch.stack(powers).sum(0)
+        elif time:  # four implicit steps from f = 0, each with the same step of time
             whole = torch.zeros(N, N)
             for _ in range(4):
                 whole = ridge * inverse @ whole + (torch.eye(N) - ridge * inverse)
             inverse = torch.linalg.solve(k[:N, :N], whole)
         smoother = k[N:, :N] @ inverse
         prior = (targets * (inverse @ targets)).sum() / (N * (CLASSES - 1))
-        covariance = prior * (k[N:, N:] - smoother @ k[:N, N:]) * (s @ s.T)
+        covariance = prior * (exact[N:, N:] - smoother @ exact[:N, N:]) * (s @ s.T)
         effect = smoother * (s @ r.T)
         if target == "validation":
             weights = 1 / covariance.diagonal().sqrt() / V
@@ -215,24 +239,34 @@ def slow(
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "contrast", "momentum"),
+    ("name", "target", "contrast", "momentum", "landmarks", "inputs"),
     [
-        ("relu", "queries", "substitution", 0.0),
-        ("cnn", "queries", "removal", 0.5),
-        ("tanh, no bias", "validation", "substitution", 0.0),
-        ("relu", "queries", "substitution", None),
-        ("tanh, no bias", "validation", "removal", None),
+        ("relu", "queries", "substitution", 0.0, None, 0.0),
+        ("cnn", "queries", "removal", 0.5, None, 0.0),
+        ("tanh, no bias", "validation", "substitution", 0.0, None, 0.0),
+        ("relu", "queries", "substitution", None, None, 0.0),
+        ("tanh, no bias", "validation", "removal", None, None, 0.0),
+        ("relu", "queries", "substitution", 0.0, 8, 0.0),
+        ("cnn", "validation", "removal", 0.5, 8, 0.7),
+        ("relu", "queries", "removal", None, 8, 0.0),
+        ("relu", "queries", "substitution", 0.0, None, 0.7),
     ],
 )
 def test_callback_and_estimator_are_the_twin(
-    name: str, target: Any, contrast: Any, momentum: float | None
+    name: str,
+    target: Any,
+    contrast: Any,
+    momentum: float | None,
+    landmarks: int | None,
+    inputs: float,
 ) -> None:
-    epochs, callback = Epochs(), watch(target, name, contrast=contrast)
+    epochs = Epochs()
+    callback = watch(target, name, contrast=contrast, n_landmarks=landmarks, input_share=inputs)
     kind = ByAdam if momentum is None else Classifier
     fit(epochs, callback, name=name, kind=kind, momentum=momentum or 0.0)
     torch.set_default_dtype(torch.float64)
     try:
-        expected = slow(name, epochs.states, target, contrast, momentum)
+        expected = slow(name, epochs.states, target, contrast, momentum, landmarks, inputs)
     finally:
         torch.set_default_dtype(torch.float32)
     scores = callback.scores()
@@ -262,13 +296,40 @@ def test_callback_and_estimator_are_the_twin(
         "mean" if target == "validation" else None, steps=steps,
     )  # fmt: skip
     found = replay(
-        FINEKernel(n_initialisations=FRESH, contrast=contrast),
+        FINEKernel(
+            n_initialisations=FRESH, contrast=contrast, n_landmarks=landmarks, input_share=inputs
+        ),
         problem,
         [Checkpoint(state, LR, each * (e + 1)) for e, state in enumerate(epochs.states[1:])],
     )
     close(found.values, scores.values, 1e-6)
     assert found.std_error is not None
     close(found.std_error, scores.std_error, 1e-6)
+
+
+def test_without_errors_the_values_are_the_same() -> None:
+    with_errors, without = watch(), watch(errors=False)
+    fit(with_errors)
+    fit(without)
+    assert torch.equal(without.scores().values, with_errors.scores().values)
+    assert without.scores().std_error is None
+
+
+def test_inputs_without_a_distance() -> None:
+    """Tokens, for instance."""
+    train, asked = data(models()["relu"][1])
+    whole = [TensorDataset(x.long(), y) for x, y, *_ in (train.tensors, asked.tensors)]
+    problem = Problem(nn.Identity(), F.cross_entropy, *whole)
+    assert "real-valued" in str(FINEKernel(input_share=0.5).unsupported(problem))
+    tokens = TensorDataset(torch.randint(9, (V, 3)), asked.tensors[1])
+    texts = TensorDataset(torch.randint(9, (N, 3)), train.tensors[1], torch.arange(N))
+    callback = FINECallback(
+        "queries", queries=tokens, schedule="snapshot", geometry="kernel", input_share=0.5
+    )
+    net = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(6, CLASSES))
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], **QUIET)
+    with pytest.raises(UnsupportedProblemError, match=r"input_share=0\.5 takes distances"):
+        trainer.fit(Classifier(net, CLASSES, lr=LR), DataLoader(texts, 4))
 
 
 def test_a_given_ridge_is_taken_to_the_last_digit() -> None:
@@ -465,6 +526,10 @@ def test_a_loop_in_plain_pytorch() -> None:
         ({"ridge": 0.0}, "ridge must be a finite number > 0"),
         ({"ridge": 1.0, "geometry": "ekfac"}, 'ridge=1.0 is that of geometry="kernel"'),
         ({"n_initialisations": -1}, "n_initialisations must be at least 0"),
+        ({"n_landmarks": 1}, "n_landmarks must be at least 2"),
+        ({"n_landmarks": 5, "geometry": "ekfac"}, 'n_landmarks=5 is that of geometry="kernel"'),
+        ({"errors": False, "geometry": "ekfac"}, 'errors=False is that of geometry="kernel"'),
+        ({"input_share": 1.0}, r"input_share must be in \[0, 1\), got 1.0"),
         ({"adapter": BatchAdapter(losses=lambda m, b: m(b))}, "kernel.* needs class logits"),
         ({"target": "self", "queries": None}, "says what trained a prediction"),
     ],
@@ -509,6 +574,10 @@ def test_a_network_without_gradients() -> None:
 def test_estimator_options() -> None:
     with pytest.raises(ValueError, match="n_initialisations must be at least 0, got -1"):
         FINEKernel(n_initialisations=-1)
+    with pytest.raises(ValueError, match="n_landmarks must be at least 2, got 1"):
+        FINEKernel(n_landmarks=1)
+    with pytest.raises(ValueError, match=r"input_share must be in \[0, 1\), got -0.1"):
+        FINEKernel(input_share=-0.1)
     with pytest.raises(ValueError, match="ridge must be a finite number > 0 or None, got -1"):
         FINEKernel(ridge=-1.0)
 

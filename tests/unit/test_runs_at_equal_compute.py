@@ -132,7 +132,14 @@ def test_a_difference_is_paired(script: ModuleType, groups: ModuleType) -> None:
     assert one.queries_lower < one.difference < one.queries_upper
 
 
-def save(store: RecordStore, truth: Truth, name: str, seed: int, values: NDArray[Any]) -> None:
+def save(
+    store: RecordStore,
+    truth: Truth,
+    name: str,
+    seed: int,
+    values: NDArray[Any],
+    clock: str = "cpu",
+) -> None:
     record = make_record(
         task=truth.task,
         setting=truth.setting,
@@ -141,7 +148,7 @@ def save(store: RecordStore, truth: Truth, name: str, seed: int, values: NDArray
         target="queries",
         seed=seed,
         cost={"seconds": 2.0, "gradient_evaluations": 0.0},
-        training={"seconds": 4.0},
+        training={"seconds": 4.0, "clock": clock},
     )
     tensor = torch.from_numpy(values.astype(np.float32))
     store.save(record, InfluenceScores(values=tensor, method=name, target="queries"))
@@ -192,7 +199,10 @@ def test_tables_from_files(
     assert frame.loc[("bad", 3), "lds"] > frame.loc[("bad", 1), "lds"]
     page = (tmp_path / f"{name}.md").read_text()
     assert "| good | 4 | 1.50 | 0." in page
-    assert "## Within the time of 5 trainings" in page
+    assert "in trainings' time (cpu clock)" in page
+    for budget in ("2", "3", "4", "5"):
+        assert f"## Within the time of {budget} trainings" in page
+    assert f"| {script.MODELS} (1) | good (1) |" in page.split("## Within the time of 1.5")[1]
     assert f"| {script.MODELS} (4) | good (3) | " in page
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -208,6 +218,10 @@ def test_tables_from_files(
                 work=tmp_path / "new",
             )
         )
+    save(store, truth, "by the wall", 0, right, "wall")
+    monkeypatch.setattr("sys.argv", ["x", "table", *places, "--force"])
+    with pytest.raises(SystemExit, match=r"different clocks .*wall: by the wall.*clock=cpu"):
+        script.main()
     monkeypatch.setattr("sys.argv", ["x", "table", "--experiment", "mnist_atypical", *places])
     with pytest.raises(SystemExit, match="no subsets with several seeds, so there is no LDS"):
         script.main()

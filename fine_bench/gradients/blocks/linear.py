@@ -206,10 +206,7 @@ class FactorBlock(Block):
         m, s, _, _ = other.sizes
         if t == 1 and s == 1:
             bb = self.b[:, 0] @ other.b[:, 0].T
-            if not self.weight:
-                return bb
-            aa = self.a[:, 0] @ other.a[:, 0].T
-            return aa.add_(1.0).mul_(bb) if self.bias else aa.mul_(bb)
+            return self.input_gram(other).mul_(bb) if self.weight else bb
         total = self.b.new_zeros(n, m)
         if self.bias:
             total = total + self.b.sum(1) @ other.b.sum(1).T
@@ -222,6 +219,14 @@ class FactorBlock(Block):
             else:
                 total = total + self._gram_from_matrices(other)
         return total
+
+    def input_gram(self, other: FactorBlock) -> Tensor:
+        """⟨a_i, a'_j⟩, and 1 more where there is a bias, ``(B, B')``, for T = 1.
+
+        Times ⟨b_i, b'_j⟩ it is the Gram matrix.
+        """
+        aa = self.a[:, 0] @ other.a[:, 0].T
+        return aa.add_(1.0) if self.bias else aa
 
     def grams(self, n_groups: int, rows: Tensor | None = None) -> Tensor:
         """Gram matrices of consecutive groups; for T = 1 all groups in one product."""
