@@ -154,7 +154,7 @@ def take_kernels(
     of its projection on K̄, |v|² that of its probe v: what a kernel gains on its diagonal alone, as
     it does where a network learns single examples by heart, brings K̄'s directions nowhere. Products
     are over ``PROJECTED`` rows, equally spaced, and all columns of training examples. With
-    landmarks only their rows are taken, ``(L, N)``, and mean diagonals and products are over them.
+    landmarks only their rows are taken, ``(L, N)``, and mean diagonals and products are over those.
 
     Args:
         module: whose parameters are exchanged meanwhile.
@@ -178,7 +178,8 @@ def take_kernels(
     """
     rows = slice(0, n_train, -(-n_train // PROJECTED))
     if landmarks is not None:
-        rows = slice(0, int((landmarks < n_train).sum()))
+        own_landmarks = int((landmarks < n_train).sum())
+        rows = slice(0, own_landmarks, -(-own_landmarks // PROJECTED))
     products, n = InputProducts(), n_train + n_query
 
     def taken() -> Tensor:
@@ -220,7 +221,9 @@ def take_kernels(
         # of every block alike: it is the same in all runs
         for block in blocks:
             block.add_(of_inputs.to(block), alpha=input_share / BLOCKS)
-    mean = torch.stack([block[rows, :n_train] for block in blocks]).double().sum(0)
+    mean = blocks[0][rows, :n_train].double()
+    for block in blocks[1:]:
+        mean += block[rows, :n_train]
     mean /= sum(float(train_diagonal(block, landmarks, n_train).mean()) for block in blocks)
     scales = [math.nan] * len(kept)
     for own, (factor, part) in parts.items():
