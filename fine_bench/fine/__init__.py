@@ -9,7 +9,7 @@ What is computed:
   snapshots.
 - ``standard_error``: the error of μ that a run shows of itself; ``group_parts``: that of a group's.
 - ``kernel_scores``: for queries, from a regression that stands for the average run;
-  ``kernel_states``: at which parameters its kernels are taken.
+  ``kernel_system``: what is solved; ``kernel_states``: at which parameters its kernels are taken.
 - ``geometry``: in which product gradients are compared; ``geometry_optimiser``: in the optimiser's
   own.
 
