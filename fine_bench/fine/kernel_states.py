@@ -221,7 +221,7 @@ def take_kernels(
         # of every block alike: it is the same in all runs
         for block in blocks:
             block.add_(of_inputs.to(block), alpha=input_share / BLOCKS)
-    mean = blocks[0][rows, :n_train].double()
+    mean = blocks[0][rows, :n_train].to(torch.float64, copy=True)
     for block in blocks[1:]:
         mean += block[rows, :n_train]
     mean /= sum(float(train_diagonal(block, landmarks, n_train).mean()) for block in blocks)
