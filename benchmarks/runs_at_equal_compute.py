@@ -1,10 +1,16 @@
 """Averages over runs: LDS against the number of trainings, and against the time they take.
 
+    e=+estimators.fine_queries_fast
     python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' -m seed=0,1,2,3,4,5 clock=cpu \
-        'estimator=[fine_queries,fine_queries_fast,tangent_kernel,gaussian_kernel_run,kfac,'\
-        'influence_function,trak,tracin]'
+        'estimator=[fine_queries,tangent_kernel,gaussian_kernel_run,kfac,influence_function,trak,'\
+        'tracin]' $e._target_=fine_bench.callback.FINECallback $e.observable=margin \
+        $e.schedule=snapshot $e.geometry=kernel $e.contrast=substitution $e.n_initialisations=0 \
+        $e.n_landmarks=1000 $e.input_share=0.75 $e.errors=false
     FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5
     python benchmarks/runs_at_equal_compute.py table
+
+``fine_queries_fast`` is f-INE's way for queries in its cheap form, chosen on the development halves
+(``docs/methods.md``).
 
 All rows of a table come from one such sweep, by one clock: what a training costs, and a method
 beside it, depends on what else the machine does.
