@@ -203,7 +203,7 @@ class KernelSchedule(SnapshotSchedule):
         assert landmarks is not None
         own = landmarks[landmarks < self.passes.data.n]
         first = 0
-        for part in own.split(READ_AT_ONCE):
+        for part in torch.split(own, READ_AT_ONCE):
             self.passes.evaluations += len(part)
             yield slice(first, first + len(part)), engine(*self.passes.data.read(self.index[part]))
             first += len(part)

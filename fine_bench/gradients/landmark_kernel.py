@@ -40,7 +40,8 @@ def landmark_features(rows: Tensor, landmarks: Tensor) -> Tensor:
             f"the kernel of {len(landmarks)} landmarks is numerically singular: are there examples "
             "twice? take fewer landmarks, or all examples (n_landmarks=None)"
         )
-    return torch.linalg.solve_triangular(factor.to(rows), rows, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.to(rows), rows, upper=False)
+    return found
 
 
 class LandmarkFlow:
