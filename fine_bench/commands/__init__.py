@@ -7,7 +7,7 @@ what they share. ``run`` and ``bank`` leave their arguments to Hydra (``hydra_he
 COMMANDS = {
     "run": "train, score and compare: what `python -m fine_bench` does",
     "leaderboard": "rebuild the tables from the records",
-    "summary": "one table over all tasks: each method by one measure",
+    "summary": "all tasks, a table a kind: each method by one measure",
     "sensitivity": "how far numbers move over preset ranges of the methods' options",
     "figures": "draw the figures from records and scores",
     "report": "write one self-contained page to look at",

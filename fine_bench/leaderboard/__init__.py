@@ -10,7 +10,7 @@ The way of the data, from the records to what is read:
 - ``sheet``: a printed table between its numbers and its looks, written for a terminal and as
   Markdown here and as HTML by ``report.html.tables``. ``render`` makes them of a leaderboard, and
   its csv and JSON.
-- ``summary``: one table over all tasks.
+- ``summary``: all tasks, a table a kind of task.
 - ``option_grid``, ``sensitivity``, ``sensitivity_tables``: how far a row's numbers move over a
   range of its options that was declared beforehand (``conf/sensitivity/<row>.yaml``): the
   configurations of a range, their bands, and how these look. Nothing is selected: the leaderboard
