@@ -5,7 +5,7 @@
         'estimator=[fine_queries,tangent_kernel,gaussian_kernel_run,kfac,influence_function,trak,'\
         'tracin]' $e._target_=fine_bench.callback.FINECallback $e.observable=margin \
         $e.schedule=snapshot $e.geometry=kernel $e.contrast=substitution $e.n_initialisations=0 \
-        $e.n_landmarks=1000 $e.input_share=0.75 $e.errors=false
+        $e.n_landmarks=1000 $e.input_share=0.75 $e.errors=false $e.seed=null
     FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5
     python benchmarks/runs_at_equal_compute.py table
 
