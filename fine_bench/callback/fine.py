@@ -212,6 +212,8 @@ class FINECallback(InRunMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """The loss has its graph: that of the first batch is looked at."""
+        if self._recorder is not None:
+            self._recorder.training.begins(self._recorder.calls)
         if not self._watched.looks:
             return
         with self._timed():

@@ -25,7 +25,8 @@ sum: the look goes on with the first batch that does.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ from fine_bench.gradients.batch_norm import (
     coupling_layers,
     fixed_statistics,
 )
-from fine_bench.gradients.layout import Pass, fewer_or_twice, layers_called, resized
+from fine_bench.gradients.layout import Pass, copied, fewer_or_twice, layers_called, resized
 from fine_bench.gradients.recorder import LayerRecorder
 from fine_bench.types import Loss, UnsupportedProblemError
 
@@ -90,7 +91,8 @@ class FirstBatch:
     ) -> None:
         self.module = module
         self.data = data
-        self.forward = forward
+        # the training's own pass is still to come, with the batch as it is
+        self.forward = lambda x: forward(copied(x))
         self.loss = loss
         self.aside = aside
         self.recorder = recorder
@@ -225,7 +227,9 @@ class FirstBatch:
             self.ends_of_loss = [end.name for end in graph.ends]
             y = self.data.adapter.label(self._batch)
             self._refuse_broadcast(graph, y)
-            if mixes(loss, graph.ends, m):
+            with self._unheard():
+                mixed = mixes(loss, graph.ends, m)
+            if mixed:
                 raise UnsupportedProblemError(
                     "the loss of the first batch mixes its examples: its derivative by one "
                     "example's output depends on the outputs of others (contrast within the "
@@ -241,6 +245,18 @@ class FirstBatch:
                 self._refuse_default(graph.loss_name)
         finally:
             self.close()
+
+    @contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """Nothing is made of gradients that are taken within."""
+        armed = self.recorder is not None and self.recorder.armed
+        try:
+            if self.recorder is not None:
+                self.recorder.armed = False
+            yield
+        finally:
+            if self.recorder is not None:
+                self.recorder.armed = armed
 
     def _refuse_broadcast(self, graph: LossGraph, y: Any) -> None:
         end = graph.broadcasts(self._count)
@@ -270,7 +286,8 @@ class FirstBatch:
             return
         end, m = graph.ends[0], self._count
         try:
-            found = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)
+            with self._unheard():
+                found = torch.autograd.grad(loss, [end.edge], retain_graph=True, allow_unused=True)
         except RuntimeError:  # a reentrant checkpoint lies in between
             return
         grads: list[Tensor | None] = [*found]

@@ -31,6 +31,7 @@ from fine_bench.fine.options import Options
 from fine_bench.fine.question import digest, distinguishing
 from fine_bench.fine.setup import make_recorder, refuse_compiled, refuse_private
 from fine_bench.fine.training_data import TrainingData, as_positions
+from fine_bench.gradients.layout import copied
 from fine_bench.types import InfluenceScores, UnsupportedProblemError
 
 
@@ -104,6 +105,7 @@ class WatchedLoop:
             model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
             optimizer.register_step_pre_hook(self._step_begins),
             optimizer.register_step_post_hook(self._step_ends),
+            checks.refuse_other_optimisers(model, optimizer),
         ]
         self._hooked: dict[int, RemovableHandle] = {}
         self._hook_parameters()
@@ -338,7 +340,7 @@ class WatchedLoop:
         )
 
     def _forward(self, inputs: tuple[Any, Any]) -> Any:
-        args, kwargs = tree_map(lambda x: x.value if isinstance(x, Held) else x, inputs)
+        args, kwargs = tree_map(lambda x: copied(x.value) if isinstance(x, Held) else x, inputs)
         return self.model(*args, **kwargs)
 
     def _gradient_arrives(self, parameter: Tensor) -> None:
@@ -349,6 +351,7 @@ class WatchedLoop:
         if id(parameter) in self._arrived:
             raise UnsupportedProblemError(checks.TWO_BACKWARDS)
         self._arrived.add(id(parameter))
+        self._recorder.training.arrives()
 
     def _step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         with self._work:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from fine_bench.fine.options import Options
 from fine_bench.types import UnsupportedProblemError
@@ -57,6 +59,37 @@ NO_STEP = (
     "the optimizer that was given to watch took no step; give the one that trains the model, and "
     "let the loop step inside of the with block"
 )
+
+
+OTHER_OPTIMISER = (
+    "another optimiser ({other}) steps parameters of the watched model that the one given to watch "
+    "({given}) does not hold, so their part of each step would count for nothing: give one "
+    "optimiser with parameter groups, which may have step sizes of their own"
+)
+
+
+def refuse_other_optimisers(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    """From now on refuse steps of other optimisers that move what the given one does not.
+
+    Args:
+        model, optimizer: as ``watch`` gets them.
+
+    Returns:
+        What takes it back.
+    """
+
+    def held(by: Optimizer) -> set[int]:
+        return {id(p) for group in by.param_groups for p in group["params"]}
+
+    def look(other: Optimizer, args: Any, kwargs: Any) -> None:
+        if other is optimizer:
+            return
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        if held(other) & trained - held(optimizer):
+            names = {"other": type(other).__name__, "given": type(optimizer).__name__}
+            raise UnsupportedProblemError(OTHER_OPTIMISER.format(**names))
+
+    return register_optimizer_step_pre_hook(look)
 
 
 def refuse_unseen(looked: bool) -> None:

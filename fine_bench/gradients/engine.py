@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from fine_bench.gradients.batch_norm import refuse_batch_coupling
 from fine_bench.gradients.blocks.dense import DenseBlock
 from fine_bench.gradients.blocks.protocol import Block
-from fine_bench.gradients.layout import fewer_or_twice, layers_called, resized
+from fine_bench.gradients.layout import copied, fewer_or_twice, layers_called, resized
 from fine_bench.gradients.margin import negative_margin, one_minus_probability
 from fine_bench.gradients.per_example import PerExampleGradients
 from fine_bench.gradients.recorder import OTHER_PARAMETERS, LayerRecorder
@@ -57,7 +57,9 @@ class GradientEngine:
     ) -> None:
         self.model = model
         self.loss = loss
-        self.forward: Callable[[Any], Tensor] = forward or model
+        call: Callable[[Any], Tensor] = forward or model
+        # a copy: queries go through many passes, and the training goes on with its batch
+        self.forward: Callable[[Any], Tensor] = lambda x: call(copied(x))
         self.recorder = LayerRecorder(model, layers)
         self.in_full: dict[str, str] = {}
         self._whole = _Whole(model, self.forward)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,11 @@ def resized(x: Any, count: int) -> Any:
     if not isinstance(x, Tensor):
         return x
     return x[:count] if count < len(x) else torch.cat([x, x])[:count]
+
+
+def copied(x: Any) -> Any:
+    """The same in memory of its own: a model may write into what it is given (``x.div_(255)``)."""
+    return tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, x)
 
 
 def fewer_or_twice(n: int) -> int:

@@ -31,6 +31,7 @@ class Call:
     grad: Tensor | None = None
     features: Any = None
     reduced: Block | None = None
+    task: int = -1  # number of the backward pass that brought the gradient
 
 
 def in_backward_pass() -> bool:

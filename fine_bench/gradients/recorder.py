@@ -23,6 +23,7 @@ from fine_bench.gradients.layers import LayerKind
 from fine_bench.gradients.layout import FIRST, SHARED, Layouts, Pass, repeated
 from fine_bench.gradients.recorded_call import Call, factors, in_backward_pass, last_of
 from fine_bench.gradients.sum_check import disagreeing
+from fine_bench.gradients.training_pass import Totals, TrainingPass
 from fine_bench.gradients.uncovered import Uncovered
 from fine_bench.types import UnsupportedProblemError
 
@@ -65,6 +66,7 @@ class LayerRecorder:
             kept beside it.
         seconds: time spent in ``reduce`` during the passes.
         layouts: where the inputs of the layers have the examples.
+        training: which backward pass is the training's.
 
     Raises:
         UnsupportedProblemError: nothing is trained, or a layer that cannot be watched is.
@@ -86,14 +88,14 @@ class LayerRecorder:
         self._batch_size: int | None = None
         self._handles: list[RemovableHandle] = []
         # gradients of the parameters themselves in the first tapped pass, until they are checked
-        self._totals: dict[int, Tensor] = {}
+        self._totals: dict[int, Totals] = {}
         self._total_handles: list[RemovableHandle] = []
         self._uncovered: Uncovered | None = None  # of what no layer covers, in tapped passes
         self.model = model
         self._chosen = layers
         self._last: nn.Module | None = None  # the layer that ran last in a tapped pass
         self._ran_last = ""
-        self.layouts = Layouts()
+        self.layouts, self.training = Layouts(), TrainingPass()
         self.watch()
 
     def watch(self, *, required: bool = True) -> None:
@@ -151,7 +153,7 @@ class LayerRecorder:
     @property
     def last_call(self) -> Call | None:
         """The call of the layer that ran last; a checkpoint runs others again after it."""
-        return last_of(self.calls, self._ran_last)
+        return last_of(self.training.of(self.calls), self._ran_last)
 
     def parameter_names(self, name: str) -> list[str]:
         """Names in the model of the trained parameters of a block, in its order."""
@@ -178,6 +180,7 @@ class LayerRecorder:
         self.clear()
         self._batch_size = batch_size
         self.layouts.starts()
+        self.training.starts()
         self.armed = True
         self._totals.clear()
         if self._unchecked and not self._total_handles:
@@ -251,7 +254,9 @@ class LayerRecorder:
         if layout is SHARED and self._batch_size is not None:
             layout, x = FIRST, repeated(x, self._batch_size)
             output = instead = repeated(output, self._batch_size)
-        call = Call(name, layer, kind, x.detach(), layout, again)
+        # what no operation of this pass made may be the loop's own buffer, for its next batch too
+        own = x.detach() if x.grad_fn is not None or not self.tap else x.detach().clone()
+        call = Call(name, layer, kind, own, layout, again)
         self.calls.append(call)
         # hook and edge are taken now: an in-place activation may change the output tensor later
         if self.tap:
@@ -273,7 +278,7 @@ class LayerRecorder:
                 call.output, call.edge = output.detach(), get_gradient_edge(output)
 
     def _keep(self, call: Call, grad: Tensor) -> None:
-        if call.reduced is not None:
+        if self.training.heard_before(call):
             return
         call.grad = grad.detach()
         early = self.reduce is not None and not self._unchecked and self.armed
@@ -297,10 +302,7 @@ class LayerRecorder:
 
     def _keep_total(self, key: int, grad: Tensor) -> None:
         if self._listens():
-            # a copy: until it is looked at, the user may clip or unscale it in place
-            # a checkpoint has a backward pass of its own, which brings its part by itself
-            before = self._totals.get(key)
-            self._totals[key] = grad.detach().clone() if before is None else before + grad
+            self.training.add(self._totals, key, grad)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -361,7 +363,7 @@ class LayerRecorder:
                 act outside of their layers.
         """
         by_layer: dict[str, list[Call]] = {name: [] for name in self.layers}
-        for call in self.calls:
+        for call in self.training.of(self.calls):
             by_layer.setdefault(call.name, []).append(call)
         if self._unchecked and self._totals:
             whole = [self._block(name, by_layer[name], batch_size, scale) for name in self.layers]
@@ -424,7 +426,7 @@ class LayerRecorder:
     def _check(self, blocks: Sequence[Block], scale: float) -> None:
         """Refuse parameters whose gradient is not the sum of the examples' gradients."""
         totals = [
-            [self._totals.get(id(p), torch.zeros_like(p)) * scale for p in own.values()]
+            [self.training.total(self._totals.get(id(p)), p) * scale for p in own.values()]
             for own in self._parameters.values()
         ]
         wrong = disagreeing(blocks, None, totals, self.rounding())
