@@ -92,7 +92,7 @@ class FirstBatch:
         self.module = module
         self.data = data
         # the training's own pass is still to come, with the batch as it is
-        self.forward = lambda x: forward(copied(x))
+        self.forward: Callable[[Any], Any] = lambda x: forward(copied(x))
         self.loss = loss
         self.aside = aside
         self.recorder = recorder
