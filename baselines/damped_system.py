@@ -151,9 +151,14 @@ class DampedSystem:
         dtype = next(self.engine.model.parameters()).dtype
         of_series = series.scale, series.depth, series.repeats
         lissa = Lissa(whole, draws, self.n_params, lam, *of_series, definite, dtype)
-        self.extras["scale"] = torch.tensor([lissa.scale], dtype=torch.float64)
+        self.extras["scale"] = torch.zeros(0, dtype=torch.float64)
         self.extras["residual"] = torch.zeros(0, dtype=torch.float64)
-        return LissaInverse(lissa, self._add_residual)
+
+        def report(residual: Tensor, scales: Tensor) -> None:
+            self._add_residual(residual)
+            self.extras["scale"] = torch.cat([self.extras["scale"], scales])
+
+        return LissaInverse(lissa, report)
 
     # ------------------------------------------------------------------ C and λ
 

@@ -27,8 +27,9 @@ opposite.)
     eigenvalues over directions in which the rank-deficient C has none.)
     ``"lissa"``: a truncated Neumann series over sampled batches (``baselines/lissa.py``), the
     paper's own solver, in the network's own precision: the noise of its draws is far above
-    rounding. The relative residual of each row on all the data is in ``extras["residual"]``, the
-    scale used in ``extras["scale"]``; a diverging series is refused.
+    rounding. The relative residual of each row on all the data is in ``extras["residual"]``, its
+    scale in ``extras["scale"]``; a series that diverges is tried again at twice the scale where
+    that was open, and refused where it was given.
     ``"arnoldi"``: C within one Krylov space, λ outside of it (``baselines/arnoldi.py``).
     ``"ekfac"``: C approximated as in ``fine_bench.gradients.curvature.ekfac``, one block a layer.
 ``damping``

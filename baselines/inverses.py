@@ -121,18 +121,18 @@ class LissaInverse(RowsInverse):
 
     Args:
         lissa: the series.
-        report: told the relative residuals ``(K,)`` of each block.
+        report: told the relative residuals ``(K,)`` and the scales ``(K,)`` of each block.
     """
 
-    def __init__(self, lissa: Lissa, report: Callable[[Tensor], None]) -> None:
+    def __init__(self, lissa: Lissa, report: Callable[[Tensor, Tensor], None]) -> None:
         self.lissa = lissa
         self.report = report
 
     def _solve(self, rows: Tensor) -> Tensor:
         parts = []
         for block in torch.split(rows, max(1, SERIES_FLOATS // rows.shape[1])):
-            x, residual = self.lissa.solve(block)
-            self.report(residual)
+            x, residual, scales = self.lissa.solve(block)
+            self.report(residual, scales)
             parts.append(x)
         return torch.cat(parts)
 

@@ -13,7 +13,10 @@ Draws are independent, so the mean of x_J is what the whole data would give,
 which converges if every eigenvalue of A lies between 0 and 2s, as slowly as (1 − λ_min/s)^J: a
 direction of eigenvalue below s/J is hardly inverted at all. That is a choice of the method, not an
 error; the relative residual ‖b − A x_J/s‖/‖b‖ on all the data says how far it went. An eigenvalue
-above 2s makes the series explode, and a residual above 1 is worse than no answer: both are refused.
+above 2s makes the series explode, and a residual above 1 is worse than no answer: at a scale that
+was asked for, both are refused. A scale that is open is doubled for the right-hand sides that it
+does not answer: a later draw may have a larger eigenvalue than those that it was found from. Each
+right-hand side is judged alone, so that its answer does not depend on what else is asked.
 
 Shapes: K right-hand sides, P parameters; all K share the draws and every product.
 """
@@ -39,6 +42,9 @@ ACCEPTED = 1 + 1e-6
 
 TRIES = 8
 """Draws whose largest eigenvalue is looked at where the scale is open."""
+
+DOUBLINGS = 4
+"""How often a scale that is open is doubled where it does not do."""
 
 
 class DivergedSeriesError(ValueError):
@@ -83,7 +89,8 @@ class Lissa:
         n_params: P.
         lam: λ, > 0.
         scale: s, or None: ``MARGIN`` times the largest eigenvalue of (C + λI), of all the data and
-            of the first draws.
+            of the first draws, and for right-hand sides which that does not answer a multiple of it
+            by 2, up to ``DOUBLINGS`` times over.
         depth: J, ≥ 1.
         repeats: independent series that are averaged, ≥ 1.
         definite: C has no negative eigenvalue, so that it need not be looked for.
@@ -110,7 +117,7 @@ class Lissa:
         top = power_iteration(whole, n_params, dtype=dtype)
         if not definite:
             refuse_indefinite(whole, n_params, top, lam, dtype)
-        self.top = top
+        self.top, self.open = top, scale is None
         if scale is None:
             scale = self.advised()
         elif 2 * scale <= top:
@@ -130,23 +137,33 @@ class Lissa:
         ]
         return MARGIN * max(self.top, *sampled)
 
-    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """x ``(K, P)`` and the relative residuals on all the data ``(K,)``.
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x ``(K, P)``, the relative residuals on all the data ``(K,)`` and the scales ``(K,)``.
 
         Raises:
             DivergedSeriesError: a residual above 1, or one that is no number.
         """
         scaled, norms = unit_rows(rhs)
         x, residual = self._attempt(scaled, self.scale)
-        bad = ~(residual <= ACCEPTED)  # also where it is not a number
+        scales = torch.full((len(rhs),), self.scale, dtype=torch.float64)
+        for _ in range(DOUBLINGS if self.open else 0):
+            bad = _unanswered(residual)
+            if not bool(bad.any()):
+                break
+            wider = 2 * float(scales[bad][0])  # all of them have come the same way
+            scales[bad] = wider
+            x[bad], residual[bad] = self._attempt(scaled[bad], wider)
+        bad = _unanswered(residual)
         if bool(bad.any()):
             worst = float(residual.nan_to_num(float("inf")).max())
+            tried = float(scales.max())
+            advice = "" if self.open else f"scale={self._would_do(scaled[bad]):.3g}, or "
             raise DivergedSeriesError(
-                f"LiSSA diverges at scale={self.scale:.4g}: after {self.depth} steps the relative "
-                f"residual is {worst:.3g}, more than that of no answer at all; give scale="
-                f"{self._would_do(scaled[bad]):.3g}, or larger draws (sample_size)"
+                f"LiSSA diverges at scale={tried:.4g}: after {self.depth} steps the relative "
+                f"residual is {worst:.3g}, more than that of no answer at all; give "
+                f"{advice}larger draws (sample_size)"
             )
-        return x * norms, residual
+        return x * norms, residual, scales
 
     def _attempt(self, rhs: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         x = torch.zeros_like(rhs)
@@ -165,6 +182,11 @@ class Lissa:
             if bool((self._attempt(rhs, scale)[1] <= ACCEPTED).all()):
                 return scale
             scale *= 2
+
+
+def _unanswered(residual: Tensor) -> Tensor:
+    """Which relative residuals are those of no answer: above 1, or not a number."""
+    return ~(residual <= ACCEPTED)
 
 
 def refuse_indefinite(

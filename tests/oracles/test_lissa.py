@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 import baselines.influence_functions as module
 from baselines.damped_system import examples
 from baselines.influence_functions import InfluenceFunction
-from baselines.lissa import DivergedSeriesError, Lissa, power_iteration
+from baselines.lissa import MARGIN, TRIES, DivergedSeriesError, Lissa, power_iteration
 from fine_bench import Problem
 from fine_bench.gradients.curvature.products import CurvatureProducts
 from fine_bench.gradients.held_products import HeldProducts
@@ -166,7 +167,42 @@ def test_a_series_that_diverges_by_its_draws_is_refused() -> None:
     scores(task, "lissa", scale=advised, **options)
     # an open scale looks at draws, too
     found = scores(task, "lissa", **options | {"sample_size": 6})
-    assert float(found.extras["scale"]) > top
+    assert float(found.extras["scale"].min()) > top
+
+
+def test_an_open_scale_is_doubled_for_the_rows_alone_that_it_does_not_answer() -> None:
+    """The first draws see nothing of a direction in which the later ones are ten times as large."""
+    A = definite(6, 1.0, 2.0)
+    values, vectors = torch.linalg.eigh(A)
+    loud, quiet = vectors[:, -1], vectors[:, 0]
+    later = A + 30 * float(values[-1]) * torch.outer(loud, loud)
+
+    def draws(repeat: int) -> Any:
+        del repeat
+        for step in itertools.count():
+            chosen = A if step < TRIES else later
+            yield lambda v, chosen=chosen: v @ chosen
+
+    depth = 12
+    lissa = Lissa(lambda v: v @ A, draws, 6, 1.0, None, depth, 1, True)
+    rhs = torch.stack([quiet, loud])
+    x, residual, scales = lissa.solve(rhs)
+    first = MARGIN * float(values[-1])
+    close(scales[:1], torch.tensor([first]).double(), 1e-3)
+    ratio = float(scales[1]) / float(scales[0])
+    assert ratio in (2, 4, 8, 16)
+    assert float(residual.max()) <= 1
+    for row, scale, found in zip(rhs, scales, x, strict=True):
+        term, steps = row.clone(), draws(0)
+        for _ in range(depth):
+            term = row + term - (next(steps)(term[None])[0]) / scale
+        close(found, term / scale, 1e-10)
+    alone, _, of_one = lissa.solve(rhs[:1])  # what else is asked changes nothing
+    close(alone[0], x[0], 1e-12)
+    assert float(of_one) == float(scales[0])
+    given = Lissa(lambda v: v @ A, draws, 6, 1.0, float(scales[0]), depth, 1, True)
+    with pytest.raises(DivergedSeriesError, match="give scale="):
+        given.solve(rhs)
 
 
 def test_overflow_is_refused_and_not_returned() -> None:
@@ -195,7 +231,7 @@ def test_a_row_of_zeros_stays_one() -> None:
 
     lissa = Lissa(lambda v: v @ A, draws, 6, 1.0, None, 300, 1, False)
     rhs = torch.cat([torch.zeros(1, 6), torch.ones(1, 6)]).double()
-    x, residual = lissa.solve(rhs)
+    x, residual, _ = lissa.solve(rhs)
     close(x, torch.linalg.solve(A, rhs.T).T, 1e-10)
     assert float(x[0].abs().max()) == 0
     assert residual.shape == (2,)
