@@ -312,7 +312,9 @@ def rank_mu(
     is normal on the scale of μ. Without any overlap (AUC 0 or 1) μ̂ is ±inf and the finite end
     comes from min(n_p, n_q) disjoint, hence independent, pairs that all agree. `correlated`: the
     places among the other arm are the influence function whose mean along the run is taken, and of
-    the pairs only as many as effective samples count.
+    the pairs only as many as effective samples count. Where few effective samples hardly overlap by
+    chance, their places are squeezed against an end and look surer than they are: error and reach
+    are at least those of the difference of means of Gaussian arms, from each arm's normal scores.
     """
     xp, xq = _arms(p, q, level, "rank")
     n_p, n_q = xp.shape[-1], xq.shape[-1]
@@ -325,6 +327,7 @@ def rank_mu(
     few = np.zeros(auc.shape, dtype=np.bool_)
     if correlated:
         error, reach, worth = serial_difference(place_p, place_q, level)
+        scores = serial_difference(_normal_scores(xp), _normal_scores(xq), level)
         pairs = np.minimum(_worth(xp, correlated), _worth(xq, correlated))
         few = _few(np.where(auc * (1.0 - auc) > 0.0, worth, pairs), correlated)
     else:
@@ -336,8 +339,11 @@ def rank_mu(
     constant = (np.ptp(xp, axis=-1) == 0.0) & (np.ptp(xq, axis=-1) == 0.0) & ~apart
     mu = np.where(constant, np.nan, mu)
     density = np.exp(-0.5 * np.where(apart, 0.0, quantile) ** 2) / np.sqrt(2.0 * np.pi)
-    error = np.where(apart, np.inf, np.sqrt(2.0) * error / density)
-    reach = np.where(few, np.inf, np.where(apart, 0.0, np.sqrt(2.0) * reach / density))
+    error, reach = np.sqrt(2.0) * error / density, np.sqrt(2.0) * reach / density
+    if correlated:
+        error, reach = np.maximum(error, scores.error), np.maximum(reach, scores.reach)
+    error = np.where(apart, np.inf, error)
+    reach = np.where(few, np.inf, np.where(apart, 0.0, reach))
     agree = np.sqrt(2.0) * ndtri((0.5 - 0.5 * level) ** (1.0 / pairs))
     near = np.where(apart, 0.0, mu)
     lower = np.where(apart, np.where(mu > 0.0, agree, -np.inf), near - reach)
@@ -370,6 +376,14 @@ def _worth(samples: FloatArray, correlated: bool) -> FloatArray:
     if correlated:
         return effective_samples(samples)
     return np.full(samples.shape[:-1], samples.shape[-1], dtype=np.float64)
+
+
+def _normal_scores(samples: FloatArray) -> FloatArray:
+    """Φ⁻¹ of each sample's rank in its own arm over n + 1, scaled to the variance 1."""
+    n = samples.shape[-1]
+    scores = ndtri(np.asarray(rankdata(samples, axis=-1), dtype=np.float64) / (n + 1.0))
+    whole = ndtri(np.arange(1, n + 1) / (n + 1.0)).std(ddof=1)
+    return np.asarray(scores / whole, dtype=np.float64)
 
 
 def _few(worth: FloatArray, correlated: bool) -> npt.NDArray[np.bool_]:
