@@ -2,6 +2,7 @@
 
     FINE_BENCH_DATA=… python benchmarks/step_weights.py compute --experiment mnist_mlp --seeds 10 11
     python benchmarks/step_weights.py table
+    python benchmarks/step_weights.py parts [--checkpoints results/checkpoints]
 
 ``compute`` trains a run and keeps, for every example i and step t that saw it, the in-batch effect
 e_it = K_ii − mean_j K_ij and its noise σ_it = std_j K_ij (*self*, Euclidean), 1 − p_it, the step
@@ -18,6 +19,17 @@ step drop out: only w is left.
 ``table`` compares them with the *development* half of each bank: fidelity over the ceiling, and the
 Jaccard index of the 20 % largest scores of two runs, means over runs and over pairs of them;
 *shortfall* is the largest distance to the best form on any bank. It writes ``step_weights.md``.
+
+``parts`` asks why μ of the accumulated form is no number, on the same halves. With the effective
+step size η' = η/(1 − momentum), batches of m and n examples, its μ is a ratio of two numbers in
+logits, which the bank measures each:
+
+    effect  Σ_t η'_t e_it/(d_it m_t)                     the mean margin with i minus without
+    noise   sqrt(n Σ_t (η'_t σ_it/(d_it m_t))²)          the spread of the margin between models
+
+It writes the slopes (the bank's in one predicted unit, through the origin) to ``slope_parts.md``.
+With ``--checkpoints``, the last checkpoints of a sweep, it also takes the spread of an example's
+margin between runs, shrunk towards that of all examples, as noise.
 """
 
 from __future__ import annotations
@@ -35,7 +47,7 @@ import seed_files
 import torch
 from gain import Tap
 from numpy.typing import NDArray
-from outputs import Outputs, add_force
+from outputs import Outputs, add_force, number_text
 from scipy.stats import spearmanr
 from which_form import BANKS
 
@@ -44,8 +56,10 @@ from fine_bench.metrics.consistency import pairwise_consistency
 from fine_bench.retraining.truth import Truth
 from fine_bench.retraining.truth_files import folders, named
 from fine_bench.runner.backends import images
+from fine_bench.runner.plan import Job
 
 Array: TypeAlias = NDArray[np.float64]
+STEP = ("batch", "momentum")
 COLUMNS = ("index", "effect", "sigma", "complement", "lr", "uncertainty")
 WORK = Path("results/step_weights")
 CONTROL = "(mean loss)"
@@ -72,7 +86,9 @@ class Steps(Tap):
         lr, u = float(optimizer.param_groups[0]["lr"]), float(complement.mean())
         one = np.ones(len(self.index))
         found = (self.index, effect, sigma, complement)
-        self.rows.append((*(x.cpu().double().numpy() for x in found), lr * one, u * one))
+        momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
+        rates = (lr * one, u * one, len(one) * one, momentum * one)
+        self.rows.append((*(x.cpu().double().numpy() for x in found), *rates))
 
 
 def forms(steps: Mapping[str, Array], n: int) -> dict[str, Array]:
@@ -136,6 +152,116 @@ def compare(runs: Sequence[Mapping[str, Array]], truth: Truth) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
+def effect_and_noise(steps: Mapping[str, Array], n: int) -> tuple[Array, Array]:
+    """What the sums of one run predict, in logits, ``(n,)`` each; see the top of the file."""
+    index, known = steps["index"].astype(np.int64), steps["sigma"] > 0
+    rate = steps["lr"] / (1.0 - steps["momentum"]) / steps["batch"]
+    rate = np.where(known, rate / np.maximum(steps["complement"], _TINY), 0.0)
+    effect = np.bincount(index, weights=rate * steps["effect"], minlength=n)
+    return effect, np.sqrt(
+        n * np.bincount(index, weights=(rate * steps["sigma"]) ** 2, minlength=n)
+    )
+
+
+def spread_between(margins: Array) -> Array:
+    """Standard deviation of each example's margin between runs ``(runs, n)``, shrunk.
+
+    Its variance and the mean one of all examples, which counts as four further runs.
+    """
+    own = margins.var(0, ddof=1)
+    freedom = len(margins) - 1
+    return np.asarray(np.sqrt((freedom * own + 4.0 * own.mean()) / (freedom + 4.0)))
+
+
+def margins(job: Job, folder: Path) -> Array:
+    """Of all training examples after each whole run in a sweep's checkpoints, ``(runs, n)``."""
+    net = images.build_model(job).eval()
+    x, y = images.images_of(job).x, images.images_of(job).y[:, None]
+    found = []
+    for run in sorted(folder.glob("*/seed*")):
+        last = max(run.glob("*.ckpt"), default=None)
+        if last is None or ".tmp" in run.name:
+            continue
+        state = torch.load(last, weights_only=True, map_location="cpu")["state_dict"]
+        net.load_state_dict(state)
+        with torch.no_grad():
+            logits = net(x).double()
+        rest = logits.scatter(1, y, -torch.inf).logsumexp(1)
+        found.append((logits.gather(1, y)[:, 0] - rest).numpy())
+    return np.array(found)
+
+
+def slope(predicted: Array, true: Array) -> float:
+    """The true value in one predicted unit, through the origin."""
+    return float(predicted @ true / (predicted @ predicted))
+
+
+def parts(truth: Truth, runs: Sequence[Mapping[str, Array]], of_runs: Array) -> dict[str, float]:
+    """One line: slopes of both parts and of the ratios, mean over runs.
+
+    Args:
+        truth: whose development half is compared.
+        runs: ``COLUMNS`` and ``STEP`` of each.
+        of_runs: margins ``(runs, n)``; with fewer than three the spread between them is unknown.
+    """
+    half = truth.development
+    mu, effect = half.mu_margin.astype(np.float64), half.effect_margin.astype(np.float64)
+    # the spread is the ratio of the two, which a μ near 0 does not tell
+    told = np.abs(mu) > np.median(np.abs(mu))
+    spread = effect[told] / mu[told]
+    between = spread_between(of_runs) if len(of_runs) > 2 else np.full(len(mu), np.nan)
+    lines = []
+    for run in runs:
+        first, noise = effect_and_noise(run, truth.n_train)
+        ratio = np.divide(first, noise, where=noise > 0, out=np.zeros_like(first))
+        by_runs = first / between
+        lines.append(
+            {
+                "effect": slope(first, effect),
+                "noise": slope(noise[told], spread),
+                "mu": slope(ratio, mu),
+                "spread between runs": slope(between[told], spread),
+                "effect over it": slope(by_runs, mu),
+                "true effect over it": slope(effect / between, mu),
+                "fidelity": spearmanr(ratio, mu).statistic / half.ceiling,
+                "fidelity over it": spearmanr(by_runs, mu).statistic / half.ceiling,
+            }
+        )
+    sizes = {"n": float(len(runs)), "runs": float(len(of_runs))}
+    return sizes | {k: float(np.mean([one[k] for one in lines])) for k in lines[0]}
+
+
+def parts_page(lines: Mapping[str, Mapping[str, float]]) -> str:
+    """The page of both parts."""
+    text = [
+        "# Why μ of one run is no number",
+        "",
+        "Made by `python benchmarks/step_weights.py parts --checkpoints DIR`, on the *development* "
+        "half of each bank, n runs. Slopes: what retraining shows in one predicted unit, 1 where "
+        "the prediction is a number. *effect*, *noise*: the two parts of μ of `fine_plain` from a "
+        "run's own sums, in logits, and *μ* their ratio. *Between runs*, where checkpoints of a "
+        "sweep are at hand: the spread of an example's margin between its runs in place of the "
+        "noise, as slopes of the spread itself / of the predicted effect over it / of the *true* "
+        "effect over it. Fidelity: of the ceiling, with the noise / between runs.",
+        "",
+        "| bank | effect | noise | μ | between runs | fidelity |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for task, x in lines.items():
+        between = (
+            f"{x['spread between runs']:.2f} / {x['effect over it']:.3f} / "
+            f"{x['true effect over it']:.2f} (of {x['runs']:.0f} runs)"
+            if x["runs"] > 2
+            else "–"
+        )
+        text.append(
+            f"| {BANKS[task]} (n = {x['n']:.0f}) | {x['effect']:.3f} | {x['noise']:.3f} | "
+            f"{x['mu']:.2f} | {between} | "
+            f"{number_text(x['fidelity'])} / {number_text(x['fidelity over it'])} |"
+        )
+    return "\n".join(text) + "\n"
+
+
 def markdown(tables: Mapping[str, pd.DataFrame], runs: Mapping[str, int]) -> str:
     """The page: forms by their largest shortfall."""
     fidelity = pd.DataFrame({task: table["fidelity"] for task, table in tables.items()})
@@ -176,7 +302,7 @@ def compute(arguments: argparse.Namespace) -> None:
         columns = (
             torch.from_numpy(np.concatenate(part)) for part in zip(*watcher.rows, strict=True)
         )
-        kept = dict(zip(COLUMNS, columns, strict=True))
+        kept = dict(zip(COLUMNS + STEP, columns, strict=True))
         seed_files.save(path, kept)
         print(f"{path}: given labels {run.facts['train_accuracy']:.3f}", flush=True)
 
@@ -199,6 +325,29 @@ def table(arguments: argparse.Namespace) -> None:
     print(f"written: {path}")
 
 
+def explain(arguments: argparse.Namespace) -> None:
+    """Compare the parts."""
+    torch.set_num_threads(1)
+    folder = arguments.output or Path("results")
+    path = folder / "slope_parts.md"
+    outputs = Outputs([path], default=arguments.output is None, force=arguments.force)
+    runs = seed_files.load(arguments.work, "step_weights.py")
+    lines = {}
+    for task in (task for task in BANKS if task in runs):
+        truth = named(task, folders(arguments.results))
+        found = [
+            {name: x.double().numpy() for name, x in run.items()} for run in runs[task].values()
+        ]
+        checkpoints = arguments.checkpoints and arguments.checkpoints / task
+        of_runs = np.empty((0, truth.n_train))
+        if checkpoints and checkpoints.is_dir():
+            job = seed_files.job_of(task, 0, [], arguments.work / "runs")
+            of_runs = margins(job, checkpoints)
+        lines[task] = parts(truth, found, of_runs)
+    outputs.write(path, parts_page(lines))
+    print(f"written: {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -212,6 +361,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     two.add_argument("--output", metavar="DIR", type=Path, help="default: results")
     add_force(two)
     two.set_defaults(call=table)
+    three = commands.add_parser("parts", help="compare effect and noise with the bank's")
+    three.add_argument("--results", type=Path, default=Path("results"), help="has the truths")
+    three.add_argument("--checkpoints", type=Path, help="of sweeps over seeds")
+    three.add_argument("--output", metavar="DIR", type=Path, help="default: results")
+    add_force(three)
+    three.set_defaults(call=explain)
     arguments = parser.parse_args(argv)
     arguments.call(arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,3 +93,41 @@ def test_an_example_without_noise_or_never_seen_adds_nothing(script: ModuleType)
     for name, values in found.items():
         assert np.isfinite(values).all(), name
         assert (values[silent] == 0).all(), name
+
+
+def test_both_parts_of_mu_by_hand(script: ModuleType) -> None:
+    steps = joined(drawn(12, 4, 9))
+    steps |= {"batch": np.full(36, 4.0), "momentum": np.full(36, 0.5)}
+    effect, noise = script.effect_and_noise(steps, 12)
+    for i in range(12):
+        of = [t for t in range(36) if steps["index"][t] == i]
+        rate = [steps["lr"][t] / 0.5 / 4 / steps["complement"][t] for t in of]
+        assert effect[i] == pytest.approx(
+            sum(r * steps["effect"][t] for r, t in zip(rate, of, strict=True))
+        )
+        square = sum((r * steps["sigma"][t]) ** 2 for r, t in zip(rate, of, strict=True))
+        assert noise[i] == pytest.approx(math.sqrt(12 * square))
+    plain = script.forms(steps, 12)["accumulated, margin, η (`fine_plain`)"]
+    np.testing.assert_allclose(effect / noise, plain / math.sqrt(12))
+    assert script.slope(np.array([1.0, 2.0]), np.array([2.0, 4.0])) == pytest.approx(2.0)
+    margins = np.array([[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_allclose(script.spread_between(margins) ** 2, [4.0 / 6.0, 2.0 / 6.0])
+
+
+def test_page_of_both_parts(script: ModuleType) -> None:
+    steps = joined(drawn(12, 4, 9)) | {"batch": np.full(36, 4.0), "momentum": np.zeros(36)}
+    effect, noise = script.effect_and_noise(steps, 12)
+    half = SimpleNamespace(mu_margin=0.5 * effect / noise, effect_margin=0.25 * effect, ceiling=1.0)
+    truth = SimpleNamespace(development=half, n_train=12)
+    line = script.parts(truth, [steps], np.empty((0, 12)))
+    assert [line[k] for k in ("effect", "noise", "mu")] == pytest.approx([0.25, 0.5, 0.5])
+    assert line["fidelity"] == pytest.approx(1.0)
+    page = script.parts_page({"mnist_mlp": line})
+    assert "(n = 1) | 0.250 | 0.500 | 0.50 | – | 1.000 / – |" in page
+    runs = np.random.default_rng(0).normal(size=(3, 12))
+    line = script.parts(truth, [steps], runs)
+    between = script.spread_between(runs)
+    assert line["true effect over it"] == pytest.approx(
+        script.slope(half.effect_margin / between, half.mu_margin)
+    )
+    assert "(of 3 runs)" in script.parts_page({"mnist_mlp": line})
