@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
         "Add the records and comparisons of DIR/records to DIR/published, one JSON-lines file a "
         "table, and rebuild DIR/published/leaderboard.md, leaderboard.csv and summary.md from the "
         "packed records alone. A published line is never altered or dropped; running it twice "
-        "changes nothing.\n\n"
+        "changes nothing. Cells that were computed again leave earlier revisions behind, which no "
+        "table reads: --set-aside moves them to DIR/superseded.\n\n"
         "Scores are not packed. With --scores, --check and --unpack they go into an archive and "
         "back.",
         statuses={
@@ -46,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
         ("--unpack", "check them and put them into DIR/scores"),
     ):
         archive.add_argument(option, metavar="ARCHIVE", type=Path, help=text)
+    archive.add_argument(
+        "--set-aside",
+        action="store_true",
+        help="move packed lines that a later revision replaces to DIR/superseded; no table changes",
+    )
     made.add_argument(
         "--force", action="store_true", help="with --scores: replace ARCHIVE if it is there already"
     )
@@ -72,10 +78,25 @@ def main(arguments: argparse.Namespace) -> int:
             path = getattr(arguments, name)
             if path is not None:
                 return _archive(action(store, path), path, name)
+        if arguments.set_aside:
+            return _set_aside(store)
         return _publish(store, arguments.task)
     except StoreError as error:
         common.say(error, error=True)
         return common.INCOMPLETE
+
+
+def _set_aside(store: RecordStore) -> int:
+    from fine_bench.store.publication import set_aside
+
+    done = set_aside(store)
+    common.say(
+        f"set aside: {done.records:,} records and {done.comparisons:,} comparisons of seeds that "
+        f"later revisions replace, {done.size / 1e6:.1f} MB"
+    )
+    if done.written:
+        common.say("written: " + ", ".join(map(str, done.written)))
+    return common.DONE
 
 
 def _build(store: RecordStore) -> Leaderboard:

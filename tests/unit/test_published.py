@@ -15,9 +15,10 @@ import torch
 from fine_bench.commands.publish import main
 from fine_bench.errors import DataError
 from fine_bench.store import files as files_module
+from fine_bench.store import publication
 from fine_bench.store.comparisons import Consistency
-from fine_bench.store.files import StoreError
-from fine_bench.store.publication import publish
+from fine_bench.store.files import StoreError, write_atomic
+from fine_bench.store.publication import publish, set_aside
 from fine_bench.store.published import file_text, one_line
 from fine_bench.store.record_json import IDENTITY
 from fine_bench.store.records import RecordStore, newest, read_record
@@ -121,6 +122,66 @@ def test_new_records_come_into_their_place_and_old_lines_stay(tmp_path: Path) ->
     assert [line for line in lines if line in old] == old
     clone = only_published(tmp_path)
     assert newest(clone.scan().records) == [early, again, saved[1]]
+
+
+def test_what_is_replaced_is_set_aside_and_no_table_changes(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    for revision in range(2):
+        for seed in range(3):
+            metrics = {"auroc": 0.8 + seed / 100 + revision / 10, "n_bad": 4.0}
+            record = published_record(seed=seed, metrics=metrics)
+            store.save(record, make_scores(seed + 10 * revision))
+        assert main(["--results", str(tmp_path)]) == 0
+    published = tmp_path / "published"
+    (path,) = published.glob("*.jsonl")
+    before, lines = bytes_of(published), path.read_bytes().splitlines()
+    assert len(lines) == 8  # 3 + 3 records, a comparison of each three
+
+    done = set_aside(store)
+    aside = tmp_path / "superseded" / path.name
+    assert (done.records, done.comparisons, done.written) == (3, 1, (aside,))
+    moved, left = aside.read_bytes().splitlines(), path.read_bytes().splitlines()
+    assert sorted(moved + left) == sorted(lines)
+    assert done.size == aside.stat().st_size
+    assert {json.loads(line).get("revision", 2) for line in left} == {2}
+    again = set_aside(store)
+    assert (again.records, again.comparisons, again.size, again.written) == (0, 0, 0, ())
+
+    # earlier revisions in the working store do not come back, and the tables stay
+    assert main(["--results", str(tmp_path)]) == 0
+    after = bytes_of(published)
+    assert path.read_bytes().splitlines() == left
+    assert {name: text for name, text in after.items() if name != path.name} == {
+        name: text for name, text in before.items() if name != path.name
+    }
+    # the next revision counts on
+    saved = store.save(published_record(seed=0), make_scores(77))
+    assert saved.revision == 3
+
+
+def test_an_interruption_while_setting_aside_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RecordStore(tmp_path)
+    for number in range(2):
+        store.save(published_record(seed=0), make_scores(number))
+    publish(store)
+    (path,) = (tmp_path / "published").glob("*.jsonl")
+    lines = path.read_bytes()
+
+    def full(target: Path, data: bytes) -> None:
+        if target.parent.name == "published":
+            raise StoreError("no space left")
+        write_atomic(target, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publication, "write_atomic", full)
+        with pytest.raises(StoreError, match="no space"):
+            set_aside(store)
+    assert path.read_bytes() == lines
+    set_aside(store)
+    aside = tmp_path / "superseded" / path.name
+    assert aside.read_bytes() + path.read_bytes() == lines  # revision 1 once, then revision 2
 
 
 def test_tables_are_published_apart(tmp_path: Path) -> None:
