@@ -100,8 +100,7 @@ class Options:
             None for all.
         input_share: what a Gaussian kernel of the inputs, the same in every run, makes of the mean
             kernel of ``geometry="kernel"``, in [0, 1).
-        errors: whether ``geometry="kernel"`` computes ``std_error``, which takes four more
-            regressions; without it there is None.
+        errors: whether ``geometry="kernel"`` computes ``std_error``, by four more regressions.
         ridge: λ of ``geometry="kernel"`` in units of the kernel's mean diagonal, > 0; None takes
             gradient flow for as long as the run trained, or where SGD did not train it matches λ to
             how well the run fitted its labels.

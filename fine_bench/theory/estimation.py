@@ -35,7 +35,13 @@ from fine_bench.theory.error_rates import (
     shrunk,
     signed_mu,
 )
-from fine_bench.theory.serial import LEAST_EFFECTIVE, effective_samples, serial_difference
+from fine_bench.theory.serial import (
+    LEAST_EFFECTIVE,
+    effective_samples,
+    normal_scores,
+    serial_difference,
+    too_few,
+)
 
 Method = Literal["two_stage", "max", "moment", "rank"]
 
@@ -171,7 +177,7 @@ def two_stage_mu(
         upper,
         [
             (silent, "all choosing samples are equal: no threshold separates"),
-            (few, _too_few(n_p, n_q)),
+            (few, too_few(n_p, n_q)),
             (
                 one_sided,
                 f"no error, or only errors, among the measuring samples ({n_p} P, {n_q} Q): "
@@ -236,7 +242,7 @@ def max_mu(
         upper,
         [
             (silent, "all samples are equal: no threshold separates"),
-            (few, _too_few(n_p, n_q)),
+            (few, too_few(n_p, n_q)),
             (lower > upper, "no single mu fits all thresholds: the shift is not Gaussian"),
             (
                 np.isinf(lower) | np.isinf(upper),
@@ -296,7 +302,7 @@ def moment_mu(
         mu + reach,
         [
             (~known, "both samples are constant: there is no noise to measure the shift by"),
-            (few, _too_few(n_p, n_q)),
+            (few, too_few(n_p, n_q)),
             (constant_p, "the P samples are constant: their noise cannot be measured"),
             (constant_q, "the Q samples are constant: their noise cannot be measured"),
         ],
@@ -327,7 +333,7 @@ def rank_mu(
     few = np.zeros(auc.shape, dtype=np.bool_)
     if correlated:
         error, reach, worth = serial_difference(place_p, place_q, level)
-        scores = serial_difference(_normal_scores(xp), _normal_scores(xq), level)
+        scores = serial_difference(normal_scores(xp), normal_scores(xq), level)
         pairs = np.minimum(_worth(xp, correlated), _worth(xq, correlated))
         few = _few(np.where(auc * (1.0 - auc) > 0.0, worth, pairs), correlated)
     else:
@@ -359,7 +365,7 @@ def rank_mu(
         np.where(few, np.inf, upper),
         [
             (constant, "all samples are equal: their order says nothing"),
-            (few, _too_few(n_p, n_q)),
+            (few, too_few(n_p, n_q)),
             (apart, f"P and Q do not overlap in {n_p} and {n_q} samples: |mu| has no upper end"),
         ],
     )
@@ -378,14 +384,6 @@ def _worth(samples: FloatArray, correlated: bool) -> FloatArray:
     return np.full(samples.shape[:-1], samples.shape[-1], dtype=np.float64)
 
 
-def _normal_scores(samples: FloatArray) -> FloatArray:
-    """Φ⁻¹ of each sample's rank in its own arm over n + 1, scaled to the variance 1."""
-    n = samples.shape[-1]
-    scores = ndtri(np.asarray(rankdata(samples, axis=-1), dtype=np.float64) / (n + 1.0))
-    whole = ndtri(np.arange(1, n + 1) / (n + 1.0)).std(ddof=1)
-    return np.asarray(scores / whole, dtype=np.float64)
-
-
 def _few(worth: FloatArray, correlated: bool) -> npt.NDArray[np.bool_]:
     """Where correlation leaves too little for an interval."""
     return np.asarray((worth < LEAST_EFFECTIVE) & correlated, dtype=np.bool_)
@@ -394,14 +392,6 @@ def _few(worth: FloatArray, correlated: bool) -> npt.NDArray[np.bool_]:
 def _cut(hits: FloatArray, trials: int, worth: FloatArray) -> FloatArray:
     """Hits among `worth` of the trials, exactly none or all of them where that was so."""
     return np.where(hits == trials, worth, hits * (worth / trials))
-
-
-def _too_few(n_p: int, n_q: int) -> str:
-    return (
-        f"the {n_p} P and {n_q} Q samples go together from step to step: they are worth fewer than "
-        f"{LEAST_EFFECTIVE:.0f} independent ones. Train longer, or measure steps that lie further "
-        "apart (every_n_steps)"
-    )
 
 
 def _halves(samples: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:

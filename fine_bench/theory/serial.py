@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.fft import dct
-from scipy.special import gammaln, stdtr, stdtrit
+from scipy.special import gammaln, ndtri, stdtr, stdtrit
 from scipy.stats import rankdata
 
 from fine_bench.theory.arrays import FloatArray
@@ -168,3 +168,20 @@ def effective_samples(samples: FloatArray) -> FloatArray:
     """
     ranks = np.asarray(rankdata(samples, axis=-1), dtype=np.float64)
     return _posterior(ranks)[3]
+
+
+def normal_scores(samples: FloatArray) -> FloatArray:
+    """Φ⁻¹ of each sample's rank in its own arm over n + 1, scaled to the variance 1."""
+    n = samples.shape[-1]
+    scores = ndtri(np.asarray(rankdata(samples, axis=-1), dtype=np.float64) / (n + 1.0))
+    whole = ndtri(np.arange(1, n + 1) / (n + 1.0)).std(ddof=1)
+    return np.asarray(scores / whole, dtype=np.float64)
+
+
+def too_few(n_p: int, n_q: int) -> str:
+    """Why there is no interval of so many P and Q samples."""
+    return (
+        f"the {n_p} P and {n_q} Q samples go together from step to step: they are worth fewer than "
+        f"{LEAST_EFFECTIVE:.0f} independent ones. Train longer, or measure steps that lie further "
+        "apart (every_n_steps)"
+    )

@@ -112,9 +112,11 @@ def test_a_job_whose_process_is_killed_is_missing_and_made_up_for(
     assert "the process of a job ended before its work" in killed.stderr
     assert "The same command computes what is missing" in killed.stderr
     assert "Traceback (most recent call last)" not in killed.stderr.split("error:")[-1]
-    assert "killer/self seed" in killed.stderr
-    assert "missing" in killed.stderr
     before = script.state(folder)
+    left = 4 - sum(name.startswith("records/") for name in before)
+    if left:  # else the other job's process, free in time, has computed what the killed one left
+        assert "killer/self seed" in killed.stderr
+        assert "missing" in killed.stderr
     assert before
     if launcher != "joblib":  # how it goes on has nothing to do with the launcher
         return

@@ -466,7 +466,9 @@ def test_a_killed_and_resumed_run_gives_the_scores_of_an_uninterrupted_one(
     resumed = callback()
     fit(resumed, module=Module(0.0), resume=tmp_path / "five.ckpt", **settings)
     assert torch.equal(whole.scores().values, resumed.scores().values)
-    assert torch.equal(whole.scores().extras["bound"], resumed.scores().extras["bound"])
+    # up to a unit in the last place, by which a bound differs on some processors
+    bounds = whole.scores().extras["bound"], resumed.scores().extras["bound"]
+    torch.testing.assert_close(*bounds, rtol=1.3e-7, atol=0)
     if options.get("schedule") == "snapshot":
         assert resumed.scores().n_observations is not None
         assert resumed.scores().n_observations.tolist() == [6] * N  # type: ignore[union-attr]

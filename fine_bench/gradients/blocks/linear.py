@@ -221,10 +221,7 @@ class FactorBlock(Block):
         return total
 
     def input_gram(self, other: FactorBlock) -> Tensor:
-        """⟨a_i, a'_j⟩, and 1 more where there is a bias, ``(B, B')``, for T = 1.
-
-        Times ⟨b_i, b'_j⟩ it is the Gram matrix.
-        """
+        """⟨a_i, a'_j⟩, and 1 more for a bias, ``(B, B')``, T = 1; times ⟨b_i, b'_j⟩ it is gram."""
         aa = self.a[:, 0] @ other.a[:, 0].T
         return aa.add_(1.0) if self.bias else aa
 
@@ -445,9 +442,7 @@ class FactorBlock(Block):
         """Σ_t (Qᵀb_t)(Pᵀa_t)ᵀ and Qᵀ Σ_t b_t for a bias, ``(B, …)``."""
         b = self.b if q is None else combined(self.b, q)
         parts = self._sketched_weight(p, b) if self.weight else []
-        if self.bias:
-            parts.append(b.sum(1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return torch.cat([*parts, b.sum(1)] if self.bias else parts, 1)
 
     def _sketched_weight(self, p: Tensor | None, b: Tensor) -> list[Tensor]:
         """The weight's part from its sketched outputs ``(B, T, ·)``, ``(B, …)`` each."""
