@@ -81,9 +81,11 @@ AVERAGE, BETWEEN = "average run", "scores of two runs, rank correlation"
 RESAMPLES = 2000
 AVERAGED = "influence_function, epochs"
 ROWS = (
-    "unrolled", "unrolled_gauss_newton", AVERAGED, "influence_function", "source", "trak",
-    "datainf", "relatif_theta", "relatif_loss", "tracin", "grad_dot", "grad_cos", "fine",
-    "fine_snapshot", "in_run_shapley", "arnoldi", "lissa",
+    "unrolled", "unrolled_gauss_newton", AVERAGED, "influence_function", "kfac", "source",
+    "arnoldi", "lissa", "datainf", "relatif_theta", "relatif_loss", "trak", "tracin", "grad_dot",
+    "grad_cos", "in_run_shapley", "knn_shapley", "tangent_kernel", "gaussian_kernel",
+    "gaussian_kernel_run", "fine", "fine_ekfac", "fine_snapshot", "fine_queries",
+    "fine_queries_fast",
 )  # fmt: skip
 
 
