@@ -35,7 +35,7 @@ margin between runs, shrunk towards that of all examples, as noise.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -49,6 +49,7 @@ from gain import Tap
 from numpy.typing import NDArray
 from outputs import Outputs, add_force, number_text
 from scipy.stats import spearmanr
+from torch import Tensor
 from which_form import BANKS
 
 from fine_bench.fine.effects import self_effects
@@ -307,21 +308,25 @@ def compute(arguments: argparse.Namespace) -> None:
         print(f"{path}: given labels {run.facts['train_accuracy']:.3f}", flush=True)
 
 
+def watched(arguments: argparse.Namespace) -> Iterator[tuple[str, Truth, list[dict[str, Tensor]]]]:
+    """Each task with a bank: its truth and what was watched of its runs."""
+    runs = seed_files.load(arguments.work, "step_weights.py")
+    for task in (task for task in BANKS if task in runs):
+        yield task, named(task, folders(arguments.results)), list(runs[task].values())
+
+
 def table(arguments: argparse.Namespace) -> None:
     """Compare all that was watched."""
     folder = arguments.output or Path("results")
     path = folder / "step_weights.md"
     outputs = Outputs([path], default=arguments.output is None, force=arguments.force)
-    runs = seed_files.load(arguments.work, "step_weights.py")
-    tables = {}
-    for task in (task for task in BANKS if task in runs):
-        truth = named(task, folders(arguments.results))
+    tables, counts = {}, {}
+    for task, truth, runs in watched(arguments):
         found = [
-            forms({name: steps[name].numpy() for name in COLUMNS}, truth.n_train)
-            for steps in runs[task].values()
+            forms({name: steps[name].numpy() for name in COLUMNS}, truth.n_train) for steps in runs
         ]
-        tables[task] = compare(found, truth)
-    outputs.write(path, markdown(tables, {task: len(runs[task]) for task in tables}))
+        tables[task], counts[task] = compare(found, truth), len(runs)
+    outputs.write(path, markdown(tables, counts))
     print(f"written: {path}")
 
 
@@ -331,13 +336,9 @@ def explain(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path("results")
     path = folder / "slope_parts.md"
     outputs = Outputs([path], default=arguments.output is None, force=arguments.force)
-    runs = seed_files.load(arguments.work, "step_weights.py")
     lines = {}
-    for task in (task for task in BANKS if task in runs):
-        truth = named(task, folders(arguments.results))
-        found = [
-            {name: x.double().numpy() for name, x in run.items()} for run in runs[task].values()
-        ]
+    for task, truth, runs in watched(arguments):
+        found = [{name: x.double().numpy() for name, x in run.items()} for run in runs]
         checkpoints = arguments.checkpoints and arguments.checkpoints / task
         of_runs = np.empty((0, truth.n_train))
         if checkpoints and checkpoints.is_dir():

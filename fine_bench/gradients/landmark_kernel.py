@@ -62,12 +62,7 @@ class LandmarkFlow:
 
     def smoother(self, features: Tensor) -> Tensor:
         """Z = K_q A, ``(V, n)``, of the queries' features ``(L, V)``."""
-        part = self._ridge.solve(features)
-        total = part.clone()
-        for _ in range(self.steps - 1):
-            part = self._ridge.ridge * self._ridge.solve(part)
-            total += part
-        return total.T @ self.features
+        return self._ridge.implicit_steps(features, self.steps).T @ self.features
 
     def solve(self, targets: Tensor) -> Tensor:
         """α = A y, ``(n, k)`` as ``targets``."""

@@ -209,6 +209,15 @@ class KernelRidge:
         found: Tensor = torch.cholesky_solve(targets, self._factor)
         return found
 
+    def implicit_steps(self, targets: Tensor, count: int) -> Tensor:
+        """(B + B² + … + Bᵐ) y/λ, ``(n, k)`` as ``targets``: m = ``count`` implicit steps."""
+        part = self.solve(targets)
+        total = part.clone()
+        for _ in range(count - 1):
+            part = self.ridge * self.solve(part)
+            total += part
+        return total
+
     def inverse_diagonal(self) -> Tensor:
         """[(K + λI)⁻¹]_ii, ``(n,)``; the smoother's own diagonal is 1 − λ times that."""
         found: Tensor = torch.cholesky_inverse(self._factor).diagonal().clone()
@@ -253,9 +262,4 @@ class KernelFlow:
 
     def solve(self, targets: Tensor) -> Tensor:
         """α = A y, ``(n, k)`` as ``targets``."""
-        part = self._ridge.solve(targets)
-        total = part.clone()
-        for _ in range(self.steps - 1):
-            part = self._ridge.ridge * self._ridge.solve(part)
-            total += part
-        return total
+        return self._ridge.implicit_steps(targets, self.steps)

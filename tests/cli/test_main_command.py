@@ -347,18 +347,20 @@ def test_killed_and_run_again(
 
 
 def test_killed_between_two_cells(cli: Commands, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
     options = (
         "estimator=[fine,random]",
         "targets=[self]",
         "seed=0",
-        "+estimators.killer._target_=support.broken_estimators.KillsOnce",
-        f"+estimators.killer.flag={tmp_path / 'flag'}",
+        "+estimators.killer._target_=support.broken_estimators.Kills",
+        f"+estimators.killer.flag={flag}",
         "+estimators.killer.seed=null",
         "allow_packages=[support]",
         "logger.mode=disabled",
     )
     killed = cli(tmp_path, *options)
     assert killed.returncode == -9
+    flag.touch()
     done = cli(tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert "not trained again" in done.stderr

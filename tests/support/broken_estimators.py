@@ -20,8 +20,11 @@ class FailsOnSeedOne(RandomScores):
         return super().compute()
 
 
-class KillsOnce(RandomScores):
-    """Ends the whole process the way SIGKILL does, the first time it is asked."""
+class Kills(RandomScores):
+    """Ends the whole process the way SIGKILL does, until the file ``flag`` is there.
+
+    Whichever process asks: one that is free and makes up for the killed one dies as well.
+    """
 
     name = "killer"
 
@@ -31,8 +34,6 @@ class KillsOnce(RandomScores):
 
     def compute(self) -> InfluenceScores:
         if not os.path.exists(self.flag):
-            with open(self.flag, "w") as file:
-                file.write("killed")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().compute()
 
