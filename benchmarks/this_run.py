@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from outputs import Outputs, add_results, interval_text
 from safetensors.torch import load_file, save_file
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from baselines.influence_functions import InfluenceFunction
@@ -361,6 +362,13 @@ def page(frame: pd.DataFrame, smooth: pd.DataFrame, ceiling: float, command: str
     return "\n".join(text) + "\n"
 
 
+def apart(heights: NDArray[np.float64], space: float) -> NDArray[np.float64]:
+    """The places nearest to ascending ``heights``, squared, that are ``space`` apart."""
+    # less a step a place, they only have to ascend: an isotonic regression
+    steps = space * np.arange(len(heights))
+    return np.asarray(isotonic_regression(heights - steps).x) + steps
+
+
 @styled
 def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
     """Each method: agreement with this run, and with the average run."""
@@ -368,17 +376,18 @@ def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
     first = f"this run, {SHARES[0]:.0%} left out"
     x = part[part.truth == first].set_index("method")
     y = part[part.truth == AVERAGE].set_index("method")
-    figure = canvas(6.4, 4.6)
+    figure = canvas(6.4, 5.2)
     axes = figure.subplots()
     for value, line in zip(ceilings, (axes.axvline, axes.axhline), strict=True):
         line(value, color=GREY, linestyle=":", linewidth=1.0)
-    order = y.loc[x.index.intersection(y.index)].sort_values("lds")
-    right = x.lds[order.index] > 0.6
-    far = (order.lds.groupby(right).diff() > 0.045).groupby(right).cumsum()
-    for _, near in order.groupby([right, far]):
-        # names of points that lie close together stand in a column beside them
+    both = y.loc[x.index.intersection(y.index)].sort_values("lds")
+    # names stand in a column right of their points; the exact derivatives, which are farther right
+    # than that, have one of their own
+    far = x.lds[both.index] > 0.6
+    for _, near in both.groupby(far):
         column = float(x.upper[near.index].max()) + 0.03
-        for number, method in enumerate(near.index):
+        heights = apart(near.lds.to_numpy(), 0.031)
+        for method, height in zip(near.index, heights, strict=True):
             one, other = x.loc[method], y.loc[method]
             exact = method.startswith("unrolled")
             colour = VERMILLION if exact else BLUE if method.startswith("fine") else BLACK
@@ -388,7 +397,6 @@ def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
                 yerr=[[other.lds - other.lower], [other.upper - other.lds]],
                 color=colour, marker="o", markersize=4, elinewidth=0.5,
             )  # fmt: skip
-            height = near.lds.mean() + 0.026 * (number - (len(near) - 1) / 2)
             axes.annotate(
                 method, (one.lds, other.lds), xytext=(column, height), va="center", fontsize=7,
                 color=colour, arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.4},
