@@ -1,12 +1,9 @@
 """Averages over runs: LDS against the number of trainings, and against the time they take.
 
-    e=+estimators.fine_queries_fast
-    python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' -m seed=0,1,2,3,4,5 clock=cpu \
-        'estimator=[fine_queries,tangent_kernel,gaussian_kernel_run,kfac,influence_function,trak,'\
-        'tracin]' $e._target_=fine_bench.callback.FINECallback $e.observable=margin \
-        $e.schedule=snapshot $e.geometry=kernel $e.contrast=substitution $e.n_initialisations=0 \
-        $e.n_landmarks=1000 $e.input_share=0.75 $e.errors=false $e.seed=null
-    FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5
+    python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' clock=cpu -m \
+        seed=0,1,2,3,4,5,6,7,8,9,10,11 'estimator=[fine_queries,fine_queries_fast,tangent_kernel,'\
+        'gaussian_kernel_run,kfac,influence_function,trak,tracin]'
+    FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5 6 7 8 9 10 11
     python benchmarks/runs_at_equal_compute.py table
 
 ``fine_queries_fast`` is f-INE's way for queries in its cheap form, chosen on the development halves
