@@ -3,7 +3,8 @@
     python -m fine_bench +experiment=mnist_mlp 'targets=[queries]' clock=cpu -m \
         seed=0,1,2,3,4,5,6,7,8,9,10,11 'estimator=[fine_queries,fine_queries_fast,tangent_kernel,'\
         'gaussian_kernel_run,kfac,influence_function,trak,tracin]'
-    FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5 6 7 8 9 10 11
+    FINE_BENCH_DATA=… python benchmarks/runs_at_equal_compute.py terms --seeds 0 1 2 3 4 5 6 7 8 9 \
+        10 11
     python benchmarks/runs_at_equal_compute.py table
 
 ``fine_queries_fast`` is f-INE's way for queries in its cheap form, chosen on the development halves
