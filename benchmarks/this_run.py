@@ -381,14 +381,15 @@ def draw(frame: pd.DataFrame, ceilings: tuple[float, float]) -> Figure:
     for value, line in zip(ceilings, (axes.axvline, axes.axhline), strict=True):
         line(value, color=GREY, linestyle=":", linewidth=1.0)
     both = y.loc[x.index.intersection(y.index)].sort_values("lds")
-    # names stand in a column right of their points; the exact derivatives, which are farther right
-    # than that, have one of their own
+    # names stand right of the points of about their height; the exact derivatives are farther right
+    # than all others
     far = x.lds[both.index] > 0.6
     for _, near in both.groupby(far):
-        column = float(x.upper[near.index].max()) + 0.03
-        heights = apart(near.lds.to_numpy(), 0.031)
+        heights = apart(near.lds.to_numpy(), 0.026)
         for method, height in zip(near.index, heights, strict=True):
             one, other = x.loc[method], y.loc[method]
+            beside = near.index[(near.lds - height).abs() < 0.06].union([method])
+            column = float(x.upper[beside].max()) + 0.03
             exact = method.startswith("unrolled")
             colour = VERMILLION if exact else BLUE if method.startswith("fine") else BLACK
             axes.errorbar(

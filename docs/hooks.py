@@ -8,7 +8,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 IMAGES = Path(__file__).parents[1] / "results" / "images"
-SHOWN = ("retraining_curves--digits_400.png", "figure3_equal_means.png", "fidelity.png")
+SHOWN = (
+    "retraining_curves--digits_400.png",
+    "figure3_equal_means.png",
+    "fidelity.png",
+    "this_run.png",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
