@@ -259,7 +259,8 @@ def table(arguments: argparse.Namespace) -> None:
     """Measure, compare and write."""
     out, half = arguments.out or arguments.results, arguments.half
     name = f"runs_at_equal_compute--{arguments.experiment}"
-    paths = tuple(out / f"{name}{suffix}" for suffix in (".md", ".csv", ".png"))
+    picture = (arguments.out or arguments.results / "images") / f"{name}.png"
+    paths = (out / f"{name}.md", out / f"{name}.csv", picture)
     files = Outputs(paths, default=arguments.out is None, force=arguments.force)
     truth = named(arguments.experiment, folders(arguments.results))
     if truth.subsets is None:
