@@ -13,6 +13,7 @@ SHOWN = (
     "figure3_equal_means.png",
     "fidelity.png",
     "this_run.png",
+    "runs_at_equal_compute--mnist_mlp.png",
 )
 
 
